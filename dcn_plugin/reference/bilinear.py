@@ -1,0 +1,44 @@
+"""The one bilinear sampler of the reference operators."""
+
+import torch
+from torch import Tensor
+
+
+def bilinear_sample(value: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """Sample ``value`` bilinearly at real positions, with zeros outside the map.
+
+    ``out[b, c, p] = sum_{i,j} max(0, 1-|y-i|) * max(0, 1-|x-j|) * value[b, c, i, j]``
+
+    Args:
+        value: ``[B, C, H, W]``.
+        y: ``[B, P]``, row positions in pixels; ``0`` is the centre of the first row.
+        x: ``[B, P]``, column positions in pixels.
+
+    Returns:
+        ``[B, C, P]``. A position with ``y <= -1``, ``y >= H`` (likewise x), or an infinite one gives 0 and zero
+        gradients; a NaN position gives NaN; a pixel whose weight is 0 is not read.
+    """
+    height, width = value.shape[-2:]
+    not_a_number = y.isnan() | x.isnan()
+    inside = (y > -1) & (y < height) & (x > -1) & (x < width)
+    # Positions outside are moved to 0 before floor(), so that no inf - inf arises in value or gradient.
+    y_in, x_in = torch.where(inside, y, 0), torch.where(inside, x, 0)
+    y0, x0 = y_in.detach().floor(), x_in.detach().floor()
+    ly, lx = y_in - y0, x_in - x0
+
+    flat = value.flatten(2)
+    out = flat.new_zeros(*flat.shape[:2], y.shape[1])
+    for row, wy in ((y0, 1 - ly), (y0 + 1, ly)):
+        for col, wx in ((x0, 1 - lx), (x0 + 1, lx)):
+            hit = inside & (row >= 0) & (row < height) & (col >= 0) & (col < width)
+            index = torch.where(hit, row * width + col, 0).long()
+            weight = torch.where(hit, wy * wx, 0)[:, None]
+            if flat.shape[2] == 0:
+                continue
+            pixel = flat.gather(2, index[:, None].expand(-1, flat.shape[1], -1))
+            # 0 * inf would be NaN: what has no weight is not read.
+            out = out + weight * torch.where((weight == 0) & ~pixel.isfinite() | ~hit[:, None], 0, pixel)
+    # NaN positions poison their value and their gradient, and nothing else.
+    poison = torch.where(not_a_number, torch.nan, 0.0).to(y.dtype)
+    safe_sum = torch.where(not_a_number, y, 0) + torch.where(not_a_number, x, 0)
+    return out + (safe_sum * poison)[:, None].to(out.dtype)
