@@ -96,6 +96,9 @@ class DeformConv2d(nn.Module):
 
     #: True where ``forward(x)`` alone suffices, so that the layer can stand in for a convolution.
     drop_in: ClassVar[bool] = False
+    # Attributes of nn.Conv2d that others read (mmcv's ConvModule does).
+    transposed: ClassVar[bool] = False
+    output_padding: ClassVar[tuple[int, int]] = (0, 0)
     _version = 2
 
     weight: nn.Parameter
