@@ -5,7 +5,7 @@ shared libraries on LibTorch's stable ABI. They hold no Python symbol, so one bu
 from the floor up.
 
 Environment:
-    DCN_PLUGIN_CUDA        ``auto`` (default: build the CUDA library when a usable nvcc is found), ``1`` (or fail), ``0``
+    DCN_PLUGIN_CUDA        ``auto`` (default: the CUDA library is built when there is a usable nvcc), ``1``, ``0``
     TORCH_CUDA_ARCH_LIST   e.g. ``"8.0;9.0+PTX"``; the default covers every architecture from 7.5 up that nvcc knows
     CUDA_HOME              toolkit to use; by default the nvcc on PATH
     CXX, CXXFLAGS, LDFLAGS, NVCC_FLAGS   compiler and additional flags
@@ -45,10 +45,10 @@ def fail(what: str, remedy: str) -> NoReturn:
     raise SystemExit(f"\ndcn_plugin cannot be built: {what}\n  To mend it: {remedy}\n")
 
 
-def output_of(command: list[str]) -> str | None:
+def output_of(command: list[str], cwd: Path | None = None) -> str | None:
     """Return what a command printed (both streams), or None when it cannot be run or fails."""
     try:
-        done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        done = subprocess.run(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     except OSError:
         return None
     return done.stdout if done.returncode == 0 else None
@@ -67,7 +67,7 @@ class Torch(NamedTuple):
         spec = importlib.util.find_spec("torch")
         if spec is None or spec.origin is None:
             fail(
-                f"torch is not installed for {sys.executable}, and --no-build-isolation builds on the torch that is there.",
+                f"torch is not installed for {sys.executable}, and without build isolation it has to be.",
                 f"`{sys.executable} -m pip install 'torch>={floor}'`, or leave --no-build-isolation out.",
             )
         root = Path(spec.origin).parent
@@ -218,9 +218,8 @@ class NinjaFile:
 
     def rule(self, name: str, command: list[str], compiles: bool) -> None:
         # $in and $out are ninja's, and it quotes them; everything else may hold a space or a dollar.
-        words = [
-            word if word in ("$in", "$out", "$out.d") else shlex.quote(word).replace("$", "$$") for word in command
-        ]
+        own = ("$in", "$out", "$out.d")
+        words = [word if word in own else shlex.quote(word).replace("$", "$$") for word in command]
         self.text += f"rule {name}\n  command = {' '.join(words)}\n  description = {name} $out\n"
         if compiles:
             self.text += "  depfile = $out.d\n  deps = gcc\n"
@@ -316,15 +315,15 @@ class BuildLibraries(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         libraries = write_ninja(folder, torch, compiler, nvcc, jobs)
-        say = (
-            f"CUDA {nvcc.version} for {' '.join(nvcc.architectures)}" if isinstance(nvcc, Nvcc) else f"no CUDA: {nvcc}"
-        )
-        print(f"dcn_plugin: compiling for torch {torch.version} with {compiler.version}; {say}", flush=True)
         command = [ninja, "-f", str(folder.relative_to(ROOT) / "build.ninja"), "-j", str(jobs), *libraries]
-        if subprocess.run(command, cwd=ROOT).returncode:
-            fail(
-                "the compiler reported errors (above).", "report them together with `python -m dcn_plugin.collect_env`."
+        if "no work to do" not in (output_of([*command, "-n"], cwd=ROOT) or ""):
+            target = f"CUDA {nvcc.version} ({' '.join(nvcc.architectures)})" if isinstance(nvcc, Nvcc) else "CPU only"
+            reason = f", because {nvcc}" if isinstance(nvcc, str) else ""
+            print(
+                f"dcn_plugin: compiling on torch {torch.version} with {compiler.version}, {target}{reason}", flush=True
             )
+            if subprocess.run(command, cwd=ROOT).returncode:
+                fail("the compiler reported errors (above).", "report them together with the first line above them.")
 
         package = ROOT / "dcn_plugin" if self.inplace else Path(self.build_lib, "dcn_plugin")
         package.mkdir(parents=True, exist_ok=True)
