@@ -1,0 +1,44 @@
+"""Deformable convolution for PyTorch, plugged into timm and MMEngine by one import.
+
+``import dcn_plugin`` loads the compiled operators and registers the models with timm and the layers, backbones and
+hooks with MMEngine, whichever of the two is installed. Example::
+
+    import timm, dcn_plugin
+    model = timm.create_model("resnet50_dcn", num_classes=10)
+"""
+
+import warnings as _warnings
+from importlib import import_module as _import_module
+
+from . import layers, ops, reference
+from ._version import __version__
+from .checkpoint import load_checkpoint
+from .convert import convert
+from .layers import DCNv1, DCNv2, DeformConv2d
+
+__all__ = ["DCNv1", "DCNv2", "DeformConv2d", "__version__", "convert", "layers", "load_checkpoint", "ops", "reference"]
+
+# What to import of a framework to know that it works, and the module of ours that registers with it.
+_PLUGS = (("timm", "dcn_plugin.models.dcn_resnet"), ("mmengine.registry", "dcn_plugin.registry"))
+
+
+def _plug_in() -> None:
+    for framework, module in _PLUGS:
+        try:
+            _import_module(framework)
+        except ModuleNotFoundError as error:
+            if error.name == framework.partition(".")[0]:
+                continue  # not installed: nothing to register with
+            cause: Exception = error
+        except Exception as error:  # e.g. a torchvision built for another torch
+            cause = error
+        else:
+            _import_module(module)
+            continue
+        name = framework.partition(".")[0]
+        message = f"{name} is installed but cannot be imported, so dcn_plugin registers nothing with it "
+        message += f"(operators and layers work): {type(cause).__name__}: {cause}"
+        _warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+_plug_in()

@@ -1,0 +1,51 @@
+"""Any timm model as a backbone in an MMEngine config."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class TimmBackbone(nn.Module):
+    """A timm model that returns a tuple of feature maps, or with ``features_only=False`` its logits.
+
+    Input [N, C, H, W]; output the maps ``out_indices``, [N, C_i, H_i, W_i] each, whose channels and strides are in
+    ``channels`` and ``reductions``. ``model_name``, ``pretrained``, ``checkpoint_path`` and all other arguments are
+    those of `timm.create_model`. Raises ImportError without timm, RuntimeError for a name unknown to it. Example::
+
+        backbone = MODELS.build(dict(type="dcn_plugin.TimmBackbone", model_name="resnet18_dcn", out_indices=(2, 3, 4)))
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        features_only: bool = True,
+        out_indices: Sequence[int] | None = None,
+        pretrained: bool = False,
+        checkpoint_path: str = "",
+        **kwargs: Any,
+    ) -> None:
+        try:
+            import timm
+        except ImportError as error:
+            raise ImportError(f"TimmBackbone needs timm, which cannot be imported here: {error}") from error
+        super().__init__()
+        if features_only:
+            kwargs["features_only"] = True
+            if out_indices is not None:
+                kwargs["out_indices"] = tuple(out_indices)
+        elif out_indices is not None:
+            raise ValueError(f"out_indices: expected None with features_only=False, got {out_indices!r}")
+        self.model = timm.create_model(model_name, pretrained=pretrained, checkpoint_path=checkpoint_path, **kwargs)
+        self.features_only = features_only
+        info: Any = self.model.feature_info if features_only else None
+        self.channels: list[int] = info.channels() if features_only else []
+        self.reductions: list[int] = info.reduction() if features_only else []
+
+    def init_weights(self) -> None:
+        """Do nothing: timm has initialised or loaded the weights, and MMEngine's Runner must not draw them again."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...] | Tensor:
+        """Return the feature maps, finest first, or the logits."""
+        out = self.model(x)
+        return tuple(out) if self.features_only else out

@@ -1,0 +1,60 @@
+"""MMEngine's view of this package: the registry scope ``dcn_plugin``.
+
+MMEngine imports this module by itself when a config says ``type="dcn_plugin.<name>"``; no ``custom_imports`` needed::
+
+    from mmengine.registry import MODELS
+    layer = MODELS.build(dict(type="dcn_plugin.DCNv2", in_channels=8, out_channels=8, kernel_size=3, padding=1))
+
+``DCN`` and ``DCNv2`` without a scope are mmcv's names. Where mmcv's compiled operators are installed they stay mmcv's;
+elsewhere they mean this package's layers with mmcv's arguments and mmcv's sigmoid masks (see `models.dcn_mmcv`), so
+that ``conv_cfg`` and ``dcn=dict(type="DCNv2", deform_groups=1)`` of mm* models work. The decision looks at what is
+installed, not at what is imported, so the order of imports does not matter. ``dcn_plugin.MMCVDCN`` and
+``dcn_plugin.MMCVDCNv2`` are the same two layers under names that are always ours.
+"""
+
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
+
+import mmengine.registry as _mmengine
+
+from .layers import LAYERS
+from .models import DCNResNet, TimmBackbone
+from .models.dcn_mmcv import MMCV_LAYERS
+
+__all__ = ["HOOKS", "MODELS"]
+
+SCOPE = "dcn_plugin"
+
+
+def mmcv_has_ops() -> bool:
+    """Tell whether an mmcv with compiled operators is installed, without importing it."""
+    spec = find_spec("mmcv")
+    return spec is not None and PathFinder.find_spec("mmcv._ext", spec.submodule_search_locations) is not None
+
+
+# One node per root registry, so that ``default_scope = "dcn_plugin"`` finds a registry for everything it builds.
+# Hooks live in a module of their own because importing MMEngine's takes seconds: MMEngine imports it on first use.
+_NODES = {
+    name: _mmengine.Registry(
+        root.name, parent=root, scope=SCOPE, locations=["dcn_plugin.mmengine_hooks"] if name == "HOOKS" else []
+    )
+    for name, root in vars(_mmengine).items()
+    if isinstance(root, _mmengine.Registry)
+}
+MODELS = _NODES["MODELS"]
+HOOKS = _NODES["HOOKS"]
+
+# What is registered: under our scope, and under mmcv's names.
+SCOPED = {
+    **LAYERS,
+    "DCNResNet": DCNResNet,
+    "TimmBackbone": TimmBackbone,
+    **{f"MMCV{name}": build for name, build in MMCV_LAYERS.items()},
+}
+
+for _name, _module in SCOPED.items():
+    MODELS.register_module(name=_name, module=_module)
+if not mmcv_has_ops():
+    for _name, _module in MMCV_LAYERS.items():
+        if _name not in _mmengine.MODELS.module_dict:  # another package may fill mmcv's place
+            _mmengine.MODELS.register_module(name=_name, module=_module)
