@@ -139,7 +139,10 @@ class Nvcc(NamedTuple):
         if trouble:
             return f"{path} (CUDA {version}) cannot compile an empty kernel with {compiler.version}: {trouble}"
         known = re.findall(r"compute_(\d+)", output_of([path, "--list-gpu-arch"]) or "")
-        return cls(path, version, *gencode(os.environ.get("TORCH_CUDA_ARCH_LIST", ""), known))
+        try:
+            return cls(path, version, *gencode(os.environ.get("TORCH_CUDA_ARCH_LIST", ""), known))
+        except ValueError as error:
+            return str(error)
 
     @staticmethod
     def try_out(path: str, compiler: Compiler) -> str | None:
@@ -172,9 +175,9 @@ def gencode(wanted: str, known: list[str]) -> tuple[list[str], list[str]]:
     for entry in listed:
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
         if match is None or match[1] + match[2] not in known:
-            fail(
-                f"TORCH_CUDA_ARCH_LIST holds {entry!r}, which this nvcc does not know.",
-                f"write e.g. '8.0;9.0+PTX'; nvcc offers {', '.join(f'{a[:-1]}.{a[-1]}' for a in known)}.",
+            offers = ", ".join(f"{known_one[:-1]}.{known_one[-1]}" for known_one in known)
+            raise ValueError(
+                f"TORCH_CUDA_ARCH_LIST holds {entry!r}; write e.g. '8.0;9.0+PTX' (this nvcc offers {offers})"
             )
         arch = match[1] + match[2] + match[3]
         codes = [f"sm_{arch}", f"compute_{arch}"] if match[4] else [f"sm_{arch}"]
