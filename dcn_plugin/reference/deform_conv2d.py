@@ -22,7 +22,7 @@ def deform_conv2d(
 ) -> Tensor:
     """Executable definition of :func:`dcn_plugin.ops.deform_conv2d`; same arguments, any device, slow.
 
-    ``out[n,o,y,x] = bias[o] + sum_{k,c} weight[o,c,k] * mask[n,k,y,x] * bilinear(input[n,c], p0 + p_k + offset[n,k,y,x])``
+    ``out[n,o,p] = bias[o] + sum_{k,c} weight[o,c,k] * mask[n,k,p] * bilinear(input[n,c], p * stride - pad + p_k + offset)``
     """
     (sy, sx), (dy, dx) = _pair(stride), _pair(dilation)
     pad = _pair(padding)

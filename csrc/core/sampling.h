@@ -1,0 +1,91 @@
+// The sampler: where the four corners of a position lie, what they weigh, and how the weights change with the position.
+// Every operator of this package reads and scatters through it; there is no second bilinear.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define DCN_HOST_DEVICE __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+#define DCN_HOST_DEVICE inline __attribute__((always_inline))
+#else
+#define DCN_HOST_DEVICE inline
+#endif
+
+namespace dcn {
+
+// Corner c = 2 * (row is y0 + 1) + (column is x0 + 1). `A` is the type of positions and sums: float or double.
+template <typename A>
+struct Sample {
+  int64_t y0, x0;    // top left corner; may be -1
+  A ly, lx;          // fraction towards y0 + 1 and x0 + 1; NaN for a NaN position, 0 outside
+  unsigned corners;  // bit c: corner c lies on the map
+
+  DCN_HOST_DEVICE bool has(int corner) const { return (corners >> corner) & 1u; }
+  DCN_HOST_DEVICE int64_t row(int corner) const { return y0 + (corner >> 1); }
+  DCN_HOST_DEVICE int64_t column(int corner) const { return x0 + (corner & 1); }
+  DCN_HOST_DEVICE A weight(int corner) const { return (corner & 2 ? ly : 1 - ly) * (corner & 1 ? lx : 1 - lx); }
+  DCN_HOST_DEVICE A weight_dy(int corner) const { return (corner & 2 ? A(1) : A(-1)) * (corner & 1 ? lx : 1 - lx); }
+  DCN_HOST_DEVICE A weight_dx(int corner) const { return (corner & 1 ? A(1) : A(-1)) * (corner & 2 ? ly : 1 - ly); }
+  // 0, or NaN for a NaN position: the start of every sum, so that a diverged offset shows in what reads it.
+  DCN_HOST_DEVICE A origin() const { return ly * 0; }
+};
+
+// Zeros outside; bilinear within one pixel of the edge; y <= -1, y >= height (likewise x) and +-inf are outside: no corner.
+template <typename A>
+DCN_HOST_DEVICE Sample<A> make_sample(A y, A x, int64_t height, int64_t width) {
+  Sample<A> s{0, 0, 0, 0, 0u};
+  // Comparisons come before the conversion to integers: a huge or NaN position must never be converted.
+  if (y > -1 && y < static_cast<A>(height) && x > -1 && x < static_cast<A>(width)) {
+    const A fy = std::floor(y), fx = std::floor(x);
+    s.y0 = static_cast<int64_t>(fy);
+    s.x0 = static_cast<int64_t>(fx);
+    s.ly = y - fy;
+    s.lx = x - fx;
+    const unsigned rows = (s.y0 >= 0 ? 0x3u : 0u) | (s.y0 + 1 < height ? 0xCu : 0u);
+    const unsigned columns = (s.x0 >= 0 ? 0x5u : 0u) | (s.x0 + 1 < width ? 0xAu : 0u);
+    s.corners = rows & columns;
+  } else if (y != y || x != x) {
+    s.ly = s.lx = y + x;
+  }
+  return s;
+}
+
+// sum_c weight_c * read(row, column); a corner without weight is not read, so 0 * inf cannot arise.
+template <typename A, typename Read>
+DCN_HOST_DEVICE A interpolate(const Sample<A>& s, const Read& read) {
+  A sum = s.origin();
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+  for (int c = 0; c < 4; ++c) {
+    const A w = s.weight(c);
+    if (s.has(c) && w != 0) sum += w * read(s.row(c), s.column(c));
+  }
+  return sum;
+}
+
+// Value and its derivatives by y and x in one pass over the corners.
+template <typename A>
+struct Gradient {
+  A value, dy, dx;
+};
+
+template <typename A, typename Read>
+DCN_HOST_DEVICE Gradient<A> interpolate_gradient(const Sample<A>& s, const Read& read) {
+  Gradient<A> g{s.origin(), s.origin(), s.origin()};
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+  for (int c = 0; c < 4; ++c) {
+    if (!s.has(c)) continue;
+    const A v = read(s.row(c), s.column(c)), w = s.weight(c);
+    if (w != 0) g.value += w * v;
+    g.dy += s.weight_dy(c) * v;
+    g.dx += s.weight_dx(c) * v;
+  }
+  return g;
+}
+
+}  // namespace dcn

@@ -1,0 +1,17 @@
+// A 4-D tensor by its strides (in elements), without torch.
+#pragma once
+
+#include "sampling.h"
+
+namespace dcn {
+
+template <typename S>
+struct View {
+  S* data;
+  int64_t n, c, h, w;
+  DCN_HOST_DEVICE S& at(int64_t in, int64_t ic, int64_t ih, int64_t iw) const {
+    return data[in * n + ic * c + ih * h + iw * w];
+  }
+};
+
+}  // namespace dcn

@@ -1,0 +1,173 @@
+// Deformable convolution on the CPU, what forward and backward share: the input as rows of channels (N H W C, in the
+// type of sums), output pixels in tiles, channels in blocks, weights packed block by block. Vectors run over channels.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "../runtime/cpu.h"
+#include "deform_conv2d.h"
+
+namespace dcn::tiles {
+
+// Consecutive channels that share their sampling positions.
+struct Run {
+  int64_t first, count, offset_group;
+};
+
+// Channels whose columns are made together. Depthwise: each channel is its own group, with one output.
+struct Block {
+  int64_t first, count, group;
+  int64_t weight_at;  // where its packed weights start: [outputs, K, count], depthwise [K, count]
+  bool depthwise;
+  std::vector<Run> runs;
+};
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline std::vector<Block> make_blocks(const ConvGeometry& g, int64_t most_channels) {
+  const bool depthwise = g.group_channels() == 1 && g.group_outputs() == 1;
+  const int64_t span = depthwise ? g.offset_group_channels() : g.group_channels();
+  // Even blocks, in whole vectors where possible.
+  const int64_t parts = divide_up(span, most_channels);
+  const int64_t size = std::min(span, divide_up(divide_up(span, parts), 16) * 16);
+  std::vector<Block> blocks;
+  int64_t weight_at = 0;
+  for (int64_t start = 0; start < g.channels; start += span)
+    for (int64_t first = start; first < start + span; first += size) {
+      Block block{first, std::min(size, start + span - first), first / g.group_channels(), weight_at, depthwise, {}};
+      for (int64_t c = first; c < first + block.count;) {
+        const int64_t og = c / g.offset_group_channels();
+        const int64_t end = std::min(first + block.count, (og + 1) * g.offset_group_channels());
+        block.runs.push_back({c, end - c, og});
+        c = end;
+      }
+      weight_at += (depthwise ? 1 : g.group_outputs()) * g.taps() * block.count;
+      blocks.push_back(std::move(block));
+    }
+  return blocks;
+}
+
+// Calls f(weight element, packed position) for every weight, output by output, in the order OIHW is stored.
+template <typename S, typename F>
+void for_each_weight(const ConvGeometry& g, const std::vector<Block>& blocks, const View<S>& weight, const F& f) {
+  const int64_t outputs = blocks.front().depthwise ? 1 : g.group_outputs();
+  torch::stable::parallel_for(0, static_cast<int64_t>(blocks.size()) * outputs, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Block& b = blocks[i / outputs];
+      const int64_t o = i % outputs;
+      for (int64_t c = 0; c < b.count; ++c)
+        for (int64_t k = 0; k < g.taps(); ++k) {
+          const int64_t out = b.depthwise ? b.first + c : b.group * outputs + o;
+          const int64_t in = b.depthwise ? 0 : b.first + c - b.group * g.group_channels();
+          f(weight.at(out, in, k / g.kernel_w, k % g.kernel_w),
+            b.weight_at + (b.depthwise ? k * b.count : (o * g.taps() + k) * b.count) + c);
+        }
+    }
+  });
+}
+
+// Images as rows of channels: pixel (n, y, x) starts at data + n * this->n + y * h + x * w.
+template <typename A>
+struct Rows {
+  A* data;
+  int64_t n, h, w;
+  DCN_HOST_DEVICE A* at(int64_t in, int64_t y, int64_t x) const { return data + in * n + y * h + x * w; }
+};
+
+// Channels are already the innermost dimension, in the type of sums: nothing has to be copied.
+template <typename S>
+bool is_rows(const Tensor& t) {
+  return std::is_same_v<S, Accumulate<S>> && (t.stride(1) == 1 || t.size(1) == 1);
+}
+
+// One image row between [C, W] of any type and [W, C] in the type of sums, 16 channels at a time.
+template <typename A, typename S, bool ToRows>
+struct TransposeRow {
+  S* image;
+  int64_t channel_stride, column_stride, channels, width;
+  A* row;
+  DCN_HOST_DEVICE void operator()() const {
+    for (int64_t first = 0; first < channels; first += 16) {
+      const int64_t count = channels - first < 16 ? channels - first : 16;
+      S* const plane = image + first * channel_stride;
+      for (int64_t x = 0; x < width; ++x)
+        for (int64_t c = 0; c < count; ++c) {
+          S& pixel = plane[c * channel_stride + x * column_stride];
+          A& value = row[x * channels + first + c];
+          if constexpr (ToRows)
+            value = static_cast<A>(pixel);
+          else
+            pixel = static_cast<S>(value);
+        }
+    }
+  }
+};
+
+template <bool ToRows, typename A, typename S>
+void transpose_images(const ConvGeometry& g, const View<S>& images, int64_t first_image, int64_t count,
+                      const Rows<A>& rows) {
+  torch::stable::parallel_for(0, count * g.height, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i / g.height, y = i % g.height;
+      run_vectorised(TransposeRow<A, S, ToRows>{&images.at(first_image + n, 0, y, 0), images.c, images.w, g.channels,
+                                                g.width, rows.at(n, y, 0)});
+    }
+  });
+}
+
+template <typename A>
+Rows<A> dense_rows(const ConvGeometry& g, A* data) {
+  return {data, g.height * g.width * g.channels, g.width * g.channels, g.channels};
+}
+
+// How many images are held as rows at a time.
+template <typename A>
+int64_t images_at_a_time(const ConvGeometry& g) {
+  constexpr int64_t budget = 16 << 20;
+  const int64_t bytes = g.channels * g.height * g.width * static_cast<int64_t>(sizeof(A));
+  return std::max<int64_t>(1, std::min(g.batch, budget / bytes));
+}
+
+// Output pixels [first, first + count) of the flattened (n, y, x) order; n counts from the first image held.
+struct Tile {
+  int64_t first, count;
+};
+
+// Pixels per tile so that its columns stay in L2; tiles in a multiple of the number of threads.
+inline int64_t tile_size(const ConvGeometry& g, int64_t pixels, int64_t bytes_per_pixel, int64_t threads) {
+  constexpr int64_t budget = 768 << 10;
+  const int64_t most = std::max<int64_t>(32, std::min<int64_t>(budget / bytes_per_pixel, 512));
+  int64_t count = divide_up(pixels, most);
+  if (pixels >= 32 * threads) count = divide_up(count, threads) * threads;
+  return divide_up(pixels, count);
+}
+
+// Element offsets of a tile's pixels in a tensor with these strides.
+template <typename S>
+void locate_pixels(const ConvGeometry& g, const Tile& tile, const View<S>& t, int64_t first_image, int64_t* at) {
+  for (int64_t q = 0; q < tile.count; ++q) {
+    const Pixel p(g, tile.first + q);
+    at[q] = (first_image + p.n) * t.n + p.y * t.h + p.x * t.w;
+  }
+}
+
+// The displacements of a tile in the type of sums, plane by plane: offset [2 G K, count], mask [G K, count].
+template <typename A, typename F>
+void load_displacement(const ConvGeometry& g, const Tile& tile, const Displacement<A, F>& where, int64_t first_image,
+                       int64_t* at, A* offset, A* mask) {
+  const int64_t planes = g.offset_groups * g.taps();
+  const auto load = [&](const View<const F>& from, int64_t count, A* to) {
+    locate_pixels(g, tile, from, first_image, at);
+    for (int64_t c = 0; c < count; ++c)
+      for (int64_t q = 0; q < tile.count; ++q)
+        to[c * tile.count + q] = static_cast<A>(from.data[at[q] + c * from.c]);
+  };
+  load(where.offset, 2 * planes, offset);
+  if (where.mask.data)
+    load(where.mask, planes, mask);
+  else
+    std::fill(mask, mask + planes * tile.count, A(1));
+}
+
+}  // namespace dcn::tiles

@@ -1,0 +1,192 @@
+// Deformable convolution on the CPU, forward: per tile of output pixels, where the taps lie; per block of channels,
+// columns [pixel, tap, channel] and their product with the packed weights.
+#pragma once
+
+#include "deform_conv2d_cpu.h"
+
+namespace dcn::tiles {
+
+// Where one tap reads and with what weight; what is not read points at a row of zeros.
+template <typename A>
+struct Tap {
+  const A* corner[4];
+  A weight[4];  // bilinear weight times mask
+};
+
+template <typename A>
+struct FindTaps {
+  ConvGeometry g;
+  Tile tile;
+  Rows<const A> input;
+  const A *offset, *mask, *zeros;
+  Tap<A>* taps;  // [count, G, K]
+
+  DCN_HOST_DEVICE void operator()() const {
+    const int64_t planes = g.offset_groups * g.taps();
+    Pixel p(g, tile.first);
+    for (int64_t q = 0; q < tile.count; ++q) {
+      for (int64_t i = 0; i < planes; ++i) {
+        const Sample<A> s = g.sample<A>(p.y, p.x, i % g.taps(), offset[2 * i * tile.count + q],
+                                        offset[(2 * i + 1) * tile.count + q]);
+        const A m = mask[i * tile.count + q];
+        Tap<A>& tap = taps[q * planes + i];
+        bool reads = false;
+        for (int c = 0; c < 4; ++c) {
+          const A w = s.weight(c);
+          const bool read = s.has(c) && w != 0;
+          tap.corner[c] = read ? input.at(p.n, s.row(c), s.column(c)) : zeros;
+          tap.weight[c] = read ? w * m : s.origin();
+          reads |= read;
+        }
+        if (!reads) tap.weight[0] += 0 * m;  // mask * 0, which is NaN for a mask that is not finite
+      }
+      if (++p.x == g.out_width) p.x = 0, ++p.y;
+      if (p.y == g.out_height) p.y = 0, ++p.n;
+    }
+  }
+};
+
+template <typename A>
+DCN_HOST_DEVICE void sample_run(const Tap<A>& tap, const Run& run, A* __restrict out) {
+  const A *c0 = tap.corner[0] + run.first, *c1 = tap.corner[1] + run.first;
+  const A *c2 = tap.corner[2] + run.first, *c3 = tap.corner[3] + run.first;
+  const A w0 = tap.weight[0], w1 = tap.weight[1], w2 = tap.weight[2], w3 = tap.weight[3];
+#pragma omp simd
+  for (int64_t c = 0; c < run.count; ++c) out[c] = w0 * c0[c] + w1 * c1[c] + w2 * c2[c] + w3 * c3[c];
+}
+
+// columns[pixel, tap, channel of the block]
+template <typename A>
+struct FillTile {
+  ConvGeometry g;
+  const Block& block;
+  int64_t count;
+  const Tap<A>* taps;
+  A* columns;
+
+  DCN_HOST_DEVICE void operator()() const {
+    const int64_t kernel = g.taps(), planes = g.offset_groups * kernel;
+    for (int64_t q = 0; q < count; ++q)
+      for (int64_t k = 0; k < kernel; ++k)
+        for (const Run& run : block.runs)
+          sample_run(taps[q * planes + run.offset_group * kernel + k], run,
+                     columns + (q * kernel + k) * block.count + run.first - block.first);
+  }
+};
+
+// products[pixel, channel] = sum_k weight[k, channel] * columns[k, channel], pixel by pixel.
+template <typename A>
+struct DepthwiseTile {
+  ConvGeometry g;
+  const Block& block;
+  int64_t count;
+  const Tap<A>* taps;
+  const A* weight;
+  A *column, *products;  // [block channels] and [count, O]
+
+  DCN_HOST_DEVICE void operator()() const {
+    const int64_t planes = g.offset_groups * g.taps();
+    const Run run{block.first, block.count, block.runs.front().offset_group};
+    for (int64_t q = 0; q < count; ++q) {
+      A* __restrict out = products + q * g.out_channels + block.first;
+      for (int64_t c = 0; c < block.count; ++c) out[c] = 0;
+      for (int64_t k = 0; k < g.taps(); ++k) {
+        sample_run(taps[q * planes + run.offset_group * g.taps() + k], run, column);
+        const A* w = weight + k * block.count;
+#pragma omp simd
+        for (int64_t c = 0; c < block.count; ++c) out[c] += w[c] * column[c];
+      }
+    }
+  }
+};
+
+// output = products + bias, 16 outputs at a time: products are [pixel, output], the output may have any strides.
+template <typename A, typename S>
+struct StoreTile {
+  int64_t count, outputs, channel_stride;
+  const A* products;
+  const S* bias;
+  const int64_t* at;
+  S* output;
+
+  DCN_HOST_DEVICE void operator()() const {
+    for (int64_t first = 0; first < outputs; first += 16) {
+      const int64_t width = outputs - first < 16 ? outputs - first : 16;
+      A start[16] = {};
+      if (bias)
+        for (int64_t o = 0; o < width; ++o) start[o] = static_cast<A>(bias[first + o]);
+      for (int64_t q = 0; q < count; ++q)
+        for (int64_t o = 0; o < width; ++o)
+          output[at[q] + (first + o) * channel_stride] = static_cast<S>(products[q * outputs + first + o] + start[o]);
+    }
+  }
+};
+
+template <typename S, typename F>
+void forward(const ConvArguments& a, const ConvGeometry& g, const Tensor& output) {
+  using A = Accumulate<S>;
+  const int64_t planes = g.offset_groups * g.taps();
+  const std::vector<Block> blocks = make_blocks(g, 256);
+  int64_t widest = 0;
+  for (const Block& b : blocks) widest = std::max(widest, b.count);
+
+  const Tensor packed = torch::stable::new_empty(a.input, {a.weight.numel()}, scalar_type_of<A>());
+  A* const weight = static_cast<A*>(packed.data_ptr());
+  for_each_weight(g, blocks, view<const S>(a.weight),
+                  [weight](const S& w, int64_t at) { weight[at] = static_cast<A>(w); });
+  const Tensor zero_row = torch::stable::new_zeros(a.input, {g.channels}, scalar_type_of<A>());
+  const A* const zeros = static_cast<const A*>(zero_row.data_ptr());
+
+  const View<const S> input = view<const S>(a.input);
+  const View<S> out = view<S>(output);
+  const Displacement<A, F> where = displacement<S, F>(a);
+  const S* const bias = a.bias ? static_cast<const S*>(a.bias->data_ptr()) : nullptr;
+  const bool direct = is_rows<S>(a.input);
+  const int64_t held = direct ? g.batch : images_at_a_time<A>(g);
+  const Tensor buffer = torch::stable::new_empty(a.input, {direct ? 0 : held * g.channels * g.height * g.width},
+                                                 scalar_type_of<A>());
+  for (int64_t image = 0; image < g.batch; image += held) {
+    const int64_t images = std::min(held, g.batch - image);
+    Rows<const A> rows{};
+    if (direct) {
+      rows = {reinterpret_cast<const A*>(input.data), input.n, input.h, input.w};
+    } else {
+      const Rows<A> staged = dense_rows(g, static_cast<A*>(buffer.data_ptr()));
+      transpose_images<true>(g, input, image, images, staged);
+      rows = {staged.data, staged.n, staged.h, staged.w};
+    }
+    const int64_t pixels = images * g.out_pixels();
+    const int64_t per_tile = tile_size(g, pixels, g.taps() * widest * static_cast<int64_t>(sizeof(A)),
+                                       torch::stable::get_num_threads());
+    torch::stable::parallel_for(0, divide_up(pixels, per_tile), 1, [&](int64_t begin, int64_t end) {
+      A* const columns = thread_scratch<A, 0>(per_tile * g.taps() * widest);
+      A* const products = thread_scratch<A, 1>(per_tile * g.out_channels);
+      A* const offset = thread_scratch<A, 2>(per_tile * planes * 3);
+      Tap<A>* const taps = thread_scratch<Tap<A>, 3>(per_tile * planes);
+      int64_t* const at = thread_scratch<int64_t, 4>(per_tile);
+      for (int64_t t = begin; t < end; ++t) {
+        const Tile tile{t * per_tile, std::min(per_tile, pixels - t * per_tile)};
+        A* const mask = offset + 2 * planes * tile.count;
+        load_displacement(g, tile, where, image, at, offset, mask);
+        run_vectorised(FindTaps<A>{g, tile, rows, offset, mask, zeros, taps});
+        for (const Block& b : blocks) {
+          if (b.depthwise) {
+            run_vectorised(DepthwiseTile<A>{g, b, tile.count, taps, weight + b.weight_at, columns, products});
+            continue;
+          }
+          run_vectorised(FillTile<A>{g, b, tile.count, taps, columns});
+          const int64_t depth = g.taps() * b.count, outputs = g.group_outputs();
+          Cpu::multiply(
+              matrix(products + b.group * outputs, tile.count, outputs, g.out_channels, 1, a.input),
+              matrix(columns, tile.count, depth, depth, 1, a.input),
+              matrix(weight + b.weight_at, depth, outputs, 1, depth, a.input),
+              b.first > b.group * g.group_channels());  // later blocks of a group add to the first
+        }
+        locate_pixels(g, tile, out, image, at);
+        run_vectorised(StoreTile<A, S>{tile.count, g.out_channels, out.c, products, bias, at, out.data});
+      }
+    });
+  }
+}
+
+}  // namespace dcn::tiles

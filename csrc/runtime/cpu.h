@@ -1,0 +1,87 @@
+// The CPU as a device: torch's own thread pool, torch's own matrix product, and the instruction set chosen at run time.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include <memory>
+
+#include "tensor.h"
+
+namespace dcn {
+
+struct Cpu {
+  // Products are kept in the type of sums.
+  template <typename S>
+  using Product = Accumulate<S>;
+  static constexpr int64_t column_bytes = 4 << 20;
+
+  template <typename Body>
+  static void for_each(const Body& body, const Tensor& /*device*/) {
+    constexpr int64_t grain = 1024;
+    torch::stable::parallel_for(0, body.size(), grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) body(i);
+    });
+  }
+
+  // out = a @ b, or out += a @ b. Straight to the CPU kernel: safe in worker threads, where it runs on one core.
+  static void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate = false) {
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        accumulate ? aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0)
+                   : aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+  }
+};
+
+#if defined(__GNUC__) && defined(__x86_64__)
+// The same body compiled for newer instruction sets. Everything a body calls in its loops must be DCN_HOST_DEVICE
+// (always inlined): a function that is called keeps the instruction set it was compiled for.
+template <typename Body>
+__attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))) void run_v4(const Body& body) {
+  body();
+}
+template <typename Body>
+__attribute__((target("arch=x86-64-v3"))) void run_v3(const Body& body) {
+  body();
+}
+
+inline int x86_level() {
+  static const int level = [] {
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd"))
+      return 4;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return 3;
+    return 1;
+  }();
+  return level;
+}
+
+template <typename Body>
+void run_vectorised(const Body& body) {
+  if (x86_level() >= 4) return run_v4(body);
+  if (x86_level() >= 3) return run_v3(body);
+  body();
+}
+#else
+template <typename Body>
+void run_vectorised(const Body& body) {
+  body();
+}
+#endif
+
+// Scratch of one thread, kept between calls: fresh pages cost more than small tiles do.
+template <typename A, int Slot>
+A* thread_scratch(int64_t count) {
+  struct Buffer {
+    std::unique_ptr<A[]> data;
+    int64_t capacity = 0;
+  };
+  static thread_local Buffer buffer;
+  if (buffer.capacity < count) {
+    buffer.data.reset();
+    buffer.data.reset(new A[count]);
+    buffer.capacity = count;
+  }
+  return buffer.data.get();
+}
+
+}  // namespace dcn

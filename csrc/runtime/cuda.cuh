@@ -1,0 +1,48 @@
+// CUDA as a device: the current stream, one thread per element, torch's own matrix product.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
+#include <torch/csrc/stable/macros.h>
+
+#include <algorithm>
+
+#include "tensor.h"
+
+namespace dcn {
+
+template <typename Body>
+__global__ void run_body(const Body body) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < body.size(); i += step) body(i);
+}
+
+struct Cuda {
+  // Products of half types stay half: the tensor cores multiply those, with float sums.
+  template <typename S>
+  using Product = S;
+  static constexpr int64_t column_bytes = 48 << 20;  // about the L2 of a large GPU, so that columns stay on the chip
+
+  static cudaStream_t stream(const Tensor& on) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
+    return static_cast<cudaStream_t>(stream);
+  }
+
+  template <typename Body>
+  static void for_each(const Body& body, const Tensor& on) {
+    if (body.size() == 0) return;
+    constexpr int64_t threads = 256;
+    const int64_t blocks = std::min<int64_t>((body.size() + threads - 1) / threads, 1 << 20);
+    run_body<<<static_cast<unsigned>(blocks), threads, 0, stream(on)>>>(body);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+  static void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate = false) {
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        accumulate ? aoti_torch_cuda_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0)
+                   : aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
+  }
+};
+
+}  // namespace dcn

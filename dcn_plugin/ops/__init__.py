@@ -1,0 +1,9 @@
+"""The operators, as functions of tensors. They need torch alone."""
+
+from .. import _extension
+
+_extension.load()
+
+from .deform_conv2d import deform_conv2d  # noqa: E402  (registrations refer to schemas that the library defines)
+
+__all__ = ["deform_conv2d"]
