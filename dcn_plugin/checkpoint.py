@@ -1,5 +1,380 @@
-"""Checkpoint loading (being filled in)."""
+"""Read checkpoint files safely and load weights that other projects named differently."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layers.conv import OffsetConv, rename_offset_keys, sigmoid_note
+
+logger = logging.getLogger("dcn_plugin")
+
+# Where training frameworks put the weights in what they save, tried in this order.
+_NESTS = ("state_dict", "model", "model_state_dict", "model_state", "state_dict_ema", "model_ema", "ema_state_dict")
+# What wrappers, detectors and Lightning modules put before a backbone's names, tried in this order.
+_PREFIXES = ("module.", "model.", "backbone.", "module.backbone.", "model.backbone.", "_orig_mod.", "module.model.")
+
+# detectron2's ResNet in torchvision's (hence timm's and mmdetection's) names; conv2_offset is renamed by the layers.
+_DETECTRON2 = tuple(
+    (re.compile(pattern), new)
+    for pattern, new in (
+        (r"^(?:backbone\.)?(?:bottom_up\.)?stem\.conv(\d)\.norm\.", r"bn\1."),
+        (r"^(?:backbone\.)?(?:bottom_up\.)?stem\.conv(\d)\.", r"conv\1."),
+        (r"^(?:backbone\.)?(?:bottom_up\.)?res2\.", "layer1."),
+        (r"^(?:backbone\.)?(?:bottom_up\.)?res3\.", "layer2."),
+        (r"^(?:backbone\.)?(?:bottom_up\.)?res4\.", "layer3."),
+        (r"^(?:backbone\.)?(?:bottom_up\.)?res5\.", "layer4."),
+        (r"^(layer\d\.\d+\.)conv(\d)\.norm\.", r"\1bn\2."),
+        (r"^(layer\d\.\d+\.)shortcut\.norm\.", r"\1downsample.1."),
+        (r"^(layer\d\.\d+\.)shortcut\.", r"\1downsample.0."),
+    )
+)
+_DETECTRON2_MARK = re.compile(r"(^|\.)res[2-5]\.\d+\.conv\d\.")
 
 
-def load_checkpoint(model, source, **options):
-    raise NotImplementedError
+@dataclass
+class LoadReport:
+    """What :func:`load_checkpoint` did, name by name; prints as text.
+
+    Attributes:
+        source: the file, or 'state dict'.
+        loaded: names in the model that got a value.
+        renamed: old name in the source to new name in the model.
+        missing: names in the model that the source lacks.
+        unexpected: names in the source that the model lacks.
+        mismatched: name to (shape in the source, shape in the model).
+        allowed: names among the three above that ``allow_*`` patterns allowed, or that are BatchNorm's
+            ``num_batches_tracked``, which older files lack; they keep the model's value.
+        outside: names in the source outside ``prefix``, left alone.
+        notes: what else was decided or should be known.
+    """
+
+    source: str
+    loaded: list[str] = field(default_factory=list)
+    renamed: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    allowed: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def problems(self) -> list[str]:
+        """What ``strict=True`` refuses, as sentences; empty where everything fits."""
+        allowed = set(self.allowed)
+        missing = [name for name in self.missing if name not in allowed]
+        unexpected = [name for name in self.unexpected if name not in allowed]
+        mismatched = [name for name in self.mismatched if name not in allowed]
+        found = []
+        if missing:
+            found.append(f"{len(missing)} missing (in the model, not in the source): {', '.join(missing)}")
+        if unexpected:
+            found.append(f"{len(unexpected)} unexpected (in the source, not in the model): {', '.join(unexpected)}")
+        for name in mismatched:
+            given, wanted = self.mismatched[name]
+            found.append(f"shape of {name}: source has {list(given)}, model has {list(wanted)}")
+        return found
+
+    def __str__(self) -> str:
+        lines = [f"{self.source}: {len(self.loaded)} tensors loaded"]
+        lines += [f"  note: {note}" for note in self.notes]
+        lines += [f"  renamed: {old} -> {new}" for old, new in self.renamed.items()]
+        lines += [f"  {problem}" for problem in self.problems]
+        if self.allowed:
+            lines.append(f"  {len(self.allowed)} not loaded, as allowed: {', '.join(self.allowed)}")
+        if self.outside:
+            lines.append(f"  {len(self.outside)} outside the prefix: {', '.join(self.outside)}")
+        return "\n".join(lines)
+
+
+def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> dict[str, Any]:
+    """Read the weights in a file, without ever executing code from it.
+
+    ``.safetensors`` files are read by safetensors, all others by ``torch.load(weights_only=True)``.
+
+    Args:
+        path: file on disk.
+        key: entry of the file that holds the weights; by default one of ``state_dict``, ``model``,
+            ``model_state_dict``, ``model_state``, ``state_dict_ema``, ``model_ema``, ``ema_state_dict``, or the
+            file itself.
+
+    Returns:
+        Names to tensors, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, holds objects that are code (the message names them and the remedy), or no
+            weights.
+        ImportError: a ``.safetensors`` file without safetensors installed.
+
+    Example::
+
+        >>> import torch, tempfile
+        >>> from dcn_plugin.checkpoint import read_checkpoint
+        >>> with tempfile.NamedTemporaryFile(suffix=".pth") as file:
+        ...     torch.save({"state_dict": {"weight": torch.zeros(2)}, "epoch": 3}, file.name)
+        ...     list(read_checkpoint(file.name))
+        ['weight']
+    """
+    return _unwrap(_read(path), key, str(path), [])
+
+
+def load_checkpoint(
+    model: nn.Module,
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    strict: bool = True,
+    prefix: str | None = None,
+    key: str | None = None,
+    allow_missing: str | Sequence[str] = (),
+    allow_unexpected: str | Sequence[str] = (),
+    allow_mismatched: str | Sequence[str] = (),
+) -> LoadReport:
+    """Load weights from a file or state dict, whichever of the known layouts it has, and report every difference.
+
+    Understood: timm, torchvision and mmdetection ResNets (the names used here); detectron2's (``bottom_up.res3.0...``);
+    ``conv2_offset`` (detectron2, mmdetection before 2.0) and ``conv2.conv_offset_mask`` (chengdazhi, CharlesShang) for
+    ``conv2.conv_offset``. Everything is compared before anything is copied: after an error the model is as it was.
+
+    Args:
+        model: receives the weights.
+        source: path of a file (see :func:`read_checkpoint`) or a state dict.
+        strict: raise if a name is missing or unexpected or a shape differs. False loads what fits and reports the rest.
+        prefix: use the names that start with this and drop it, e.g. ``'backbone.'`` of a detector. By default the
+            names as they are or, if none of them fits the model, the first usual prefix that does (reported).
+        key: entry of the file that holds the weights, see :func:`read_checkpoint`.
+        allow_missing: glob or globs of model names that may be absent from the source. A plain ResNet goes into a
+            deformable one with ``'*.conv_offset.*'``.
+        allow_unexpected: globs of source names the model may lack, e.g. ``'fc.*'``.
+        allow_mismatched: globs of names that keep the model's value where the shape differs, e.g. ``'fc.*'``.
+
+    Returns:
+        A printable :class:`LoadReport`, which is also logged ('dcn_plugin', INFO; WARNING where there are notes).
+
+    Raises:
+        RuntimeError: ``strict`` and something does not fit; the message lists every name.
+        ValueError: the file cannot be read, or ``prefix`` fits nothing.
+        TypeError: an argument has the wrong type, or the state dict holds something other than tensors.
+
+    Example::
+
+        >>> from torch import nn
+        >>> import dcn_plugin
+        >>> plain, model = (nn.Sequential(nn.Conv2d(3, 8, 3, padding=1)) for _ in range(2))
+        >>> _ = dcn_plugin.convert(model, dict(match="0", layer=dict(type="DCNv2")))
+        >>> report = dcn_plugin.load_checkpoint(model, plain.state_dict(), allow_missing="*.conv_offset.*")
+        >>> report.loaded, report.allowed
+        (['0.weight', '0.bias'], ['0.conv_offset.weight', '0.conv_offset.bias'])
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    patterns = {
+        name: _globs(name, value)
+        for name, value in dict(
+            allow_missing=allow_missing, allow_unexpected=allow_unexpected, allow_mismatched=allow_mismatched
+        ).items()
+    }
+    if isinstance(source, Mapping):
+        report, content = LoadReport("state dict"), source
+    elif isinstance(source, (str, os.PathLike)):
+        report, content = LoadReport(os.fspath(source)), _read(source)
+    else:
+        raise TypeError(f"source must be a path or a state dict, got {type(source).__name__}")
+    state = _unwrap(content, key, report.source, report.notes)
+    own = model.state_dict()
+    if prefix is not None:
+        state = _strip(state, prefix, report)
+        if not state:
+            raise ValueError(f"prefix {prefix!r} is not the start of any name in {report.source}")
+    if any(map(_DETECTRON2_MARK.search, state)):
+        state = _rename_detectron2(state, report)
+    elif prefix is None:
+        state = _strip(state, _usual_prefix(state, own), report)
+
+    earlier = {new: old for old, new in report.renamed.items()}
+    renamed = rename_offset_keys(model, state)
+    for old, new in renamed.items():
+        report.renamed[earlier.get(old, old)] = new
+    if renamed and sigmoid_note(model):
+        report.notes.append(sigmoid_note(model))
+
+    _compare(model, own, state, report, patterns)
+    if strict and report.problems:
+        text = "\n  ".join([*report.problems, *(f"note: {note}" for note in report.notes)])
+        raise RuntimeError(f"{report.source} does not fit {type(model).__name__}; nothing was loaded:\n  {text}")
+    # strict=False: what is missing has been decided above.
+    model.load_state_dict(_State({name: state[name] for name in report.loaded}, state.metadata), strict=False)
+    logger.log(logging.WARNING if report.notes else logging.INFO, "%s", report)
+    return report
+
+
+class _State(dict[str, Any]):
+    """A state dict with the module versions that ``load_state_dict`` looks for in ``_metadata``."""
+
+    def __init__(self, items: Mapping[str, Any], metadata: Mapping[str, Any] | None) -> None:
+        super().__init__(items)
+        self.metadata = metadata
+        if metadata is not None:
+            self._metadata = metadata
+
+
+def _globs(name: str, value: Any) -> list[str]:
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, Sequence) or not all(isinstance(item, str) for item in items):
+        raise TypeError(f"{name} must be a glob or a list of globs, got {value!r}")
+    return list(items)
+
+
+def _read(path: str | os.PathLike[str]) -> Any:
+    file = Path(path)
+    if not file.is_file():
+        hint = ": download it first" if "://" in os.fspath(path) else ""
+        raise FileNotFoundError(f"no checkpoint file {os.fspath(path)!r}{hint}")
+    if file.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise ImportError(f"reading {file} needs safetensors: pip install safetensors") from None
+        try:
+            return load_file(file)
+        except Exception as error:
+            raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(_explain_unsafe(file, error)) from error
+    except Exception as error:
+        raise ValueError(f"{file} is not a readable checkpoint: {type(error).__name__}: {error}") from error
+
+
+def _explain_unsafe(file: Path, error: Exception) -> str:
+    if not zipfile.is_zipfile(file):
+        return (
+            f"{file} was not written by torch.save, or by one older than 1.6 together with objects that are code, so it "
+            "is not read. If you trust it (detectron2's .pkl files are of this kind), read it yourself, for "
+            "example with pickle.load, and pass the state dict to load_checkpoint"
+        )
+    classes = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    if not classes:
+        return f"{file} is not a readable checkpoint: {error}"
+    return (
+        f"{file} holds more than weights: objects of {', '.join(classes)}. Creating those means running code from the "
+        "file, so it is not read. If you trust these classes, import them and read the file inside "
+        f"'with torch.serialization.safe_globals([{', '.join(name.rpartition('.')[2] for name in classes)}]):'. "
+        "Files of MMEngine training runs hold such objects in 'message_hub'; "
+        "saving only their 'state_dict' once, in the environment that made them, removes them for good"
+    )
+
+
+def _unwrap(content: Any, key: str | None, source: str, notes: list[str]) -> _State:
+    if not isinstance(content, Mapping):
+        what = "a whole pickled model" if isinstance(content, nn.Module) else f"a {type(content).__name__}"
+        raise ValueError(f"{source} holds {what}, not a dict of weights")
+    if key is not None:
+        if not isinstance(content.get(key), Mapping):
+            raise ValueError(f"{source} has no dict of weights under {key!r}; it has {', '.join(map(repr, content))}")
+        content = content[key]
+    while nests := [name for name in _NESTS if isinstance(content.get(name), Mapping)]:
+        if len(nests) > 1:
+            notes.append(f"took {nests[0]!r}; the file also holds {', '.join(map(repr, nests[1:]))} (choose with key=)")
+        content = content[nests[0]]
+    state = _State(content, getattr(content, "_metadata", None))
+    for name, value in state.items():
+        if hasattr(value, "__array__") and not isinstance(value, Tensor):
+            state[name] = torch.as_tensor(value)
+        elif not isinstance(value, Tensor) and not str(name).endswith("_extra_state"):
+            raise TypeError(
+                f"{source}: entry {name!r} is a {type(value).__name__}, not a tensor; "
+                "if the weights are deeper inside, say where with key="
+            )
+    if not state:
+        raise ValueError(f"{source} holds no weights")
+    return state
+
+
+def _usual_prefix(state: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    def hits(prefix: str) -> int:
+        return sum(name.startswith(prefix) and name[len(prefix) :] in own for name in state)
+
+    # max() takes the first of equals: the names as they are.
+    return max(("", *_PREFIXES), key=hits)
+
+
+def _strip(state: _State, prefix: str, report: LoadReport) -> _State:
+    if not prefix:
+        return state
+    report.outside += [name for name in state if not name.startswith(prefix)]
+    inside = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+    report.notes.append(f"prefix {prefix!r} removed from {len(inside)} names")
+    versions = state.metadata and {k[len(prefix) :]: v for k, v in state.metadata.items() if k.startswith(prefix)}
+    return _State(inside, versions)
+
+
+def _rename_detectron2(state: _State, report: LoadReport) -> _State:
+    result = {}
+    for old, value in state.items():
+        new = old
+        for pattern, replacement in _DETECTRON2:
+            new = pattern.sub(replacement, new)
+        if new == old:
+            report.outside.append(old)
+        else:
+            result[new] = value
+            report.renamed[old] = new
+    report.notes.append(
+        "detectron2's names; its ResNets are mostly trained on BGR images in 0..255, and with the stride in conv1 "
+        "(STRIDE_IN_1X1): see the config the file came with"
+    )
+    return _State(result, None)
+
+
+def _compare(
+    model: nn.Module,
+    own: Mapping[str, Any],
+    state: Mapping[str, Any],
+    report: LoadReport,
+    patterns: Mapping[str, list[str]],
+) -> None:
+    def allow(name: str, kind: str) -> None:
+        if any(fnmatchcase(name, pattern) for pattern in patterns[kind]):
+            report.allowed.append(name)
+
+    def storage(tensor: Tensor) -> tuple[int, torch.Size]:
+        return tensor.data_ptr(), tensor.shape
+
+    # Files without duplicates (safetensors) hold a tensor that the model has under two names only once.
+    given = {storage(value) for name, value in own.items() if name in state and isinstance(value, Tensor)}
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, OffsetConv)}
+    for name, value in own.items():
+        if name not in state:
+            if isinstance(value, Tensor) and value.data_ptr() and storage(value) in given:
+                continue
+            report.missing.append(name)
+            if name.endswith("num_batches_tracked"):
+                report.allowed.append(name)
+            else:
+                allow(name, "allow_missing")
+        elif isinstance(value, Tensor) and isinstance(state[name], Tensor) and value.shape != state[name].shape:
+            report.mismatched[name] = (tuple(state[name].shape), tuple(value.shape))
+            allow(name, "allow_mismatched")
+            layer = layers.get(name.removesuffix(".conv_offset.weight"))
+            if layer is not None and name.endswith(".conv_offset.weight"):
+                report.notes.append(layer.explain_mismatch(name, state[name].shape))
+        else:
+            report.loaded.append(name)
+    for name in state:
+        if name not in own:
+            report.unexpected.append(name)
+            allow(name, "allow_unexpected")

@@ -189,9 +189,7 @@ class DeformConv2d(nn.Module):
         Returns:
             ``[N, O, H', W']``.
         """
-        return deform_conv2d(
-            x, offset, self.weight, self.bias, self.stride, self.padding4, self.dilation, mask
-        )
+        return deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding4, self.dilation, mask)
 
     @classmethod
     def from_conv(cls: type[Layer], conv: nn.Conv2d, **options: Any) -> Layer:
@@ -589,14 +587,15 @@ def _log_renames(module: nn.Module, renamed: dict[str, str]) -> None:
     if not renamed:
         return
     pairs = ", ".join(f"{old} -> {new}" for old, new in renamed.items())
-    logger.warning("state dict keys of an earlier layout renamed: %s%s", pairs, sigmoid_note(module))
+    note = sigmoid_note(module)
+    logger.warning("state dict keys of an earlier layout renamed: %s%s", pairs, note and f"; {note}")
 
 
 def sigmoid_note(module: nn.Module) -> str:
     """A sentence of advice where ``module`` has masks that start at 1, which earlier implementations do not; or ''."""
     if any(isinstance(m, DCNv2) and m.mask_activation == "2*sigmoid" for m in module.modules()):
         return (
-            ". Such weights were trained with mask_activation='sigmoid', but this model has '2*sigmoid': "
+            "weights in this layout were trained with mask_activation='sigmoid', but this model has '2*sigmoid': "
             "build it with mask_activation='sigmoid' to get the outputs they were trained for"
         )
     return ""
