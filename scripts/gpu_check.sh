@@ -8,7 +8,10 @@ python=${PYTHON:-python3}
 export PYTHONPATH=. PYTHONUNBUFFERED=1
 TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$("$python" -c '
 import sys
-import torch
+try:
+    import torch
+except ImportError as error:
+    sys.exit("gpu_check.sh: %s has no torch (%s); set PYTHON to one that has." % (sys.executable, error))
 if not torch.cuda.is_available():
     sys.exit("gpu_check.sh: torch %s finds no usable CUDA GPU on this machine." % torch.__version__)
 print(";".join(sorted({"%d.%d" % torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})))')}
