@@ -262,8 +262,8 @@ def _read(path: str | os.PathLike[str]) -> Any:
 def _explain_unsafe(file: Path, error: Exception) -> str:
     if not zipfile.is_zipfile(file):
         return (
-            f"{file} was not written by torch.save, or by one older than 1.6 together with objects that are code, so it "
-            "is not read. If you trust it (detectron2's .pkl files are of this kind), read it yourself, for "
+            f"{file} was not written by torch.save, or by one older than 1.6 together with objects that are code, so "
+            "it is not read. If you trust it (detectron2's .pkl files are of this kind), read it yourself, for "
             "example with pickle.load, and pass the state dict to load_checkpoint"
         )
     classes = torch.serialization.get_unsafe_globals_in_checkpoint(file)

@@ -1,0 +1,488 @@
+"""DeformConv2d, DCNv1 and DCNv2 against torch's own convolution, torchvision's operator and direct arithmetic."""
+
+import copy
+import io
+import logging
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, prune, spectral_norm
+
+from dcn_plugin.layers import LAYERS, DCNv1, DCNv2, DeformConv2d, OffsetConv
+from dcn_plugin.layers.conv import accept_sibling_offset_keys
+
+OFFSET_LAYERS = [DCNv1, DCNv2]
+GEOMETRIES = [
+    dict(kernel_size=3, padding=1),
+    dict(kernel_size=3, stride=2, padding=1, groups=2),
+    dict(kernel_size=1),
+    dict(kernel_size=(3, 5), stride=(2, 1), padding=(1, 3), bias=False),
+    dict(kernel_size=3, padding=2, dilation=2, groups=8),
+    dict(kernel_size=(2, 3), dilation=(3, 1), padding=(2, 0)),
+    dict(kernel_size=3, padding="same", dilation=(1, 2)),
+    dict(kernel_size=(4, 3), padding="same"),
+    dict(kernel_size=(2, 4), padding="same", dilation=(3, 2), groups=4),
+    dict(kernel_size=3, padding="valid"),
+]
+
+
+def shaken(layer, scale=0.5):
+    """Give conv_offset weights that move the samples."""
+    with torch.no_grad():
+        for parameter in layer.conv_offset.parameters():
+            parameter.normal_(std=scale)
+    return layer
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("cls", OFFSET_LAYERS)
+def test_fresh_layer_computes_the_convolution(cls, geometry):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 16, **geometry).double()
+    x = torch.randn(2, 8, 11, 9, dtype=torch.float64)
+    layer = cls.from_conv(conv, offset_groups=4)
+    torch.testing.assert_close(layer(x), conv(x))
+    built = cls(8, 16, **geometry, dtype=torch.float64, offset_groups=4)
+    built.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(built(x), conv(x))
+
+
+@pytest.mark.parametrize("cls", OFFSET_LAYERS)
+def test_four_sided_padding_is_that_of_a_padded_input(cls):
+    torch.manual_seed(0)
+    top, left, bottom, right = padding = (0, 1, 2, 3)
+    layer = shaken(cls(4, 6, 3, stride=(1, 2), padding=padding, dtype=torch.float64))
+    plain = cls(4, 6, 3, stride=(1, 2), dtype=torch.float64)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 4, 7, 8, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), plain(F.pad(x, (left, right, top, bottom))))
+    assert layer.conv_offset(x).shape[2:] == layer(x).shape[2:]
+
+
+@pytest.mark.parametrize("cls", OFFSET_LAYERS)
+@pytest.mark.parametrize("groups, offset_groups", [(1, 1), (2, 4), (4, 2)])
+def test_layer_is_torchvisions_operator_fed_by_conv_offset(cls, groups, offset_groups):
+    ops = pytest.importorskip("torchvision.ops")
+    torch.manual_seed(0)
+    layer = shaken(cls(8, 12, (3, 2), (2, 1), (1, 2), (1, 2), groups, offset_groups=offset_groups)).double()
+    x = torch.randn(2, 8, 9, 7, dtype=torch.float64)
+    raw = F.conv2d(x, layer.conv_offset.weight, layer.conv_offset.bias, (2, 1), (1, 2), (1, 2))
+    offset = raw[:, : 2 * 6 * offset_groups]
+    mask = 2 / (1 + torch.exp(-raw[:, 2 * 6 * offset_groups :])) if cls is DCNv2 else None
+    expected = ops.deform_conv2d(x, offset, layer.weight, layer.bias, (2, 1), (1, 2), (1, 2), mask)
+    torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_deform_conv2d_is_torchvisions_module(masked):
+    ops = pytest.importorskip("torchvision.ops")
+    torch.manual_seed(0)
+    theirs = ops.DeformConv2d(4, 6, 3, 2, 1, bias=True).double()
+    ours = DeformConv2d(4, 6, 3, 2, 1, bias=True, dtype=torch.float64, offset_groups=2)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 4, 8, 6, dtype=torch.float64)
+    offset = torch.randn(2, 36, 4, 3, dtype=torch.float64)
+    mask = torch.rand(2, 18, 4, 3, dtype=torch.float64) if masked else None
+    torch.testing.assert_close(ours(x, offset, mask), theirs(x, offset, mask))
+
+
+def test_mask_activations():
+    x = torch.randn(1, 4, 5, 5)
+    conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+    half = DCNv2.from_conv(conv, mask_activation="sigmoid")
+    torch.testing.assert_close(half(x), conv(x) / 2)
+    full = DCNv2.from_conv(conv)
+    full.conv_offset.bias.data[18:] = half.conv_offset.bias.data[18:] = 1.5
+    expected = 1 / (1 + math.exp(-1.5))
+    torch.testing.assert_close(half.offsets(x)[1], torch.full((1, 9, 5, 5), expected))
+    torch.testing.assert_close(full.offsets(x)[1], torch.full((1, 9, 5, 5), 2 * expected))
+
+
+@pytest.mark.parametrize("cls", OFFSET_LAYERS)
+def test_offset_bound(cls):
+    layer = cls(2, 2, 3, offset_bound=1.5, dtype=torch.float64)
+    x = torch.zeros(1, 2, 3, 3, dtype=torch.float64)
+    raw = torch.tensor([-1e6, -3.0, 0.0, 1e-3, 2.0, 1e6], dtype=torch.float64)
+    layer.conv_offset.bias.data[:6] = raw
+    offset = layer.offsets(x)[0]
+    torch.testing.assert_close(
+        offset[0, :6, 0, 0], torch.tensor([1.5 * math.tanh(r / 1.5) for r in raw.tolist()]).double()
+    )
+    assert offset.abs().max() <= 1.5
+    # Slope 1 at zero: the bound does not change how a fresh layer starts to learn.
+    layer.conv_offset.bias.data.zero_()
+    layer.offsets(x)[0].sum().backward()
+    torch.testing.assert_close(layer.conv_offset.bias.grad[:18], torch.ones(18, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("cls", OFFSET_LAYERS)
+def test_every_parameter_gets_a_gradient(cls):
+    torch.manual_seed(0)
+    layer = cls(4, 6, 3, padding=1, offset_groups=2)
+    x = torch.randn(2, 4, 6, 6, requires_grad=True)
+    layer(x).square().sum().backward()
+    for name, tensor in [("x", x), *layer.named_parameters()]:
+        assert tensor.grad is not None and tensor.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("cls", OFFSET_LAYERS)
+def test_gradcheck(cls):
+    torch.manual_seed(0)
+    layer = shaken(cls(2, 2, 2, offset_bound=0.9, dtype=torch.float64), scale=0.3)
+    x = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    names = list(dict(layer.named_parameters()))
+
+    def call(x, *parameters):
+        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), x)
+
+    assert torch.autograd.gradcheck(call, (x, *layer.parameters()))
+
+
+@pytest.mark.parametrize("cls", OFFSET_LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(cls, dtype):
+    torch.manual_seed(0)
+    layer = shaken(cls(4, 4, 3, padding=1), 0.05)
+    x = torch.randn(1, 4, 6, 6)
+    expected = layer(x)
+    out = copy.deepcopy(layer).to(dtype)(x.to(dtype))
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), expected, atol=0.08, rtol=0.05)
+
+
+@pytest.mark.parametrize("cls", OFFSET_LAYERS)
+def test_cpu_autocast(cls):
+    torch.manual_seed(0)
+    layer = shaken(cls(4, 4, 3, padding=1), 0.05)
+    x = torch.randn(1, 4, 6, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(x)
+    torch.testing.assert_close(out.float(), layer(x), atol=0.08, rtol=0.05)
+
+
+@pytest.mark.parametrize("cls", OFFSET_LAYERS)
+def test_initialisation_is_conv2ds(cls):
+    torch.manual_seed(3)
+    conv = nn.Conv2d(6, 4, 3, groups=2)
+    torch.manual_seed(3)
+    layer = cls(6, 4, 3, groups=2)
+    assert torch.equal(layer.weight, conv.weight) and torch.equal(layer.bias, conv.bias)
+    assert not any(p.any() for p in layer.conv_offset.parameters())
+
+
+@pytest.mark.parametrize("cls", OFFSET_LAYERS)
+def test_reset_after_meta_device_leaves_offsets_zero(cls):
+    # What FSDP and torch's own recipe do: build without storage, allocate, call every module's reset_parameters.
+    layer = cls(4, 4, 3, device="meta")
+    assert all(p.is_meta for p in layer.parameters())
+    layer.to_empty(device="cpu")
+    for module in layer.modules():
+        module.reset_parameters()
+    assert not any(p.any() for p in layer.conv_offset.parameters())
+    assert layer.weight.any()
+
+
+# from_conv
+
+
+@pytest.mark.parametrize("cls", OFFSET_LAYERS)
+def test_from_conv_shares_parameters_and_keeps_state(cls):
+    conv = nn.Conv2d(4, 8, 3, 2, 1).double().eval()
+    conv.weight.requires_grad_(False)
+    before = torch.get_rng_state()
+    layer = cls.from_conv(conv, offset_groups=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert layer.weight is conv.weight and layer.bias is conv.bias
+    assert not layer.weight.requires_grad
+    assert not layer.training and not layer.conv_offset.training
+    assert layer.conv_offset.weight.dtype == torch.float64
+    assert all(p.requires_grad and not p.any() for p in layer.conv_offset.parameters())
+    assert layer.conv_offset.weight.shape == (cls.outputs_per_tap * 18, 4, 3, 3)
+    assert isinstance(layer.conv_offset, nn.Conv2d)
+
+
+def test_from_conv_keeps_memory_format_and_meta_device():
+    conv = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
+    assert DCNv2.from_conv(conv).conv_offset.weight.is_contiguous(memory_format=torch.channels_last)
+    assert all(p.is_meta for p in DCNv2.from_conv(nn.Conv2d(4, 8, 3, device="meta")).parameters())
+
+
+def test_from_conv_accepts_a_subclass_that_computes_the_same():
+    class Named(nn.Conv2d):
+        """A plain Conv2d by another name."""
+
+    assert DCNv1.from_conv(Named(2, 2, 3)).in_channels == 2
+
+
+def test_deform_conv2d_from_conv():
+    conv = nn.Conv2d(4, 8, 3, padding=1)
+    x = torch.randn(1, 4, 5, 5)
+    torch.testing.assert_close(DeformConv2d.from_conv(conv)(x, torch.zeros(1, 18, 5, 5)), conv(x))
+
+
+class OwnForward(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class OwnConvForward(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight * 2, bias)
+
+
+class MoreState(nn.Conv2d):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.register_buffer("scale", torch.ones(1))
+
+
+def hooked(conv, kind="register_forward_hook"):
+    def my_hook(*args):
+        return None
+
+    getattr(conv, kind)(my_hook)
+    return conv
+
+
+def replaced_forward():
+    conv = nn.Conv2d(4, 4, 3)
+    conv.forward = lambda x: x
+    return conv
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: OwnForward(4, 4, 3), "OwnForward.*forward of its own"),
+        (lambda: OwnConvForward(4, 4, 3), "OwnConvForward.*forward of its own"),
+        (lambda: MoreState(4, 4, 3), "MoreState holds more.*scale"),
+        (replaced_forward, "forward replaced"),
+        (lambda: nn.ConvTranspose2d(4, 4, 3), "ConvTranspose2d"),
+        (lambda: nn.Conv1d(4, 4, 3), "Conv1d"),
+        (lambda: nn.BatchNorm2d(4), "BatchNorm2d"),
+        (lambda: DCNv2(4, 4, 3), "DCNv2"),
+        (lambda: nn.LazyConv2d(4, 3), "LazyConv2d is lazy"),
+        (lambda: nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "padding_mode='reflect'"),
+        (lambda: parametrizations.weight_norm(nn.Conv2d(4, 4, 3)), "parametrised weight.*remove_parametrizations"),
+        (lambda: nn.utils.weight_norm(nn.Conv2d(4, 4, 3)), "computes its weight from weight_g, weight_v"),
+        (lambda: spectral_norm(nn.Conv2d(4, 4, 3)), "computes its weight from weight_orig"),
+        (lambda: prune.l1_unstructured(nn.Conv2d(4, 4, 3), "weight", 0.5), "computes its weight from weight_orig"),
+        (lambda: hooked(nn.Conv2d(4, 4, 3)), "hooks.*my_hook"),
+        (lambda: hooked(nn.Conv2d(4, 4, 3), "register_forward_pre_hook"), "hooks.*my_hook"),
+        (lambda: hooked(nn.Conv2d(4, 4, 3), "register_full_backward_hook"), "hooks.*my_hook"),
+    ],
+)
+def test_from_conv_refuses_by_name(make, words):
+    with pytest.raises(TypeError, match=words):
+        DCNv2.from_conv(make())
+
+
+def test_from_conv_refuses_timm_convolutions_with_their_own_forward():
+    layers = pytest.importorskip("timm.layers")
+    for name in ("Conv2dSame", "StdConv2d", "ScaledStdConv2d"):
+        with pytest.raises(TypeError, match=f"{name}.*forward of its own"):
+            DCNv2.from_conv(getattr(layers, name)(4, 4, 3))
+
+
+def test_from_conv_names_unknown_options():
+    with pytest.raises(TypeError, match="DCNv1 has no option 'mask_activation'.*offset_groups, offset_bound"):
+        DCNv1.from_conv(nn.Conv2d(4, 4, 3), mask_activation="sigmoid")
+
+
+# Bad arguments
+
+BAD_ARGUMENTS = [
+    (dict(in_channels=0), ValueError, "in_channels must be at least 1, got 0"),
+    (dict(in_channels=4.0), TypeError, "in_channels must be an integer, got 4.0"),
+    (dict(out_channels=-1), ValueError, "out_channels must be at least 1"),
+    (dict(out_channels="8"), TypeError, "out_channels must be an integer"),
+    (dict(kernel_size=0), ValueError, "kernel_size must be at least 1"),
+    (dict(kernel_size=(3, 3, 3)), ValueError, "kernel_size must be an integer or 2 integers, got 3"),
+    (dict(kernel_size=None), TypeError, "kernel_size must be an integer"),
+    (dict(stride=0), ValueError, "stride must be at least 1"),
+    (dict(stride=(1, 1.5)), TypeError, "stride must be an integer"),
+    (dict(stride=True), TypeError, "stride must be an integer"),
+    (dict(padding=-1), ValueError, "padding must be at least 0"),
+    (dict(padding=(1, 2, 3)), ValueError, "padding must be an integer or 2 or 4 integers, got 3"),
+    (dict(padding=(0, 0, 0, -1)), ValueError, "padding must be at least 0"),
+    (dict(padding="full"), ValueError, "padding must be 'same', 'valid'"),
+    (dict(padding="same", stride=2), ValueError, "padding='same' needs stride 1"),
+    (dict(dilation=0), ValueError, "dilation must be at least 1"),
+    (dict(dilation=()), ValueError, "dilation must be"),
+    (dict(groups=0), ValueError, "groups must be at least 1"),
+    (dict(groups=3), ValueError, "in_channels must be divisible by groups, got 4 and 3"),
+    (dict(groups=4), ValueError, "out_channels must be divisible by groups, got 6 and 4"),
+    (dict(padding_mode="circular"), ValueError, "padding_mode must be 'zeros', got 'circular'"),
+    (dict(dtype=torch.int64), ValueError, "dtype must be a real floating-point dtype, got torch.int64"),
+    (dict(dtype=torch.complex64), ValueError, "dtype must be a real"),
+    (dict(offset_groups=0), ValueError, "offset_groups must be at least 1"),
+    (dict(offset_groups=3), ValueError, "in_channels must be divisible by offset_groups, got 4 and 3"),
+]
+BAD_OPTIONS = [
+    (dict(offset_bound=0), ValueError, "offset_bound must be positive"),
+    (dict(offset_bound=-2.0), ValueError, "offset_bound must be positive"),
+    (dict(offset_bound=math.inf), ValueError, "offset_bound must be positive and finite"),
+    (dict(offset_bound=math.nan), ValueError, "offset_bound must be positive and finite"),
+    (dict(offset_bound="2"), TypeError, "offset_bound must be a number"),
+    (dict(offset_bound=True), TypeError, "offset_bound must be a number"),
+]
+
+
+@pytest.mark.parametrize("arguments, error, words", BAD_ARGUMENTS, ids=str)
+@pytest.mark.parametrize("cls", LAYERS.values())
+def test_bad_argument_is_named(cls, arguments, error, words):
+    with pytest.raises(error, match=words):
+        cls(**dict(in_channels=4, out_channels=6, kernel_size=3) | arguments)
+
+
+@pytest.mark.parametrize("arguments, error, words", BAD_OPTIONS, ids=str)
+@pytest.mark.parametrize("cls", OFFSET_LAYERS)
+def test_bad_option_is_named(cls, arguments, error, words):
+    with pytest.raises(error, match=words):
+        cls(4, 6, 3, **arguments)
+
+
+@pytest.mark.parametrize("value", ["softmax", None, 2])
+def test_bad_mask_activation_is_named(value):
+    with pytest.raises(ValueError, match="mask_activation must be '2[*]sigmoid' or 'sigmoid'"):
+        DCNv2(4, 6, 3, mask_activation=value)
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 8), (1, 3, 8, 8), (1, 4, 8), (1, 4, 8, 8, 1)], ids=str)
+@pytest.mark.parametrize("cls", OFFSET_LAYERS)
+def test_bad_input_is_named(cls, shape):
+    with pytest.raises(ValueError, match=r"input must be \[N, 4, H, W\], got"):
+        cls(4, 6, 3)(torch.zeros(shape))
+
+
+def test_v1_offset_given_with_a_v2_mask_is_refused():
+    layer = DeformConv2d(4, 4, 3, padding=1)
+    with pytest.raises(ValueError, match="mask"):
+        layer(torch.zeros(1, 4, 5, 5), torch.zeros(1, 18, 5, 5), torch.zeros(1, 18, 5, 5))
+    with pytest.raises(ValueError, match="offset"):
+        layer(torch.zeros(1, 4, 5, 5), torch.zeros(1, 27, 5, 5))
+
+
+# repr, copies, state dicts
+
+
+def test_extra_repr_shows_what_differs_from_the_default():
+    text = repr(DCNv2(4, 8, 3, 2, 1, 2, 2, bias=False, offset_groups=4, offset_bound=2.5, mask_activation="sigmoid"))
+    assert text.startswith("DCNv2(")
+    for part in (
+        "4, 8, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), dilation=(2, 2), groups=2, bias=False",
+        "offset_groups=4, offset_bound=2.5, mask_activation='sigmoid'",
+        "(conv_offset): OffsetPredictor(4, 108, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), dilation=(2, 2))",
+    ):
+        assert part in text
+    assert repr(DeformConv2d(4, 8, 1)) == "DeformConv2d(4, 8, kernel_size=(1, 1), stride=(1, 1))"
+    assert "padding='same'" in repr(DCNv1(4, 8, 3, padding="same"))
+    assert "extra_padding(left, right, top, bottom)=(0, 1, 0, 1)" in repr(DCNv1(4, 8, 2, padding="same"))
+
+
+@pytest.mark.parametrize("cls", OFFSET_LAYERS)
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_compute_the_same(cls, copier):
+    layer = shaken(cls(4, 4, (2, 3), padding="same", offset_groups=2, offset_bound=3.0))
+    x = torch.randn(1, 4, 5, 5)
+    twin = copier(layer)
+    assert repr(twin) == repr(layer) and twin.weight is not layer.weight
+    torch.testing.assert_close(twin(x), layer(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cls", OFFSET_LAYERS)
+def test_state_dict_round_trip(cls):
+    layer = shaken(cls(4, 4, 3, padding=1))
+    assert list(layer.state_dict()) == ["weight", "bias", "conv_offset.weight", "conv_offset.bias"]
+    assert layer.state_dict()._metadata[""]["version"] == 2
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    other = cls(4, 4, 3, padding=1)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    x = torch.randn(1, 4, 5, 5)
+    torch.testing.assert_close(other(x), layer(x), rtol=0, atol=0)
+
+
+def block(**options):
+    return nn.Sequential(nn.Conv2d(4, 4, 1), nn.ModuleDict({"conv2": DCNv2(4, 4, 3, **options)}))
+
+
+def test_plain_load_takes_conv_offset_mask_keys(caplog):
+    source, target = block(mask_activation="sigmoid"), block(mask_activation="sigmoid")
+    shaken(source[1]["conv2"])
+    old = {name.replace("conv_offset.", "conv_offset_mask."): value for name, value in source.state_dict().items()}
+    target.load_state_dict(old)
+    assert torch.equal(target[1]["conv2"].conv_offset.weight, source[1]["conv2"].conv_offset.weight)
+    assert "1.conv2.conv_offset_mask.weight -> 1.conv2.conv_offset.weight" in caplog.text
+    assert "trained with mask_activation" not in caplog.text
+
+
+def test_plain_load_takes_sibling_keys_once_the_model_accepts_them(caplog):
+    source, target = block(), block()
+    shaken(source[1]["conv2"])
+    old = {name.replace("conv2.conv_offset.", "conv2_offset."): value for name, value in source.state_dict().items()}
+    with pytest.raises(RuntimeError, match="1.conv2_offset.weight"):
+        target.load_state_dict(old)
+    accept_sibling_offset_keys(target)
+    for model in (target, copy.deepcopy(target), pickle.loads(pickle.dumps(target)), nn.Sequential(target)):
+        prefix = "0." if model[0] is target else ""
+        model.load_state_dict({prefix + name: value for name, value in old.items()})
+        inner = model[0] if prefix else model
+        assert torch.equal(inner[1]["conv2"].conv_offset.weight, source[1]["conv2"].conv_offset.weight)
+    assert "1.conv2_offset.bias -> 1.conv2.conv_offset.bias" in caplog.text
+    # The layouts that need renaming come from projects that used the plain sigmoid.
+    assert "build it with mask_activation='sigmoid'" in caplog.text
+
+
+def test_old_keys_beside_new_ones_are_not_swallowed():
+    layer = DCNv2(4, 4, 3)
+    state = layer.state_dict()
+    state["conv_offset_mask.weight"] = state["conv_offset.weight"]
+    with pytest.raises(RuntimeError, match="Unexpected.*conv_offset_mask.weight"):
+        layer.load_state_dict(state)
+
+
+def test_native_keys_load_without_a_word(caplog):
+    with caplog.at_level(logging.DEBUG):
+        block().load_state_dict(block().state_dict())
+    assert not caplog.records
+
+
+def test_plain_convolution_weights_lack_conv_offset():
+    with pytest.raises(RuntimeError, match='Missing.*"conv_offset.weight", "conv_offset.bias"'):
+        DCNv2(4, 4, 3).load_state_dict(nn.Conv2d(4, 4, 3).state_dict())
+    result = DCNv2(4, 4, 3).load_state_dict(nn.Conv2d(4, 4, 3).state_dict(), strict=False)
+    assert result.missing_keys == ["conv_offset.weight", "conv_offset.bias"]
+
+
+@pytest.mark.parametrize("cls, other", [(DCNv1, DCNv2), (DCNv2, DCNv1)])
+def test_weights_of_the_other_version_are_refused_with_a_reason(cls, other):
+    given, wanted = other.outputs_per_tap * 9, cls.outputs_per_tap * 9
+    words = rf"conv_offset.weight has shape \[{given}, 4, 3, 3\], but {cls.__name__} expects \[{wanted}, 4, 3, 3\]"
+    with pytest.raises(RuntimeError, match=f"{words}.*would fit {other.__name__} with offset_groups=1"):
+        cls(4, 4, 3).load_state_dict(other(4, 4, 3).state_dict())
+
+
+def test_wrong_number_of_offset_groups_is_explained():
+    with pytest.raises(RuntimeError, match="would fit DCNv2 with offset_groups=4"):
+        DCNv2(4, 4, 3).load_state_dict(DCNv2(4, 4, 3, offset_groups=4).state_dict())
+
+
+def test_layers_table():
+    assert LAYERS == {"DeformConv2d": DeformConv2d, "DCNv1": DCNv1, "DCNv2": DCNv2}
+    assert [cls.drop_in for cls in LAYERS.values()] == [False, True, True]
+    assert all(issubclass(cls, OffsetConv) for cls in OFFSET_LAYERS)
+
+
+def test_compiles_without_graph_break():
+    layer = shaken(DCNv2(4, 4, 3, padding=1))
+    x = torch.randn(1, 4, 6, 6)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
