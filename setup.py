@@ -14,7 +14,6 @@ Environment:
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -31,7 +30,6 @@ from typing import NamedTuple, NoReturn
 
 import setuptools
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -52,6 +50,15 @@ def output_of(command: list[str], cwd: Path | None = None) -> str | None:
     except OSError:
         return None
     return done.stdout if done.returncode == 0 else None
+
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    fail(
+        f"setuptools {setuptools.__version__} is too old to read pyproject.toml; 77.0.3 or newer is needed.",
+        f"`{sys.executable} -m pip install -U setuptools ninja`, or leave --no-build-isolation out.",
+    )
+
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402  (the older ones do not have it)
 
 
 class Torch(NamedTuple):
@@ -132,7 +139,7 @@ class Nvcc(NamedTuple):
         version = release[1]
         if torch.cuda and torch.cuda.split(".")[0] != version.split(".")[0]:
             return (
-                f"nvcc is CUDA {version} but torch {torch.version} was built for CUDA {torch.cuda}; the major versions "
+                f"nvcc is CUDA {version} while torch {torch.version} was built for CUDA {torch.cuda}; the majors "
                 "must agree (set CUDA_HOME to a matching toolkit, or install a matching torch)"
             )
         trouble = cls.try_out(path, compiler)
@@ -209,7 +216,10 @@ def find_cuda(torch: Torch, compiler: Compiler) -> Nvcc | str:
     else:
         nvcc = Nvcc.find(torch, compiler)
     if mode == "1" and isinstance(nvcc, str):
-        fail(f"DCN_PLUGIN_CUDA=1 asks for CUDA, but {nvcc}.", "mend that, or set DCN_PLUGIN_CUDA=auto.")
+        fail(
+            f"DCN_PLUGIN_CUDA=1 asks for CUDA, but {nvcc}.",
+            "correct that, or unset DCN_PLUGIN_CUDA to build for the CPU alone.",
+        )
     return nvcc
 
 
@@ -291,13 +301,19 @@ def cuda_libs(folder: Path, torch: Torch, compiler: Compiler) -> list[str]:
     return [f"-L{torch.root / 'lib'}", f"-L{place}", "-Xlinker=--no-as-needed", "-ltorch_cpu", "-ltorch_cuda"]
 
 
-def fingerprint_of_sources() -> str:
-    """Hash csrc, so that a bug report can tell whether a library is older than its sources (see collect_env)."""
-    digest = hashlib.sha256()
-    for path in sorted(ROOT.glob("csrc/**/*")):
-        if path.suffix in (".h", ".cuh", ".cpp", ".cu"):
-            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
+def build_info(version: str, torch: Torch, compiler: Compiler, nvcc: Nvcc | str, with_cuda: bool) -> str:
+    """Return what dcn_plugin._extension.info() will tell about the libraries, as JSON."""
+    cuda = {"version": nvcc.version, "architectures": nvcc.architectures} if isinstance(nvcc, Nvcc) else None
+    info = {
+        "version": version,
+        "torch": torch.version,
+        "torch_floor": ".".join(map(str, TORCH_FLOOR)),
+        "compiler": compiler.version,
+        "platform": f"{sys.platform} {platform.machine()}",
+        "cuda": cuda if with_cuda else None,
+        "without_cuda_because": nvcc if isinstance(nvcc, str) else None,
+    }
+    return json.dumps(info, indent=2) + "\n"
 
 
 class BuildLibraries(build_ext):
@@ -318,33 +334,23 @@ class BuildLibraries(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         libraries = write_ninja(folder, torch, compiler, nvcc, jobs)
+        info = build_info(self.distribution.get_version(), torch, compiler, nvcc, len(libraries) == 2)
+        if isinstance(nvcc, str):
+            libraries_of = f"the CPU alone, because {nvcc}"
+        else:
+            libraries_of = f"CUDA {nvcc.version} ({' '.join(nvcc.architectures)}) and the CPU"
         command = [ninja, "-f", str(folder.relative_to(ROOT) / "build.ninja"), "-j", str(jobs), *libraries]
-        if "no work to do" not in (output_of([*command, "-n"], cwd=ROOT) or ""):
-            target = f"CUDA {nvcc.version} ({' '.join(nvcc.architectures)})" if isinstance(nvcc, Nvcc) else "CPU only"
-            reason = f", because {nvcc}" if isinstance(nvcc, str) else ""
-            print(
-                f"dcn_plugin: compiling on torch {torch.version} with {compiler.version}, {target}{reason}", flush=True
-            )
-            if subprocess.run(command, cwd=ROOT).returncode:
-                fail("the compiler reported errors (above).", "report them together with the first line above them.")
+        info_file = folder / "_build_info.json"
+        up_to_date = "no work to do" in (output_of([*command, "-n"], cwd=ROOT) or "")
+        if not up_to_date or not info_file.exists() or info_file.read_text() != info:
+            print(f"dcn_plugin: operators for {libraries_of}; torch {torch.version}, {compiler.version}", flush=True)
+        if not up_to_date and subprocess.run(command, cwd=ROOT).returncode:
+            fail("the compiler reported errors (above).", "report the first of them, with the line above it.")
+        info_file.write_text(info)
 
         package = ROOT / "dcn_plugin" if self.inplace else Path(self.build_lib, "dcn_plugin")
         package.mkdir(parents=True, exist_ok=True)
-        info = {
-            "version": self.distribution.get_version(),
-            "torch": torch.version,
-            "torch_floor": ".".join(map(str, TORCH_FLOOR)),
-            "compiler": compiler.version,
-            "platform": f"{sys.platform} {platform.machine()}",
-            "cuda": {"version": nvcc.version, "architectures": nvcc.architectures}
-            if len(libraries) == 2 and isinstance(nvcc, Nvcc)
-            else None,
-            "without_cuda_because": nvcc if isinstance(nvcc, str) else None,
-            "sources": fingerprint_of_sources(),
-        }
-        (folder / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
-        built = {Path(library).name: ROOT / library for library in libraries}
-        built["_build_info.json"] = folder / "_build_info.json"
+        built = {path.name: path for path in [info_file, *(ROOT / library for library in libraries)]}
         for name in self.FILES:
             target = package / name
             if name not in built:
@@ -375,11 +381,6 @@ def requirements() -> tuple[Torch, Compiler]:
 
 
 if __name__ == "__main__":
-    if tuple(int(part) for part in re.findall(r"\d+", setuptools.__version__)[:1]) < (77,):
-        fail(
-            f"setuptools {setuptools.__version__} is too old to read pyproject.toml (77.0.3 or newer is needed).",
-            f"`{sys.executable} -m pip install -U setuptools`.",
-        )
     if "dist_info" in sys.argv:
         # pip asks for metadata before it downloads the dependencies and builds: say what is missing now, not then.
         requirements()

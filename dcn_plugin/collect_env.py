@@ -5,7 +5,6 @@ Works where the operators do not: a library that is missing, stale or broken is 
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import os
 import platform
@@ -60,15 +59,6 @@ def _size(library: Path) -> str:
     return f"{library} ({library.stat().st_size / 1e6:.1f} MB)" if library.is_file() else f"{library} is missing"
 
 
-def _fingerprint(checkout: Path) -> str:
-    """Hash csrc as setup.py does when it builds."""
-    digest = hashlib.sha256()
-    for path in sorted(checkout.glob("csrc/**/*")):
-        if path.suffix in (".h", ".cuh", ".cpp", ".cu"):
-            digest.update(path.relative_to(checkout).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
-
-
 def _system() -> dict[str, str]:
     return {
         "python": f"{platform.python_version()} ({sys.executable})",
@@ -105,7 +95,6 @@ def _operators() -> dict[str, str]:
 
     built = _extension.info()
     cuda = built.get("cuda")
-    checkout = _extension.PACKAGE.parent
     facts = {"cpu library": _size(_extension.CPU_LIBRARY), "cuda library": _size(_extension.CUDA_LIBRARY)}
     if built:
         facts["built for"] = f"dcn_plugin {built['version']} on torch {built['torch']} by {built['compiler']}"
@@ -114,8 +103,9 @@ def _operators() -> dict[str, str]:
             if cuda
             else f"no: {built['without_cuda_because']}"
         )
-        if (checkout / "csrc").is_dir() and built["sources"] != _fingerprint(checkout):
-            facts["stale"] = f"csrc has changed since; to build it: {_extension.rebuild_command()}"
+        sources = [path for path in (_extension.PACKAGE.parent / "csrc").glob("**/*") if path.is_file()]
+        if any(path.stat().st_mtime > _extension.BUILD_INFO.stat().st_mtime for path in sources):
+            facts["stale"] = f"csrc is newer than the libraries; to compile it: {_extension.rebuild_command()}"
     _extension.load()
     facts["loaded"] = "yes"
     return facts
