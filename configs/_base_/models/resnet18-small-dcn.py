@@ -1,0 +1,2 @@
+_base_ = "resnet18-small.py"
+model = dict(name="resnet18_dcn")

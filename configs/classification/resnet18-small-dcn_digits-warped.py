@@ -1,0 +1,6 @@
+_base_ = [
+    "../_base_/models/resnet18-small-dcn.py",
+    "../_base_/data/digits-warped.py",
+    "../_base_/schedules/digits.py",
+    "../_base_/default_runtime.py",
+]

@@ -1,0 +1,134 @@
+"""Lightning callbacks that know deformable layers, and a writer of predictions."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import BasePredictionWriter
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from dcn_plugin.layers import OffsetConv
+from dcn_plugin.visualize import effective_dilation
+
+
+class OffsetMonitor(pl.Callback):
+    """Log what the offsets of every deformable layer do, and warn when they run away.
+
+    Every `every_n_steps` training steps, per layer: `offset/<layer>/mean` and `/max` (length |offset| in pixels of the
+    layer's input), `/dilation` (effective dilation in pixels), and for v2 `/mask_mean` and `/mask_std`. Between samples
+    it costs nothing; a sample costs one more pass through `conv_offset`.
+
+    Args:
+        every_n_steps: steps between two samples.
+        limit: offset length that counts as running away, as a multiple of the longer side of the layer's input: beyond
+            1 a point lies outside the image from wherever it starts.
+        max_pixels: the same in pixels, whatever the size; None sets no such limit.
+
+    Each layer warns once per cause: beyond the limit, or not finite.
+    """
+
+    def __init__(self, every_n_steps: int = 50, limit: float = 1.0, max_pixels: float | None = None) -> None:
+        for name, value in dict(every_n_steps=every_n_steps, limit=limit, max_pixels=max_pixels).items():
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}: expected a positive number, got {value}")
+        self.every_n_steps, self.limit, self.max_pixels = every_n_steps, limit, max_pixels
+        self._handles: list[Any] = []
+        self._sampling = False
+        self._values: dict[str, Tensor] = {}
+        self._limits: dict[str, float] = {}
+        self._warned: set[tuple[str, str]] = set()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        layers = [(n, m) for n, m in pl_module.named_modules() if isinstance(m, OffsetConv)]
+        if not layers:
+            rank_zero_warn("OffsetMonitor: the model has no deformable layers, so there is nothing to watch")
+        for name, layer in layers:
+            self._handles.append(layer.register_forward_hook(self._hook(name.removeprefix("model."))))
+
+    def _hook(self, name: str) -> Any:
+        def look(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if not self._sampling:
+                return
+            with torch.no_grad():
+                offset, mask = layer.offsets(args[0])
+                n, _, h, w = offset.shape
+                length = offset.float().reshape(n, -1, 2, h, w).norm(dim=2)
+                self._values |= {
+                    f"offset/{name}/mean": length.mean(),
+                    f"offset/{name}/max": length.max(),
+                    f"offset/{name}/dilation": effective_dilation(offset, layer.kernel_size, layer.dilation).mean(),
+                }
+                if mask is not None:
+                    self._values[f"offset/{name}/mask_mean"] = mask.float().mean()
+                    self._values[f"offset/{name}/mask_std"] = mask.float().std(correction=0)
+            limit = self.limit * max(args[0].shape[-2:])
+            self._limits[name] = limit if self.max_pixels is None else min(limit, self.max_pixels)
+
+        return look
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
+        self._sampling = bool(self._handles) and index % self.every_n_steps == 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        if not self._sampling:
+            return
+        self._sampling = False
+        pl_module.log_dict(self._values, batch_size=1)
+        for name, limit in self._limits.items():
+            largest = float(self._values[f"offset/{name}/max"])
+            cause = "not finite" if not largest < float("inf") else "too far" if largest > limit else None
+            if cause is None or (name, cause) in self._warned:
+                continue
+            self._warned.add((name, cause))
+            said = (
+                f"has offsets that are not finite (largest: {largest})"
+                if cause == "not finite"
+                else f"samples up to {largest:.1f} pixels away (limit {limit:.1f})"
+            )
+            rank_zero_warn(
+                f"OffsetMonitor: {name} {said} at step {trainer.global_step}: the offsets run away. Lower "
+                "optimizer.offset_lr_mult or the learning rate, clip gradients, or bound them with offset_bound"
+            )
+        self._values, self._limits = {}, {}
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._sampling = [], False
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Write `predictions.csv` (file, label, class name, score) after prediction, one file per process if several."""
+
+    def __init__(self, directory: str | Path) -> None:
+        super().__init__(write_interval="epoch")
+        self.directory = Path(directory)
+
+    def write_on_epoch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, predictions: Sequence[Any], batch_indices: Sequence
+    ) -> None:
+        names = trainer.datamodule.filenames("predict") if trainer.datamodule is not None else None
+        indices = [i for batch in batch_indices[0] for i in batch] if batch_indices else []
+        labels = torch.cat([batch["label"] for batch in predictions]).tolist()
+        scores = torch.cat([batch["score"] for batch in predictions]).tolist()
+        classes = getattr(pl_module, "class_names", None)
+        suffix = f"_{trainer.global_rank}" if trainer.world_size > 1 else ""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with open(self.directory / f"predictions{suffix}.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["file", "label", "class", "score"])
+            for row, (label, score) in enumerate(zip(labels, scores, strict=True)):
+                index = indices[row] if indices else row
+                name = names[index] if names is not None else index
+                writer.writerow([name, label, classes[label] if classes else label, f"{score:.6f}"])

@@ -1,0 +1,64 @@
+"""Small helpers around plain configuration values: conversion, key checks, and objects named by a config."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+
+def plain(value: Any) -> Any:
+    """Return `value` with every mapping as a dict and every sequence as a list.
+
+    Lightning reads its checkpoints with `weights_only=True`, which knows dicts and lists but no `ConfigDict`.
+    """
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+def unknown(what: str, name: Any, known: Iterable[str], where: str = "") -> str:
+    """Word an error about a name that is not among the known ones."""
+    known = sorted(known)
+    close = difflib.get_close_matches(str(name), known, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"{where + ': ' if where else ''}unknown {what} {name!r}{hint}; known: {', '.join(known)}"
+
+
+def check_keys(where: str, values: Mapping, known: Iterable[str]) -> None:
+    """Raise ValueError naming the first key of `values` that is not among the `known` ones."""
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{where}: expected a dict, got {type(values).__name__} {values!r}")
+    known = list(known)
+    for key in values:
+        if key not in known:
+            raise ValueError(unknown("key", key, known, where))
+
+
+def arguments(function: Callable, *leave_out: str) -> list[str]:
+    """Return the names of the arguments of `function` that a config may set."""
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind not in kinds and p.name not in ("self", *leave_out)]
+
+
+def build_object(where: str, spec: Mapping, table: Mapping[str, type]) -> Any:
+    """Build the object that `dict(type='Name', **kwargs)` describes from a table of classes.
+
+    Raises ValueError for an unknown type or keyword, naming it, `where` it stands and what is known.
+    """
+    if not isinstance(spec, Mapping) or "type" not in spec:
+        raise ValueError(f"{where}: expected dict(type=..., ...), got {spec!r}")
+    kwargs = plain(spec)
+    name = kwargs.pop("type")
+    if name not in table:
+        raise ValueError(unknown("type", name, table, where))
+    accepts_any = any(
+        p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(table[name]).parameters.values()
+    )
+    if not accepts_any:
+        check_keys(f"{where} ({name})", kwargs, arguments(table[name]))
+    return table[name](**kwargs)

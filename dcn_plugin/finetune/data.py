@@ -1,0 +1,379 @@
+"""Image classification data by timm's names, as a Lightning data module."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from PIL import Image, UnidentifiedImageError
+from timm.data import create_dataset, create_loader, get_img_extensions, resolve_data_config
+from timm.data.loader import adapt_to_chs
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from .config import arguments, check_keys, plain, unknown
+from .digits import Digits
+
+# timm treats a prefix it does not know as a folder; here a misspelt one is an error.
+_PREFIXES = ("", "folder", "tar", "torch", "hfds", "hfids", "tfds", "wds")
+_ITERABLE = ("hfids", "tfds", "wds")
+# What timm accepts in place of 'train' and 'validation' when it looks for a split's folder.
+_SPLIT_FOLDERS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
+
+
+class StrictImageDataset(Dataset):
+    """A timm `ImageDataset` that raises on an unreadable image, naming it, where timm takes the next image instead."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self.transform = dataset.transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple:
+        source, target, *_ = self.dataset.reader[index]
+        try:
+            with source, Image.open(source) as image:
+                image = image.convert(self.dataset.input_img_mode)
+        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+            path = self.dataset.filename(index, absolute=True)
+            raise ValueError(
+                f"unreadable image {path}: {error} (data.bad_images='skip' takes the next image instead)"
+            ) from error
+        if self.transform is not None:
+            image = self.transform(image)
+        return image, -1 if target is None else target
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        return self.dataset.filename(index, basename, absolute)
+
+    def filenames(self, basename: bool = False, absolute: bool = False) -> list[str]:
+        return self.dataset.filenames(basename, absolute)
+
+
+class ImageDataModule(pl.LightningDataModule):
+    """Serve train, validation, test and prediction splits of a data set that timm, or this package, knows by name.
+
+    Names: `''` or `'folder/'` (one folder per class below `root/<split>`), a tar file given as the split
+    (`train_split='train.tar'`), `'wds/'` (WebDataset shards in `root`), `'torch/cifar10'`, `'hfds/...'`, `'hfids/...'`,
+    `'tfds/...'`, and `'digits'` (see `Digits`). Transforms and augmentation are timm's.
+
+    Args:
+        name: name of the data set, as above.
+        root: folder of the data; not needed for `'digits'`.
+        train_split: split to train on, as `timm.data.create_dataset` takes it.
+        val_split: split for validation; None trains without validation.
+        test_split: split for tests; None means `val_split`.
+        predict_split: split for prediction; None means the test split. Labels are not needed there.
+        batch_size: images per training batch and process.
+        eval_batch_size: images per batch elsewhere; None means `batch_size`.
+        num_workers: loader processes per process; 0 loads in the training process.
+        num_classes: number of classes; None takes it from the data set where that knows it.
+        input_size: side, (height, width) or (channels, height, width) in pixels; None means the model's own.
+        mean, std, interpolation, crop_pct: preprocessing as in timm; None means the model's own.
+        augment: further arguments of `timm.data.create_loader` for training, such as `dict(auto_augment=...)`, or
+            `dict(no_aug=True)` for none.
+        dataset: further arguments of `timm.data.create_dataset` (or of `Digits`) for every split.
+        train_dataset: the same for the training split alone.
+        bad_images: 'raise' stops at an unreadable image and names it; 'skip' warns and takes the next one. Folders,
+            tars and `hfds/` only: timm's streaming readers always warn and skip.
+
+    Raises:
+        ValueError, TypeError: an unknown name, key or split, or classes that do not fit together.
+        FileNotFoundError: a missing root, split or shard.
+
+    Example:
+        >>> data = ImageDataModule('digits', dataset=dict(warp=True), batch_size=8, input_size=(1, 48, 48))
+        >>> data.setup('fit')
+        >>> images, labels = next(iter(data.train_dataloader()))
+        >>> images.shape, data.num_classes
+        (torch.Size([8, 1, 48, 48]), 10)
+    """
+
+    def __init__(
+        self,
+        name: str = "",
+        root: str | None = None,
+        *,
+        train_split: str = "train",
+        val_split: str | None = "validation",
+        test_split: str | None = None,
+        predict_split: str | None = None,
+        batch_size: int = 64,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        num_classes: int | None = None,
+        input_size: int | Sequence[int] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        interpolation: str | None = None,
+        crop_pct: float | None = None,
+        augment: Mapping[str, Any] | None = None,
+        dataset: Mapping[str, Any] | None = None,
+        train_dataset: Mapping[str, Any] | None = None,
+        bad_images: str = "raise",
+    ) -> None:
+        super().__init__()
+        self.prefix = name.partition("/")[0].lower() if "/" in name else ""
+        if name not in ("", "digits") and ("/" not in name or self.prefix not in _PREFIXES):
+            known = ["digits", *(f"{prefix}/" for prefix in _PREFIXES if prefix)]
+            raise ValueError(unknown("data set name", name, known, "name"))
+        for key, value in dict(batch_size=batch_size, eval_batch_size=eval_batch_size).items():
+            if value is not None and value < 1:
+                raise ValueError(f"{key}: expected at least 1, got {value}")
+        if num_workers < 0:
+            raise ValueError(f"num_workers: expected 0 or more, got {num_workers}")
+        if bad_images not in ("raise", "skip"):
+            raise ValueError(f"bad_images: expected 'raise' or 'skip', got {bad_images!r}")
+        if name != "digits" and root is None:
+            raise ValueError(f"root: expected the folder of data set {name!r}, got None")
+        self.name, self.root = name, root
+        self.splits = dict(train=train_split, val=val_split, test=val_split if test_split is None else test_split)
+        self.splits["predict"] = self.splits["test"] if predict_split is None else predict_split
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.num_workers, self.bad_images = num_workers, bad_images
+        self.preprocessing = dict(input_size=input_size, mean=mean, std=std)
+        self.preprocessing |= dict(interpolation=interpolation, crop_pct=crop_pct)
+        self.augment, self.dataset_args = plain(augment or {}), plain(dataset or {})
+        self.train_dataset_args = plain(train_dataset or {})
+        check_keys("augment", self.augment, arguments(create_loader, *_LOADER_OWN))
+        if name == "digits":
+            for key, values in dict(dataset=self.dataset_args, train_dataset=self.train_dataset_args).items():
+                check_keys(key, values, arguments(Digits, "split", "transform"))
+        self._num_classes = num_classes
+        self._class_to_idx: dict[str, int] | None = None
+        self._datasets: dict[str, Any] = {}
+        self.data_config: dict[str, Any] | None = None
+        # Hyperparameters of module and data module may share names, which Lightning's loggers refuse to merge.
+        self.save_hyperparameters(
+            {key: plain(value) for key, value in locals().items() if key in arguments(type(self))}, logger=False
+        )
+
+    # -- classes ------------------------------------------------------------------------------------------------------
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes in label order, or None where the data set (a stream) does not tell them."""
+        if self.name == "digits":
+            return list(Digits.classes)
+        if self.prefix in _ITERABLE:
+            return None
+        dataset = self._dataset("train")
+        if self._class_to_idx is not None:
+            names = sorted(self._class_to_idx, key=self._class_to_idx.__getitem__)
+            return [str(name) for name in names]
+        classes = getattr(dataset, "classes", None)
+        return None if classes is None else [str(name) for name in classes]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, as given or as the training split has them."""
+        if self._num_classes is not None:
+            return self._num_classes
+        names = self.class_names
+        if names is None:
+            raise ValueError(f"num_classes: data set {self.name!r} does not name its classes; pass num_classes")
+        return len(names)
+
+    # -- data sets ----------------------------------------------------------------------------------------------------
+
+    def _dataset(self, stage: str) -> Any:
+        if stage not in self._datasets:
+            dataset = self._datasets[stage] = self._create(stage)
+            reader = getattr(getattr(dataset, "dataset", dataset), "reader", None)
+            if stage == "train" and reader is not None:
+                self._class_to_idx = getattr(reader, "class_to_idx", None) or None
+        return self._datasets[stage]
+
+    def _create(self, stage: str) -> Any:
+        split = self.splits[stage]
+        if split is None:
+            raise ValueError(f"{stage}_split: expected the name of a split, got None")
+        args = self.dataset_args | (self.train_dataset_args if stage == "train" else {})
+        if self.name == "digits":
+            return Digits(split, **args)
+        args.setdefault("input_img_mode", "L" if self._channels() == 1 else "RGB")
+        common = dict(root=self.root, split=split, is_training=stage == "train", batch_size=self.batch_size)
+        if self.prefix in ("", "folder", "tar"):
+            return self._create_folder(stage, common | args)
+        if self.prefix == "torch":
+            args.pop("input_img_mode")
+            return create_dataset(self.name, root=self.root, split=split, **args)
+        if self.prefix == "wds":
+            self._require_root()
+        dataset = create_dataset(self.name, **common, **args)
+        if self.prefix == "wds":
+            self._check_shards(dataset)
+        if self.prefix == "hfds":
+            return self._strict(dataset)
+        return dataset
+
+    def _create_folder(self, stage: str, args: dict) -> Any:
+        place = self._split_path(stage)
+        if stage != "predict" and place.is_dir():
+            _check_class_folders(place)
+
+        def create(**more: Any) -> Any:
+            return create_dataset(self.name, **{**args, **more, "root": str(place), "search_split": False})
+
+        try:
+            dataset = create()
+        except RuntimeError as error:
+            raise FileNotFoundError(f"root: no images for split {args['split']!r} in {place}: {error}") from error
+        if stage in ("val", "test") and "class_map" not in args:
+            # Labels must mean the same in every split, whichever classes a split happens to lack.
+            self._dataset("train")
+            known, own = self._class_to_idx or {}, dataset.reader.class_to_idx
+            for name in own:
+                if name not in known:
+                    train = self._split_path("train")
+                    raise ValueError(f"{stage}_split: {place} has class {name!r}, which the training split {train} lacks")
+            if own != known:
+                dataset = create(class_map=known)
+        return self._strict(dataset)
+
+    def _strict(self, dataset: Any) -> Any:
+        return StrictImageDataset(dataset) if self.bad_images == "raise" else dataset
+
+    def _require_root(self) -> Path:
+        root = Path(self.root or "")
+        if not root.exists():
+            raise FileNotFoundError(f"root: expected the folder of the data, got {str(root)!r}, which does not exist")
+        return root
+
+    def _split_path(self, stage: str) -> Path:
+        """Return folder or tar of a split; unlike timm's search, never fall back to the whole of `root`."""
+        root, split = self._require_root(), self.splits[stage]
+        if not split or root.is_file():
+            return root
+        names = next((group for group in _SPLIT_FOLDERS if split in group), ())
+        for name in (split, *names):
+            if (root / name).exists():
+                return root / name
+        found = ", ".join(sorted(path.name for path in root.iterdir())[:10]) or "nothing"
+        raise FileNotFoundError(
+            f"{stage}_split: expected split {split!r} in {root}, found {found} ({stage}_split='' takes root itself)"
+        )
+
+    def _check_shards(self, dataset: Any) -> None:
+        # webdataset logs a missing shard and goes on, in training without end.
+        for shard in dataset.reader.split_info.filenames:
+            path = Path(self.root or "", shard)
+            if "::" not in shard and ":" not in str(self.root) and not path.is_file():
+                raise FileNotFoundError(f"root: shard {path} does not exist")
+
+    # -- preprocessing ------------------------------------------------------------------------------------------------
+
+    def _channels(self) -> int:
+        size = self.preprocessing["input_size"]
+        return size[0] if isinstance(size, Sequence) and len(size) == 3 else 3
+
+    def _resolve(self, model: torch.nn.Module | None) -> dict[str, Any]:
+        given = {key: value for key, value in self.preprocessing.items() if value is not None}
+        size = given.pop("input_size", None)
+        if size is not None:
+            sides = (size, size) if isinstance(size, int) else tuple(size)
+            if len(sides) not in (2, 3) or min(sides) < 1:
+                raise ValueError(f"input_size: expected a side, (height, width) or (channels, height, width), got {size}")
+            given["input_size"] = sides if len(sides) == 3 else (3, *sides)
+        own = getattr(model, "pretrained_cfg", None) or {}
+        config = resolve_data_config(given, pretrained_cfg=own, model=None) if given or own else {}
+        config = config or resolve_data_config(dict(input_size=(3, 224, 224)))
+        for key in ("mean", "std"):
+            config[key] = tuple(adapt_to_chs(config[key], config["input_size"][0]))
+        first = next((m for m in model.modules() if isinstance(m, torch.nn.Conv2d)), None) if model is not None else None
+        if first is not None and first.in_channels != config["input_size"][0]:
+            raise ValueError(
+                f"input_size: the model takes {first.in_channels} channels, expected input_size="
+                f"({first.in_channels}, height, width), got {config['input_size']}"
+            )
+        return config
+
+    # -- Lightning's hooks --------------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        if self.dataset_args.pop("download", False):
+            # Rank 0 downloads; afterwards every process finds the files.
+            for split in {self.splits["train"], self.splits["val"]} - {None}:
+                create_dataset(self.name, root=self.root, split=split, **self.dataset_args, download=True)
+
+    def setup(self, stage: str) -> None:
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        self.data_config = self._resolve(getattr(module, "model", None))
+        stages = dict(fit=("train", "val"), validate=("val",), test=("test",), predict=("predict",))[stage]
+        for name in stages:
+            if name == "val" and stage == "fit" and self.splits["val"] is None:
+                continue
+            self._dataset(name)
+
+    def _loader(self, stage: str) -> DataLoader:
+        config, dataset, training = self.data_config, self._dataset(stage), stage == "train"
+        assert config is not None, "setup() has not run"
+        batch_size = self.batch_size if training else self.eval_batch_size
+        if training and not isinstance(dataset, IterableDataset) and len(dataset) < batch_size:
+            raise ValueError(f"batch_size: expected at most the {len(dataset)} images to train on, got {batch_size}")
+        # timm's prefetcher wraps the loader, and its samplers split the data themselves; Lightning needs the plain
+        # DataLoader, into which it puts its own distributed sampler.
+        return create_loader(
+            dataset,
+            batch_size=batch_size,
+            is_training=training,
+            use_prefetcher=False,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            **config,
+            **(self.augment if training else {}),
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        loader = self._loader("train")
+        if self.trainer is not None:
+            self.set_epoch(self.trainer.current_epoch)
+        return loader
+
+    def val_dataloader(self) -> DataLoader | list:
+        return [] if self.splits["val"] is None else self._loader("val")
+
+    def test_dataloader(self) -> DataLoader:
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        return self._loader("predict")
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell a streaming training set its epoch, on which its shuffling depends."""
+        dataset = self._datasets.get("train")
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(epoch)
+
+    def filenames(self, stage: str = "predict") -> list[str] | None:
+        """Return the file names of a split in its order, or None for a stream."""
+        dataset = self._dataset(stage)
+        return None if isinstance(dataset, IterableDataset) or not hasattr(dataset, "filenames") else dataset.filenames()
+
+
+# Arguments of create_loader that the data module sets itself, or that need timm's own loop.
+_LOADER_OWN = (
+    "dataset input_size batch_size is_training mean std interpolation crop_pct crop_mode num_workers distributed "
+    "collate_fn pin_memory fp16 img_dtype device use_prefetcher num_aug_repeats num_aug_splits re_split "
+    "tf_preprocessing input_size_choices batch_size_choices batch_choice_weights batch_choice_seed "
+    "batch_choice_schedule batch_schedule_epochs batch_schedule_spread batch_schedule_random_mix num_batches"
+).split()
+
+
+def _check_class_folders(place: Path) -> None:
+    extensions = get_img_extensions(as_set=True)
+    for folder, below, files in os.walk(place, followlinks=True):
+        below[:] = [name for name in below if not name.startswith(".")]
+        if below or any(os.path.splitext(name)[1].lower() in extensions for name in files):
+            continue
+        if Path(folder) == place:
+            raise FileNotFoundError(f"root: no class folders and no images in {place}")
+        raise ValueError(f"root: class folder {folder} has no images (looked for {' '.join(sorted(extensions))})")
+    loose = [path for path in place.iterdir() if path.suffix.lower() in extensions]
+    if loose:
+        raise ValueError(f"root: image {loose[0]} is not in a class folder of {place}")

@@ -1,0 +1,300 @@
+"""The Lightning module: any timm or MMEngine classifier, fine-tuned with timm's optimizers and schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from dcn_plugin.checkpoint import load_checkpoint
+from dcn_plugin.convert import convert
+
+from .config import arguments, check_keys, plain
+
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")
+
+
+def param_groups(
+    model: nn.Module,
+    weight_decay: float = 0.0,
+    layer_decay: float | None = None,
+    offset_lr_mult: float = 1.0,
+    no_weight_decay: Sequence[str] = (),
+) -> list[dict]:
+    """Split the trainable parameters into timm's groups and give the offset predictors a learning rate of their own.
+
+    Every group carries `lr_scale`, which timm's schedulers multiply the learning rate with:
+    `lr_scale = layer_decay^(layers above) * (offset_lr_mult if the parameter belongs to a conv_offset else 1)`.
+    Biases and norms have no weight decay, as in timm.
+    """
+    if layer_decay is None:
+        groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=no_weight_decay)
+    else:
+        groups = param_groups_layer_decay(
+            model, weight_decay, no_weight_decay_list=no_weight_decay, layer_decay=layer_decay
+        )
+    offsets = {id(p) for name, p in model.named_parameters() if "conv_offset" in name}
+    result = []
+    for group in groups:
+        scale = group.pop("lr_scale", 1.0)
+        params = group.pop("params")
+        for mult, is_offset in ((1.0, False), (offset_lr_mult, True)):
+            chosen = [p for p in params if (id(p) in offsets) == is_offset]
+            if chosen:
+                result.append({**group, "params": chosen, "lr_scale": scale * mult})
+    return result
+
+
+def build_model(spec: str | Mapping[str, Any], num_classes: int | None = None) -> nn.Module:
+    """Build a classifier from a timm name, `dict(name=<timm name>, ...)` or an MMEngine `dict(type=..., ...)`."""
+    if isinstance(spec, str):
+        spec = dict(name=spec)
+    if not isinstance(spec, Mapping) or ("name" in spec) == ("type" in spec):
+        raise ValueError(f"model: expected a timm name, dict(name=...) or an MMEngine dict(type=...), got {spec!r}")
+    kwargs = plain(spec)
+    if "type" in kwargs:
+        from dcn_plugin.registry import MODELS
+
+        return MODELS.build(kwargs)
+    name = kwargs.pop("name")
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name.split(".")[0]):
+        close = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*dcn*") or timm.list_models("*_dcn")
+        raise ValueError(f"model: unknown timm model {name!r}; deformable ones close to it: {', '.join(close[:8])}")
+    try:
+        return timm.create_model(name, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"model: {name} does not take these arguments: {error}") from error
+
+
+class FinetuneModule(pl.LightningModule):
+    """Train a classifier: cross-entropy, Mixup/CutMix, timm optimizer and schedule, top-1 and top-5 accuracy.
+
+    Args:
+        model: timm model name, `dict(name=<timm name>, pretrained=..., ...)`, or an MMEngine config `dict(type=...)` of
+            a module whose output is the logits [N, num_classes].
+        num_classes: number of classes, at least 2; None takes `model['num_classes']` or the model's own.
+        rules: replacement rules for `dcn_plugin.convert`, applied after the model is built (and its pretrained weights
+            are loaded).
+        checkpoint: path of weights to start from, or `dict(path=..., **options of dcn_plugin.load_checkpoint)`; loaded
+            after the replacement.
+        label_smoothing: smoothing of the targets in [0, 1).
+        mixup: arguments of `timm.data.Mixup`, such as `dict(mixup_alpha=0.2, cutmix_alpha=1.0)`; needs even batches.
+        optimizer: arguments of `timm.optim.create_optimizer_v2` (`opt`, `lr`, `weight_decay`, ...) plus `layer_decay`
+            and `offset_lr_mult`, the factor on the learning rate of every `conv_offset` (0.1 is usual).
+        schedule: arguments of `timm.scheduler.create_scheduler_v2` (`sched`, `warmup_epochs`, `min_lr`, ...); stepped
+            after every optimizer step, over the trainer's whole run.
+        channels_last: keep model and images in channels-last memory format.
+
+    Raises:
+        ValueError, TypeError: an unknown model, key or schedule, or a value that makes no sense.
+
+    Example:
+        >>> import torch
+        >>> module = FinetuneModule(dict(name='resnet18_dcn', num_classes=3), optimizer=dict(offset_lr_mult=0.1))
+        >>> module(torch.zeros(2, 3, 64, 64)).shape
+        torch.Size([2, 3])
+
+    `lr_scale` and the schedules are timm's; the offset factor is that of Dai et al., 2017 (learning rate 0.1 times for
+    some of the offset branches).
+    """
+
+    def __init__(
+        self,
+        model: str | Mapping[str, Any],
+        num_classes: int | None = None,
+        *,
+        rules: Sequence[Mapping] | None = None,
+        checkpoint: str | Mapping[str, Any] | None = None,
+        label_smoothing: float = 0.0,
+        mixup: Mapping[str, Any] | None = None,
+        optimizer: Mapping[str, Any] | None = None,
+        schedule: Mapping[str, Any] | None = None,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        # Plain types only: Lightning stores these in the checkpoint and reads it with weights_only=True.
+        self.save_hyperparameters(
+            {key: plain(value) for key, value in locals().items() if key in arguments(type(self))}
+        )
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing: expected 0 <= label_smoothing < 1, got {label_smoothing}")
+        self.optimizer_args = dict(opt="adamw", lr=1e-3, weight_decay=0.05) | plain(optimizer or {})
+        self.offset_lr_mult = self.optimizer_args.pop("offset_lr_mult", 1.0)
+        if self.offset_lr_mult < 0:
+            raise ValueError(f"optimizer.offset_lr_mult: expected a non-negative factor, got {self.offset_lr_mult}")
+        self.schedule_args = dict(sched="cosine") | plain(schedule or {})
+        known = arguments(create_scheduler_v2, "optimizer", "num_epochs", "step_on_epochs", "updates_per_epoch")
+        check_keys("schedule", self.schedule_args, known)
+        if self.schedule_args["sched"] not in SCHEDULES:
+            raise ValueError(f"schedule.sched: expected one of {', '.join(SCHEDULES)}, got {self.schedule_args['sched']!r}")
+
+        self.model = build_model(model, num_classes)
+        if rules:
+            self.conversion = convert(self.model, plain(rules))
+        if checkpoint is not None:
+            options = dict(path=checkpoint) if isinstance(checkpoint, (str, Path)) else plain(checkpoint)
+            if "path" not in options:
+                raise ValueError(f"checkpoint: expected a path or dict(path=..., ...), got {checkpoint!r}")
+            self.load_report = load_checkpoint(self.model, options.pop("path"), **options)
+        if channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        self.channels_last = channels_last
+
+        given = num_classes or (model.get("num_classes") if isinstance(model, Mapping) else None)
+        self.num_classes = given or getattr(self.model, "num_classes", None)
+        if self.num_classes is None or self.num_classes < 2:
+            raise ValueError(f"num_classes: expected at least 2 classes, got {self.num_classes}")
+        self.label_smoothing = label_smoothing
+        self.mixup = None
+        if mixup:
+            check_keys("mixup", mixup, arguments(Mixup, "label_smoothing", "num_classes"))
+            # Smoothing is left to the loss, which treats hard and mixed targets alike.
+            self.mixup = Mixup(**plain(mixup), label_smoothing=0.0, num_classes=self.num_classes)
+        top = {f"top{k}": k for k in (1, min(5, self.num_classes))}
+        accuracy = {name: MulticlassAccuracy(self.num_classes, top_k=k, average="micro") for name, k in top.items()}
+        self.metrics = nn.ModuleDict(
+            {stage: MetricCollection(accuracy, prefix=f"{stage}_").clone() for stage in ("val", "test")}
+        )
+        self.data_config: dict[str, Any] | None = None
+        self.class_names: list[str] | None = None
+
+    @classmethod
+    def restore(cls, path: str | Path, **overrides: Any) -> FinetuneModule:
+        """Rebuild the module of a Lightning checkpoint without fetching the weights it once started from."""
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if "hyper_parameters" not in saved:
+            raise ValueError(f"path: expected a Lightning checkpoint of a FinetuneModule, got {path}")
+        values = without_initial_weights(saved["hyper_parameters"]) | overrides
+        module = cls(**values)
+        module.load_state_dict(saved["state_dict"])
+        module.on_load_checkpoint(saved)
+        return module
+
+    @property
+    def backbone(self) -> nn.Module:
+        """Everything but the classifier, as Lightning's `BackboneFinetuning` wants it."""
+        head = getattr(self.model, "get_classifier", lambda: None)()
+        return nn.ModuleList(child for child in self.model.children() if child is not head)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits [N, num_classes] of images [N, C, H, W]."""
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return self.model(images)
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        data = self.trainer.datamodule
+        if data is None:
+            return
+        self.data_config = plain(getattr(data, "data_config", None))
+        if stage == "predict":
+            return
+        found = getattr(data, "num_classes", self.num_classes)
+        if found != self.num_classes:
+            raise ValueError(f"num_classes: the model has {self.num_classes} classes, the data has {found}")
+        self.class_names = getattr(data, "class_names", None)
+        if self.mixup is not None and getattr(data, "batch_size", 2) % 2:
+            raise ValueError(f"batch_size: Mixup and CutMix need an even batch size, got {data.batch_size}")
+
+    def on_train_epoch_start(self) -> None:
+        if hasattr(self.trainer.datamodule, "set_epoch"):
+            self.trainer.datamodule.set_epoch(self.current_epoch)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, target = batch
+        if self.mixup is not None:
+            images, target = self.mixup(images, target)
+        loss = F.cross_entropy(self(images), target, label_smoothing=self.label_smoothing)
+        self.log("train_loss", loss, prog_bar=True, on_step=True, on_epoch=False, batch_size=len(images))
+        return loss
+
+    def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
+        images, target = batch
+        logits = self(images)
+        metrics = self.metrics[stage]
+        metrics.update(logits, target)
+        loss = F.cross_entropy(logits, target)
+        self.log(f"{stage}_loss", loss, batch_size=len(images), sync_dist=True)
+        self.log_dict(metrics, prog_bar=True, batch_size=len(images))
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Return label [N], its score [N] and all scores [N, num_classes] (softmax) of a batch."""
+        images = batch[0] if isinstance(batch, (tuple, list)) else batch
+        scores = self(images).float().softmax(dim=-1)
+        score, label = scores.max(dim=-1)
+        return dict(label=label, score=score, scores=scores)
+
+    # -- optimisation -------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        args = dict(self.optimizer_args)
+        layer_decay = args.pop("layer_decay", None)
+        never = getattr(self.model, "no_weight_decay", lambda: ())()
+
+        def groups(model: nn.Module) -> list[dict]:
+            return param_groups(model, args.get("weight_decay", 0.0), layer_decay, self.offset_lr_mult, tuple(never))
+
+        try:
+            optimizer = create_optimizer_v2(self.model, **args, param_group_fn=groups)
+        except (TypeError, AssertionError) as error:
+            raise ValueError(f"optimizer: {args!r} does not fit: {error}") from error
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise ValueError("schedule: expected an end of training, set trainer.max_epochs or trainer.max_steps")
+        epochs = self.trainer.max_epochs if (self.trainer.max_epochs or 0) > 0 else 1
+        # Exact even where the last epoch is cut short; the schedule itself runs in optimizer steps.
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            **self.schedule_args,
+            num_epochs=epochs,
+            step_on_epochs=False,
+            updates_per_epoch=max(1, math.ceil(steps / epochs)),
+        )
+        if scheduler is None:
+            for group in optimizer.param_groups:
+                group["lr"] *= group["lr_scale"]
+            return optimizer
+        return dict(optimizer=optimizer, lr_scheduler=dict(scheduler=scheduler, interval="step"))
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        scheduler.step_update(num_updates=self.global_step)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["dcn_plugin"] = dict(data_config=self.data_config, class_names=self.class_names)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("dcn_plugin", {})
+        self.data_config, self.class_names = saved.get("data_config"), saved.get("class_names")
+
+
+def without_initial_weights(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return module arguments that build the same architecture without reading any weights."""
+    values = plain(values)
+    values["checkpoint"] = None
+    if isinstance(values["model"], dict) and "name" in values["model"]:
+        values["model"]["pretrained"] = False
+    return values

@@ -1,0 +1,198 @@
+"""From an MMEngine config to a Lightning run; `scripts/finetune.py` is its command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import pytorch_lightning.callbacks
+import pytorch_lightning.loggers
+import pytorch_lightning.strategies
+import torch
+from mmengine.config import Config
+
+from .callbacks import OffsetMonitor, PredictionWriter
+from .config import arguments, build_object, check_keys, plain, unknown
+from .data import ImageDataModule
+from .export import export_model
+from .module import FinetuneModule, without_initial_weights
+
+TASKS = ("fit", "validate", "test", "predict")
+_OURS = {"OffsetMonitor": OffsetMonitor, "PredictionWriter": PredictionWriter}
+
+
+def _classes(module: Any, base: type) -> dict[str, type]:
+    return {name: value for name, value in vars(module).items() if isinstance(value, type) and issubclass(value, base)}
+
+
+CALLBACKS = _classes(pytorch_lightning.callbacks, pl.Callback) | _OURS
+LOGGERS = _classes(pytorch_lightning.loggers, pytorch_lightning.loggers.Logger)
+STRATEGIES = _classes(pytorch_lightning.strategies, pytorch_lightning.strategies.Strategy)
+MODULE_KEYS = arguments(FinetuneModule)
+KEYS = [*MODULE_KEYS, "data", "trainer", "callbacks", "logger", "seed"]
+
+
+def load_config(path: str | Path, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Read an MMEngine config file (text style, with `_base_`), apply `options` and check its keys.
+
+    Top-level keys are the arguments of `FinetuneModule` plus `data` (arguments of `ImageDataModule`), `trainer`
+    (arguments of Lightning's `Trainer`; `strategy` may be `dict(type=...)`), `callbacks` (name -> `dict(type=...)` of
+    Lightning's or this package's callbacks, or None to drop one of a base config), `logger` (`dict(type=...)`, or False)
+    and `seed`.
+
+    Args:
+        path: the config file.
+        options: overrides such as `{'trainer.max_epochs': 3}`, as MMEngine's `--cfg-options` gives them.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file; an unknown key, with its place and the known ones.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"config: expected a file, got {str(path)!r}, which does not exist")
+    config = Config.fromfile(str(path))
+    if options:
+        config.merge_from_dict(dict(options))
+    values = plain(config.to_dict())
+    check_config(values)
+    return values
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Raise ValueError naming the first key of a config, or of one of its sections, that nothing would read."""
+    check_keys("config", config, KEYS)
+    for key in ("model", "data"):
+        if key not in config:
+            raise ValueError(f"config: key {key!r} is missing")
+    check_keys("data", config["data"], arguments(ImageDataModule))
+    check_keys("trainer", config.get("trainer", {}), arguments(pl.Trainer, "callbacks", "logger"))
+    for name, spec in config.get("callbacks", {}).items():
+        if spec is not None and (not isinstance(spec, Mapping) or spec.get("type") not in CALLBACKS):
+            got = spec.get("type") if isinstance(spec, Mapping) else spec
+            raise ValueError(unknown("type", got, CALLBACKS, f"callbacks.{name}"))
+
+
+def build_callbacks(config: Mapping[str, Any], work_dir: Path) -> list[pl.Callback]:
+    """Build the callbacks of a config; a `ModelCheckpoint` without `dirpath` writes to `work_dir`."""
+    callbacks = []
+    for name, spec in config.items():
+        if spec is None:
+            continue
+        spec = dict(spec)
+        if spec.get("type") in ("ModelCheckpoint", "OnExceptionCheckpoint"):
+            spec.setdefault("dirpath", str(work_dir))
+        if spec.get("type") == "PredictionWriter":
+            spec.setdefault("directory", str(work_dir))
+        callbacks.append(build_object(f"callbacks.{name}", spec, CALLBACKS))
+    return callbacks
+
+
+def build(config: Mapping[str, Any], work_dir: str | Path) -> tuple[pl.Trainer, FinetuneModule, ImageDataModule]:
+    """Build trainer, module and data of a checked config; its `seed` is set first.
+
+    The number of classes is the data's unless the config says otherwise.
+    """
+    work_dir = Path(work_dir)
+    config = plain(config)
+    check_config(config)
+    if config.get("seed") is not None:
+        pl.seed_everything(config["seed"], workers=True, verbose=False)
+    data = ImageDataModule(**config["data"])
+    values = {key: config[key] for key in MODULE_KEYS if key in config}
+    model = values["model"]
+    if "num_classes" not in values and not (isinstance(model, dict) and ("num_classes" in model or "type" in model)):
+        values["num_classes"] = data.num_classes
+    module = FinetuneModule(**values)
+
+    options = dict(config.get("trainer", {}))
+    if isinstance(options.get("strategy"), Mapping):
+        options["strategy"] = build_object("trainer.strategy", options["strategy"], STRATEGIES)
+    logger = config.get("logger", dict(type="CSVLogger", name="logs"))
+    if logger:
+        logger = build_object("logger", dict(dict(save_dir=str(work_dir)), **logger), LOGGERS)
+    callbacks = build_callbacks(config.get("callbacks", {}), work_dir)
+    trainer = pl.Trainer(**options, callbacks=callbacks, logger=logger, default_root_dir=str(work_dir))
+    return trainer, module, data
+
+
+def find_checkpoint(work_dir: str | Path) -> Path | None:
+    """Return the newest checkpoint to continue from in `work_dir`, or None."""
+    found = [path for path in Path(work_dir).glob("last*.ckpt") if path.is_file()]
+    return max(found, key=lambda path: path.stat().st_mtime) if found else None
+
+
+def run(
+    config: Mapping[str, Any],
+    work_dir: str | Path,
+    task: str = "fit",
+    checkpoint: str | Path | None = None,
+) -> dict[str, Any]:
+    """Carry out one task of a config and return its numbers and the paths of what it wrote.
+
+    Args:
+        config: a config as `load_config` returns it.
+        work_dir: folder for checkpoints, logs and the exported model.
+        task: 'fit' (then tests and exports the best checkpoint), 'validate', 'test' or 'predict'.
+        checkpoint: Lightning checkpoint. 'fit' continues from it; the other tasks evaluate it. 'auto' is `last.ckpt` in
+            `work_dir`, if there is one.
+
+    Returns:
+        Metrics by name, and under 'checkpoint', 'export', 'predictions' the paths written.
+
+    Raises:
+        ValueError, FileNotFoundError: an unknown task or key, a missing checkpoint.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
+    work_dir = Path(work_dir)
+    if checkpoint == "auto":
+        checkpoint = find_checkpoint(work_dir)
+    if checkpoint is not None:
+        if not Path(checkpoint).is_file():
+            raise FileNotFoundError(f"checkpoint: expected a file, got {str(checkpoint)!r}, which does not exist")
+        config = {**config, **without_initial_weights({key: v for key, v in config.items() if key in MODULE_KEYS})}
+    elif task != "fit" and not _has_weights(config):
+        raise ValueError(f"checkpoint: {task} needs one (or a config with model.pretrained or checkpoint), got none")
+    trainer, module, data = build(config, work_dir)
+    path = None if checkpoint is None else str(checkpoint)
+    if task == "validate":
+        return dict(trainer.validate(module, data, ckpt_path=path, weights_only=True, verbose=False)[0])
+    if task == "test":
+        return dict(trainer.test(module, data, ckpt_path=path, weights_only=True, verbose=False)[0])
+    if task == "predict":
+        if not any(isinstance(callback, PredictionWriter) for callback in trainer.callbacks):
+            trainer.callbacks.append(PredictionWriter(work_dir))
+        trainer.predict(module, data, ckpt_path=path, weights_only=True, return_predictions=False)
+        return dict(predictions=str(work_dir / "predictions.csv"))
+
+    trainer.fit(module, data, ckpt_path=path, weights_only=True)
+    results = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val_")}
+    saver = trainer.checkpoint_callback
+    best = getattr(saver, "best_model_path", "") or getattr(saver, "last_model_path", "")
+    if best:
+        results["checkpoint"] = best
+    if data.splits["test"] is not None:
+        results |= trainer.test(module, data, ckpt_path=best or None, weights_only=True, verbose=False)[0]
+    if trainer.is_global_zero:
+        if best:
+            module.load_state_dict(torch.load(best, map_location=module.device, weights_only=True)["state_dict"])
+        results["export"] = str(export_module(module, work_dir / "export"))
+    return results
+
+
+def export_module(module: FinetuneModule, directory: str | Path) -> Path:
+    """Export the model of a `FinetuneModule` with what it knows about its data (see `export_model`)."""
+    return export_model(
+        module.model,
+        directory,
+        spec=module.hparams["model"],
+        rules=module.hparams.get("rules"),
+        data_config=module.data_config,
+        class_names=module.class_names,
+    )
+
+
+def _has_weights(config: Mapping[str, Any]) -> bool:
+    model = config["model"]
+    return config.get("checkpoint") is not None or (isinstance(model, Mapping) and bool(model.get("pretrained")))

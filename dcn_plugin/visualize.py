@@ -1,0 +1,429 @@
+"""Look inside deformable convolutions: sampling points, offset fields and effective dilation of any model.
+
+The functions that return tensors need torch alone; those that return a figure need matplotlib, touch none of its global
+state and so work without a display. Positions are (y, x) everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .layers import OffsetConv
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Unit = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What one deformable layer did to one batch.
+
+    `offset` [N, G, K, 2, H', W'] in pixels of the layer's input, (y, x); `mask` [N, G, K, H', W'] or None.
+    `grid` maps a pixel p of the layer's input to image pixels, per axis `p * scale + shift`: ((scale_y, shift_y), (x ..)).
+    `out_grid` does the same for the layer's output.
+    """
+
+    name: str
+    layer: OffsetConv
+    offset: Tensor
+    mask: Tensor | None
+    input_size: tuple[int, int]
+    grid: tuple[tuple[float, float], tuple[float, float]]
+    out_grid: tuple[tuple[float, float], tuple[float, float]]
+
+    def taps(self) -> Tensor:
+        """Return where the taps of output pixel (0, 0) lie without offsets, [K, 2]."""
+        (kh, kw), (dy, dx) = self.layer.kernel_size, self.layer.dilation
+        top, left = self.layer.padding4[:2]
+        ys, xs = torch.arange(kh) * dy - top, torch.arange(kw) * dx - left
+        return torch.stack(torch.meshgrid(ys, xs, indexing="ij"), dim=-1).reshape(-1, 2).float()
+
+    def positions(self, y: int, x: int, group: int = 0, sample: int = 0) -> Tensor:
+        """Return where output pixel (y, x) samples the layer's input, [K, 2]."""
+        stride = torch.tensor(self.layer.stride, dtype=torch.float32)
+        return torch.tensor([y, x]) * stride + self.taps() + self.offset[sample, group, :, :, y, x]
+
+
+def effective_dilation(offset: Tensor, kernel_size: Sequence[int], dilation: Sequence[int] = (1, 1)) -> Tensor:
+    """Return the mean distance between adjacent sampling points of a filter, [N, G, H', W'] in pixels.
+
+    `mean over neighbouring taps k, l of |k*dilation + offset_k - l*dilation - offset_l|`; equals the dilation where the
+    offsets are zero (and 0 for a 1x1 kernel, which has no neighbours).
+
+    Args:
+        offset: [N, 2*G*K, H', W'] in pixels, (y, x) interleaved per tap.
+        kernel_size: (height, width) of the kernel.
+        dilation: (y, x).
+
+    Raises:
+        ValueError: `offset` is not 4-dimensional or its channels do not fit the kernel.
+
+    Example:
+        >>> import torch
+        >>> effective_dilation(torch.zeros(1, 18, 1, 1), (3, 3), (2, 2)).item()
+        2.0
+
+    Source: Dai et al., Deformable Convolutional Networks, 2017, table 2.
+    """
+    kh, kw = kernel_size
+    if offset.dim() != 4 or offset.shape[1] == 0 or offset.shape[1] % (2 * kh * kw):
+        raise ValueError(
+            f"offset: expected [N, 2*G*K, H', W'] with K={kh * kw} taps, got {list(offset.shape)} "
+            f"for kernel_size {(kh, kw)}"
+        )
+    n, _, h, w = offset.shape
+    taps = offset.float().reshape(n, -1, kh, kw, 2, h, w)
+    along_y = taps.diff(dim=2)
+    along_x = taps.diff(dim=3)
+    step = torch.eye(2, device=offset.device) * torch.tensor(dilation, device=offset.device)
+    pairs = [
+        torch.linalg.vector_norm(d + s.reshape(2, 1, 1), dim=4).flatten(2, 3)
+        for d, s in ((along_y, step[0]), (along_x, step[1]))
+    ]
+    distances = torch.cat(pairs, dim=2)
+    return distances.mean(dim=2) if distances.shape[2] else offset.new_zeros(n, taps.shape[1], h, w)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _spatial(module: nn.Module) -> tuple[list[int], list[int], list[int], list[int]] | None:
+    """Return kernel, stride, top-left padding and dilation of a layer that moves over the image, else None."""
+    kernel = getattr(module, "kernel_size", None)
+    if kernel is None or isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return None
+
+    def pair(value: Any) -> list[int]:
+        return list(value[:2]) if isinstance(value, (tuple, list)) else [value, value]
+
+    dilation = pair(getattr(module, "dilation", 1))
+    padding = getattr(module, "padding", 0)
+    if hasattr(module, "padding4"):
+        padding = module.padding4[:2]
+    elif padding == "same":
+        padding = [d * (k - 1) // 2 for d, k in zip(dilation, pair(kernel), strict=True)]
+    elif isinstance(padding, str):
+        padding = 0
+    return pair(kernel), pair(getattr(module, "stride", None) or kernel), pair(padding), dilation
+
+
+def record(model: nn.Module, images: Tensor, layers: Sequence[str] | None = None) -> list[LayerRecord]:
+    """Run `model` on `images` and return a `LayerRecord` of each of its deformable layers, in the order they ran.
+
+    The link between a feature map and the image is followed through every strided or unpadded layer with a kernel.
+
+    Args:
+        model: any module with DCNv1 or DCNv2 layers inside; its training mode is left as it was.
+        images: [N, C, H, W] as the model takes them (or [C, H, W] for one).
+        layers: names of layers to keep, as in `model.named_modules()`; None keeps all.
+
+    Raises:
+        ValueError: no deformable layer in the model, or a name that is not one of them.
+
+    Example:
+        >>> import torch
+        >>> from dcn_plugin.layers import DCNv2
+        >>> model = torch.nn.Sequential(DCNv2(3, 8, 3, padding=1))
+        >>> record(model, torch.zeros(1, 3, 8, 8))[0].offset.shape
+        torch.Size([1, 1, 9, 2, 8, 8])
+    """
+    images = _batch(images)
+    names = {module: name for name, module in model.named_modules() if isinstance(module, OffsetConv)}
+    if not names:
+        raise ValueError(f"model: expected DCNv1 or DCNv2 layers inside, {type(model).__name__} has none")
+    for name in layers or ():
+        if name not in names.values():
+            raise ValueError(f"layers: {name!r} is no deformable layer; there are {', '.join(names.values())}")
+    records: list[LayerRecord] = []
+    height, width = images.shape[-2:]
+    # Size of a feature map -> how its pixels lie on the image. The first layer that makes a size defines it: parallel
+    # branches of the same size agree up to their padding.
+    grids = {(height, width): ((1.0, 0.0), (1.0, 0.0))}
+
+    def grid_of(size: tuple[int, int]) -> tuple[tuple[float, float], tuple[float, float]]:
+        spread = [(full / part, (full / part - 1) / 2) for full, part in zip((height, width), size, strict=True)]
+        return grids.setdefault(size, (spread[0], spread[1]))
+
+    def follow(module: nn.Module, args: tuple, output: Any) -> None:
+        if not (args and isinstance(args[0], Tensor) and isinstance(output, Tensor)):
+            return
+        if args[0].dim() != 4 or output.dim() != 4:
+            return
+        before, after = tuple(args[0].shape[-2:]), tuple(output.shape[-2:])
+        geometry = _spatial(module)
+        if geometry is not None and after not in grids and before in grids:
+            moved = [
+                (scale * s, shift + scale * ((k - 1) * d / 2 - p))
+                for (scale, shift), k, s, p, d in zip(grids[before], *geometry, strict=True)
+            ]
+            grids[after] = (moved[0], moved[1])
+        if module in names and (layers is None or names[module] in layers):
+            offset, mask = module.offsets(args[0])
+            groups, (kh, kw) = module.offset_groups, module.kernel_size
+            records.append(
+                LayerRecord(
+                    names[module],
+                    module,
+                    offset.float().cpu().reshape(len(offset), groups, kh * kw, 2, *after),
+                    None if mask is None else mask.float().cpu().reshape(len(mask), groups, kh * kw, *after),
+                    before,
+                    grid_of(before),
+                    grid_of(after),
+                )
+            )
+
+    handles = [m.register_forward_hook(follow) for m in model.modules() if m in names or _spatial(m) is not None]
+    try:
+        with _evaluating(model):
+            parameter = next(model.parameters(), images)
+            model(images.to(parameter.device, parameter.dtype))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return records
+
+
+def _batch(images: Tensor) -> Tensor:
+    if images.dim() not in (3, 4):
+        raise ValueError(f"images: expected [N, C, H, W] or [C, H, W], got {list(images.shape)}")
+    return images if images.dim() == 4 else images[None]
+
+
+def _to_image(points: Tensor, grid: tuple[tuple[float, float], tuple[float, float]]) -> Tensor:
+    scale, shift = torch.tensor(grid).T
+    return points * scale + shift
+
+
+def _to_map(points: Tensor, grid: tuple[tuple[float, float], tuple[float, float]]) -> Tensor:
+    scale, shift = torch.tensor(grid).T
+    return (points - shift) / scale
+
+
+def trace(records: Sequence[LayerRecord], unit: Unit, sample: int = 0, group: int = 0) -> Tensor:
+    """Return where on the image a unit samples through several deformable layers, [points, 2] in image pixels.
+
+    The unit is the output pixel of the last record that is nearest to `unit`. Its K sampling points are carried to the
+    output of the layer before, rounded to the nearest pixel there, and each is replaced by that pixel's own K points,
+    down to the first record: K^L points for L layers. Points outside a map read zeros and are followed no further.
+    Taps of ordinary convolutions in between are not drawn.
+
+    Args:
+        records: consecutive layers in the order they ran, as `record` returns them.
+        unit: (y, x) on the image in pixels.
+        sample: index into the batch.
+        group: offset group, counted modulo each layer's number of groups.
+    """
+    if not records:
+        raise ValueError("records: expected at least one layer, got none")
+    points = torch.tensor([unit], dtype=torch.float32)
+    for index, item in enumerate(reversed(records)):
+        height, width = item.offset.shape[-2:]
+        cells = _to_map(points, item.out_grid).round().long()
+        inside = (cells >= 0).all(dim=1) & (cells < torch.tensor([height, width])).all(dim=1)
+        if index == 0 and not inside.all():
+            raise ValueError(f"unit: expected (y, x) inside the image, got {unit}, which is outside {item.name}'s output")
+        cells = cells[inside]
+        if not len(cells):
+            return torch.empty(0, 2)
+        stride = torch.tensor(item.layer.stride, dtype=torch.float32)
+        offsets = item.offset[sample, group % item.offset.shape[1]][:, :, cells[:, 0], cells[:, 1]]
+        sampled = (cells * stride)[:, None] + item.taps() + offsets.permute(2, 0, 1)
+        points = _to_image(sampled.reshape(-1, 2), item.grid)
+    return points
+
+
+def dilation_by_layer(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Return the effective dilation of every deformable layer, name -> [N, G, H', W'] (see `effective_dilation`)."""
+    result = {}
+    for item in record(model, images):
+        n, _, _, _, h, w = item.offset.shape
+        result[item.name] = effective_dilation(
+            item.offset.reshape(n, -1, h, w), item.layer.kernel_size, item.layer.dilation
+        )
+    return result
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def _figure(columns: int, rows: int = 1, width: float = 3.2, height: float = 3.2) -> tuple[Figure, Any]:
+    # A Figure of its own instead of pyplot's: no global state, no display, nothing to close.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _show_image(axes: Any, image: Tensor, picture: Tensor | None) -> None:
+    shown = (image if picture is None else picture).detach().float().cpu()
+    if shown.dim() != 3 or shown.shape[-2:] != image.shape[-2:]:
+        raise ValueError(f"picture: expected [C, {image.shape[-2]}, {image.shape[-1]}], got {list(shown.shape)}")
+    low, high = shown.min(), shown.max()
+    shown = ((shown - low) / (high - low).clamp(min=1e-8)).permute(1, 2, 0)
+    if shown.shape[2] != 3:
+        shown = shown.mean(dim=2, keepdim=True).expand(-1, -1, 3)
+    axes.imshow(shown.numpy(), interpolation="nearest")
+    axes.set_axis_off()
+
+
+def sampling_points(
+    model: nn.Module,
+    image: Tensor,
+    units: Unit | Sequence[Unit] | None = None,
+    layers: int | Sequence[str] = 3,
+    picture: Tensor | None = None,
+    group: int = 0,
+) -> Figure:
+    """Draw where units of the last deformable layer sample the image, through several layers (see `trace`).
+
+    Args:
+        model: any module with DCNv1 or DCNv2 layers inside.
+        image: [C, H, W] as the model takes it.
+        units: (y, x) in image pixels, one or several (one panel each); None draws the centre.
+        layers: how many of the last deformable layers to follow, or their names.
+        picture: [C, H, W] to draw instead of `image`, for example before normalisation.
+        group: offset group to follow.
+
+    Returns:
+        A matplotlib figure: the unit as a green cross, its sampling points in red.
+
+    Source: Dai et al., Deformable Convolutional Networks, 2017, figure 6.
+    """
+    batch = _batch(image)
+    image = batch[0]
+    names = layers if not isinstance(layers, int) else None
+    records = record(model, batch, names)
+    if isinstance(layers, int):
+        if layers < 1:
+            raise ValueError(f"layers: expected at least 1 layer, got {layers}")
+        records = records[-layers:]
+    height, width = image.shape[-2:]
+    if units is None:
+        units = [((height - 1) / 2, (width - 1) / 2)]
+    chosen: list[Any] = list(units)
+    if not isinstance(chosen[0], (tuple, list)):
+        chosen = [tuple(chosen)]
+    figure, grid = _figure(len(chosen))
+    for axes, unit in zip(grid[0], chosen, strict=True):
+        points = trace(records, unit, group=group)
+        _show_image(axes, image, picture)
+        # Many paths may end in one pixel: transparency shows how often.
+        alpha = 0.9 if len(points) <= 9 else 0.45
+        axes.scatter(points[:, 1], points[:, 0], s=9, c="#ff2d2d", alpha=alpha, linewidths=0)
+        axes.plot(unit[1], unit[0], marker="+", color="#19ff4b", markersize=13, markeredgewidth=2.5)
+        axes.set_xlim(-0.5 - 0.08 * width, width - 0.5 + 0.08 * width)
+        axes.set_ylim(height - 0.5 + 0.08 * height, -0.5 - 0.08 * height)
+    outside = "one layer" if len(records) == 1 else f"{len(records)} layers"
+    figure.suptitle(f"sampling points through {outside}, ending at {records[-1].name}", fontsize=9)
+    return figure
+
+
+def offset_field(
+    model: nn.Module,
+    image: Tensor,
+    layer: str | None = None,
+    picture: Tensor | None = None,
+    group: int = 0,
+) -> Figure:
+    """Draw the offsets of one layer as arrows on the image: the mean over taps, and each tap of the kernel by itself.
+
+    Args:
+        model: any module with DCNv1 or DCNv2 layers inside.
+        image: [C, H, W] as the model takes it.
+        layer: name of the layer; None takes the first deformable one (the finest map).
+        picture: [C, H, W] to draw instead of `image`.
+        group: offset group to draw.
+
+    Returns:
+        A matplotlib figure; arrows have their true length in image pixels and are coloured by it.
+    """
+    batch = _batch(image)
+    image = batch[0]
+    item = record(model, batch, None if layer is None else [layer])[0]
+    offset = item.offset[0, group % item.offset.shape[1]]
+    scale = torch.tensor([item.grid[0][0], item.grid[1][0]]).reshape(1, 2, 1, 1)
+    arrows = offset * scale
+    h, w = arrows.shape[-2:]
+    cells = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), dim=-1).reshape(-1, 2)
+    start = _to_image(cells.float(), item.out_grid)
+    longest = arrows.norm(dim=1).max().clamp(min=1e-6).item()
+    height, width = image.shape[-2:]
+    figure, grid = _figure(2, width=4.0, height=3.8)
+
+    def field(axes: Any, vectors: Tensor, limit: float, title: str) -> None:
+        _show_image(axes, image, picture)
+        length = vectors.norm(dim=0).reshape(-1)
+        drawn = axes.quiver(
+            start[:, 1], start[:, 0], vectors[1].reshape(-1), vectors[0].reshape(-1), length,
+            angles="xy", scale_units="xy", scale=1.0, cmap="plasma", width=0.006,
+        )  # fmt: skip
+        drawn.set_clim(0.0, limit)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlim(-0.5, width - 0.5)
+        axes.set_ylim(height - 0.5, -0.5)
+        figure.colorbar(drawn, ax=axes, shrink=0.75, label="offset length (image pixels)")
+
+    mean = arrows.mean(dim=0)
+    field(grid[0, 0], mean, max(mean.norm(dim=0).max().item(), 1e-6), "mean over taps")
+    axes = grid[0, 1]
+    _show_image(axes, image, picture)
+    steps = item.taps() * torch.tensor([item.grid[0][0], item.grid[1][0]])
+    base = start[:, None] + (steps - steps.mean(dim=0))
+    tips = base + arrows.permute(2, 3, 0, 1).reshape(len(base), -1, 2)
+    moved = (tips - base).norm(dim=-1)
+    points = axes.scatter(tips[..., 1], tips[..., 0], c=moved, s=5, cmap="plasma", vmin=0.0, vmax=longest, linewidths=0)
+    axes.set_xlim(-0.5, width - 0.5)
+    axes.set_ylim(height - 0.5, -0.5)
+    axes.set_title("every sampling point", fontsize=9)
+    figure.colorbar(points, ax=axes, shrink=0.75, label="offset length (image pixels)")
+    figure.suptitle(f"offsets of {item.name}, {h} x {w} map", fontsize=10)
+    return figure
+
+
+def dilation_plot(model: nn.Module, images: Tensor) -> Figure:
+    """Draw the effective dilation of every deformable layer: median, quartiles and 5th to 95th percentile.
+
+    Args:
+        model: any module with DCNv1 or DCNv2 layers inside.
+        images: [N, C, H, W] as the model takes them.
+
+    Returns:
+        A matplotlib figure; the dilation each layer would have with zero offsets is marked.
+    """
+    values = dilation_by_layer(model, images)
+    layers = dict(model.named_modules())
+    figure, grid = _figure(1, width=max(4.0, 0.55 * len(values) + 2.0), height=3.6)
+    axes = grid[0, 0]
+    boxes = axes.boxplot(
+        [value.flatten().numpy() for value in values.values()], whis=(5, 95), showfliers=False, patch_artist=True,
+        medianprops=dict(color="black"),
+    )  # fmt: skip
+    for box in boxes["boxes"]:
+        box.set_facecolor("#9ecae1")
+    still = [sum(layers[name].dilation) / 2 for name in values]
+    axes.plot(range(1, len(still) + 1), still, "_", color="#ff2d2d", markersize=18, label="with zero offsets")
+    axes.set_xticks(range(1, len(values) + 1), list(values), rotation=45, ha="right", fontsize=8)
+    axes.set_ylabel("effective dilation (pixels)")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+    axes.grid(axis="y", alpha=0.3)
+    return figure

@@ -1,0 +1,41 @@
+"""Fine-tune, validate, test or predict with a config: `python scripts/finetune.py CONFIG [--cfg-options key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from mmengine.config import DictAction
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+from dcn_plugin.finetune import load_config, run
+from dcn_plugin.finetune.run import TASKS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", help="config file, such as configs/classification/resnet18-dcn_digits-warped.py")
+    parser.add_argument("--task", choices=TASKS, default="fit")
+    parser.add_argument("--work-dir", help="default: work_dirs/<name of the config>")
+    parser.add_argument("--resume", nargs="?", const="auto", help="continue from a checkpoint, or from last.ckpt")
+    parser.add_argument("--checkpoint", help="checkpoint to validate, test or predict with (default: best.ckpt)")
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="overrides, e.g. trainer.max_epochs=3")
+    args = parser.parse_args()
+    work_dir = Path(args.work_dir or f"work_dirs/{Path(args.config).stem}")
+    checkpoint = args.resume if args.task == "fit" else args.checkpoint
+    if args.task != "fit" and checkpoint is None and (work_dir / "best.ckpt").is_file():
+        checkpoint = work_dir / "best.ckpt"
+    try:
+        config = load_config(args.config, args.cfg_options)
+        results = run(config, work_dir, args.task, checkpoint)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    except SIGTERMException:
+        sys.exit("stopped by SIGTERM; the same command with --resume continues from last.ckpt")
+    for name, value in results.items():
+        print(f"{name:>12}  {value:.4f}" if isinstance(value, float) else f"{name:>12}  {value}")
+
+
+if __name__ == "__main__":
+    main()
