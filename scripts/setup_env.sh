@@ -57,7 +57,7 @@ make_environment() {
         echo "Making the virtual environment $venv ..."
         "$PYTHON" -m venv --clear "$venv" || fail "the virtual environment could not be made." "see the message above."
     fi
-    [ -t 1 ] || quiet=(--quiet) # progress bars are for people
+    [ -t 1 ] || quiet=(-qq) # progress bars are for people
     echo "Installing the tested versions of torch, timm, mmengine, lightning, ... (once; downloads of about 3 GB) ..."
     # The pip that comes with Python 3.10 to 3.12 does not know dependency groups.
     "$venv/bin/python" -m pip install ${quiet[@]+"${quiet[@]}"} --upgrade 'pip>=25.1' &&
@@ -72,7 +72,7 @@ python_of() { "$1" -c 'import sys; print(sys.version_info[:3])' 2>/dev/null; }
 choose_architectures() {
     local found
     [ -z "${TORCH_CUDA_ARCH_LIST:-}" ] || return 0
-    found=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^[0-9]+\.[0-9]$' | sort -u | paste -sd ';' -)
+    found=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | paste -sd ';' -) || found=""
     export TORCH_CUDA_ARCH_LIST="${found:-8.0+PTX}"
 }
 
