@@ -7,14 +7,20 @@ hooks with MMEngine, whichever of the two is installed. Example::
     model = timm.create_model("resnet50_dcn", num_classes=10)
 """
 
+import sys as _sys
 import warnings as _warnings
 from importlib import import_module as _import_module
 
-from . import layers, ops, reference
 from ._version import __version__
-from .checkpoint import load_checkpoint
-from .convert import convert
-from .layers import DCNv1, DCNv2, DeformConv2d
+
+# `python -m dcn_plugin.collect_env` reports on installations whose operators do not load: they must not stop it here.
+_REPORTING = _sys.argv[:1] == ["-m"] and "dcn_plugin.collect_env" in _sys.orig_argv
+
+if not _REPORTING:
+    from . import layers, ops, reference
+    from .checkpoint import load_checkpoint
+    from .convert import convert
+    from .layers import DCNv1, DCNv2, DeformConv2d
 
 __all__ = ["DCNv1", "DCNv2", "DeformConv2d", "__version__", "convert", "layers", "load_checkpoint", "ops", "reference"]
 
@@ -41,4 +47,5 @@ def _plug_in() -> None:
         _warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-_plug_in()
+if not _REPORTING:
+    _plug_in()

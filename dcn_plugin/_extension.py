@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,9 @@ def rebuild_command(cuda: bool = False) -> str:
     """Return the shell command that compiles the operators anew for the running interpreter."""
     checkout = PACKAGE.parent
     switch = "DCN_PLUGIN_CUDA=1 " if cuda else ""
-    pip = f"{switch}{sys.executable} -m pip install --no-build-isolation"
+    pip = f"{switch}{shlex.quote(sys.executable)} -m pip install --no-build-isolation"
     if (checkout / "csrc").is_dir() and (checkout / "setup.py").is_file():
-        return f"{pip} -e '{checkout}'"
+        return f"{pip} -e {shlex.quote(str(checkout))}"
     return f"{pip} --no-deps --force-reinstall <the folder or URL that dcn_plugin was installed from>"
 
 
