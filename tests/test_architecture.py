@@ -1,0 +1,137 @@
+"""The rules of docs/architecture.md that a reader could break without a test noticing: who may know whom."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "dcn_plugin"
+CSRC = ROOT / "csrc"
+
+# Part -> the parts of dcn_plugin that it may import; what else it may import besides torch and the standard library.
+MAY_IMPORT = {
+    "_version": ("", ""),
+    "_extension": ("_version", ""),
+    "collect_env": ("_version _extension", ""),
+    "reference": ("reference", ""),
+    "ops": ("ops reference _extension", ""),
+    "layers": ("layers ops", ""),
+    "convert": ("layers ops", ""),
+    "checkpoint": ("layers", "safetensors"),
+    "visualize": ("layers ops", "numpy matplotlib"),
+    "models": ("models convert checkpoint layers ops", "timm mmengine"),
+    "mmengine_hooks": ("registry", "mmengine numpy"),
+    "registry": ("models layers mmengine_hooks convert", "mmengine mmcv"),
+    "finetune": (
+        "finetune models registry convert checkpoint visualize layers ops",
+        "timm mmengine pytorch_lightning torchmetrics torchvision sklearn numpy PIL safetensors matplotlib rich",
+    ),
+    "__init__": ("_version layers ops reference checkpoint convert", ""),
+}
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> set[str]:
+    """Return the absolute names of the modules that a file imports, wherever in the file."""
+    package = ["dcn_plugin", *path.relative_to(PACKAGE).parts[:-1]]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            # `from . import ops` names a module of ours; `from x import name` names x.
+            found |= {f"{module}.{alias.name}" for alias in node.names} if module == "dcn_plugin" else {module}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    part = part_of(path)
+    assert part in MAY_IMPORT, f"dcn_plugin.{part} has no row in MAY_IMPORT: say what it may import"
+    ours, others = (set(names.split()) for names in MAY_IMPORT[part])
+    for name in imports_of(path):
+        top, *rest = name.split(".")
+        if top == "dcn_plugin":
+            assert (rest or ["__init__"])[0] in ours, f"{part} may not import {name}"
+        else:
+            assert top in others | {"torch"} | sys.stdlib_module_names, f"{part} may not import {name}"
+
+
+def includes_of(path: Path) -> list[tuple[str, bool]]:
+    """Return what a C++ file includes, with whether it is one of ours, as a path below csrc."""
+    included = re.findall(r'^\s*#\s*include\s+(?:"(.+?)"|<(.+?)>)', path.read_text(), re.M)
+    found = []
+    for quoted, _ in included:
+        if quoted:
+            beside = (path.parent / quoted).resolve()
+            target = beside if beside.exists() else (CSRC / quoted).resolve()
+            found.append((str(target.relative_to(CSRC)), True))
+    return found + [(name, False) for _, name in included if name]
+
+
+@pytest.mark.parametrize("path", sorted(CSRC.rglob("*.*")), ids=lambda path: str(path.relative_to(CSRC)))
+def test_includes_point_one_way(path):
+    allowed = {"core": {"core"}, "runtime": {"core", "runtime"}, "ops": {"core", "runtime", "ops"}}
+    folder = path.relative_to(CSRC).parts[0]
+    for name, ours in includes_of(path):
+        if ours:
+            assert name.split("/")[0] in allowed[folder], f"{folder} may not include {name}"
+        elif name.startswith(("torch/", "ATen/", "c10/")):
+            assert folder == "runtime", f"only csrc/runtime includes torch, not {path.name}"
+            assert name.startswith(("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/aoti_torch/"))
+
+
+def test_one_sampler():
+    """Whoever interpolates has to take a floor; only the two samplers do."""
+    takes_floor = re.compile(r"\bfloorf?\s*\(|\.floor_?\(|grid_sample|rounding_mode=.floor")
+    files = sorted(CSRC.rglob("*.*")) + [
+        p for part in ("ops", "layers", "reference") for p in PACKAGE.glob(f"{part}/*.py")
+    ]
+    found = [path.relative_to(ROOT).as_posix() for path in files if takes_floor.search(path.read_text())]
+    assert found == ["csrc/core/sampling.h", "dcn_plugin/reference/bilinear.py"]
+
+
+def test_library_code_is_silent():
+    prints = re.compile(r"\bprintf\s*\(|std::c(out|err)")
+    assert [p.name for p in CSRC.rglob("*.*") if prints.search(p.read_text())] == []
+    for part in ("ops", "layers", "reference", "models"):
+        for path in PACKAGE.glob(f"{part}/*.py"):
+            calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+            assert not [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"], path
+
+
+def test_nothing_is_registered_over_something_else():
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.keyword) and node.arg == "force":
+                assert not (isinstance(node.value, ast.Constant) and node.value.value is True), path
+
+
+def tracked_files() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [path for name in listed.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def test_no_paths_of_one_machine():
+    folders = "|".join(("home", "root", "work", "Users", "mnt", "data1"))
+    absolute = re.compile(rf"(?<![\w.>\])}}*~$-])/(?:{folders})/\w")
+    for path in tracked_files():
+        if path.suffix not in (".json", ".png", ".svg", ".pt", ".safetensors"):
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                assert not absolute.search(line), f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+
+
+def test_no_large_files():
+    large = [str(path.relative_to(ROOT)) for path in tracked_files() if path.stat().st_size > 2**20]
+    assert large == []
