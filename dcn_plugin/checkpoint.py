@@ -269,13 +269,18 @@ def _explain_unsafe(file: Path, error: Exception) -> str:
     classes = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     if not classes:
         return f"{file} is not a readable checkpoint: {error}"
-    return (
-        f"{file} holds more than weights: objects of {', '.join(classes)}. Creating those means running code from the "
-        "file, so it is not read. If you trust these classes, import them and read the file inside "
-        f"'with torch.serialization.safe_globals([{', '.join(name.rpartition('.')[2] for name in classes)}]):'. "
-        "Files of MMEngine training runs hold such objects in 'message_hub'; "
-        "saving only their 'state_dict' once, in the environment that made them, removes them for good"
+    clean = file.with_name(f"{file.stem}_weights.pth")
+    text = (
+        f"{file} holds more than weights: objects of {', '.join(classes)}. Creating those can run any code the file's "
+        "author chose, so it is not read. If you trust the file, take the weights out of it once: python -c "
+        f"\"import torch; torch.save(torch.load({str(file)!r}, weights_only=False)['state_dict'], {str(clean)!r})\""
     )
+    if any("mmengine" in name for name in classes):
+        text += (
+            ". MMEngine's Runner saves its log history so; "
+            "custom_hooks=[dict(type='dcn_plugin.WeightsOnlyCheckpointHook')] in the config keeps it out of later files"
+        )
+    return text
 
 
 def _unwrap(content: Any, key: str | None, source: str, notes: list[str]) -> _State:
