@@ -1,5 +1,6 @@
 """Hooks for MMEngine's Runner."""
 
+from collections import Counter, OrderedDict
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value.copy())
     if isinstance(value, dict):
-        return {_plain(key): _plain(item) for key, item in value.items()}
+        items = {_plain(key): _plain(item) for key, item in value.items()}
+        return type(value)(items) if type(value) in (OrderedDict, Counter) else items
     if isinstance(value, (list, tuple)):
-        items = [_plain(item) for item in value]
-        return tuple(items) if isinstance(value, tuple) else items
+        return (tuple if isinstance(value, tuple) else list)(_plain(item) for item in value)
     return value
 
 

@@ -146,6 +146,8 @@ class DCNResNet(nn.Module):
         for name, values in per_stage.items():
             if len(values) != num_stages:
                 raise ValueError(f"{name}: expected {num_stages} values (num_stages), got {values!r}")
+        if dcn is not None and not any(stage_with_dcn):
+            raise ValueError(f"stage_with_dcn: expected a stage for dcn to apply to, got {stage_with_dcn!r}")
         if not out_indices or any(index not in range(num_stages) for index in out_indices):
             raise ValueError(f"out_indices: expected stages out of 0..{num_stages - 1}, got {out_indices!r}")
         if style not in ("pytorch", "caffe"):
