@@ -27,7 +27,7 @@ struct CpuDeformConv2d {
   static ConvGradients backward(const Tensor& grad_output, const ConvArguments& a, const ConvGeometry& g,
                                 int64_t needs) {
     if (portable) return deform_conv2d_backward_portable<Cpu>(grad_output, a, g, needs);
-    const auto [grad_input, grad_offset, grad_weight, grad_mask] = new_gradients(a, g, needs, a.input.scalar_type());
+    const auto [grad_input, grad_offset, grad_weight, grad_mask] = new_gradients(a, needs, a.input.scalar_type());
     if (g.batch > 0)
       dispatch_deform_conv2d(a, [&](auto s, auto f) {
         tiles::backward<decltype(s), decltype(f)>(grad_output, a, g, needs, grad_input, grad_offset, grad_weight,

@@ -131,7 +131,7 @@ inline Tensor new_output(const ConvArguments& a, const ConvGeometry& g) {
 }
 
 // Input and weight gradients are zeros of the type `sums`; the others are not initialised unless the batch is empty.
-inline ConvGradients new_gradients(const ConvArguments& a, const ConvGeometry& g, int64_t needs, ScalarType sums) {
+inline ConvGradients new_gradients(const ConvArguments& a, int64_t needs, ScalarType sums) {
   const auto like = [&](const Tensor& t, bool wanted, ScalarType type) {
     if (!wanted) return torch::stable::new_empty(a.input, {0}, type);
     return new_image(t, {t.size(0), t.size(1), t.size(2), t.size(3)}, type, is_channels_last(t));
@@ -188,7 +188,7 @@ ConvGradients deform_conv2d_backward_portable(const Tensor& grad_output, const C
     const int64_t depth = g.group_channels() * g.taps(), outputs = g.group_outputs();
     const bool displaced = needs & (kOffset | kMask);
 
-    const auto [grad_input, grad_offset, grad_weight, grad_mask] = new_gradients(a, g, needs, scalar_type_of<A>());
+    const auto [grad_input, grad_offset, grad_weight, grad_mask] = new_gradients(a, needs, scalar_type_of<A>());
     const Tensor weight = torch::stable::contiguous(torch::stable::to(a.weight, scalar_type_of<M>()));
     const Tensor columns = torch::stable::new_empty(a.input, {g.channels * g.taps() * step}, scalar_type_of<M>());
     const Tensor gathered = torch::stable::new_empty(a.input, {g.out_channels * step}, scalar_type_of<M>());

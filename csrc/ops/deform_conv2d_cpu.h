@@ -48,21 +48,49 @@ inline std::vector<Block> make_blocks(const ConvGeometry& g, int64_t most_channe
   return blocks;
 }
 
-// Calls f(weight element, packed position) for every weight, output by output, in the order OIHW is stored.
-template <typename S, typename F>
-void for_each_weight(const ConvGeometry& g, const std::vector<Block>& blocks, const View<S>& weight, const F& f) {
-  const int64_t outputs = blocks.front().depthwise ? 1 : g.group_outputs();
-  torch::stable::parallel_for(0, static_cast<int64_t>(blocks.size()) * outputs, 1, [&](int64_t begin, int64_t end) {
+// One output's weights [channels, K] of any layout against [K, channels] in the type of sums; `Pack`: which way.
+template <typename A, typename S, bool Pack>
+struct WeightRow {
+  S* weight;
+  int64_t channel_stride, y_stride, x_stride, kernel_h, kernel_w, channels;
+  A* packed;
+  int64_t packed_tap_stride, parts, part_stride;  // unpacking adds up `parts` packed weights
+
+  DCN_HOST_DEVICE void operator()() const {
+    constexpr int64_t vector = 16;
+    for (int64_t first = 0; first < channels; first += vector)
+      for (int64_t y = 0; y < kernel_h; ++y)
+        for (int64_t x = 0; x < kernel_w; ++x) {
+          S* const from = weight + first * channel_stride + y * y_stride + x * x_stride;
+          A* const to = packed + (y * kernel_w + x) * packed_tap_stride + first;
+          const int64_t count = channels - first < vector ? channels - first : vector;
+          for (int64_t c = 0; c < count; ++c) {
+            if constexpr (Pack) {
+              to[c] = static_cast<A>(from[c * channel_stride]);
+            } else {
+              A sum = 0;
+              for (int64_t part = 0; part < parts; ++part) sum += to[part * part_stride + c];
+              from[c * channel_stride] = static_cast<S>(sum);
+            }
+          }
+        }
+  }
+};
+
+template <bool Pack, typename A, typename S>
+void transpose_weights(const ConvGeometry& g, const std::vector<Block>& blocks, const View<S>& weight, A* packed,
+                       int64_t parts = 1, int64_t part_stride = 0) {
+  const bool depthwise = blocks.front().depthwise;
+  const int64_t outputs = depthwise ? 1 : g.group_outputs();
+  torch::stable::parallel_for(0, static_cast<int64_t>(blocks.size()) * outputs, 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Block& b = blocks[i / outputs];
-      const int64_t o = i % outputs;
-      for (int64_t c = 0; c < b.count; ++c)
-        for (int64_t k = 0; k < g.taps(); ++k) {
-          const int64_t out = b.depthwise ? b.first + c : b.group * outputs + o;
-          const int64_t in = b.depthwise ? 0 : b.first + c - b.group * g.group_channels();
-          f(weight.at(out, in, k / g.kernel_w, k % g.kernel_w),
-            b.weight_at + (b.depthwise ? k * b.count : (o * g.taps() + k) * b.count) + c);
-        }
+      const int64_t o = depthwise ? b.first : b.group * outputs + i % outputs;
+      const int64_t c = depthwise ? 0 : b.first - b.group * g.group_channels();
+      run_vectorised(WeightRow<A, S, Pack>{&weight.at(o, c, 0, 0), depthwise ? weight.n : weight.c, weight.h, weight.w,
+                                           g.kernel_h, g.kernel_w, b.count,
+                                           packed + b.weight_at + i % outputs * g.taps() * b.count, b.count, parts,
+                                           part_stride});
     }
   });
 }
@@ -135,7 +163,7 @@ struct Tile {
 };
 
 // Pixels per tile so that its columns stay in L2; tiles in a multiple of the number of threads.
-inline int64_t tile_size(const ConvGeometry& g, int64_t pixels, int64_t bytes_per_pixel, int64_t threads) {
+inline int64_t tile_size(int64_t pixels, int64_t bytes_per_pixel, int64_t threads) {
   constexpr int64_t budget = 768 << 10;
   const int64_t most = std::max<int64_t>(32, std::min<int64_t>(budget / bytes_per_pixel, 512));
   int64_t count = divide_up(pixels, most);

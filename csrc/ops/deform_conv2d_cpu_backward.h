@@ -33,7 +33,7 @@ struct Backward {
   // `image` is the first image held; displaced sums and grad_weight belong to this share alone.
   void run(const Share& share, int64_t image, A* displaced, A* grad_weight) const {
     const int64_t first = share.first_image * g.out_pixels(), pixels = share.images * g.out_pixels();
-    const int64_t per_tile = tile_size(g, pixels, g.taps() * widest * static_cast<int64_t>(sizeof(A)), 1);
+    const int64_t per_tile = tile_size(pixels, g.taps() * widest * static_cast<int64_t>(sizeof(A)), 1);
     const Displacement<A, F> where = displacement<S, F>(a);
     const View<const S> grad_out = view<const S>(grad_output);
     A* const columns = thread_scratch<A, 0>(per_tile * g.taps() * widest);
@@ -117,8 +117,7 @@ void backward(const Tensor& grad_output, const ConvArguments& a, const ConvGeome
     job.blocks = make_blocks(g, std::clamp<int64_t>(divide_up(g.channels, threads), 32, 128));
   for (const Block& b : job.blocks) job.widest = std::max(job.widest, b.count);
   const Tensor packed = fresh(a.weight.numel());
-  for_each_weight(g, job.blocks, view<const S>(a.weight),
-                  [weight = data(packed)](const S& w, int64_t at) { weight[at] = static_cast<A>(w); });
+  transpose_weights<true>(g, job.blocks, view<const S>(a.weight), data(packed));
   job.weight = data(packed);
   const Tensor zero_row = zeroed(g.channels);
   job.zeros = data(zero_row);
@@ -174,14 +173,8 @@ void backward(const Tensor& grad_output, const ConvArguments& a, const ConvGeome
       add_lanes(g, data(displaced), lanes, lane_size, image, images, 0, 2, view<F>(grad_offset));
     if (needs & kMask) add_lanes(g, data(displaced), lanes, lane_size, image, images, 2, 1, view<F>(grad_mask));
   }
-  if (weights) {
-    const A* const parts = data(weight_parts);
-    for_each_weight(g, job.blocks, view<S>(grad_weight), [&](S& w, int64_t at) {
-      A sum = 0;
-      for (int64_t split = 0; split < splits; ++split) sum += parts[split * a.weight.numel() + at];
-      w = static_cast<S>(sum);
-    });
-  }
+  if (weights)
+    transpose_weights<false>(g, job.blocks, view<S>(grad_weight), data(weight_parts), splits, a.weight.numel());
 }
 
 }  // namespace dcn::tiles

@@ -132,8 +132,7 @@ void forward(const ConvArguments& a, const ConvGeometry& g, const Tensor& output
 
   const Tensor packed = torch::stable::new_empty(a.input, {a.weight.numel()}, scalar_type_of<A>());
   A* const weight = static_cast<A*>(packed.data_ptr());
-  for_each_weight(g, blocks, view<const S>(a.weight),
-                  [weight](const S& w, int64_t at) { weight[at] = static_cast<A>(w); });
+  transpose_weights<true>(g, blocks, view<const S>(a.weight), weight);
   const Tensor zero_row = torch::stable::new_zeros(a.input, {g.channels}, scalar_type_of<A>());
   const A* const zeros = static_cast<const A*>(zero_row.data_ptr());
 
@@ -156,7 +155,7 @@ void forward(const ConvArguments& a, const ConvGeometry& g, const Tensor& output
       rows = {staged.data, staged.n, staged.h, staged.w};
     }
     const int64_t pixels = images * g.out_pixels();
-    const int64_t per_tile = tile_size(g, pixels, g.taps() * widest * static_cast<int64_t>(sizeof(A)),
+    const int64_t per_tile = tile_size(pixels, g.taps() * widest * static_cast<int64_t>(sizeof(A)),
                                        torch::stable::get_num_threads());
     torch::stable::parallel_for(0, divide_up(pixels, per_tile), 1, [&](int64_t begin, int64_t end) {
       A* const columns = thread_scratch<A, 0>(per_tile * g.taps() * widest);

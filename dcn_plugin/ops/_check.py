@@ -42,7 +42,8 @@ def same_device(value: Tensor, name: str, input: Tensor) -> None:
 
 def same_dtype(value: Tensor, name: str, input: Tensor, or_float32: bool = False) -> None:
     """Check the type of ``value`` against the input's; under autocast types are brought together later."""
-    if torch.is_autocast_enabled(input.device.type):
+    device = input.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return
     if value.dtype == input.dtype or (or_float32 and value.dtype == torch.float32 and input.dtype != torch.float64):
         return

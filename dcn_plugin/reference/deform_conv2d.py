@@ -22,7 +22,8 @@ def deform_conv2d(
 ) -> Tensor:
     """Executable definition of :func:`dcn_plugin.ops.deform_conv2d`; same arguments, any device, slow.
 
-    ``out[n,o,p] = bias[o] + sum_{k,c} weight[o,c,k] * mask[n,k,p] * bilinear(input[n,c], p * stride - pad + p_k + offset)``
+    ``out[n,o,p] = bias[o] + sum_{k,c} weight[o,c,k] * mask[n,k,p] *
+    bilinear(input[n,c], p * stride - pad + p_k + offset[k])``
     """
     (sy, sx), (dy, dx) = _pair(stride), _pair(dilation)
     pad = _pair(padding)
