@@ -46,11 +46,12 @@ def rebuild_command(cuda: bool = False) -> str:
 
 
 def _explain(library: Path, error: Exception) -> str:
-    meaning = next((text for pattern, text in _CAUSES.items() if re.search(pattern, str(error))), None)
+    said = str(error.__cause__ or error)  # torch wraps what the dynamic loader said
+    meaning = next((text for pattern, text in _CAUSES.items() if re.search(pattern, said)), None)
     built = info()
     lines = [f"The compiled operators of dcn_plugin do not load: {meaning or 'the dynamic loader refuses the file'}."]
     lines.append(f"  File: {library}")
-    lines.append(f"  Loader: {error}")
+    lines.append(f"  Loader: {said}")
     if built:
         lines.append(f"  Built on torch {built['torch']} ({built['platform']}); running torch is {torch.__version__}.")
     lines.append(f"  To mend it, build them here: {rebuild_command(library == CUDA_LIBRARY)}")
