@@ -195,7 +195,7 @@ def test_one_dynamic_graph_serves_other_sizes(case: OpCase):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(case.function, fullgraph=True, dynamic=True, backend=counter)
-    for shape in ((2, 4, 7, 9), (3, 4, 8, 11), (5, 4, 12, 6)):
+    for shape in ((2, 4, 13, 11), (3, 4, 8, 19), (5, 4, 12, 6)):  # no two sizes equal: dynamo would tie them
         arguments = make(shape)()
         assert_close(compiled(**arguments), case.reference(**arguments), torch.float64)
     assert counter.frame_count == 1
