@@ -1,0 +1,271 @@
+"""Building and installing: what sdist and wheel hold, one statement of each version, and plain words on failure."""
+
+import importlib.util
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+
+from dcn_plugin import _extension
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+COPIED = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "csrc", "dcn_plugin")
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs a source checkout")
+
+
+@pytest.fixture(scope="module")
+def setup_py():
+    """The functions of setup.py, without its call of setup()."""
+    return runpy.run_path(str(ROOT / "setup.py"), run_name="setup_py")
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what a build reads, in a place whose name asks for quoting."""
+    copy = tmp_path / "a $place with: spaces"
+    copy.mkdir()
+    ignore = shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__")
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=ignore)
+        elif (ROOT / name).exists():
+            shutil.copy(ROOT / name, copy)
+    return copy
+
+
+def run(command, cwd, **environment):
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def backend(hook, cwd, out, **environment):
+    """Call the build backend as pip does; return what it made."""
+    code = f"from setuptools import build_meta; print('made:', build_meta.{hook}({str(out)!r}))"
+    done = run([sys.executable, "-c", code], cwd, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out / re.findall("made: (.+)", done.stdout)[0]
+
+
+def test_floor_of_torch_is_one(setup_py):
+    floor = ".".join(map(str, setup_py["TORCH_FLOOR"]))
+    assert setup_py["TORCH_FLOOR"] == _extension.TORCH_FLOOR
+    assert [str(r) for r in map(Requirement, PYPROJECT["project"]["dependencies"])] == [f"torch>={floor}"]
+    assert f"torch>={floor}" in PYPROJECT["build-system"]["requires"]
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.13"])
+def test_tested_versions_are_exact_and_above_the_floors(python):
+    pins = {}
+    for pin in map(Requirement, PYPROJECT["dependency-groups"]["tested"]):
+        if pin.marker is None or pin.marker.evaluate({"python_version": python}):
+            assert pin.name not in pins and [s.operator for s in pin.specifier] == ["=="], f"{pin} on {python}"
+            pins[pin.name] = next(iter(pin.specifier)).version
+    project = PYPROJECT["project"]
+    wanted = [*project["dependencies"], *PYPROJECT["build-system"]["requires"]]
+    wanted += [need for extra, needs in project["optional-dependencies"].items() if extra != "dev" for need in needs]
+    for need in map(Requirement, wanted):
+        if need.name != "dcn_plugin":
+            assert need.name in pins, f"{need.name} is not in the group tested"
+            assert need.specifier.contains(pins[need.name]), f"{need} but {pins[need.name]} is tested"
+
+
+def test_architectures(setup_py):
+    gencode = setup_py["gencode"]
+    listed, flags = gencode("", ["75", "80", "86", "89", "90", "100", "103", "120", "121"])
+    assert listed == ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX"]
+    assert (
+        flags[0] == "-gencode=arch=compute_75,code=sm_75" and flags[-1] == "-gencode=arch=compute_120,code=compute_120"
+    )
+    assert gencode("", ["50", "75", "80", "90"])[0] == ["7.5", "8.0", "9.0+PTX"]
+    listed, flags = gencode("8.0; 9.0a+PTX", ["80", "90"])
+    assert listed == ["8.0", "9.0a+PTX"]
+    assert [flag.rpartition("=")[2] for flag in flags] == ["sm_80", "sm_90a", "compute_90a"]
+    for wrong in ("13.7", "sm_80", "8"):
+        with pytest.raises(ValueError, match=f"TORCH_CUDA_ARCH_LIST holds '{wrong}'.*8.0, 12.0"):
+            gencode(wrong, ["80", "120"])
+
+
+def test_sdist_holds_the_sources(checkout, tmp_path):
+    with tarfile.open(backend("build_sdist", checkout, tmp_path)) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
+    python = {str(path.relative_to(ROOT)) for path in (ROOT / "dcn_plugin").rglob("*.py")}
+    assert sources | python | {"setup.py", "pyproject.toml", "LICENSE", "dcn_plugin/py.typed"} <= names
+    assert not [name for name in names if name.endswith((".so", "_build_info.json"))]
+
+
+def test_wheel_from_the_sdist_works(checkout, tmp_path):
+    """Compiled without optimisation and CUDA, for speed; imported by a process that sees nothing else of ours."""
+    with tarfile.open(backend("build_sdist", checkout, tmp_path)) as archive:
+        top = archive.getnames()[0].split("/")[0]
+        archive.extractall(checkout, filter="data")
+    environment = {"DCN_PLUGIN_CUDA": "0", "CXXFLAGS": "-O0", "MAX_JOBS": "2"}
+    wheel = backend("build_wheel", checkout / top, tmp_path, **environment)
+    assert re.fullmatch(r"dcn_plugin-[\d.]+-py3-none-(linux|macosx)_\w+\.whl", wheel.name)
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    held = {str(path.relative_to(site)) for path in site.rglob("*") if path.is_file()}
+    assert {"dcn_plugin/_C.so", "dcn_plugin/_build_info.json", "dcn_plugin/py.typed"} <= held
+    assert "dcn_plugin/_C_cuda.so" not in held and {name.split("/")[0].split("-")[0] for name in held} == {"dcn_plugin"}
+    info = json.loads((site / "dcn_plugin/_build_info.json").read_text())
+    assert info["torch"] == torch.__version__ and info["cuda"] is None
+    assert info["without_cuda_because"] == "DCN_PLUGIN_CUDA=0"
+    code = """
+import torch, dcn_plugin
+x, weight, offset = torch.rand(1, 2, 5, 5), torch.rand(3, 2, 3, 3), torch.zeros(1, 18, 3, 3)
+torch.testing.assert_close(dcn_plugin.ops.deform_conv2d(x, offset, weight), torch.nn.functional.conv2d(x, weight))
+print(dcn_plugin.__file__)
+"""
+    done = run([sys.executable, "-c", code], tmp_path, PYTHONPATH=str(site))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(site))
+
+
+# setup.py run as pip runs it, in an environment that lacks the modules named.
+WITHOUT = """
+import importlib.util as util, runpy, sys
+find = util.find_spec
+util.find_spec = lambda name, *package: None if name in {without!r} else find(name, *package)
+sys.argv = ["setup.py", *{arguments!r}]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+def failing_build(cwd, arguments, without=(), **environment):
+    code = WITHOUT.format(without=without, arguments=arguments)
+    done = run([sys.executable, "-c", code], cwd, **environment)
+    assert done.returncode != 0
+    message = done.stderr + done.stdout
+    assert "dcn_plugin cannot be built: " in message and "To mend it: " in message and "Traceback" not in message
+    return message
+
+
+METADATA = ["-q", "dist_info"]
+BUILD = ["-q", "build_ext"]
+
+
+def test_without_torch(checkout):
+    message = failing_build(checkout, METADATA, without=("torch",))
+    assert "torch is not installed" in message and "pip install 'torch>=2.11'" in message
+
+
+def fake_torch(folder, version, cuda):
+    package = folder / "site" / "torch"
+    (package / "include/torch/csrc/stable").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('only looked at')")
+    (package / "version.py").write_text(f"__version__ = {version!r}\ncuda = {cuda!r}\n")
+    return str(package.parent)
+
+
+def test_torch_too_old(checkout, tmp_path):
+    message = failing_build(checkout, METADATA, PYTHONPATH=fake_torch(tmp_path, "2.9.1+cpu", None))
+    assert "torch 2.9.1+cpu is installed, but 2.11 or newer is needed" in message
+
+
+@pytest.mark.parametrize("compiler", [{"CXX": "/nowhere/c++"}, {"PATH": "", "CXX": ""}], ids=["CXX", "PATH"])
+def test_without_compiler(checkout, compiler):
+    message = failing_build(checkout, METADATA, **compiler)
+    assert (
+        "CXX is '/nowhere/c++'" if compiler["CXX"] else "no C++ compiler"
+    ) in message and "apt install g++" in message
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="CUDA is built on Linux only")
+def test_cuda_of_another_major(checkout, tmp_path):
+    toolkit = tmp_path / "cuda"
+    (toolkit / "bin").mkdir(parents=True)
+    nvcc = toolkit / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.4, V12.4.1'\n")
+    nvcc.chmod(0o755)
+    environment = {"PYTHONPATH": fake_torch(tmp_path, "2.12.0+cu130", "13.0"), "CUDA_HOME": str(toolkit)}
+    message = failing_build(checkout, BUILD, DCN_PLUGIN_CUDA="1", **environment)
+    assert "nvcc is CUDA 12.4 while torch 2.12.0+cu130 was built for CUDA 13.0" in message
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"DCN_PLUGIN_CUDA": "1", "CUDA_HOME": "/nowhere"}, "CUDA_HOME is /nowhere, which holds no bin/nvcc"),
+        ({"DCN_PLUGIN_CUDA": "yes"}, "DCN_PLUGIN_CUDA is 'yes'"),
+    ],
+)
+def test_cuda_switch(checkout, environment, expected):
+    if sys.platform != "linux" and "CUDA_HOME" in environment:
+        pytest.skip("CUDA is built on Linux only")
+    assert expected in failing_build(checkout, BUILD, **environment)
+
+
+def test_without_sources(checkout):
+    shutil.rmtree(checkout / "csrc")
+    assert "there are no sources" in failing_build(checkout, BUILD, DCN_PLUGIN_CUDA="0")
+
+
+def test_without_ninja(checkout):
+    compiler = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++") or shutil.which("clang++")
+    message = failing_build(checkout, BUILD, without=("ninja",), PATH="", CXX=compiler, DCN_PLUGIN_CUDA="0")
+    assert "ninja is not installed" in message and "pip install ninja" in message
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda path: path.name)
+def test_script_parses(script):
+    assert run(["bash", "-n", str(script)], ROOT).stderr == ""
+
+
+def fake_python(folder, body):
+    script = folder / "python"
+    script.write_text(f"#!/bin/sh\n{body}\n")
+    script.chmod(0o755)
+    return str(script)
+
+
+@pytest.mark.parametrize("lack", ["python", "recent python", "venv", "compiler"])
+def test_commands_name_what_the_machine_lacks(tmp_path, lack):
+    environment = {"DCN_PLUGIN_VENV": str(tmp_path / "venv"), "PYTHON": sys.executable}
+    if lack == "python":
+        environment["PYTHON"] = "/nowhere/python3"
+        expected = "which does not exist"
+    elif lack == "recent python":
+        environment["PYTHON"] = fake_python(tmp_path, "exit 1")
+        expected = "not a Python >= 3.10"
+    elif lack == "venv":
+        body = f'case "$2" in *ensurepip*) exit 1 ;; esac\nexec "{sys.executable}" "$@"'
+        environment["PYTHON"] = fake_python(tmp_path, body)
+        expected = "apt install python3-venv"
+    else:
+        environment["CXX"] = "/nowhere/c++"
+        expected = "no C++ compiler was found (/nowhere/c++)"
+    for script in ("quickstart.sh", "test.sh"):
+        done = run(["bash", str(ROOT / "scripts" / script)], tmp_path, **environment)
+        assert done.returncode == 1 and expected in done.stderr and "To mend it: " in done.stderr
+        assert not (tmp_path / "venv").exists()
+
+
+def test_ci_runs_exactly_the_documented_command():
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert [line for line in lines if line.startswith("bash ")] == ["bash scripts/test.sh"]
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_version_is_stated_once():
+    assert "version" in PYPROJECT["project"]["dynamic"]
+    assert importlib.util.find_spec("dcn_plugin._version") is not None
+    found = [p for p in [ROOT / "setup.py", *(ROOT / "dcn_plugin").rglob("*.py")] if "__version__ = " in p.read_text()]
+    assert found == [ROOT / "dcn_plugin" / "_version.py"]
