@@ -84,19 +84,22 @@ class LoadReport:
             found.append(f"{len(unexpected)} unexpected (in the source, not in the model): {', '.join(unexpected)}")
         for name in mismatched:
             given, wanted = self.mismatched[name]
-            found.append(f"shape of {name}: source has {list(given)}, model has {list(wanted)}")
+            found.append(f"shape of {name} differs: source has {list(given)}, model has {list(wanted)}")
         return found
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {len(self.loaded)} tensors loaded"]
-        lines += [f"  note: {note}" for note in self.notes]
-        lines += [f"  renamed: {old} -> {new}" for old, new in self.renamed.items()]
-        lines += [f"  {problem}" for problem in self.problems]
-        if self.allowed:
-            lines.append(f"  {len(self.allowed)} not loaded, as allowed: {', '.join(self.allowed)}")
-        if self.outside:
-            lines.append(f"  {len(self.outside)} outside the prefix: {', '.join(self.outside)}")
-        return "\n".join(lines)
+        lines += [f"note: {note}" for note in self.notes]
+        renames = [f"{old} -> {new}" for old, new in self.renamed.items()]
+        for title, attribute, items in (
+            ("renamed", "renamed", renames),
+            ("not loaded, as allowed", "allowed", self.allowed),
+            ("outside the backbone or prefix, left alone", "outside", self.outside),
+        ):
+            if items:
+                more = f", ... (all in .{attribute})" if len(items) > 6 else ""
+                lines.append(f"{len(items)} {title}: {', '.join(items[:6])}{more}")
+        return "\n  ".join(lines + self.problems)
 
 
 def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> dict[str, Any]:
@@ -266,7 +269,10 @@ def _explain_unsafe(file: Path, error: Exception) -> str:
             "it is not read. If you trust it (detectron2's .pkl files are of this kind), read it yourself, for "
             "example with pickle.load, and pass the state dict to load_checkpoint"
         )
-    classes = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    try:
+        classes = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except Exception:  # damaged inside: the first error says how
+        classes = []
     if not classes:
         return f"{file} is not a readable checkpoint: {error}"
     clean = file.with_name(f"{file.stem}_weights.pth")

@@ -221,7 +221,7 @@ def test_every_problem_is_named_at_once_and_strict_false_loads_the_rest():
     for words in (
         "1 missing (in the model, not in the source): layer1.0.conv1.weight",
         "1 unexpected (in the source, not in the model): layer5.weight",
-        "shape of fc.weight: source has [7, 64], model has [3, 64]",
+        "shape of fc.weight differs: source has [7, 64], model has [3, 64]",
     ):
         assert words in str(error.value)
     kept = target.fc.weight.clone()
@@ -287,7 +287,7 @@ def test_earlier_names_of_conv_offset(new, old, activation, caplog):
     assert same(target, source.state_dict())
     assert list(report.renamed.values()) == OFFSET_KEYS
     assert report.renamed[f"layer3.0.{old}weight"] == "layer3.0.conv2.conv_offset.weight"
-    assert f"layer3.0.{old}bias -> layer3.0.conv2.conv_offset.bias" in str(report)
+    assert f"6 renamed: layer2.0.{old}weight -> layer2.0.conv2.conv_offset.weight, " in str(report)
     # Whoever used these names used the plain sigmoid.
     assert ("build it with mask_activation='sigmoid'" in str(report)) == (activation == "2*sigmoid")
     assert len(caplog.records) == 1, "reported once"
@@ -324,6 +324,7 @@ def test_detectron2_names(prefix, tmp_path):
     assert report.renamed[prefix + "res4.0.conv2_offset.bias"] == "layer3.0.conv2.conv_offset.bias"
     assert report.renamed[prefix + "res5.0.conv3.norm.weight"] == "layer4.0.bn3.weight"
     assert report.outside == ["backbone.fpn_lateral2.weight"]
+    assert "(all in .renamed)" in str(report)
     assert any("STRIDE_IN_1X1" in note for note in report.notes)
     assert [name for name in report.missing if not name.endswith("num_batches_tracked")] == head
 
@@ -348,7 +349,7 @@ def test_offsets_of_the_other_version_are_explained(given, wanted):
     for i, channels in ((2, 8), (3, 12), (4, 16)):
         name = f"layer{i}.0.conv2.conv_offset.weight"
         shapes = f"source has [{rows[given]}, {channels}, 3, 3], model has [{rows[wanted]}, {channels}, 3, 3]"
-        assert f"shape of {name}: {shapes}" in str(error.value)
+        assert f"shape of {name} differs: {shapes}" in str(error.value)
         assert f"{rows[given]} outputs would fit {given} with offset_groups=1" in str(error.value)
 
 

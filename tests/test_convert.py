@@ -473,7 +473,7 @@ def test_timm_models_with_convolutions_of_their_own_are_refused_by_name(name, ki
     assert not any(isinstance(module, DeformConv2d) for module in model.modules())
 
 
-def test_timm_features_and_classifier_reset_work_after_conversion():
+def test_timm_feature_models_convert():
     timm = pytest.importorskip("timm")
     model = timm.create_model("resnet18", features_only=True)
     x = torch.randn(1, 3, 64, 64)
@@ -482,6 +482,23 @@ def test_timm_features_and_classifier_reset_work_after_conversion():
     convert(model, dict(match="layer[34].*.conv2", layer=V2))
     for ours, theirs in zip(model(x), before, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_feature_extractors_trace_a_converted_model():
+    timm = pytest.importorskip("timm")
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    model = timm.create_model("resnet18").eval()
+    convert(model, dict(match="layer4.*.conv2", layer=V2))
+    x = torch.randn(1, 3, 64, 64)
+    extractor = extraction.create_feature_extractor(model, {"layer4": "out"})
+    torch.testing.assert_close(extractor(x)["out"], model.forward_features(x))
+
+
+def test_model_without_storage_converts():
+    with torch.device("meta"):
+        model = Small()
+    report = convert(model, dict(match="stem", layer=V2), input_size=(3, 12, 12))
+    assert report.macs_added == 3 * 27 * 9 * 144 and all(p.is_meta for p in model.parameters())
 
 
 def test_public_entry_point(caplog):

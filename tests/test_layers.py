@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
@@ -486,3 +487,33 @@ def test_compiles_without_graph_break():
     x = torch.randn(1, 4, 6, 6)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("cls", OFFSET_LAYERS)
+def test_exports_with_dynamic_sizes(cls):
+    layer = shaken(cls(4, 4, 2, padding="same", offset_bound=2.0)).eval()
+    dim = torch.export.Dim
+    sizes = {"x": {0: dim("n"), 2: dim("h", min=4, max=64), 3: dim("w", min=4, max=64)}}
+    exported = torch.export.export(layer, (torch.randn(2, 4, 6, 6),), dynamic_shapes=sizes)
+    assert any("dcn_plugin.deform_conv2d" in str(node.target) for node in exported.graph.nodes)
+    x = torch.randn(3, 4, 9, 7)
+    torch.testing.assert_close(exported.module()(x), layer(x))
+
+
+@pytest.mark.parametrize("cls", OFFSET_LAYERS)
+def test_symbolic_trace(cls):
+    layer = shaken(cls(4, 4, (2, 3), padding=(0, 1, 1, 1), offset_groups=2))
+    traced = torch.fx.symbolic_trace(nn.Sequential(layer))
+    for shape in [(1, 4, 6, 6), (2, 4, 9, 7)]:
+        x = torch.randn(shape)
+        torch.testing.assert_close(traced(x), layer(x))
+    with pytest.raises(ValueError, match="input must be"):
+        traced(torch.zeros(1, 3, 6, 6))
+
+
+def test_batch_norm_folds_into_the_layer():
+    layer, norm = shaken(DCNv2(4, 4, 3, bias=False)).eval(), nn.BatchNorm2d(4).eval()
+    norm.running_mean.normal_()
+    norm.weight.data.uniform_(0.5, 2)
+    x = torch.randn(1, 4, 6, 6)
+    torch.testing.assert_close(nn.utils.fusion.fuse_conv_bn_eval(layer, norm)(x), norm(layer(x)), rtol=1e-4, atol=1e-5)

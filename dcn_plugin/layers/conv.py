@@ -13,6 +13,7 @@ from collections.abc import Callable, MutableMapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -27,6 +28,17 @@ MASK_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "2*sigmoid": lambda raw: 2 * raw.sigmoid(),
     "sigmoid": torch.sigmoid,
 }
+
+
+# Symbolic tracing (timm's and torchvision's feature extractors) records these as calls: they look at shapes.
+torch.fx.wrap("deform_conv2d")
+torch.fx.wrap("_check_input")
+
+
+def _check_input(x: Tensor, channels: int) -> Tensor:
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise ValueError(f"input must be [N, {channels}, H, W], got {list(x.shape)}")
+    return x
 
 
 def _integer(name: str, value: Any, minimum: int) -> int:
@@ -339,9 +351,7 @@ class OffsetConv(DeformConv2d):
         self.conv_offset.reset_parameters()
 
     def _predict(self, x: Tensor) -> Tensor:
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"input must be [N, {self.in_channels}, H, W], got {list(x.shape)}")
-        return self.conv_offset(x)
+        return self.conv_offset(_check_input(x, self.in_channels))
 
     def _bound(self, raw: Tensor) -> Tensor:
         return raw if self.offset_bound is None else self.offset_bound * torch.tanh(raw / self.offset_bound)
@@ -488,7 +498,7 @@ class DCNv2(OffsetConv):
 
     def offsets(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         raw = self._predict(x)
-        split = raw.shape[1] // 3 * 2
+        split = self.conv_offset.out_channels // 3 * 2
         return self._bound(raw[:, :split]), MASK_ACTIVATIONS[self.mask_activation](raw[:, split:])
 
     offsets.__doc__ = OffsetConv.offsets.__doc__
