@@ -362,6 +362,25 @@ def test_bad_input_is_named(cls, shape):
         cls(4, 6, 3)(torch.zeros(shape))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.complex64])
+def test_input_that_is_not_real_is_named(dtype):
+    with pytest.raises(TypeError, match=f"input must be a real floating-point tensor, got {dtype}"):
+        DCNv2(4, 6, 3)(torch.zeros(1, 4, 8, 8, dtype=dtype))
+
+
+def test_input_smaller_than_the_kernel_is_refused():
+    for layer in (DCNv1(4, 6, 5), DCNv2(4, 6, 3, dilation=3)):
+        with pytest.raises(RuntimeError, match="Kernel size can't be greater than actual input size"):
+            layer(torch.zeros(1, 4, 4, 4))
+
+
+def test_empty_batch():
+    layer = DCNv2(4, 6, 3, padding=1)
+    out = layer(torch.zeros(0, 4, 5, 5))
+    assert out.shape == (0, 6, 5, 5)
+    out.sum().backward()
+
+
 def test_v1_offset_given_with_a_v2_mask_is_refused():
     layer = DeformConv2d(4, 4, 3, padding=1)
     with pytest.raises(ValueError, match="mask"):

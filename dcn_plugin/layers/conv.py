@@ -38,6 +38,8 @@ torch.fx.wrap("_check_input")
 def _check_input(x: Tensor, channels: int) -> Tensor:
     if x.dim() != 4 or x.shape[1] != channels:
         raise ValueError(f"input must be [N, {channels}, H, W], got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"input must be a real floating-point tensor, got {x.dtype}")
     return x
 
 
