@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -77,7 +78,7 @@ def test_library_asks_only_for_torch_and_the_system(library):
 def test_missing_library(elsewhere):
     message = failure()
     assert str(elsewhere / "_C.so") in message and "not compiled" in message
-    assert f"{sys.executable} -m pip install --no-build-isolation" in message
+    assert f"{shlex.quote(sys.executable)} -m pip install --no-build-isolation" in message
 
 
 def test_damaged_library(elsewhere):
