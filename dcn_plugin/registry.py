@@ -9,7 +9,8 @@ MMEngine imports this module by itself when a config says ``type="dcn_plugin.<na
 elsewhere they mean this package's layers with mmcv's arguments and mmcv's sigmoid masks (see `models.dcn_mmcv`), so
 that ``conv_cfg`` and ``dcn=dict(type="DCNv2", deform_groups=1)`` of mm* models work. The decision looks at what is
 installed, not at what is imported, so the order of imports does not matter. ``dcn_plugin.MMCVDCN`` and
-``dcn_plugin.MMCVDCNv2`` are the same two layers under names that are always ours.
+``dcn_plugin.MMCVDCNv2`` are the same two layers under names that are always ours. Under
+``default_scope = "dcn_plugin"`` a bare ``DCNv2`` is this package's own layer, with its own arguments and masks.
 """
 
 from importlib.machinery import PathFinder

@@ -21,6 +21,19 @@ import torch, dcn_plugin
 layer = dcn_plugin.DCNv2(4, 4, 3, padding=1)
 x = torch.rand(1, 4, 5, 5)
 torch.testing.assert_close(layer(x), torch.nn.functional.conv2d(x, layer.weight, layer.bias, padding=1))
+from dcn_plugin.models import DCNResNet
+maps = DCNResNet(18, base_channels=8, dcn=dict(type="DCNv2"))(torch.rand(2, 3, 64, 64))
+assert [m.shape[1] for m in maps] == [8, 16, 32, 64]
+"""
+
+NO_TIMM = """
+from dcn_plugin.models import TimmBackbone
+try:
+    TimmBackbone("resnet18_dcn")
+except ImportError as error:
+    assert "TimmBackbone needs timm" in str(error)
+else:
+    raise AssertionError("no timm, no error")
 """
 
 
@@ -37,7 +50,8 @@ def test_public_names():
     ids=lambda names: "-".join(names[:3]),
 )
 def test_works_without_frameworks(blocked):
-    code = BLOCK.format(blocked=blocked) + USE + f"assert not set({blocked!r}) & set(sys.modules)"
+    code = BLOCK.format(blocked=blocked) + USE + (NO_TIMM if "timm" in blocked else "")
+    code += f"assert not set({blocked!r}) & set(sys.modules)"
     assert run_python(code, "-W", "error") == ""
 
 

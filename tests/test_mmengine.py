@@ -140,9 +140,7 @@ def test_state_dict_is_mmdets(kind, per_tap):
     dcn = dict(DCNV2, type=kind)
     cfg = dict(type="dcn_plugin.DCNResNet", depth=50, dcn=dcn, stage_with_dcn=(False, True, True, True))
     model = MODELS.build(cfg)
-    expected = {
-        key: [9 * per_tap, *shape[1:]] if ".conv_offset." in key else shape for key, shape in LAYOUT.items()
-    }
+    expected = {key: [9 * per_tap, *shape[1:]] if ".conv_offset." in key else shape for key, shape in LAYOUT.items()}
     assert [(key, list(value.shape)) for key, value in model.state_dict().items()] == list(expected.items())
     assert dcn == dict(DCNV2, type=kind)
 
@@ -284,7 +282,8 @@ def test_keys_of_older_checkpoints_load():
     [
         (dict(depth=20), ValueError, "depth.*20"),
         (dict(num_stages=5), ValueError, "num_stages.*5"),
-        (dict(num_stages=3), ValueError, "strides.*3"),
+        (dict(num_stages=3), ValueError, "out_indices.*0..2"),
+        (dict(num_stages=3, out_indices=(0,)), ValueError, "strides.*3"),
         (dict(dilations=(1, 1)), ValueError, "dilations.*4.*\\(1, 1\\)"),
         (dict(out_indices=(4,)), ValueError, "out_indices.*4"),
         (dict(out_indices=()), ValueError, "out_indices"),
@@ -297,6 +296,10 @@ def test_keys_of_older_checkpoints_load():
         (dict(dcn=dict(type="DCNv2", deformable=1)), TypeError, "deformable"),
         (dict(dcn=DCNV2, stage_with_dcn=(True,)), ValueError, "stage_with_dcn"),
         (dict(dcn=DCNV2, stage_with_dcn=(False,) * 4), ValueError, "stage_with_dcn"),
+        (dict(strides=2), TypeError, "strides.*2"),
+        (dict(out_indices=3), TypeError, "out_indices.*3"),
+        (dict(norm_cfg="BN"), TypeError, "norm_cfg.*BN"),
+        (dict(init_cfg="x.pth"), TypeError, "init_cfg.*x.pth"),
         (dict(plugins=[]), TypeError, "plugins"),
     ],
 )
@@ -333,6 +336,20 @@ def test_timm_backbone():
     assert classifier(images()).shape == (2, 1000)
     with pytest.raises(ValueError, match="out_indices"):
         TimmBackbone("resnet18_dcn", features_only=False, out_indices=(1,))
+
+
+@pytest.mark.parametrize("features_only", [True, False])
+def test_timm_backbone_takes_base_weights_from_a_file(tmp_path, features_only):
+    torch.manual_seed(0)
+    reference = randomise_norms(timm.create_model("resnet18"))
+    torch.save(reference.state_dict(), tmp_path / "base.pth")
+    cfg = dict(type="dcn_plugin.TimmBackbone", model_name="resnet18_dcn", features_only=features_only)
+    with torch.no_grad():
+        out = MODELS.build(dict(cfg, checkpoint_path=str(tmp_path / "base.pth"))).eval()(images())
+        expected = reference.forward_features(images()) if features_only else reference(images())
+    torch.testing.assert_close(out[-1] if features_only else out, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(FileNotFoundError, match="absent.pth"):
+        MODELS.build(dict(cfg, checkpoint_path="absent.pth"))
 
 
 def test_runner_does_not_draw_timm_weights_again():

@@ -151,12 +151,14 @@ def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> DeformResN
 
 
 # The bases' own weights and preprocessing, tag by tag, the base's default tag first.
-default_cfgs = generate_default_cfgs({
-    f"{base}_{suffix}.{cfg.tag}": replace(cfg, architecture=None, tag=None)
-    for base in _BASES
-    for suffix in _LAYER_OF_SUFFIX
-    for cfg in get_arch_pretrained_cfgs(base).values()
-})
+default_cfgs = generate_default_cfgs(
+    {
+        f"{base}_{suffix}.{cfg.tag}": replace(cfg, architecture=None, tag=None)
+        for base in _BASES
+        for suffix in _LAYER_OF_SUFFIX
+        for cfg in get_arch_pretrained_cfgs(base).values()
+    }
+)
 
 
 @register_model

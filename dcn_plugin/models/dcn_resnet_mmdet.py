@@ -78,6 +78,29 @@ def _conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=False)
 
 
+def _check_choices(depth: int, num_stages: int, style: str, frozen_stages: int, out_indices: Sequence[int]) -> None:
+    if depth not in _DEPTHS:
+        raise ValueError(f"depth: expected one of {list(_DEPTHS)}, got {depth!r}")
+    if num_stages not in (1, 2, 3, 4):
+        raise ValueError(f"num_stages: expected 1 to 4, got {num_stages!r}")
+    if style not in ("pytorch", "caffe"):
+        raise ValueError(f"style: expected 'pytorch' or 'caffe', got {style!r}")
+    if frozen_stages not in range(-1, num_stages + 1):
+        raise ValueError(f"frozen_stages: expected -1 to {num_stages} (num_stages), got {frozen_stages!r}")
+    if not isinstance(out_indices, Sequence):
+        raise TypeError(f"out_indices: expected a sequence of stages such as (0, 1, 2, 3), got {out_indices!r}")
+    if not out_indices or any(index not in range(num_stages) for index in out_indices):
+        raise ValueError(f"out_indices: expected stages out of 0..{num_stages - 1}, got {out_indices!r}")
+
+
+def _check_per_stage(num_stages: int, **arguments: Sequence[Any]) -> None:
+    for name, values in arguments.items():
+        if not isinstance(values, Sequence):
+            raise TypeError(f"{name}: expected {num_stages} values (num_stages), got {values!r}")
+        if len(values) != num_stages:
+            raise ValueError(f"{name}: expected {num_stages} values (num_stages), got {values!r}")
+
+
 class DCNResNet(nn.Module):
     """mmdet's ResNet backbone: input [N, in_channels, H, W], output a tuple with the maps of stages ``out_indices``.
 
@@ -134,29 +157,21 @@ class DCNResNet(nn.Module):
         init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
     ) -> None:
         super().__init__()
-        if depth not in _DEPTHS:
-            raise ValueError(f"depth: expected one of {list(_DEPTHS)}, got {depth!r}")
-        if num_stages not in (1, 2, 3, 4):
-            raise ValueError(f"num_stages: expected 1 to 4, got {num_stages!r}")
-        per_stage = {"strides": strides, "dilations": dilations}
+        _check_choices(depth, num_stages, style, frozen_stages, out_indices)
+        _check_per_stage(num_stages, strides=strides, dilations=dilations)
+        for name, value in (("norm_cfg", norm_cfg), ("dcn", dcn)):
+            if value is not None and not isinstance(value, Mapping):
+                raise TypeError(f"{name}: expected a dict or None, got {value!r}")
         if dcn is not None:
-            if not isinstance(dcn, Mapping):
-                raise TypeError(f"dcn: expected a dict or None, got {dcn!r}")
-            per_stage["stage_with_dcn"] = stage_with_dcn
-        for name, values in per_stage.items():
-            if len(values) != num_stages:
-                raise ValueError(f"{name}: expected {num_stages} values (num_stages), got {values!r}")
-        if dcn is not None and not any(stage_with_dcn):
-            raise ValueError(f"stage_with_dcn: expected a stage for dcn to apply to, got {stage_with_dcn!r}")
-        if not out_indices or any(index not in range(num_stages) for index in out_indices):
-            raise ValueError(f"out_indices: expected stages out of 0..{num_stages - 1}, got {out_indices!r}")
-        if style not in ("pytorch", "caffe"):
-            raise ValueError(f"style: expected 'pytorch' or 'caffe', got {style!r}")
-        if frozen_stages not in range(-1, num_stages + 1):
-            raise ValueError(f"frozen_stages: expected -1 to {num_stages} (num_stages), got {frozen_stages!r}")
+            _check_per_stage(num_stages, stage_with_dcn=stage_with_dcn)
+            if not any(stage_with_dcn):
+                raise ValueError(f"stage_with_dcn: expected a stage for dcn to apply to, got {stage_with_dcn!r}")
+        init_cfgs = init_cfg if isinstance(init_cfg, list) else [] if init_cfg is None else [init_cfg]
+        if not all(isinstance(cfg, Mapping) and "type" in cfg for cfg in init_cfgs):
+            raise TypeError(f"init_cfg: expected None or one or more dict(type=..., ...), got {init_cfg!r}")
 
         self.out_indices = tuple(out_indices)
-        self.frozen_stages, self.norm_eval, self.init_cfg = frozen_stages, norm_eval, init_cfg
+        self.frozen_stages, self.norm_eval, self.init_cfgs = frozen_stages, norm_eval, init_cfgs
         self._norm_cfg = {"type": "BN"} if norm_cfg is None else dict(norm_cfg)
         self._bottleneck, blocks = _DEPTHS[depth]
         self._style, self._avg_down, self._with_cp = style, avg_down, with_cp
@@ -231,15 +246,15 @@ class DCNResNet(nn.Module):
 
     def init_weights(self) -> None:
         """Apply ``init_cfg`` (MMEngine's Runner calls this once, before training); without one the weights stay."""
-        if not self.init_cfg:
+        if not self.init_cfgs:
             return
         from mmengine.model import initialize
         from mmengine.model.weight_init import PretrainedInit
 
-        cfgs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg]
-        pretrained = [cfg for cfg in cfgs if cfg["type"] in ("Pretrained", PretrainedInit)]
-        initialize(self, [cfg for cfg in cfgs if cfg not in pretrained])
-        if len(pretrained) < len(cfgs):
+        pretrained = [cfg for cfg in self.init_cfgs if cfg["type"] in ("Pretrained", PretrainedInit)]
+        drawn = [cfg for cfg in self.init_cfgs if cfg not in pretrained]
+        if drawn:
+            initialize(self, drawn)
             self._zero_offsets()  # an initialiser for every Conv2d has met the offset convolutions too
         initialize(self, pretrained)
 
