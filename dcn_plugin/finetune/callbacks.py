@@ -30,7 +30,7 @@ class OffsetMonitor(pl.Callback):
             1 a point lies outside the image from wherever it starts.
         max_pixels: the same in pixels, whatever the size; None sets no such limit.
 
-    Each layer warns once per cause: beyond the limit, or not finite.
+    Each layer warns once per cause: beyond the limit, or not finite. A model without deformable layers logs nothing.
     """
 
     def __init__(self, every_n_steps: int = 50, limit: float = 1.0, max_pixels: float | None = None) -> None:
@@ -45,11 +45,9 @@ class OffsetMonitor(pl.Callback):
         self._warned: set[tuple[str, str]] = set()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        layers = [(n, m) for n, m in pl_module.named_modules() if isinstance(m, OffsetConv)]
-        if not layers:
-            rank_zero_warn("OffsetMonitor: the model has no deformable layers, so there is nothing to watch")
-        for name, layer in layers:
-            self._handles.append(layer.register_forward_hook(self._hook(name.removeprefix("model."))))
+        for name, layer in pl_module.named_modules():
+            if isinstance(layer, OffsetConv):
+                self._handles.append(layer.register_forward_hook(self._hook(name.removeprefix("model."))))
 
     def _hook(self, name: str) -> Any:
         def look(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:

@@ -41,6 +41,7 @@ class StrictImageDataset(Dataset):
                 image = image.convert(self.dataset.input_img_mode)
         except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
             path = self.dataset.filename(index, absolute=True)
+            path = path if os.path.exists(path) else f"{path} of {getattr(self.dataset.reader, 'root', 'the data set')}"
             raise ValueError(
                 f"unreadable image {path}: {error} (data.bad_images='skip' takes the next image instead)"
             ) from error
@@ -184,9 +185,9 @@ class ImageDataModule(pl.LightningDataModule):
     def _dataset(self, stage: str) -> Any:
         if stage not in self._datasets:
             dataset = self._datasets[stage] = self._create(stage)
-            reader = getattr(getattr(dataset, "dataset", dataset), "reader", None)
-            if stage == "train" and reader is not None:
-                self._class_to_idx = getattr(reader, "class_to_idx", None) or None
+            if stage == "train":
+                reader = getattr(getattr(dataset, "dataset", dataset), "reader", None)
+                self._class_to_idx = _classes(reader) or None
         return self._datasets[stage]
 
     def _create(self, stage: str) -> Any:
@@ -227,7 +228,7 @@ class ImageDataModule(pl.LightningDataModule):
         if stage in ("val", "test") and "class_map" not in args:
             # Labels must mean the same in every split, whichever classes a split happens to lack.
             self._dataset("train")
-            known, own = self._class_to_idx or {}, dataset.reader.class_to_idx
+            known, own = self._class_to_idx or {}, _classes(dataset.reader)
             for name in own:
                 if name not in known:
                     train = self._split_path("train")
@@ -363,6 +364,10 @@ _LOADER_OWN = (
     "tf_preprocessing input_size_choices batch_size_choices batch_choice_weights batch_choice_seed "
     "batch_choice_schedule batch_schedule_epochs batch_schedule_spread batch_schedule_random_mix num_batches"
 ).split()
+
+
+def _classes(reader: Any) -> dict[str, int]:
+    return dict(getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {})
 
 
 def _check_class_folders(place: Path) -> None:

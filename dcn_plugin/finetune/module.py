@@ -136,6 +136,11 @@ class FinetuneModule(pl.LightningModule):
         self.offset_lr_mult = self.optimizer_args.pop("offset_lr_mult", 1.0)
         if self.offset_lr_mult < 0:
             raise ValueError(f"optimizer.offset_lr_mult: expected a non-negative factor, got {self.offset_lr_mult}")
+        self.layer_decay = self.optimizer_args.pop("layer_decay", None)
+        try:  # on a stand-in, so that a bad name or argument shows before any data is read
+            create_optimizer_v2([nn.Parameter(torch.zeros(1))], **self.optimizer_args)
+        except (TypeError, ValueError, AssertionError) as error:
+            raise ValueError(f"optimizer: {self.optimizer_args!r} does not fit: {error}") from error
         self.schedule_args = dict(sched="cosine") | plain(schedule or {})
         known = arguments(create_scheduler_v2, "optimizer", "num_epochs", "step_on_epochs", "updates_per_epoch")
         check_keys("schedule", self.schedule_args, known)
@@ -249,17 +254,13 @@ class FinetuneModule(pl.LightningModule):
     # -- optimisation -------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        args = dict(self.optimizer_args)
-        layer_decay = args.pop("layer_decay", None)
-        never = getattr(self.model, "no_weight_decay", lambda: ())()
+        args = self.optimizer_args
+        never = tuple(getattr(self.model, "no_weight_decay", lambda: ())())
 
         def groups(model: nn.Module) -> list[dict]:
-            return param_groups(model, args.get("weight_decay", 0.0), layer_decay, self.offset_lr_mult, tuple(never))
+            return param_groups(model, args["weight_decay"], self.layer_decay, self.offset_lr_mult, never)
 
-        try:
-            optimizer = create_optimizer_v2(self.model, **args, param_group_fn=groups)
-        except (TypeError, AssertionError) as error:
-            raise ValueError(f"optimizer: {args!r} does not fit: {error}") from error
+        optimizer = create_optimizer_v2(self.model, **args, param_group_fn=groups)
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
             raise ValueError("schedule: expected an end of training, set trainer.max_epochs or trainer.max_steps")

@@ -1,2 +1,2 @@
 _base_ = "digits-upright.py"
-data = dict(dataset=dict(warp=True), train_dataset=dict(copies=4))
+data = dict(dataset=dict(warp=True, copies=4))

@@ -1,0 +1,28 @@
+"""Plain against deformable on warped handwritten digits: `python scripts/digits_study.py [--seeds 0 1 2] [--upright-arms]`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mmengine.config import DictAction
+
+from dcn_plugin.finetune.study import run_study
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="three or more give mean and spread")
+    parser.add_argument("--upright-arms", action="store_true", help="also fine-tune both networks without warps")
+    parser.add_argument("--work-dir", default="work_dirs/digits_study")
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="overrides for every stage's config")
+    args = parser.parse_args()
+    configs = Path(__file__).resolve().parents[1] / "configs" / "classification"
+    study = run_study(configs, args.work_dir, args.seeds, args.upright_arms, args.cfg_options)
+    print(f"\n{study['table']}")
+    for name, path in study["files"].items():
+        print(f"{name.replace('_', ' '):>20}  {path}")
+
+
+if __name__ == "__main__":
+    main()

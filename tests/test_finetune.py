@@ -1,0 +1,539 @@
+"""The Lightning module, its callbacks, export, the runner and the study, on the embedded digits in small."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+for _name in ("pytorch_lightning", "timm", "mmengine", "torchmetrics", "sklearn"):
+    pytest.importorskip(_name)
+import pytorch_lightning as pl  # noqa: E402
+import timm  # noqa: E402
+from timm.data import Mixup  # noqa: E402
+from timm.loss import SoftTargetCrossEntropy  # noqa: E402
+
+import dcn_plugin  # noqa: E402
+from dcn_plugin.finetune import (  # noqa: E402
+    Digits,
+    FinetuneModule,
+    ImageDataModule,
+    OffsetMonitor,
+    export_model,
+    load_config,
+    load_exported,
+    run,
+)
+from dcn_plugin.finetune.module import param_groups  # noqa: E402
+from dcn_plugin.finetune.run import build, find_checkpoint  # noqa: E402
+from dcn_plugin.layers import OffsetConv  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = dict(in_chans=1, layers=[1, 1, 1, 1], channels=[8, 8, 8, 16], stem_type="deep", stem_width=4)
+MODEL = dict(name="resnet18_dcn", **TINY)
+DATA = dict(
+    name="digits", val_split="val", test_split="test", dataset=dict(warp=True, limit=32, size=32, digit_size=20),
+    input_size=(1, 32, 32), mean=(0.5,), std=(0.5,), crop_pct=1.0, augment=dict(no_aug=True), batch_size=16,
+)  # fmt: skip
+CALLBACKS = dict(
+    best=dict(type="ModelCheckpoint", filename="best", monitor="val_top1", mode="max", enable_version_counter=False),
+    last=dict(type="ModelCheckpoint", filename="last", enable_version_counter=False),
+)
+TRAINER = dict(
+    max_epochs=2, accelerator="cpu", devices=1, enable_progress_bar=False, enable_model_summary=False,
+    log_every_n_steps=1,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    with warnings.catch_warnings():
+        for text in (".*does not have many workers.*", ".*LeafSpec.*", ".*exists and is not empty.*", ".*not used.*"):
+            warnings.filterwarnings("ignore", text)
+        yield
+
+
+def config(**changes):
+    base = dict(model=MODEL, data=DATA, callbacks=CALLBACKS, trainer=TRAINER, logger=False, seed=0)
+    base["optimizer"] = dict(opt="adamw", lr=1e-3, offset_lr_mult=0.1)
+    return {**base, **changes}
+
+
+def module(**changes):
+    return FinetuneModule(**dict(dict(model=MODEL, num_classes=10), **changes))
+
+
+# -- module -----------------------------------------------------------------------------------------------------------
+
+
+def test_offsets_have_their_own_learning_rate_and_norms_no_weight_decay():
+    model = timm.create_model("resnet18_dcn", num_classes=4)
+    groups = param_groups(model, weight_decay=0.05, offset_lr_mult=0.1)
+    found = {id(p): group for group in groups for p in group["params"]}
+    assert len(found) == len(list(model.parameters())) == sum(len(g["params"]) for g in groups)
+    for name, parameter in model.named_parameters():
+        group = found[id(parameter)]
+        assert group["lr_scale"] == (0.1 if ".conv_offset." in name else 1.0), name
+        assert group["weight_decay"] == (0.05 if parameter.ndim > 1 else 0.0), name
+
+
+def test_offset_factor_multiplies_layer_decay():
+    model = timm.create_model("resnet18_dcn", num_classes=4)
+    decayed = {}
+    for group in timm.optim.param_groups_layer_decay(model, 0.05, layer_decay=0.7):
+        decayed |= {id(p): (group["lr_scale"], group["weight_decay"]) for p in group["params"]}
+    names = {id(p): name for name, p in model.named_parameters()}
+    scales = set()
+    for group in param_groups(model, 0.05, layer_decay=0.7, offset_lr_mult=0.5):
+        for p in group["params"]:
+            scale, decay = decayed[id(p)]
+            assert group["lr_scale"] == pytest.approx(scale * (0.5 if "conv_offset" in names[id(p)] else 1))
+            assert group["weight_decay"] == decay
+            scales.add(round(group["lr_scale"], 6))
+    assert len(scales) > 8
+
+
+def test_frozen_parameters_stay_out_of_the_optimizer():
+    model = timm.create_model("resnet18_dcn", num_classes=4)
+    model.conv1.requires_grad_(False)
+    held = {id(p) for group in param_groups(model, 0.1) for p in group["params"]}
+    assert id(model.conv1.weight) not in held and id(model.fc.weight) in held
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_learning_rates_follow_warm_up_and_cosine_in_both_groups(accumulate):
+    rates = []
+
+    class Watch(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            rates.append({g["lr_scale"]: g["lr"] for g in optimizer.param_groups})
+
+    trainer = pl.Trainer(
+        **dict(TRAINER, max_epochs=4), accumulate_grad_batches=accumulate, callbacks=[Watch()], logger=False,
+        enable_checkpointing=False,
+    )  # fmt: skip
+    subject = module(
+        optimizer=dict(opt="sgd", lr=0.1, offset_lr_mult=0.25),
+        schedule=dict(sched="cosine", warmup_epochs=1, warmup_lr=0.02, min_lr=0.004),
+    )
+    trainer.fit(subject, ImageDataModule(**dict(DATA, dataset=dict(DATA["dataset"], limit=64))))
+    per_epoch = 4 // accumulate
+    total = 4 * per_epoch
+    assert len(rates) == total
+    for step, seen in enumerate(rates):
+        if step < per_epoch:
+            truth = 0.02 + (0.1 - 0.02) * step / per_epoch
+        else:
+            truth = 0.004 + 0.5 * (0.1 - 0.004) * (1 + math.cos(math.pi * step / total))
+        assert seen[1.0] == pytest.approx(truth) and seen[0.25] == pytest.approx(0.25 * truth)
+
+
+def test_mixed_targets_and_label_smoothing_give_timms_loss():
+    images, labels = torch.randn(8, 1, 32, 32), torch.arange(8)
+    subject = module(label_smoothing=0.1, mixup=dict(mixup_alpha=0.4, cutmix_alpha=0.0)).eval()
+    subject.log = lambda *args, **kwargs: None
+    np.random.seed(0)
+    loss = subject.training_step((images.clone(), labels), 0)
+    np.random.seed(0)
+    mixed, targets = Mixup(0.4, 0.0, label_smoothing=0.1, num_classes=10)(images.clone(), labels)
+    truth = SoftTargetCrossEntropy()(subject(mixed), targets)
+    assert torch.allclose(loss, truth, atol=1e-6)
+
+
+def test_accuracy_against_counting_and_top5_capped_by_classes():
+    subject = FinetuneModule(dict(name="resnet18_dcn", **TINY), num_classes=3)
+    logits = torch.tensor([[3.0, 2, 1], [3, 2, 1], [1, 2, 3], [1, 3, 2]])
+    result = subject.metrics["val"](logits, torch.tensor([0, 1, 2, 0]))
+    assert result["val_top1"] == 0.5 and set(result) == {"val_top1", "val_top3"}
+    assert result["val_top3"] == 1.0
+
+
+def test_predict_step_and_restore_give_the_same_scores(tmp_path):
+    results = run(config(trainer=dict(TRAINER, max_epochs=1)), tmp_path)
+    restored = FinetuneModule.restore(results["checkpoint"]).eval()
+    image = torch.randn(3, 1, 32, 32)
+    again = restored.predict_step((image, None), 0)
+    exported = timm.create_model(f"local-dir:{results['export']}", pretrained=True).eval()
+    assert torch.allclose(again["scores"], exported(image).softmax(-1), atol=1e-6)
+    assert torch.equal(again["label"], again["scores"].argmax(-1))
+    assert restored.data_config["input_size"] == [1, 32, 32] and restored.class_names == Digits.classes
+
+
+def test_checkpoint_of_a_plain_resnet_starts_the_deformable_one(tmp_path):
+    plain = timm.create_model("resnet18", num_classes=10, **TINY).eval()
+    torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    start = dict(path=str(tmp_path / "plain.pth"), allow_missing="*.conv_offset.*")
+    subject = module(checkpoint=start).eval()
+    image = torch.randn(2, 1, 32, 32)
+    assert torch.allclose(subject(image), plain(image), atol=1e-5)
+    with pytest.raises(RuntimeError, match="conv_offset"):
+        module(checkpoint=str(tmp_path / "plain.pth"))
+
+
+def test_mmengine_model_and_channels_last():
+    spec = dict(type="dcn_plugin.DCNv2", in_channels=1, out_channels=10, kernel_size=32)
+    subject = FinetuneModule(spec, num_classes=10, channels_last=True)
+    assert isinstance(subject.model, OffsetConv)
+    assert subject(torch.randn(2, 1, 32, 32)).shape == (2, 10, 1, 1)
+
+
+def test_training_learns_and_moves_offsets(tmp_path):
+    data = dict(DATA, dataset=dict(warp=False, limit=160, size=32, digit_size=28), batch_size=32)
+    trainer = dict(TRAINER, max_epochs=12)
+    results = run(config(data=data, trainer=trainer, optimizer=dict(lr=5e-3, offset_lr_mult=0.5)), tmp_path)
+    assert results["test_top1"] > 0.4  # chance is 0.1
+    model = load_exported(results["export"])
+    moved = [m.conv_offset.weight.abs().max() for m in model.modules() if isinstance(m, OffsetConv)]
+    assert moved and all(m > 0 for m in moved)
+
+
+# -- Lightning's own features -----------------------------------------------------------------------------------------
+
+
+def test_callbacks_of_lightning_by_name(tmp_path):
+    callbacks = dict(
+        CALLBACKS,
+        ema=dict(type="EMAWeightAveraging", decay=0.9),
+        stop=dict(type="EarlyStopping", monitor="val_loss", patience=5),
+        lr=dict(type="LearningRateMonitor", logging_interval="step"),
+        freeze=dict(type="BackboneFinetuning", unfreeze_backbone_at_epoch=1),
+        offsets=dict(type="OffsetMonitor", every_n_steps=1),
+    )
+    trainer = dict(TRAINER, gradient_clip_val=0.5, precision="bf16-mixed")
+    logger = dict(type="CSVLogger", name="logs")
+    results = run(config(callbacks=callbacks, trainer=trainer, logger=logger), tmp_path)
+    assert Path(results["export"], "model.safetensors").is_file()
+    with open(tmp_path / "logs" / "version_0" / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    columns = set().union(*rows)
+    for name in ("val_top1", "val_top5", "val_loss", "train_loss", "offset/layer4.0.conv2/max"):
+        assert name in columns
+    assert any(name.startswith("lr-AdamW") for name in columns)
+    zero = [float(row["offset/layer4.0.conv2/max"]) for row in rows if row.get("offset/layer4.0.conv2/max")]
+    assert zero[:2] == [0.0, 0.0] and zero[-1] > 0  # frozen in the first epoch, trained in the second
+
+
+def test_resume_continues_exactly_where_it_stopped(tmp_path):
+    short = config(trainer=dict(TRAINER, max_epochs=3))
+    whole = run(short, tmp_path / "whole")
+
+    class Stop(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 2:
+                raise RuntimeError("the lights go out")
+
+    trainer, subject, data = build(short, tmp_path / "parts")
+    trainer.callbacks.append(Stop())
+    with pytest.raises(RuntimeError, match="lights"):
+        trainer.fit(subject, data)
+    last = find_checkpoint(tmp_path / "parts")
+    assert last.name == "last.ckpt"
+    assert torch.load(last, weights_only=True)["epoch"] == 1
+    resumed = run(short, tmp_path / "parts", checkpoint="auto")
+    done = torch.load(tmp_path / "parts" / "last.ckpt", weights_only=True)
+    assert done["epoch"] == 2 and done["global_step"] == 6
+    assert done["lr_schedulers"][0]["base_values"] and resumed.keys() == whole.keys()
+    # The last epoch's order of images is drawn anew after a restart, so weights are close, not equal.
+    truth = torch.load(tmp_path / "whole" / "last.ckpt", weights_only=True)
+    rates = [[g["lr"] for g in state["optimizer_states"][0]["param_groups"]] for state in (truth, done)]
+    assert rates[0] == rates[1]
+
+
+def launch(script: Path, *arguments: str, **options) -> subprocess.Popen:
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    return subprocess.Popen(
+        [sys.executable, str(script), *arguments], env=environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, **options,
+    )  # fmt: skip
+
+
+def write_config(path: Path, **changes) -> Path:
+    path.write_text("".join(f"{key} = {value!r}\n" for key, value in config(**changes).items()))
+    return path
+
+
+def test_script_survives_sigterm_and_resumes(tmp_path):
+    trainer = dict(TRAINER, max_epochs=200, check_val_every_n_epoch=1)
+    path = write_config(tmp_path / "long.py", trainer=trainer)
+    work_dir = tmp_path / "work"
+    script = ROOT / "scripts" / "finetune.py"
+    process = launch(script, str(path), "--work-dir", str(work_dir))
+    deadline = time.time() + 120
+    while not (work_dir / "last.ckpt").is_file() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "--resume" in output, output
+    saved = torch.load(work_dir / "last.ckpt", weights_only=True)
+    assert 0 <= saved["epoch"] < 199
+    epochs = saved["epoch"] + 2
+    process = launch(
+        script, str(path), "--work-dir", str(work_dir), "--resume", "--cfg-options", f"trainer.max_epochs={epochs}"
+    )
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert torch.load(work_dir / "last.ckpt", weights_only=True)["epoch"] == epochs - 1
+    assert "test_top1" in output and "export" in output
+
+
+def test_two_processes_with_gloo_agree_and_see_each_image_once(tmp_path):
+    path = write_config(
+        tmp_path / "ddp.py",
+        trainer=dict(TRAINER, devices=2, strategy="ddp", max_epochs=1),
+        data=dict(DATA, batch_size=8),
+    )
+    process = launch(ROOT / "scripts" / "finetune.py", str(path), "--work-dir", str(tmp_path / "work"))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    saved = torch.load(tmp_path / "work" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 2  # 32 images, 2 processes, 8 each
+    # What both processes validated together is what one process finds on the whole split.
+    alone = run(config(), tmp_path / "alone", "validate", tmp_path / "work" / "last.ckpt")
+    found = saved["callbacks"]
+    score = next(float(v["best_model_score"]) for k, v in found.items() if "val_top1" in k)
+    assert score == pytest.approx(alone["val_top1"], abs=1e-6)
+
+
+def test_validate_test_and_predict_tasks(tmp_path):
+    fitted = run(config(), tmp_path)
+    best = fitted["checkpoint"]
+    assert run(config(), tmp_path, "validate", best)["val_top1"] == pytest.approx(fitted["val_top1"], abs=0.2)
+    assert run(config(), tmp_path, "test", best)["test_top1"] == pytest.approx(fitted["test_top1"])
+    path = run(config(), tmp_path, "predict", best)["predictions"]
+    with open(path) as file:
+        rows = list(csv.DictReader(file))
+    digits = Digits("test", **DATA["dataset"])
+    assert len(rows) == 32 and rows[0]["file"] == "digits/test/0"
+    right = sum(int(row["label"]) == digits[i][1] for i, row in enumerate(rows))
+    assert right / 32 == pytest.approx(fitted["test_top1"])
+    assert all(row["class"] == row["label"] and 0 < float(row["score"]) <= 1 for row in rows)
+
+
+# -- offset monitor ---------------------------------------------------------------------------------------------------
+
+
+def monitored(subject, **options):
+    monitor = OffsetMonitor(every_n_steps=1, **options)
+    trainer = pl.Trainer(
+        **dict(TRAINER, max_epochs=1, limit_val_batches=0), logger=False, enable_checkpointing=False,
+        callbacks=[monitor],
+    )  # fmt: skip
+    trainer.fit(subject, ImageDataModule(**DATA))
+    return trainer.callback_metrics, monitor
+
+
+def set_offsets(subject, value):
+    for layer in subject.modules():
+        if isinstance(layer, OffsetConv):
+            taps = layer.kernel_size[0] * layer.kernel_size[1]
+            with torch.no_grad():
+                layer.conv_offset.bias[: 2 * taps : 2] = value
+
+
+def test_monitor_reports_what_the_layers_do():
+    subject = module(optimizer=dict(opt="sgd", lr=0.0, weight_decay=0.0))
+    set_offsets(subject, 0.75)  # every point 0.75 pixels down: no change of distances between points
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "OffsetMonitor")
+        metrics, monitor = monitored(subject)
+    for name in ("layer2.0.conv2", "layer3.0.conv2", "layer4.0.conv2"):
+        assert metrics[f"offset/{name}/mean"] == pytest.approx(0.75)
+        assert metrics[f"offset/{name}/max"] == pytest.approx(0.75)
+        assert metrics[f"offset/{name}/dilation"] == pytest.approx(1.0)
+        assert metrics[f"offset/{name}/mask_mean"] == pytest.approx(1.0)
+        assert metrics[f"offset/{name}/mask_std"] == pytest.approx(0.0, abs=1e-6)
+    assert not any(layer._forward_hooks for layer in subject.modules())
+
+
+@pytest.mark.parametrize(
+    ("value", "options", "message"),
+    [
+        (50.0, {}, r"layer2.0.conv2 samples up to 50.0 pixels away \(limit 4.0\)"),
+        (1.5, dict(max_pixels=1.0), r"samples up to 1.5 pixels away \(limit 1.0\)"),
+        (float("nan"), {}, "layer2.0.conv2 has offsets that are not finite"),
+    ],
+)
+def test_monitor_warns_once_per_layer_when_offsets_run_away(value, options, message):
+    subject = module(optimizer=dict(opt="sgd", lr=0.0, weight_decay=0.0))
+    set_offsets(subject, value)
+    with pytest.warns(UserWarning, match=message) as caught:
+        monitored(subject, **options)
+    said = [str(w.message) for w in caught if "OffsetMonitor" in str(w.message)]
+    assert len(said) == 3 and len(set(said)) == 3
+
+
+def test_monitor_refuses_nonsense():
+    with pytest.raises(ValueError, match="every_n_steps.*0"):
+        OffsetMonitor(every_n_steps=0)
+
+
+# -- export -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(name="resnet18_dcn", num_classes=7),
+        dict(name="resnet18_dcnv1", num_classes=3, in_chans=1, dcn_stages=(4, 5), offset_groups=2),
+        dict(name="resnet50_dcn", num_classes=2, dcn_layer=dict(type="DCNv2", offset_bound=4.0), output_stride=16),
+    ],
+    ids=lambda kwargs: kwargs["name"],
+)
+def test_export_is_a_timm_folder_with_identical_outputs(tmp_path, kwargs):
+    kwargs = dict(kwargs)
+    model = timm.create_model(kwargs.pop("name"), **kwargs).eval()
+    randomise(model)
+    export_model(
+        model, tmp_path, class_names=[f"c{i}" for i in range(model.num_classes)],
+        data_config=dict(input_size=[model.conv1.in_channels, 64, 64], mean=[0.1] * model.conv1.in_channels, crop_pct=1.0),
+    )  # fmt: skip
+    image = torch.randn(2, model.conv1.in_channels, 64, 64)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(again(image), model(image)) and torch.equal(load_exported(tmp_path)(image), model(image))
+    assert tuple(again.pretrained_cfg["input_size"]) == (model.conv1.in_channels, 64, 64)
+    assert again.pretrained_cfg["mean"][0] == 0.1
+    assert json.loads((tmp_path / "config.json").read_text())["label_names"][1] == "c1"
+    assert not list(tmp_path.glob("*.bin")) + list(tmp_path.glob("*.pth"))
+
+
+def randomise(model):
+    for layer in model.modules():
+        if isinstance(layer, OffsetConv):
+            torch.nn.init.normal_(layer.conv_offset.weight, std=0.1)
+
+
+def test_export_of_a_converted_model_keeps_its_rules(tmp_path):
+    rules = [dict(match="s[3-4].b*.conv2.conv", layer=dict(type="DCNv2"))]
+    model = timm.create_model("regnety_002", num_classes=5).eval()
+    assert len(list(dcn_plugin.convert(model, rules)))
+    randomise(model)
+    export_model(model, tmp_path, rules=rules)
+    image = torch.randn(1, 3, 64, 64)
+    assert torch.equal(load_exported(tmp_path)(image), model(image))
+    with pytest.raises(RuntimeError, match="conv_offset"):  # timm alone does not know the rules, and says so
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+
+
+def test_export_of_an_mmengine_model(tmp_path):
+    spec = dict(type="dcn_plugin.DCNv2", in_channels=3, out_channels=4, kernel_size=3)
+    subject = FinetuneModule(spec, num_classes=4)
+    randomise(subject)
+    export_model(subject.model, tmp_path, spec=spec)
+    image = torch.randn(1, 3, 8, 8)
+    assert torch.equal(load_exported(tmp_path)(image), subject(image))
+    with pytest.raises(ValueError, match="spec.*DCNv2.*None"):
+        export_model(subject.model, tmp_path)
+
+
+def test_loading_something_else_names_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        load_exported(tmp_path)
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (dict(modle=1), ValueError, "'modle'.*did you mean 'model'"),
+        (dict(trainer=dict(max_epoch=3)), ValueError, "trainer.*'max_epoch'.*max_epochs"),
+        (dict(data=dict(DATA, batchsize=3)), ValueError, "data.*'batchsize'.*batch_size"),
+        (dict(callbacks=dict(a=dict(type="ModelCheckpiont"))), ValueError, "callbacks.a.*ModelCheckpiont"),
+        (dict(callbacks=dict(a=dict(type="EarlyStopping", monitr="x"))), ValueError, "callbacks.a.*monitr.*monitor"),
+        (dict(callbacks=dict(a="EarlyStopping")), ValueError, "callbacks.a"),
+        (dict(logger=dict(type="CvsLogger")), ValueError, "logger.*CvsLogger.*CSVLogger"),
+        (dict(trainer=dict(strategy=dict(type="DPStrategy"))), ValueError, "strategy.*DPStrategy.*DDPStrategy"),
+        (dict(schedule=dict(warm_epochs=1)), ValueError, "schedule.*warm_epochs.*warmup_epochs"),
+        (dict(schedule=dict(sched="cosin")), ValueError, "sched.*cosine.*cosin"),
+        (dict(optimizer=dict(opt="adammm")), ValueError, "optimizer.*adammm"),
+        (dict(optimizer=dict(learning_rate=1)), ValueError, "optimizer.*learning_rate"),
+        (dict(optimizer=dict(offset_lr_mult=-1)), ValueError, "offset_lr_mult.*-1"),
+        (dict(mixup=dict(alpha=1)), ValueError, "mixup.*'alpha'"),
+        (dict(label_smoothing=1.5), ValueError, "label_smoothing.*1.5"),
+        (dict(model="resnet18_dnc"), ValueError, "model.*resnet18_dnc.*resnet18_dcn"),
+        (dict(model=dict(name="resnet18_dcn", chanels=3)), TypeError, "model.*resnet18_dcn.*chanels"),
+        (dict(model=dict(depth=18)), ValueError, "model.*depth"),
+        (dict(checkpoint=dict(file="x")), ValueError, "checkpoint.*path"),
+        (dict(rules=[dict(match="layer9.*", layer=dict(type="DCNv2"))], model="resnet18"), ValueError, "layer9"),
+    ],
+)
+def test_bad_configs_are_named(tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        build(config(**changes), tmp_path)
+
+
+def test_odd_batches_and_other_class_counts_are_named(tmp_path):
+    with pytest.raises(ValueError, match="batch_size.*even.*15"):
+        run(config(mixup=dict(mixup_alpha=1.0), data=dict(DATA, batch_size=15)), tmp_path)
+    with pytest.raises(ValueError, match="num_classes.*7 classes.*10"):
+        run(config(num_classes=7), tmp_path)
+
+
+def test_tasks_and_checkpoints_are_checked(tmp_path):
+    with pytest.raises(ValueError, match="task.*'train'"):
+        run(config(), tmp_path, "train")
+    with pytest.raises(ValueError, match="checkpoint.*test"):
+        run(config(), tmp_path, "test")
+    with pytest.raises(FileNotFoundError, match="nowhere.ckpt"):
+        run(config(), tmp_path, "test", tmp_path / "nowhere.ckpt")
+    with pytest.raises(FileNotFoundError, match="missing.py"):
+        load_config(tmp_path / "missing.py")
+
+
+def test_script_names_an_unknown_key_in_one_line(tmp_path):
+    path = tmp_path / "bad.py"
+    path.write_text("modle = 'resnet18_dcn'\n")
+    output, _ = launch(ROOT / "scripts" / "finetune.py", str(path)).communicate(timeout=120)
+    assert "unknown key 'modle' (did you mean 'model'?)" in output and "Traceback" not in output
+
+
+# -- the study --------------------------------------------------------------------------------------------------------
+
+
+def test_study_runs_reuses_and_resumes(tmp_path, capsys):
+    from dcn_plugin.finetune.study import run_study
+
+    options = {
+        "data.dataset.limit": 16, "data.batch_size": 16, "data.dataset.copies": 1, "trainer.max_epochs": 1,
+        "trainer.enable_progress_bar": False,
+    }  # fmt: skip
+    configs = ROOT / "configs" / "classification"
+    study = run_study(configs, tmp_path, seeds=[0, 1], upright_arms=True, options=options)
+    rows = {row["arm"]: row for row in study["rows"]}
+    assert list(rows) == ["base", "plain", "dcn", "plain-upright", "dcn-upright"]
+    assert rows["base"]["parameters"] == rows["plain"]["parameters"] < rows["dcn"]["parameters"]
+    assert rows["plain"]["multiply_adds"] < rows["dcn"]["multiply_adds"]
+    for row in rows.values():
+        assert len(row["warped"]["values"]) == 2 and row["warped"]["spread"] is not None
+        assert 0 <= row["upright"]["mean"] <= 1 and row["train_seconds"]["mean"] > 0
+    assert "±" in study["table"] and (tmp_path / "results.md").read_text() == study["table"]
+    assert all(Path(path).exists() for path in study["files"].values())
+    assert json.loads((tmp_path / "results.json").read_text())["seeds"] == [0, 1]
+    capsys.readouterr()
+    again = run_study(configs, tmp_path, seeds=[0, 1], upright_arms=True, options=options)
+    printed = capsys.readouterr().out
+    assert printed.count("reused") == 10 and "started" not in printed
+    assert again["rows"] == study["rows"]
+    # Another budget is another study: nothing is reused, what was there is replaced.
+    run_study(configs, tmp_path, seeds=[0], options={**options, "trainer.max_epochs": 2})
+    printed = capsys.readouterr().out
+    assert printed.count("started") == 3 and "reused" not in printed
+
+
+def test_multiply_adds_of_a_convolution_by_hand():
+    from dcn_plugin.finetune.study import multiply_adds
+
+    conv = torch.nn.Conv2d(3, 8, 3, padding=1)
+    assert multiply_adds(torch.nn.Sequential(conv), (3, 10, 10)) == 100 * 8 * 27
+    layer = dcn_plugin.DCNv2.from_conv(conv)
+    assert multiply_adds(torch.nn.Sequential(layer), (3, 10, 10)) >= 100 * (8 + 27) * 27
