@@ -217,11 +217,9 @@ def main() -> None:
         for shape in shapes:
             rows += rows_for(shape, args.device, dtype, args.rounds)
             for row in rows[-4:]:
-                print(
-                    f"{title:10} {row['shape']:32} {row['layout']:14} {row['task']:17} "
-                    f"{row['dcn_plugin']['ms']:8.2f} ms  {row['conv2d']['ratio']:5.2f} of conv2d  torchvision {1 / row['torchvision']['ratio']:5.1f}x",
-                    flush=True,
-                )
+                ours, conv, peer = row["dcn_plugin"], row["conv2d"], row["torchvision"]
+                print(f"{title:10} {row['shape']:32} {row['layout']:14} {row['task']:17} {ours['ms']:8.2f} ms", end="")
+                print(f"  {conv['ratio']:5.2f} of conv2d  torchvision {1 / peer['ratio']:5.1f}x", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     stem = f"deform_conv2d-{args.device}" + ("-quick" if args.quick else "")
     (args.out / f"{stem}.json").write_text(json.dumps(result, indent=1))

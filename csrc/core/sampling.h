@@ -13,6 +13,13 @@
 #define DCN_HOST_DEVICE inline
 #endif
 
+// After a lambda's parameters: inlined, so that it is compiled for the instruction set of the loop that calls it.
+#if defined(__GNUC__) && !defined(__CUDACC__)
+#define DCN_INLINE_LAMBDA __attribute__((always_inline))
+#else
+#define DCN_INLINE_LAMBDA
+#endif
+
 namespace dcn {
 
 // Corner c = 2 * (row is y0 + 1) + (column is x0 + 1). `A` is the type of positions and sums: float or double.
@@ -32,7 +39,8 @@ struct Sample {
   DCN_HOST_DEVICE A origin() const { return ly * 0; }
 };
 
-// Zeros outside; bilinear within one pixel of the edge; y <= -1, y >= height (likewise x) and +-inf are outside: no corner.
+// Zeros outside; bilinear within one pixel of the edge; y <= -1, y >= height (likewise x) and +-inf are outside: no
+// corner.
 template <typename A>
 DCN_HOST_DEVICE Sample<A> make_sample(A y, A x, int64_t height, int64_t width) {
   Sample<A> s{0, 0, 0, 0, 0u};

@@ -51,8 +51,8 @@ inline ConvGeometry check_deform_conv2d(const ConvArguments& a, const std::vecto
         shape_of(a.input));
   check(g.out_channels > 0 && a.weight.size(1) > 0 && g.taps() > 0, op, "weight must not be empty, got shape ",
         shape_of(a.weight));
-  check(g.channels % a.weight.size(1) == 0, op, "input has ", g.channels, " channels, not a multiple of weight.size(1) = ",
-        a.weight.size(1));
+  check(g.channels % a.weight.size(1) == 0, op, "input has ", g.channels,
+        " channels, not a multiple of weight.size(1) = ", a.weight.size(1));
   g.groups = g.channels / a.weight.size(1);
   check(g.out_channels % g.groups == 0, op, "weight has ", g.out_channels, " output channels, not a multiple of its ",
         g.groups, " groups");
@@ -76,8 +76,8 @@ inline ConvGeometry check_deform_conv2d(const ConvArguments& a, const std::vecto
   matches(a.offset, 2 * g.offset_groups * g.taps(), "offset");
   if (a.mask) matches(*a.mask, g.offset_groups * g.taps(), "mask");
   if (a.bias)
-    check(a.bias->dim() == 1 && a.bias->size(0) == g.out_channels && (a.bias->stride(0) == 1 || g.out_channels == 1), op,
-          "bias must be contiguous with shape [", g.out_channels, "], got ", shape_of(*a.bias));
+    check(a.bias->dim() == 1 && a.bias->size(0) == g.out_channels && (a.bias->stride(0) == 1 || g.out_channels == 1),
+          op, "bias must be contiguous with shape [", g.out_channels, "], got ", shape_of(*a.bias));
 
   const ScalarType type = a.input.scalar_type();
   check(is_supported(type), op, "input must be float64, float32, float16 or bfloat16");
@@ -164,8 +164,8 @@ Tensor deform_conv2d_portable(const ConvArguments& a, const ConvGeometry& g) {
     const S* const bias = a.bias ? static_cast<const S*>(a.bias->data_ptr()) : nullptr;
     for (int64_t first = 0; first < total; first += step) {
       const PixelRange range{first, std::min(step, total - first)};
-      Device::for_each(
-          FillColumns<A, S, F, M>{g, range, view<const S>(a.input), displacement<S, F>(a), column}, a.input);
+      Device::for_each(FillColumns<A, S, F, M>{g, range, view<const S>(a.input), displacement<S, F>(a), column},
+                       a.input);
       for (int64_t i = 0; i < g.groups; ++i)
         Device::multiply(matrix(product + i * outputs * range.count, outputs, range.count, range.count, 1, a.input),
                          matrix(kernel + i * outputs * depth, outputs, depth, depth, 1, a.input),
@@ -192,8 +192,8 @@ ConvGradients deform_conv2d_backward_portable(const Tensor& grad_output, const C
     const Tensor weight = torch::stable::contiguous(torch::stable::to(a.weight, scalar_type_of<M>()));
     const Tensor columns = torch::stable::new_empty(a.input, {g.channels * g.taps() * step}, scalar_type_of<M>());
     const Tensor gathered = torch::stable::new_empty(a.input, {g.out_channels * step}, scalar_type_of<M>());
-    const Tensor part = torch::stable::new_empty(a.input, {needs & kWeight ? g.out_channels * depth : 0},
-                                                 scalar_type_of<M>());
+    const Tensor part =
+        torch::stable::new_empty(a.input, {needs & kWeight ? g.out_channels * depth : 0}, scalar_type_of<M>());
     M* const column = static_cast<M*>(columns.data_ptr());
     M* const grad = static_cast<M*>(gathered.data_ptr());
     M* const product = static_cast<M*>(part.data_ptr());
@@ -211,11 +211,10 @@ ConvGradients deform_conv2d_backward_portable(const Tensor& grad_output, const C
           Device::multiply(matrix(column + i * depth * range.count, depth, range.count, range.count, 1, a.input),
                            matrix(kernel + i * outputs * depth, depth, outputs, 1, depth, a.input), grad_of(i));
         if (displaced)
-          Device::for_each(
-              DisplacementGradient<A, S, F, M>{g, range, view<const S>(a.input), where, column,
-                                               needs & kOffset ? view<F>(grad_offset) : View<F>{},
-                                               needs & kMask ? view<F>(grad_mask) : View<F>{}},
-              a.input);
+          Device::for_each(DisplacementGradient<A, S, F, M>{g, range, view<const S>(a.input), where, column,
+                                                            needs & kOffset ? view<F>(grad_offset) : View<F>{},
+                                                            needs & kMask ? view<F>(grad_mask) : View<F>{}},
+                           a.input);
         if (needs & kInput)
           Device::for_each(ScatterInputGradient<A, F, M>{g, range, where, column, view<A>(grad_input)}, a.input);
       }

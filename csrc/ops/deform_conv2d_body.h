@@ -16,6 +16,7 @@ struct PixelRange {
 
 struct Pixel {
   int64_t n, y, x;
+  Pixel() = default;
   DCN_HOST_DEVICE Pixel(const ConvGeometry& g, int64_t flat)
       : n(flat / g.out_pixels()), y(flat % g.out_pixels() / g.out_width), x(flat % g.out_width) {}
 };
@@ -27,7 +28,7 @@ struct Displacement {
 
   DCN_HOST_DEVICE Sample<A> sample(const ConvGeometry& g, const Pixel& p, int64_t offset_group, int64_t tap) const {
     const int64_t k = offset_group * g.taps() + tap;
-    return g.sample<A>(p.y, p.x, tap, static_cast<A>(offset.at(p.n, 2 * k, p.y, p.x)),
+    return g.sample<A>(p.y, p.x, tap / g.kernel_w, tap % g.kernel_w, static_cast<A>(offset.at(p.n, 2 * k, p.y, p.x)),
                        static_cast<A>(offset.at(p.n, 2 * k + 1, p.y, p.x)));
   }
   DCN_HOST_DEVICE A modulation(const ConvGeometry& g, const Pixel& p, int64_t offset_group, int64_t tap) const {
@@ -108,8 +109,8 @@ struct DisplacementGradient {
     A value = 0, dy = 0, dx = 0;
     for (int64_t c = og * g.offset_group_channels(); c < (og + 1) * g.offset_group_channels(); ++c) {
       const A grad = static_cast<A>(grad_columns[(c * g.taps() + k) * range.count + q]);
-      const Gradient<A> at = interpolate_gradient(
-          s, [&](int64_t y, int64_t x) { return static_cast<A>(input.at(p.n, c, y, x)); });
+      const Gradient<A> at =
+          interpolate_gradient(s, [&](int64_t y, int64_t x) { return static_cast<A>(input.at(p.n, c, y, x)); });
       value += grad * at.value;
       dy += grad * at.dy;
       dx += grad * at.dx;
@@ -140,8 +141,7 @@ struct ScatterInputGradient {
     const int64_t og = c / g.offset_group_channels();
     for (int64_t k = 0; k < g.taps(); ++k) {
       const Sample<A> s = where.sample(g, p, og, k);
-      const A grad = where.modulation(g, p, og, k) *
-                     static_cast<A>(grad_columns[(c * g.taps() + k) * range.count + q]);
+      const A grad = where.modulation(g, p, og, k) * static_cast<A>(grad_columns[(c * g.taps() + k) * range.count + q]);
       for (int corner = 0; corner < 4; ++corner) {
         const A w = s.weight(corner);
         if (s.has(corner) && w != 0) atomic_add(&grad_input.at(p.n, c, s.row(corner), s.column(corner)), w * grad);

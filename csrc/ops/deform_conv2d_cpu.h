@@ -87,10 +87,9 @@ void transpose_weights(const ConvGeometry& g, const std::vector<Block>& blocks, 
       const Block& b = blocks[i / outputs];
       const int64_t o = depthwise ? b.first : b.group * outputs + i % outputs;
       const int64_t c = depthwise ? 0 : b.first - b.group * g.group_channels();
-      run_vectorised(WeightRow<A, S, Pack>{&weight.at(o, c, 0, 0), depthwise ? weight.n : weight.c, weight.h, weight.w,
-                                           g.kernel_h, g.kernel_w, b.count,
-                                           packed + b.weight_at + i % outputs * g.taps() * b.count, b.count, parts,
-                                           part_stride});
+      run_vectorised(WeightRow<A, S, Pack>{
+          &weight.at(o, c, 0, 0), depthwise ? weight.n : weight.c, weight.h, weight.w, g.kernel_h, g.kernel_w, b.count,
+          packed + b.weight_at + i % outputs * g.taps() * b.count, b.count, parts, part_stride});
     }
   });
 }
@@ -171,31 +170,52 @@ inline int64_t tile_size(int64_t pixels, int64_t bytes_per_pixel, int64_t thread
   return divide_up(pixels, count);
 }
 
+// The pixels of a tile, without a division each.
+inline void list_pixels(const ConvGeometry& g, const Tile& tile, Pixel* pixels) {
+  Pixel p(g, tile.first);
+  for (int64_t q = 0; q < tile.count; ++q) {
+    pixels[q] = p;
+    if (++p.x == g.out_width) p.x = 0, ++p.y;
+    if (p.y == g.out_height) p.y = 0, ++p.n;
+  }
+}
+
 // Element offsets of a tile's pixels in a tensor with these strides.
 template <typename S>
-void locate_pixels(const ConvGeometry& g, const Tile& tile, const View<S>& t, int64_t first_image, int64_t* at) {
-  for (int64_t q = 0; q < tile.count; ++q) {
-    const Pixel p(g, tile.first + q);
-    at[q] = (first_image + p.n) * t.n + p.y * t.h + p.x * t.w;
-  }
+void locate_pixels(const Tile& tile, const Pixel* pixels, const View<S>& t, int64_t first_image, int64_t* at) {
+  for (int64_t q = 0; q < tile.count; ++q)
+    at[q] = (first_image + pixels[q].n) * t.n + pixels[q].y * t.h + pixels[q].x * t.w;
 }
 
 // The displacements of a tile in the type of sums, plane by plane: offset [2 G K, count], mask [G K, count].
 template <typename A, typename F>
-void load_displacement(const ConvGeometry& g, const Tile& tile, const Displacement<A, F>& where, int64_t first_image,
-                       int64_t* at, A* offset, A* mask) {
+void load_displacement(const ConvGeometry& g, const Tile& tile, const Pixel* pixels, const Displacement<A, F>& where,
+                       int64_t first_image, int64_t* at, A* offset, A* mask) {
   const int64_t planes = g.offset_groups * g.taps();
   const auto load = [&](const View<const F>& from, int64_t count, A* to) {
-    locate_pixels(g, tile, from, first_image, at);
+    locate_pixels(tile, pixels, from, first_image, at);
     for (int64_t c = 0; c < count; ++c)
-      for (int64_t q = 0; q < tile.count; ++q)
-        to[c * tile.count + q] = static_cast<A>(from.data[at[q] + c * from.c]);
+      for (int64_t q = 0; q < tile.count; ++q) to[c * tile.count + q] = static_cast<A>(from.data[at[q] + c * from.c]);
   };
   load(where.offset, 2 * planes, offset);
   if (where.mask.data)
     load(where.mask, planes, mask);
   else
     std::fill(mask, mask + planes * tile.count, A(1));
+}
+
+// Calls f(pixel q, plane i, sample, mask) for every tap of a tile, plane by plane.
+template <typename A, typename F>
+DCN_HOST_DEVICE void for_each_tap(const ConvGeometry& g, const Tile& tile, const Pixel* pixels, const A* offset,
+                                  const A* mask, const F& f) {
+  int64_t i = 0;
+  for (int64_t og = 0; og < g.offset_groups; ++og)
+    for (int64_t ky = 0; ky < g.kernel_h; ++ky)
+      for (int64_t kx = 0; kx < g.kernel_w; ++kx, ++i) {
+        const A *dy = offset + 2 * i * tile.count, *dx = dy + tile.count, *m = mask + i * tile.count;
+        for (int64_t q = 0; q < tile.count; ++q)
+          f(q, i, g.sample<A>(pixels[q].y, pixels[q].x, ky, kx, dy[q], dx[q]), m[q]);
+      }
 }
 
 }  // namespace dcn::tiles

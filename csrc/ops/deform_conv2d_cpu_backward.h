@@ -1,5 +1,5 @@
-// Deformable convolution on the CPU, backward, in one pass per (tile, block of channels): the gradient of the columns, a
-// sweep over them, the gradient of the weights. No thread adds to what another adds to: a lane owns channels, a split
+// Deformable convolution on the CPU, backward, in one pass per (tile, block of channels): the gradient of the columns,
+// a sweep over them, the gradient of the weights. No thread adds to what another adds to: a lane owns channels, a split
 // owns images; what they sum in parts is added up in a fixed order. Equal thread counts give equal bits.
 #pragma once
 
@@ -40,6 +40,7 @@ struct Backward {
     A* const grad_rows = thread_scratch<A, 1>(per_tile * g.out_channels);
     A* const offset = thread_scratch<A, 2>(per_tile * planes() * 3);
     int64_t* const at = thread_scratch<int64_t, 4>(per_tile);
+    Pixel* const pixel = thread_scratch<Pixel, 8>(per_tile);
     A* const grad_columns = thread_scratch<A, 5>(per_tile * g.taps() * widest);
     A* const sink = thread_scratch<A, 6>(g.channels);
     GradientTap<A>* const taps = thread_scratch<GradientTap<A>, 7>(per_tile * planes());
@@ -48,17 +49,18 @@ struct Backward {
     for (int64_t done = 0; done < pixels; done += per_tile) {
       const Tile tile{first + done, std::min(per_tile, pixels - done)};
       A* const mask = offset + 2 * planes() * tile.count;
-      load_displacement(g, tile, where, image, at, offset, mask);
-      run_vectorised(FindGradientTaps<A>{g, tile, input, grad_input, offset, mask, zeros, sink, taps});
-      locate_pixels(g, tile, grad_out, image, at);
+      list_pixels(g, tile, pixel);
+      load_displacement(g, tile, pixel, where, image, at, offset, mask);
+      run_vectorised(FindGradientTaps<A>{g, tile, pixel, input, grad_input, offset, mask, zeros, sink, taps});
+      locate_pixels(tile, pixel, grad_out, image, at);
       run_vectorised(LoadTile<A, S>{tile.count, g.out_channels, grad_out.c, grad_out.data, at, grad_rows});
       for (size_t i = share.lane; i < blocks.size(); i += share.lanes)
-        run_block(blocks[i], tile, grad_rows, taps, columns, grad_columns, displaced, grad_weight);
+        run_block(blocks[i], tile, pixel, grad_rows, taps, columns, grad_columns, displaced, grad_weight);
     }
   }
 
-  void run_block(const Block& b, const Tile& tile, const A* grad_rows, const GradientTap<A>* taps, A* columns,
-                 A* grad_columns, A* displaced, A* grad_weight) const {
+  void run_block(const Block& b, const Tile& tile, const Pixel* pixel, const A* grad_rows, const GradientTap<A>* taps,
+                 A* columns, A* grad_columns, A* displaced, A* grad_weight) const {
     const int64_t outputs = b.depthwise ? b.count : g.group_outputs(), depth = g.taps() * b.count;
     const A* const grad = grad_rows + (b.depthwise ? b.first : b.group * outputs);
     const bool scatter = needs & kInput, weights = needs & kWeight;
@@ -71,7 +73,8 @@ struct Backward {
                       matrix(grad, tile.count, outputs, g.out_channels, 1, a.input),
                       matrix(weight + b.weight_at, outputs, depth, depth, 1, a.input));
     }
-    sweep(SweepTile<A, true, true, true>{g, b, tile, taps, grad_columns, columns, displaced}, dots(), scatter, weights);
+    sweep(SweepTile<A, true, true, true>{g, b, tile, pixel, taps, grad_columns, columns, displaced}, dots(), scatter,
+          weights);
     if (!weights) return;
     if (b.depthwise)
       run_vectorised(DepthwiseWeightGradient<A>{tile.count, g.taps(), b.count, g.out_channels, columns, grad,
@@ -146,11 +149,11 @@ void backward(const Tensor& grad_output, const ConvArguments& a, const ConvGeome
     }
     if (scatter) {
       const View<A> out = view<A>(grad_input);
-      job.grad_input = direct_grad ? Rows<A>{out.data + image * out.n, out.n, out.h, out.w}
-                                   : dense_rows(g, data(grad_rows));
-      for (const Tensor& t : {direct_grad ? torch::stable::narrow(const_cast<Tensor&>(grad_input), 0, image, images)
-                                          : torch::stable::narrow(const_cast<Tensor&>(grad_rows), 0, 0,
-                                                                  images * g.channels * pixels)}) {
+      job.grad_input =
+          direct_grad ? Rows<A>{out.data + image * out.n, out.n, out.h, out.w} : dense_rows(g, data(grad_rows));
+      for (const Tensor& t :
+           {direct_grad ? torch::stable::narrow(const_cast<Tensor&>(grad_input), 0, image, images)
+                        : torch::stable::narrow(const_cast<Tensor&>(grad_rows), 0, 0, images * g.channels * pixels)}) {
         Tensor part = t;
         torch::stable::zero_(part);
       }
@@ -167,10 +170,8 @@ void backward(const Tensor& grad_output, const ConvArguments& a, const ConvGeome
                 data(weight_parts) + (weights ? split * a.weight.numel() : 0));
       }
     });
-    if (scatter && !direct_grad)
-      transpose_images<false>(g, view<S>(grad_input), image, images, job.grad_input);
-    if (needs & kOffset)
-      add_lanes(g, data(displaced), lanes, lane_size, image, images, 0, 2, view<F>(grad_offset));
+    if (scatter && !direct_grad) transpose_images<false>(g, view<S>(grad_input), image, images, job.grad_input);
+    if (needs & kOffset) add_lanes(g, data(displaced), lanes, lane_size, image, images, 0, 2, view<F>(grad_offset));
     if (needs & kMask) add_lanes(g, data(displaced), lanes, lane_size, image, images, 2, 1, view<F>(grad_mask));
   }
   if (weights)

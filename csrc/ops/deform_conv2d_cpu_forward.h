@@ -17,32 +17,25 @@ template <typename A>
 struct FindTaps {
   ConvGeometry g;
   Tile tile;
+  const Pixel* pixels;
   Rows<const A> input;
   const A *offset, *mask, *zeros;
   Tap<A>* taps;  // [count, G, K]
 
   DCN_HOST_DEVICE void operator()() const {
     const int64_t planes = g.offset_groups * g.taps();
-    Pixel p(g, tile.first);
-    for (int64_t q = 0; q < tile.count; ++q) {
-      for (int64_t i = 0; i < planes; ++i) {
-        const Sample<A> s = g.sample<A>(p.y, p.x, i % g.taps(), offset[2 * i * tile.count + q],
-                                        offset[(2 * i + 1) * tile.count + q]);
-        const A m = mask[i * tile.count + q];
-        Tap<A>& tap = taps[q * planes + i];
-        bool reads = false;
-        for (int c = 0; c < 4; ++c) {
-          const A w = s.weight(c);
-          const bool read = s.has(c) && w != 0;
-          tap.corner[c] = read ? input.at(p.n, s.row(c), s.column(c)) : zeros;
-          tap.weight[c] = read ? w * m : s.origin();
-          reads |= read;
-        }
-        if (!reads) tap.weight[0] += 0 * m;  // mask * 0, which is NaN for a mask that is not finite
-      }
-      if (++p.x == g.out_width) p.x = 0, ++p.y;
-      if (p.y == g.out_height) p.y = 0, ++p.n;
+    for_each_tap(g, tile, pixels, offset, mask, [&](int64_t q, int64_t i, const Sample<A>& s, A m) DCN_INLINE_LAMBDA {
+      find(q, taps[q * planes + i], s, m);
+    });
+  }
+  DCN_HOST_DEVICE void find(int64_t q, Tap<A>& tap, const Sample<A>& s, A m) const {
+    for (int c = 0; c < 4; ++c) {
+      const A w = s.weight(c);
+      const bool read = s.has(c) && w != 0;
+      tap.corner[c] = read ? input.at(pixels[q].n, s.row(c), s.column(c)) : zeros;
+      tap.weight[c] = read ? w * m : s.origin();
     }
+    if (!s.corners) tap.weight[0] += 0 * m;  // mask * 0, which is NaN for a mask that is not finite
   }
 };
 
@@ -142,8 +135,8 @@ void forward(const ConvArguments& a, const ConvGeometry& g, const Tensor& output
   const S* const bias = a.bias ? static_cast<const S*>(a.bias->data_ptr()) : nullptr;
   const bool direct = is_rows<S>(a.input);
   const int64_t held = direct ? g.batch : images_at_a_time<A>(g);
-  const Tensor buffer = torch::stable::new_empty(a.input, {direct ? 0 : held * g.channels * g.height * g.width},
-                                                 scalar_type_of<A>());
+  const Tensor buffer =
+      torch::stable::new_empty(a.input, {direct ? 0 : held * g.channels * g.height * g.width}, scalar_type_of<A>());
   for (int64_t image = 0; image < g.batch; image += held) {
     const int64_t images = std::min(held, g.batch - image);
     Rows<const A> rows{};
@@ -155,19 +148,21 @@ void forward(const ConvArguments& a, const ConvGeometry& g, const Tensor& output
       rows = {staged.data, staged.n, staged.h, staged.w};
     }
     const int64_t pixels = images * g.out_pixels();
-    const int64_t per_tile = tile_size(pixels, g.taps() * widest * static_cast<int64_t>(sizeof(A)),
-                                       torch::stable::get_num_threads());
+    const int64_t per_tile =
+        tile_size(pixels, g.taps() * widest * static_cast<int64_t>(sizeof(A)), torch::stable::get_num_threads());
     torch::stable::parallel_for(0, divide_up(pixels, per_tile), 1, [&](int64_t begin, int64_t end) {
       A* const columns = thread_scratch<A, 0>(per_tile * g.taps() * widest);
       A* const products = thread_scratch<A, 1>(per_tile * g.out_channels);
       A* const offset = thread_scratch<A, 2>(per_tile * planes * 3);
       Tap<A>* const taps = thread_scratch<Tap<A>, 3>(per_tile * planes);
       int64_t* const at = thread_scratch<int64_t, 4>(per_tile);
+      Pixel* const pixel = thread_scratch<Pixel, 8>(per_tile);
       for (int64_t t = begin; t < end; ++t) {
         const Tile tile{t * per_tile, std::min(per_tile, pixels - t * per_tile)};
         A* const mask = offset + 2 * planes * tile.count;
-        load_displacement(g, tile, where, image, at, offset, mask);
-        run_vectorised(FindTaps<A>{g, tile, rows, offset, mask, zeros, taps});
+        list_pixels(g, tile, pixel);
+        load_displacement(g, tile, pixel, where, image, at, offset, mask);
+        run_vectorised(FindTaps<A>{g, tile, pixel, rows, offset, mask, zeros, taps});
         for (const Block& b : blocks) {
           if (b.depthwise) {
             run_vectorised(DepthwiseTile<A>{g, b, tile.count, taps, weight + b.weight_at, columns, products});
@@ -175,13 +170,12 @@ void forward(const ConvArguments& a, const ConvGeometry& g, const Tensor& output
           }
           run_vectorised(FillTile<A>{g, b, tile.count, taps, columns});
           const int64_t depth = g.taps() * b.count, outputs = g.group_outputs();
-          Cpu::multiply(
-              matrix(products + b.group * outputs, tile.count, outputs, g.out_channels, 1, a.input),
-              matrix(columns, tile.count, depth, depth, 1, a.input),
-              matrix(weight + b.weight_at, depth, outputs, 1, depth, a.input),
-              b.first > b.group * g.group_channels());  // later blocks of a group add to the first
+          Cpu::multiply(matrix(products + b.group * outputs, tile.count, outputs, g.out_channels, 1, a.input),
+                        matrix(columns, tile.count, depth, depth, 1, a.input),
+                        matrix(weight + b.weight_at, depth, outputs, 1, depth, a.input),
+                        b.first > b.group * g.group_channels());  // later blocks of a group add to the first
         }
-        locate_pixels(g, tile, out, image, at);
+        locate_pixels(tile, pixel, out, image, at);
         run_vectorised(StoreTile<A, S>{tile.count, g.out_channels, out.c, products, bias, at, out.data});
       }
     });

@@ -21,6 +21,7 @@ template <typename A>
 struct FindGradientTaps {
   ConvGeometry g;
   Tile tile;
+  const Pixel* pixels;
   Rows<const A> input;
   Rows<A> grad_input;
   const A *offset, *mask, *zeros;
@@ -29,30 +30,25 @@ struct FindGradientTaps {
 
   DCN_HOST_DEVICE void operator()() const {
     const int64_t planes = g.offset_groups * g.taps();
-    Pixel p(g, tile.first);
-    for (int64_t q = 0; q < tile.count; ++q) {
-      for (int64_t i = 0; i < planes; ++i) {
-        GradientTap<A>& tap = taps[q * planes + i];
-        const Sample<A> s = g.sample<A>(p.y, p.x, i % g.taps(), offset[2 * i * tile.count + q],
-                                        offset[(2 * i + 1) * tile.count + q]);
-        tap.sample = s;
-        tap.mask = mask[i * tile.count + q];
-        for (int c = 0; c < 4; ++c) {
-          tap.weight[c] = s.has(c) ? s.weight(c) : s.origin();
-          tap.value[c] = s.has(c) ? input.at(p.n, s.row(c), s.column(c)) : zeros;
-          tap.weighted[c] = tap.weight[c] != 0 ? tap.value[c] : zeros;
-          tap.grad[c] = s.has(c) && tap.weight[c] != 0 && grad_input.data
-                            ? grad_input.at(p.n, s.row(c), s.column(c))
-                            : sink;
-        }
-      }
-      if (++p.x == g.out_width) p.x = 0, ++p.y;
-      if (p.y == g.out_height) p.y = 0, ++p.n;
+    for_each_tap(g, tile, pixels, offset, mask, [&](int64_t q, int64_t i, const Sample<A>& s, A m) DCN_INLINE_LAMBDA {
+      find(q, taps[q * planes + i], s, m);
+    });
+  }
+  DCN_HOST_DEVICE void find(int64_t q, GradientTap<A>& tap, const Sample<A>& s, A m) const {
+    tap.sample = s;
+    tap.mask = m;
+    for (int c = 0; c < 4; ++c) {
+      tap.weight[c] = s.has(c) ? s.weight(c) : s.origin();
+      tap.value[c] = s.has(c) ? input.at(pixels[q].n, s.row(c), s.column(c)) : zeros;
+      tap.weighted[c] = tap.weight[c] != 0 ? tap.value[c] : zeros;
+      tap.grad[c] =
+          s.has(c) && tap.weight[c] != 0 && grad_input.data ? grad_input.at(pixels[q].n, s.row(c), s.column(c)) : sink;
     }
   }
 };
 
-// dots[c] += grad_columns . corner c; grad_input corners += weight * mask * grad_columns; columns = mask * sum w * corner
+// dots[c] += grad_columns . corner c; grad_input corners += weight * mask * grad_columns; columns = mask * sum w *
+// corner
 template <typename A, bool Dots, bool Scatter, bool Columns>
 DCN_HOST_DEVICE void sweep_run(const GradientTap<A>& tap, const Run& run, const A* __restrict grad_columns, A* dots,
                                A* __restrict columns) {
@@ -95,6 +91,7 @@ struct SweepTile {
   ConvGeometry g;
   const Block& block;
   Tile tile;
+  const Pixel* pixels;
   const GradientTap<A>* taps;
   const A* grad_columns;  // [count, K, block channels]
   A* columns;             // the same
@@ -103,7 +100,7 @@ struct SweepTile {
   DCN_HOST_DEVICE void operator()() const {
     const int64_t kernel = g.taps(), planes = g.offset_groups * kernel;
     for (int64_t q = 0; q < tile.count; ++q) {
-      const int64_t n = (tile.first + q) / g.out_pixels(), pixel = (tile.first + q) % g.out_pixels();
+      const int64_t n = pixels[q].n, pixel = pixels[q].y * g.out_width + pixels[q].x;
       for (int64_t k = 0; k < kernel; ++k)
         for (const Run& run : block.runs) {
           const GradientTap<A>& tap = taps[q * planes + run.offset_group * kernel + k];
@@ -180,8 +177,8 @@ struct LoadTile {
 template <typename A>
 void sweep(const SweepTile<A, true, true, true>& t, bool dots, bool scatter, bool columns) {
   const auto run = [&](auto d, auto s, auto c) {
-    run_vectorised(SweepTile<A, d.value, s.value, c.value>{t.g, t.block, t.tile, t.taps, t.grad_columns, t.columns,
-                                                           t.displaced});
+    run_vectorised(SweepTile<A, d.value, s.value, c.value>{t.g, t.block, t.tile, t.pixels, t.taps, t.grad_columns,
+                                                           t.columns, t.displaced});
   };
   using std::false_type;
   using std::true_type;

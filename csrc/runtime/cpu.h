@@ -25,9 +25,9 @@ struct Cpu {
 
   // out = a @ b, or out += a @ b. Straight to the CPU kernel: safe in worker threads, where it runs on one core.
   static void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate = false) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        accumulate ? aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0)
-                   : aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+    STABLE_TORCH_ERROR_CODE_CHECK(accumulate
+                                      ? aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0)
+                                      : aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
   }
 };
 

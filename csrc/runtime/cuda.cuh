@@ -39,9 +39,9 @@ struct Cuda {
   }
 
   static void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate = false) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        accumulate ? aoti_torch_cuda_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0)
-                   : aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
+    STABLE_TORCH_ERROR_CODE_CHECK(accumulate
+                                      ? aoti_torch_cuda_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0)
+                                      : aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
   }
 };
 

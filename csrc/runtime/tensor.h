@@ -61,11 +61,16 @@ inline bool is_supported(ScalarType type) {
 template <typename F>
 auto dispatch_floating(ScalarType type, const F& f) {
   switch (type) {
-    case ScalarType::Double: return f(double{});
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Half: return f(Half{});
-    case ScalarType::BFloat16: return f(BFloat16{});
-    default: throw std::runtime_error("dcn_plugin: the type must be float64, float32, float16 or bfloat16");
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Half:
+      return f(Half{});
+    case ScalarType::BFloat16:
+      return f(BFloat16{});
+    default:
+      throw std::runtime_error("dcn_plugin: the type must be float64, float32, float16 or bfloat16");
   }
 }
 
@@ -96,8 +101,7 @@ inline Tensor new_image(const Tensor& like, std::vector<int64_t> sizes, ScalarTy
 template <typename M>
 Tensor matrix(M* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride, const Tensor& like) {
   return torch::stable::from_blob(const_cast<std::remove_const_t<M>*>(data), {rows, columns},
-                                  {row_stride, column_stride}, like.device(),
-                                  scalar_type_of<std::remove_const_t<M>>());
+                                  {row_stride, column_stride}, like.device(), scalar_type_of<std::remove_const_t<M>>());
 }
 
 }  // namespace dcn

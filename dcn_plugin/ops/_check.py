@@ -42,10 +42,9 @@ def same_device(value: Tensor, name: str, input: Tensor) -> None:
 
 def same_dtype(value: Tensor, name: str, input: Tensor, or_float32: bool = False) -> None:
     """Check the type of ``value`` against the input's; under autocast types are brought together later."""
-    device = input.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return
     if value.dtype == input.dtype or (or_float32 and value.dtype == torch.float32 and input.dtype != torch.float64):
+        return
+    if input.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(input.device.type):
         return
     also = " or torch.float32" if or_float32 and input.dtype not in (torch.float32, torch.float64) else ""
     raise TypeError(f"{name}: expected {input.dtype}{also} beside an input of {input.dtype}, got {value.dtype}")
