@@ -419,7 +419,11 @@ def dilation_plot(model: nn.Module, images: Tensor) -> Figure:
     )  # fmt: skip
     for box in boxes["boxes"]:
         box.set_facecolor("#9ecae1")
-    still = [sum(layers[name].dilation) / 2 for name in values]
+    still = []
+    for name in values:
+        layer = layers[name]
+        zeros = torch.zeros(1, 2 * layer.kernel_size[0] * layer.kernel_size[1], 1, 1)
+        still.append(effective_dilation(zeros, layer.kernel_size, layer.dilation).item())
     axes.plot(range(1, len(still) + 1), still, "_", color="#ff2d2d", markersize=18, label="with zero offsets")
     axes.set_xticks(range(1, len(values) + 1), list(values), rotation=45, ha="right", fontsize=8)
     axes.set_ylabel("effective dilation (pixels)")
