@@ -1,0 +1,6 @@
+_base_ = [
+    "../_base_/models/resnet50-dcn.py",
+    "../_base_/data/imagefolder.py",
+    "../_base_/schedules/adamw-30e.py",
+    "../_base_/default_runtime.py",
+]

@@ -1,0 +1,83 @@
+"""Every config of the tree builds, trains for a step, and is short."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+for _name in ("pytorch_lightning", "timm", "mmengine", "torchmetrics", "sklearn"):
+    pytest.importorskip(_name)
+from mmengine.config import Config  # noqa: E402
+from test_data import write_shards  # noqa: E402
+
+from dcn_plugin.finetune import load_config  # noqa: E402
+from dcn_plugin.finetune.config import build_object  # noqa: E402
+from dcn_plugin.finetune.run import KEYS, STRATEGIES, build  # noqa: E402
+from dcn_plugin.layers import OffsetConv  # noqa: E402
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+LEAVES = sorted(path for path in CONFIGS.rglob("*.py") if "_base_" not in path.parts)
+BASES = sorted(path for path in CONFIGS.rglob("*.py") if "_base_" in path.parts)
+
+
+def names(paths):
+    return [path.stem for path in paths]
+
+
+def bases_of(path: Path) -> set[Path]:
+    given = runpy.run_path(str(path)).get("_base_", [])
+    found = {(path.parent / base).resolve() for base in ([given] if isinstance(given, str) else given)}
+    return found.union(*(bases_of(base) for base in found))
+
+
+def test_no_base_config_is_left_unused():
+    used = set().union(*(bases_of(leaf) for leaf in LEAVES))
+    assert set(BASES) <= used
+
+
+@pytest.mark.parametrize("path", LEAVES + BASES, ids=names(LEAVES + BASES))
+def test_config_is_short_text_style_and_has_known_keys(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 20 and not any(line.startswith(("import ", "from ", "with ")) for line in lines)
+    assert set(Config.fromfile(str(path))) <= set(KEYS)
+
+
+@pytest.mark.parametrize("path", LEAVES, ids=names(LEAVES))
+def test_config_builds_and_trains_a_step(path, tmp_path):
+    options = {
+        "trainer.accelerator": "cpu", "trainer.devices": 1, "trainer.precision": "32-true",
+        "trainer.fast_dev_run": 1, "trainer.enable_progress_bar": False, "trainer.enable_model_summary": False,
+        "data.batch_size": 4, "data.num_workers": 0,
+    }  # fmt: skip
+    plain = load_config(path)
+    digits = plain["data"]["name"] == "digits"
+    if digits:
+        options["data.dataset.limit"] = 8
+    else:
+        assert plain["model"]["pretrained"] and "." in plain["model"]["name"]  # a tag says whose weights these are
+        options |= {"model.pretrained": False, "data.root": str(tmp_path), "data.input_size": 64}
+    if plain["data"]["name"].startswith("wds/"):
+        pytest.importorskip("webdataset")
+        write_shards(tmp_path)
+    elif not digits:
+        for split in (plain["data"]["train_split"], plain["data"]["val_split"]):
+            for i, name in enumerate("ab"):
+                (tmp_path / split / name).mkdir(parents=True)
+                for k in range(3):
+                    Image.new("RGB", (80, 70), (90 * i, 40 * k, 9)).save(tmp_path / split / name / f"{k}.png")
+    trainer, module, data = build(load_config(path, options), tmp_path / "work")
+    deformable = [m for m in module.modules() if isinstance(m, OffsetConv)]
+    assert bool(deformable) == ("dcn" in path.stem)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    trainer.fit(module, data)
+    assert trainer.global_step == 1
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+    moved = [name for name, p in module.named_parameters() if not torch.equal(p, before[name])]
+    assert any("fc" in name for name in moved)
+
+
+def test_fsdp_strategy_by_config():
+    spec = dict(type="FSDPStrategy", sharding_strategy="SHARD_GRAD_OP")
+    assert type(build_object("trainer.strategy", spec, STRATEGIES)).__name__ == "FSDPStrategy"
