@@ -1,5 +1,6 @@
 """Deformable convolution v1 and v2: the public function, and what torch needs to trace and differentiate it."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -185,7 +186,7 @@ def _alert_not_deterministic() -> None:
     )
     if not torch.is_deterministic_algorithms_warn_only_enabled():
         raise RuntimeError(message)
-    torch.warnings.warn(message, UserWarning, stacklevel=2)
+    warnings.warn(message, UserWarning, stacklevel=2)
 
 
 torch.library.register_autograd("dcn_plugin::deform_conv2d", _backward, setup_context=_setup_context)
@@ -199,7 +200,7 @@ def _setup_context_of_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """Differentiate the gradients through the reference: right for every argument, at the reference's speed."""
     with torch.enable_grad():
-        saved = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
+        saved: list[Any] = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
         grad_output, input, offset, weight, mask = saved
         stride, padding, dilation = ctx.geometry
         out = reference.deform_conv2d(input, offset, weight, None, stride, padding, dilation, mask)
@@ -239,7 +240,7 @@ _lib.impl("deform_conv2d", _autocast("cpu"), "AutocastCPU")
 
 
 @register_flop_formula(torch.ops.dcn_plugin.deform_conv2d)
-def _(input_shape, offset_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+def _(input_shape, offset_shape, weight_shape, *args, out_shape=None, **kwargs):
     """Count the products with the weights and the four products of each bilinear sample, two operations each."""
     n, _, out_h, out_w = out_shape
     out_channels, group_channels, kh, kw = weight_shape
@@ -247,7 +248,7 @@ def _(input_shape, offset_shape, weight_shape, *args, out_shape=None, **kwargs) 
 
 
 @register_flop_formula(torch.ops.dcn_plugin.deform_conv2d_backward)
-def _(grad_shape, input_shape, offset_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+def _(grad_shape, input_shape, offset_shape, weight_shape, *args, out_shape=None, **kwargs):
     """Twice the forward's products for the weights, and dots, scatter and columns again for each sample."""
     n, out_channels, out_h, out_w = grad_shape
     _, group_channels, kh, kw = weight_shape

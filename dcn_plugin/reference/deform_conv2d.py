@@ -1,13 +1,15 @@
 """Deformable convolution v1/v2 in plain PyTorch (Dai et al. 2017, eq. 2; Zhu et al. 2019, eq. 1)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .bilinear import bilinear_sample
 
 
-def _pair(value) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
+def _pair(value: int | Sequence[int]) -> Sequence[int]:
+    return (value, value) if isinstance(value, int) else value
 
 
 def deform_conv2d(
@@ -15,9 +17,9 @@ def deform_conv2d(
     offset: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride=(1, 1),
-    padding=(0, 0),
-    dilation=(1, 1),
+    stride: int | Sequence[int] = (1, 1),
+    padding: int | Sequence[int] = (0, 0),
+    dilation: int | Sequence[int] = (1, 1),
     mask: Tensor | None = None,
 ) -> Tensor:
     """Executable definition of :func:`dcn_plugin.ops.deform_conv2d`; same arguments, any device, slow.
@@ -27,7 +29,7 @@ def deform_conv2d(
     """
     (sy, sx), (dy, dx) = _pair(stride), _pair(dilation)
     pad = _pair(padding)
-    top, left, bottom, right = pad if len(pad) == 4 else pad * 2
+    top, left, bottom, right = pad if len(pad) == 4 else (*pad, *pad)
     n, channels, height, width = input.shape
     out_channels, group_channels, kh, kw = weight.shape
     taps, groups = kh * kw, channels // group_channels
@@ -37,9 +39,9 @@ def deform_conv2d(
 
     # Positions and sums in at least float32, whatever is stored.
     acc = torch.promote_types(input.dtype, torch.float32)
-    grid = dict(device=input.device, dtype=acc)
-    base_y = (torch.arange(out_h, **grid) * sy - top)[:, None] + (torch.arange(kh, **grid) * dy)[:, None, None, None]
-    base_x = (torch.arange(out_w, **grid) * sx - left) + (torch.arange(kw, **grid) * dx)[:, None, None]
+    like = input.new_empty((), dtype=acc)
+    base_y = (torch.arange(out_h).to(like) * sy - top)[:, None] + (torch.arange(kh).to(like) * dy)[:, None, None, None]
+    base_x = (torch.arange(out_w).to(like) * sx - left) + (torch.arange(kw).to(like) * dx)[:, None, None]
     shift = offset.to(acc).reshape(n, offset_groups, kh, kw, 2, out_h, out_w)
     y = shift[:, :, :, :, 0] + base_y  # [N, offset_groups, kh, kw, H', W']
     x = shift[:, :, :, :, 1] + base_x
