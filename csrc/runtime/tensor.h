@@ -17,6 +17,11 @@
 
 #include "../core/view.h"
 
+// Newer torch passes on what went wrong in a call across the ABI; the oldest only says that something did.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace dcn {
 
 using torch::headeronly::BFloat16;
