@@ -27,8 +27,8 @@ class LayerRecord:
     """What one deformable layer did to one batch.
 
     `offset` [N, G, K, 2, H', W'] in pixels of the layer's input, (y, x); `mask` [N, G, K, H', W'] or None.
-    `grid` maps a pixel p of the layer's input to image pixels, per axis `p * scale + shift`: ((scale_y, shift_y), (x ..)).
-    `out_grid` does the same for the layer's output.
+    `grid` maps a pixel p of the layer's input to image pixels, per axis `p * scale + shift`, as
+    ((scale_y, shift_y), (scale_x, shift_x)); `out_grid` does the same for the layer's output.
     """
 
     name: str
@@ -238,7 +238,7 @@ def trace(records: Sequence[LayerRecord], unit: Unit, sample: int = 0, group: in
         cells = _to_map(points, item.out_grid).round().long()
         inside = (cells >= 0).all(dim=1) & (cells < torch.tensor([height, width])).all(dim=1)
         if index == 0 and not inside.all():
-            raise ValueError(f"unit: expected (y, x) inside the image, got {unit}, which is outside {item.name}'s output")
+            raise ValueError(f"unit: expected (y, x) inside the image, got {unit}, outside the output of {item.name}")
         cells = cells[inside]
         if not len(cells):
             return torch.empty(0, 2)

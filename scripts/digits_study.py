@@ -1,4 +1,4 @@
-"""Plain against deformable on warped handwritten digits: `python scripts/digits_study.py [--seeds 0 1 2] [--upright-arms]`."""
+"""Plain against deformable on warped handwritten digits: `python scripts/digits_study.py [--seeds 0 1 2]`."""
 
 from __future__ import annotations
 

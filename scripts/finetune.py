@@ -1,4 +1,4 @@
-"""Fine-tune, validate, test or predict with a config: `python scripts/finetune.py CONFIG [--cfg-options key=value ...]`."""
+"""Fine-tune, validate, test or predict with a config: `python scripts/finetune.py CONFIG [--cfg-options k=v ...]`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from mmengine.config import DictAction
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from dcn_plugin.finetune import load_config, run
-from dcn_plugin.finetune.run import TASKS
+from dcn_plugin.finetune.run import TASKS, quiet
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", help="config file, such as configs/classification/resnet18-dcn_digits-warped.py")
+    parser.add_argument("config", help="config file, such as configs/classification/resnet10-dcn_digits-warped.py")
     parser.add_argument("--task", choices=TASKS, default="fit")
     parser.add_argument("--work-dir", help="default: work_dirs/<name of the config>")
     parser.add_argument("--resume", nargs="?", const="auto", help="continue from a checkpoint, or from last.ckpt")
@@ -28,9 +28,11 @@ def main() -> None:
         checkpoint = work_dir / "best.ckpt"
     try:
         config = load_config(args.config, args.cfg_options)
-        results = run(config, work_dir, args.task, checkpoint)
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    try:
+        with quiet():
+            results = run(config, work_dir, args.task, checkpoint)
     except SIGTERMException:
         sys.exit("stopped by SIGTERM; the same command with --resume continues from last.ckpt")
     for name, value in results.items():

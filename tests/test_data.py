@@ -117,7 +117,8 @@ def test_folder_classes_transforms_and_labels(tmp_path):
     for image, label in zip(images, labels, strict=True):
         assert colour_of(image, data) == data.class_names[label]
     # The validation split lacks a class: its labels must still mean what the training labels mean.
-    seen = [(colour_of(i, data), data.class_names[t]) for x, y in data.val_dataloader() for i, t in zip(x, y)]
+    images, labels = next(iter(data.val_dataloader()))
+    seen = [(colour_of(image, data), data.class_names[t]) for image, t in zip(images, labels, strict=True)]
     assert len(seen) == 4 and all(a == b for a, b in seen) and ("red", "red") in seen
 
 

@@ -19,6 +19,7 @@ for _name in ("pytorch_lightning", "timm", "mmengine", "torchmetrics", "sklearn"
     pytest.importorskip(_name)
 import pytorch_lightning as pl  # noqa: E402
 import timm  # noqa: E402
+from PIL import Image  # noqa: E402
 from timm.data import Mixup  # noqa: E402
 from timm.loss import SoftTargetCrossEntropy  # noqa: E402
 
@@ -34,7 +35,7 @@ from dcn_plugin.finetune import (  # noqa: E402
     run,
 )
 from dcn_plugin.finetune.module import param_groups  # noqa: E402
-from dcn_plugin.finetune.run import build, find_checkpoint  # noqa: E402
+from dcn_plugin.finetune.run import build, find_checkpoint, quiet  # noqa: E402
 from dcn_plugin.layers import OffsetConv  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,10 +56,8 @@ TRAINER = dict(
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    with warnings.catch_warnings():
-        for text in (".*does not have many workers.*", ".*LeafSpec.*", ".*exists and is not empty.*", ".*not used.*"):
-            warnings.filterwarnings("ignore", text)
+def few_words():
+    with quiet():
         yield
 
 
@@ -211,7 +210,15 @@ def test_callbacks_of_lightning_by_name(tmp_path):
     trainer = dict(TRAINER, gradient_clip_val=0.5, precision="bf16-mixed")
     logger = dict(type="CSVLogger", name="logs")
     results = run(config(callbacks=callbacks, trainer=trainer, logger=logger), tmp_path)
-    assert Path(results["export"], "model.safetensors").is_file()
+    # What was tested is what is exported: the averaged weights.
+    digits, exported = Digits("test", **DATA["dataset"]), load_exported(results["export"])
+    images = torch.stack([digits.draw(i) for i in range(len(digits))]) / 127.5 - 1
+    right = exported(images).argmax(1) == torch.tensor(digits.targets)
+    assert right.float().mean() == pytest.approx(results["test_top1"], abs=1.5 / 32)
+    best = torch.load(results["checkpoint"], weights_only=True)
+    name = "model.fc.weight"
+    assert torch.equal(best["state_dict"][name], exported.fc.weight)
+    assert not torch.equal(best["current_model_state"][name], exported.fc.weight)
     with open(tmp_path / "logs" / "version_0" / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     columns = set().union(*rows)
@@ -318,6 +325,24 @@ def test_validate_test_and_predict_tasks(tmp_path):
     assert all(row["class"] == row["label"] and 0 < float(row["score"]) <= 1 for row in rows)
 
 
+def test_prediction_of_a_folder_without_labels(tmp_path):
+    digits, folder = Digits("test", **DATA["dataset"]), tmp_path / "scans"
+    folder.mkdir()
+    for i in range(5):
+        digits[i][0].save(folder / f"scan{i}.png")
+    best = run(config(trainer=dict(TRAINER, max_epochs=1)), tmp_path)["checkpoint"]
+    keys = ("input_size", "mean", "std", "crop_pct")
+    data = dict(name="", root=str(folder), predict_split="", **{key: DATA[key] for key in keys})
+    path = run(config(data=data, num_classes=10), tmp_path, "predict", best)["predictions"]
+    with open(path) as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == [f"scan{i}.png" for i in range(5)]
+    images = torch.stack([torch.from_numpy(np.array(Image.open(folder / f"scan{i}.png")))[None] for i in range(5)])
+    truth = FinetuneModule.restore(best).eval().predict_step((images / 127.5 - 1, None), 0)
+    assert [int(row["label"]) for row in rows] == truth["label"].tolist()
+    assert [row["class"] for row in rows] == [Digits.classes[i] for i in truth["label"]]
+
+
 # -- offset monitor ---------------------------------------------------------------------------------------------------
 
 
@@ -392,14 +417,13 @@ def test_export_is_a_timm_folder_with_identical_outputs(tmp_path, kwargs):
     kwargs = dict(kwargs)
     model = timm.create_model(kwargs.pop("name"), **kwargs).eval()
     randomise(model)
-    export_model(
-        model, tmp_path, class_names=[f"c{i}" for i in range(model.num_classes)],
-        data_config=dict(input_size=[model.conv1.in_channels, 64, 64], mean=[0.1] * model.conv1.in_channels, crop_pct=1.0),
-    )  # fmt: skip
-    image = torch.randn(2, model.conv1.in_channels, 64, 64)
+    channels = model.conv1.in_channels
+    data_config = dict(input_size=[channels, 64, 64], mean=[0.1] * channels, crop_pct=1.0)
+    export_model(model, tmp_path, class_names=[f"c{i}" for i in range(model.num_classes)], data_config=data_config)
+    image = torch.randn(2, channels, 64, 64)
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     assert torch.equal(again(image), model(image)) and torch.equal(load_exported(tmp_path)(image), model(image))
-    assert tuple(again.pretrained_cfg["input_size"]) == (model.conv1.in_channels, 64, 64)
+    assert tuple(again.pretrained_cfg["input_size"]) == (channels, 64, 64)
     assert again.pretrained_cfg["mean"][0] == 0.1
     assert json.loads((tmp_path / "config.json").read_text())["label_names"][1] == "c1"
     assert not list(tmp_path.glob("*.bin")) + list(tmp_path.glob("*.pth"))

@@ -25,12 +25,15 @@ def as_set(points):
 # -- effective dilation -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kernel", "dilation"), [((3, 3), (1, 1)), ((5, 5), (2, 2)), ((1, 3), (1, 4)), ((3, 1), (3, 9))])
+@pytest.mark.parametrize(
+    ("kernel", "dilation"), [((3, 3), (1, 1)), ((5, 5), (2, 2)), ((1, 3), (1, 4)), ((3, 1), (3, 9))]
+)
 def test_effective_dilation_of_zero_offsets_is_the_dilation(kernel, dilation):
     groups = 2
     offset = torch.zeros(2, 2 * groups * kernel[0] * kernel[1], 4, 5)
     moving = dilation[0] if kernel[0] > 1 else dilation[1]
-    assert torch.equal(visualize.effective_dilation(offset, kernel, dilation), torch.full((2, groups, 4, 5), float(moving)))
+    found = visualize.effective_dilation(offset, kernel, dilation)
+    assert torch.equal(found, torch.full((2, groups, 4, 5), float(moving)))
 
 
 def test_effective_dilation_by_hand():
@@ -73,7 +76,8 @@ def test_zero_offsets_give_the_regular_grid_through_two_layers():
     assert [r.name for r in records] == ["0", "2"]
     points = visualize.trace(records, (8, 8))
     assert len(points) == 81
-    truth = {(8 + 2 * a + c, 8 + 2 * b + d) for a in (-1, 0, 1) for b in (-1, 0, 1) for c in (-1, 0, 1) for d in (-1, 0, 1)}
+    steps = (-1, 0, 1)
+    truth = {(8 + 2 * a + c, 8 + 2 * b + d) for a in steps for b in steps for c in steps for d in steps}
     assert as_set(points) == as_set(truth)
     one = visualize.trace(records[1:], (8, 8))
     assert as_set(one) == {(8 + 2 * a, 8 + 2 * b) for a in (-1, 0, 1) for b in (-1, 0, 1)}
@@ -118,7 +122,7 @@ def test_feature_maps_lie_on_the_image_where_their_receptive_fields_do(name):
     }
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
-    for module in model.modules():  # so that every path shows in the gradient, and nothing beyond the first layer's reach
+    for module in model.modules():  # so that no path cancels another, and none reaches over the whole map
         if isinstance(module, nn.Conv2d):
             module.weight.data.abs_()
         if name == "regnety_002" and type(module).__name__ == "SEModule":

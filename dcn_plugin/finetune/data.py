@@ -232,7 +232,7 @@ class ImageDataModule(pl.LightningDataModule):
             for name in own:
                 if name not in known:
                     train = self._split_path("train")
-                    raise ValueError(f"{stage}_split: {place} has class {name!r}, which the training split {train} lacks")
+                    raise ValueError(f"{stage}_split: {place} has class {name!r}, which training split {train} lacks")
             if own != known:
                 dataset = create(class_map=known)
         return self._strict(dataset)
@@ -279,14 +279,16 @@ class ImageDataModule(pl.LightningDataModule):
         if size is not None:
             sides = (size, size) if isinstance(size, int) else tuple(size)
             if len(sides) not in (2, 3) or min(sides) < 1:
-                raise ValueError(f"input_size: expected a side, (height, width) or (channels, height, width), got {size}")
+                wanted = "a side, (height, width) or (channels, height, width)"
+                raise ValueError(f"input_size: expected {wanted}, got {size}")
             given["input_size"] = sides if len(sides) == 3 else (3, *sides)
         own = getattr(model, "pretrained_cfg", None) or {}
         config = resolve_data_config(given, pretrained_cfg=own, model=None) if given or own else {}
         config = config or resolve_data_config(dict(input_size=(3, 224, 224)))
         for key in ("mean", "std"):
             config[key] = tuple(adapt_to_chs(config[key], config["input_size"][0]))
-        first = next((m for m in model.modules() if isinstance(m, torch.nn.Conv2d)), None) if model is not None else None
+        modules = [] if model is None else model.modules()
+        first = next((module for module in modules if isinstance(module, torch.nn.Conv2d)), None)
         if first is not None and first.in_channels != config["input_size"][0]:
             raise ValueError(
                 f"input_size: the model takes {first.in_channels} channels, expected input_size="
@@ -295,12 +297,6 @@ class ImageDataModule(pl.LightningDataModule):
         return config
 
     # -- Lightning's hooks --------------------------------------------------------------------------------------------
-
-    def prepare_data(self) -> None:
-        if self.dataset_args.pop("download", False):
-            # Rank 0 downloads; afterwards every process finds the files.
-            for split in {self.splits["train"], self.splits["val"]} - {None}:
-                create_dataset(self.name, root=self.root, split=split, **self.dataset_args, download=True)
 
     def setup(self, stage: str) -> None:
         module = self.trainer.lightning_module if self.trainer is not None else None
@@ -354,7 +350,9 @@ class ImageDataModule(pl.LightningDataModule):
     def filenames(self, stage: str = "predict") -> list[str] | None:
         """Return the file names of a split in its order, or None for a stream."""
         dataset = self._dataset(stage)
-        return None if isinstance(dataset, IterableDataset) or not hasattr(dataset, "filenames") else dataset.filenames()
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "filenames"):
+            return None
+        return dataset.filenames()
 
 
 # Arguments of create_loader that the data module sets itself, or that need timm's own loop.

@@ -18,7 +18,7 @@ _SYNONYMS = {"training": "train", "valid": "val", "validation": "val", "eval": "
 
 @cache
 def _source() -> tuple[torch.Tensor, np.ndarray]:
-    """Return the 1,797 8x8 images of scikit-learn (uint8 [1797, 1, 8, 8]) and their labels in one fixed random order."""
+    """Return scikit-learn's images (uint8 [1797, 1, 8, 8]) and their labels, in one fixed random order."""
     from sklearn.datasets import load_digits
 
     data = load_digits()

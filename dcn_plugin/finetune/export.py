@@ -33,8 +33,8 @@ def export_model(
 
     A model that a timm name describes (`resnet50_dcn`, ...) becomes a timm `local-dir:` folder: after
     `import dcn_plugin`, `timm.create_model('local-dir:<directory>', pretrained=True)` gives the same outputs. A model
-    changed by replacement rules, or built by MMEngine, has no timm name: its folder also holds the rules or the MMEngine
-    config, and `dcn_plugin.finetune.load_exported(directory)`, which reads both kinds, builds it again.
+    changed by replacement rules, or built by MMEngine, has no timm name: its folder also holds the rules or the
+    MMEngine config, and `dcn_plugin.finetune.load_exported(directory)`, which reads both kinds, builds it again.
 
     Args:
         model: the trained model (the classifier itself, not the Lightning module).

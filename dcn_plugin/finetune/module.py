@@ -145,7 +145,8 @@ class FinetuneModule(pl.LightningModule):
         known = arguments(create_scheduler_v2, "optimizer", "num_epochs", "step_on_epochs", "updates_per_epoch")
         check_keys("schedule", self.schedule_args, known)
         if self.schedule_args["sched"] not in SCHEDULES:
-            raise ValueError(f"schedule.sched: expected one of {', '.join(SCHEDULES)}, got {self.schedule_args['sched']!r}")
+            got = self.schedule_args["sched"]
+            raise ValueError(f"schedule.sched: expected one of {', '.join(SCHEDULES)}, got {got!r}")
 
         self.model = build_model(model, num_classes)
         if rules:
@@ -289,7 +290,8 @@ class FinetuneModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("dcn_plugin", {})
-        self.data_config, self.class_names = saved.get("data_config"), saved.get("class_names")
+        self.data_config = self.data_config or saved.get("data_config")
+        self.class_names = self.class_names or saved.get("class_names")
 
 
 def without_initial_weights(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +37,26 @@ MODULE_KEYS = arguments(FinetuneModule)
 KEYS = [*MODULE_KEYS, "data", "trainer", "callbacks", "logger", "seed"]
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide Lightning's remarks on hardware, loaders without workers and folders that are meant to be used again."""
+    logger = logging.getLogger("pytorch_lightning")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for text in ("does not have many workers", "LeafSpec", "exists and is not empty", "but not used", "__len__"):
+            warnings.filterwarnings("ignore", f".*{text}.*", module="pytorch_lightning.*")
+        yield
+    logger.setLevel(level)
+
+
 def load_config(path: str | Path, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Read an MMEngine config file (text style, with `_base_`), apply `options` and check its keys.
 
     Top-level keys are the arguments of `FinetuneModule` plus `data` (arguments of `ImageDataModule`), `trainer`
     (arguments of Lightning's `Trainer`; `strategy` may be `dict(type=...)`), `callbacks` (name -> `dict(type=...)` of
-    Lightning's or this package's callbacks, or None to drop one of a base config), `logger` (`dict(type=...)`, or False)
-    and `seed`.
+    Lightning's or this package's callbacks, or None to drop one of a base config), `logger` (`dict(type=...)`, or
+    False) and `seed`.
 
     Args:
         path: the config file.

@@ -1,17 +1,16 @@
 """The question of the paper's readers, on the embedded digits: what do learned sampling points buy on warped images?
 
-A plain small ResNet learns upright digits. From its weights, the same network and its deformable form are then fine-tuned
-on warped digits with the same budget; optionally both also without warps. Everything runs through `run` and the configs.
+A plain small ResNet learns upright digits. From its weights, the same network and its deformable form are then
+fine-tuned on warped digits with the same budget; optionally both also without warps. Everything runs through `run` and
+the configs.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import statistics
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,17 +25,17 @@ from .config import plain
 from .data import ImageDataModule
 from .digits import Digits
 from .export import load_exported
-from .run import check_config, find_checkpoint, run
+from .run import check_config, find_checkpoint, quiet, run
 
 # Arm -> (what it is, config). The base comes first; the others start from its weights.
-BASE = "resnet18-small_digits-upright.py"
+BASE = "resnet10_digits-upright.py"
 ARMS = {
-    "plain": ("plain", "warped", "resnet18-small_digits-warped.py"),
-    "dcn": ("DCN", "warped", "resnet18-small-dcn_digits-warped.py"),
+    "plain": ("plain", "warped", "resnet10_digits-warped.py"),
+    "dcn": ("DCN", "warped", "resnet10-dcn_digits-warped.py"),
 }
 UPRIGHT_ARMS = {
-    "plain-upright": ("plain", "upright", "resnet18-small_digits-upright-finetune.py"),
-    "dcn-upright": ("DCN", "upright", "resnet18-small-dcn_digits-upright-finetune.py"),
+    "plain-upright": ("plain", "upright", "resnet10_digits-upright-finetune.py"),
+    "dcn-upright": ("DCN", "upright", "resnet10-dcn_digits-upright-finetune.py"),
 }
 RESULT = "result.json"
 
@@ -76,7 +75,7 @@ def run_study(
     configs, work_dir = Path(configs), Path(work_dir)
     arms = ARMS | (UPRIGHT_ARMS if upright_arms else {})
     outcomes: dict[str, list[dict]] = {"base": [], **{arm: [] for arm in arms}}
-    with _quiet():
+    with quiet():
         for seed in seeds:
             folder = work_dir / f"seed{seed}"
             base = _stage(configs / BASE, folder / "base", seed, options)
@@ -98,17 +97,6 @@ def run_study(
         **files,
     )
     return dict(rows=rows, table=table, files=files)
-
-
-def _quiet() -> warnings.catch_warnings:
-    """Hide what Lightning says about loaders and hardware; the digits live in memory and need no workers."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    context = warnings.catch_warnings()
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
-    warnings.filterwarnings("ignore", ".*exists and is not empty.*")
-    warnings.filterwarnings("ignore", ".*available but not used.*")
-    return context
 
 
 def _stage(

@@ -1,2 +1,2 @@
-_base_ = "resnet18-small.py"
+_base_ = "resnet10.py"
 model = dict(name="resnet18_dcn")

@@ -1,0 +1,2 @@
+_base_ = "resnet10-dcn_digits-warped.py"
+data = dict(dataset=dict(warp=False))

@@ -1,0 +1,2 @@
+_base_ = "resnet10_digits-warped.py"
+data = dict(dataset=dict(warp=False))

@@ -1,2 +1,0 @@
-_base_ = "resnet18-small-dcn_digits-warped.py"
-data = dict(dataset=dict(warp=False))
