@@ -163,7 +163,7 @@ struct Tile {
 
 // Pixels per tile so that its columns stay in L2; tiles in a multiple of the number of threads.
 inline int64_t tile_size(int64_t pixels, int64_t bytes_per_pixel, int64_t threads) {
-  constexpr int64_t budget = 768 << 10;
+  constexpr int64_t budget = 1024 << 10;
   const int64_t most = std::max<int64_t>(32, std::min<int64_t>(budget / bytes_per_pixel, 512));
   int64_t count = divide_up(pixels, most);
   if (pixels >= 32 * threads) count = divide_up(count, threads) * threads;

@@ -119,7 +119,7 @@ template <typename S, typename F>
 void forward(const ConvArguments& a, const ConvGeometry& g, const Tensor& output) {
   using A = Accumulate<S>;
   const int64_t planes = g.offset_groups * g.taps();
-  const std::vector<Block> blocks = make_blocks(g, 256);
+  const std::vector<Block> blocks = make_blocks(g, 128);
   int64_t widest = 0;
   for (const Block& b : blocks) widest = std::max(widest, b.count);
 
