@@ -24,7 +24,6 @@ PACKAGES = (
     "pytorch-lightning",
     "torchmetrics",
     "numpy",
-    "onnx",
     "setuptools",
     "ninja",
 )
