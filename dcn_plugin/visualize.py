@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .layers import OffsetConv
+from .layers import DeformConv2d, OffsetConv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -115,13 +115,17 @@ def _spatial(module: nn.Module) -> tuple[list[int], list[int], list[int], list[i
 
     dilation = pair(getattr(module, "dilation", 1))
     padding = getattr(module, "padding", 0)
-    if hasattr(module, "padding4"):
+    if isinstance(module, DeformConv2d):
         padding = module.padding4[:2]
     elif padding == "same":
         padding = [d * (k - 1) // 2 for d, k in zip(dilation, pair(kernel), strict=True)]
     elif isinstance(padding, str):
         padding = 0
     return pair(kernel), pair(getattr(module, "stride", None) or kernel), pair(padding), dilation
+
+
+def _size(tensor: Tensor) -> tuple[int, int]:
+    return tensor.shape[-2], tensor.shape[-1]
 
 
 def record(model: nn.Module, images: Tensor, layers: Sequence[str] | None = None) -> list[LayerRecord]:
@@ -152,7 +156,7 @@ def record(model: nn.Module, images: Tensor, layers: Sequence[str] | None = None
         if name not in names.values():
             raise ValueError(f"layers: {name!r} is no deformable layer; there are {', '.join(names.values())}")
     records: list[LayerRecord] = []
-    height, width = images.shape[-2:]
+    height, width = _size(images)
     # Size of a feature map -> how its pixels lie on the image. The first layer that makes a size defines it: parallel
     # branches of the same size agree up to their padding.
     grids = {(height, width): ((1.0, 0.0), (1.0, 0.0))}
@@ -166,7 +170,7 @@ def record(model: nn.Module, images: Tensor, layers: Sequence[str] | None = None
             return
         if args[0].dim() != 4 or output.dim() != 4:
             return
-        before, after = tuple(args[0].shape[-2:]), tuple(output.shape[-2:])
+        before, after = _size(args[0]), _size(output)
         geometry = _spatial(module)
         if geometry is not None and after not in grids and before in grids:
             moved = [
@@ -174,7 +178,7 @@ def record(model: nn.Module, images: Tensor, layers: Sequence[str] | None = None
                 for (scale, shift), k, s, p, d in zip(grids[before], *geometry, strict=True)
             ]
             grids[after] = (moved[0], moved[1])
-        if module in names and (layers is None or names[module] in layers):
+        if isinstance(module, OffsetConv) and (layers is None or names[module] in layers):
             offset, mask = module.offsets(args[0])
             groups, (kh, kw) = module.offset_groups, module.kernel_size
             records.append(

@@ -170,18 +170,14 @@ def write_shards(root: Path, per_shard: int = 6) -> None:
                         member = tarfile.TarInfo(f"s{shard}{i:03d}.{ending}")
                         member.size = len(content)
                         tar.addfile(member, io.BytesIO(content))
-        info[split] = dict(
-            name=split, num_samples=2 * per_shard, filenames=files, shard_lengths=[per_shard, per_shard]
-        )
+        info[split] = dict(name=split, num_samples=2 * per_shard, filenames=files, shard_lengths=[per_shard, per_shard])
     (root / "_info.json").write_text(json.dumps(dict(splits=info)))
 
 
 def test_webdataset_shards(tmp_path):
     pytest.importorskip("webdataset")
     write_shards(tmp_path)
-    data = ImageDataModule(
-        "wds/", str(tmp_path), batch_size=4, num_classes=3, input_size=16, augment=dict(no_aug=True)
-    )
+    data = ImageDataModule("wds/", str(tmp_path), batch_size=4, num_classes=3, input_size=16, augment=dict(no_aug=True))
     data.setup("fit")
     names = list(COLOURS)
     for loader, count in ((data.train_dataloader(), 12), (data.val_dataloader(), 12)):

@@ -4,4 +4,4 @@ _base_ = [
     "../_base_/schedules/digits.py",
     "../_base_/default_runtime.py",
 ]
-trainer = dict(max_epochs=20)
+trainer = dict(max_epochs=12)

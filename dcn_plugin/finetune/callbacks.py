@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import BasePredictionWriter
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from dcn_plugin.layers import OffsetConv
 from dcn_plugin.visualize import effective_dilation
@@ -50,7 +50,7 @@ class OffsetMonitor(pl.Callback):
                 self._handles.append(layer.register_forward_hook(self._hook(name.removeprefix("model."))))
 
     def _hook(self, name: str) -> Any:
-        def look(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def look(layer: OffsetConv, args: tuple[Tensor, ...], output: Tensor) -> None:
             if not self._sampling:
                 return
             with torch.no_grad():

@@ -137,8 +137,9 @@ class ImageDataModule(pl.LightningDataModule):
         self.splits["predict"] = self.splits["test"] if predict_split is None else predict_split
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.num_workers, self.bad_images = num_workers, bad_images
-        self.preprocessing = dict(input_size=input_size, mean=mean, std=std)
-        self.preprocessing |= dict(interpolation=interpolation, crop_pct=crop_pct)
+        self.preprocessing: dict[str, Any] = dict(
+            input_size=input_size, mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct
+        )
         self.augment, self.dataset_args = plain(augment or {}), plain(dataset or {})
         self.train_dataset_args = plain(train_dataset or {})
         check_keys("augment", self.augment, arguments(create_loader, *_LOADER_OWN))
@@ -344,7 +345,7 @@ class ImageDataModule(pl.LightningDataModule):
     def set_epoch(self, epoch: int) -> None:
         """Tell a streaming training set its epoch, on which its shuffling depends."""
         dataset = self._datasets.get("train")
-        if hasattr(dataset, "set_epoch"):
+        if dataset is not None and hasattr(dataset, "set_epoch"):
             dataset.set_epoch(epoch)
 
     def filenames(self, stage: str = "predict") -> list[str] | None:

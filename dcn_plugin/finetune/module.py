@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import timm
@@ -193,7 +193,8 @@ class FinetuneModule(pl.LightningModule):
     @property
     def backbone(self) -> nn.Module:
         """Everything but the classifier, as Lightning's `BackboneFinetuning` wants it."""
-        head = getattr(self.model, "get_classifier", lambda: None)()
+        model = cast(Any, self.model)
+        head = model.get_classifier() if hasattr(model, "get_classifier") else None
         return nn.ModuleList(child for child in self.model.children() if child is not head)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -233,7 +234,7 @@ class FinetuneModule(pl.LightningModule):
     def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
         images, target = batch
         logits = self(images)
-        metrics = self.metrics[stage]
+        metrics: Any = cast(Any, self.metrics)[stage]
         metrics.update(logits, target)
         loss = F.cross_entropy(logits, target)
         self.log(f"{stage}_loss", loss, batch_size=len(images), sync_dist=True)
@@ -256,7 +257,8 @@ class FinetuneModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         args = self.optimizer_args
-        never = tuple(getattr(self.model, "no_weight_decay", lambda: ())())
+        model = cast(Any, self.model)
+        never = tuple(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else ()
 
         def groups(model: nn.Module) -> list[dict]:
             return param_groups(model, args["weight_decay"], self.layer_decay, self.offset_lr_mult, never)
@@ -296,8 +298,8 @@ class FinetuneModule(pl.LightningModule):
 
 def without_initial_weights(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return module arguments that build the same architecture without reading any weights."""
-    values = plain(values)
-    values["checkpoint"] = None
-    if isinstance(values["model"], dict) and "name" in values["model"]:
-        values["model"]["pretrained"] = False
-    return values
+    result: dict[str, Any] = plain(values)
+    result["checkpoint"] = None
+    if isinstance(result["model"], dict) and "name" in result["model"]:
+        result["model"]["pretrained"] = False
+    return result

@@ -183,7 +183,9 @@ def run(
         return dict(predictions=str(work_dir / "predictions.csv"))
 
     trainer.fit(module, data, ckpt_path=path, weights_only=True)
-    results = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val_")}
+    results: dict[str, Any] = {
+        key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val_")
+    }
     saver = trainer.checkpoint_callback
     best = getattr(saver, "best_model_path", "") or getattr(saver, "last_model_path", "")
     if best:
