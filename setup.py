@@ -345,7 +345,8 @@ class BuildLibraries(build_ext):
         if not up_to_date or not info_file.exists() or info_file.read_text() != info:
             print(f"dcn_plugin: operators for {libraries_of}; torch {torch.version}, {compiler.version}", flush=True)
         if not up_to_date and subprocess.run(command, cwd=ROOT).returncode:
-            fail("the compiler reported errors (above).", "report the first of them, with the line above it.")
+            without = " (DCN_PLUGIN_CUDA=0 builds without CUDA meanwhile)" if len(libraries) == 2 else ""
+            fail("the compiler reported errors (above).", f"report the first of them, with its command{without}.")
         info_file.write_text(info)
 
         package = ROOT / "dcn_plugin" if self.inplace else Path(self.build_lib, "dcn_plugin")
