@@ -58,7 +58,7 @@ make_environment() {
         "$PYTHON" -m venv --clear "$venv" || fail "the virtual environment could not be made." "see the message above."
     fi
     [ -t 1 ] || quiet=(-qq) # progress bars are for people
-    echo "Installing the tested versions of torch, timm, mmengine, lightning, ... (once; downloads of about 3 GB) ..."
+    echo "Installing the tested versions of torch, timm, mmengine, lightning, ... (the first time, about 3 GB of downloads) ..."
     # The pip that comes with Python 3.10 to 3.12 does not know dependency groups.
     "$venv/bin/python" -m pip install ${quiet[@]+"${quiet[@]}"} --upgrade 'pip>=25.1' &&
         "$venv/bin/python" -m pip install ${quiet[@]+"${quiet[@]}"} --group tested ||
