@@ -76,8 +76,8 @@ inline ConvGeometry check_deform_conv2d(const ConvArguments& a, const std::vecto
   matches(a.offset, 2 * g.offset_groups * g.taps(), "offset");
   if (a.mask) matches(*a.mask, g.offset_groups * g.taps(), "mask");
   if (a.bias)
-    check(a.bias->dim() == 1 && a.bias->size(0) == g.out_channels && (a.bias->stride(0) == 1 || g.out_channels == 1),
-          op, "bias must be contiguous with shape [", g.out_channels, "], got ", shape_of(*a.bias));
+    check(a.bias->dim() == 1 && a.bias->size(0) == g.out_channels, op, "bias must have shape [", g.out_channels,
+          "], got ", shape_of(*a.bias));
 
   const ScalarType type = a.input.scalar_type();
   check(is_supported(type), op, "input must be float64, float32, float16 or bfloat16");
@@ -239,6 +239,7 @@ Tensor deform_conv2d(Tensor input, Tensor offset, Tensor weight, std::optional<T
   ConvArguments a{input, offset, weight, bias, mask};
   const ConvGeometry g = check_deform_conv2d(a, stride, padding, dilation);
   unify_displacement_types(a);
+  if (a.bias) a.bias = torch::stable::contiguous(*a.bias);
   return Implementation::forward(a, g);
 }
 

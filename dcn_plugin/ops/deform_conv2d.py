@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
-from . import _check
+from . import _check, _transforms
 from ._layout import new_image
 
 _op = torch.ops.dcn_plugin.deform_conv2d
@@ -69,6 +69,8 @@ def deform_conv2d(
     if len(padding) == 2:
         padding = padding * 2
     _check_tensors(input, offset, weight, bias, mask, stride, padding, dilation)
+    if _transforms.need_plain_torch():
+        return reference.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
     return _op(input, offset, weight, bias, mask, stride, padding, dilation)
 
 

@@ -1,0 +1,19 @@
+"""Function transforms that a compiled operator cannot follow."""
+
+import torch
+from torch._C._functorch import TransformType, get_interpreter_stack
+from torch.autograd import forward_ad
+
+
+def need_plain_torch() -> bool:
+    """Whether forward-mode differentiation or ``torch.func.grad`` and its kin are at work.
+
+    The operators then run as their reference, which every transform differentiates: right, at the reference's speed.
+    The compiled operator would drop tangents silently.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if forward_ad._current_level >= 0:
+        return True
+    transforms = get_interpreter_stack()
+    return transforms is not None and any(t.key() in (TransformType.Grad, TransformType.Jvp) for t in transforms)
