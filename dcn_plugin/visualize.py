@@ -301,43 +301,47 @@ def sampling_points(
 
     Args:
         model: any module with DCNv1 or DCNv2 layers inside.
-        image: [C, H, W] as the model takes it.
-        units: (y, x) in image pixels, one or several (one panel each); None draws the centre.
+        image: [C, H, W] as the model takes it, or [N, C, H, W] for several.
+        units: (y, x) in image pixels, one or several; None draws the centre.
         layers: how many of the last deformable layers to follow, or their names.
-        picture: [C, H, W] to draw instead of `image`, for example before normalisation.
+        picture: what to draw instead of `image`, of the same size, for example before normalisation.
         group: offset group to follow.
 
     Returns:
-        A matplotlib figure: the unit as a green cross, its sampling points in red.
+        A matplotlib figure: the unit as a green cross, its sampling points in red; one column of panels per image and
+        one row per unit (the units of a single image side by side).
 
     Source: Dai et al., Deformable Convolutional Networks, 2017, figure 6.
     """
-    batch = _batch(image)
-    image = batch[0]
-    names = layers if not isinstance(layers, int) else None
-    records = record(model, batch, names)
+    images = _batch(image)
+    pictures = images if picture is None else _batch(picture)
+    if len(pictures) != len(images):
+        raise ValueError(f"picture: expected {len(images)} pictures, one for each image, got {len(pictures)}")
+    records = record(model, images, None if isinstance(layers, int) else layers)
     if isinstance(layers, int):
         if layers < 1:
             raise ValueError(f"layers: expected at least 1 layer, got {layers}")
         records = records[-layers:]
-    height, width = image.shape[-2:]
+    height, width = _size(images)
     if units is None:
-        units = [((height - 1) / 2, (width - 1) / 2)]
+        units = ((height - 1) / 2, (width - 1) / 2)
     chosen: list[Any] = list(units)
     if not isinstance(chosen[0], (tuple, list)):
         chosen = [tuple(chosen)]
-    figure, grid = _figure(len(chosen))
-    for axes, unit in zip(grid[0], chosen, strict=True):
-        points = trace(records, unit, group=group)
-        _show_image(axes, image, picture)
-        # Many paths may end in one pixel: transparency shows how often.
-        alpha = 0.9 if len(points) <= 9 else 0.45
-        axes.scatter(points[:, 1], points[:, 0], s=9, c="#ff2d2d", alpha=alpha, linewidths=0)
-        axes.plot(unit[1], unit[0], marker="+", color="#19ff4b", markersize=13, markeredgewidth=2.5)
-        axes.set_xlim(-0.5 - 0.08 * width, width - 0.5 + 0.08 * width)
-        axes.set_ylim(height - 0.5 + 0.08 * height, -0.5 - 0.08 * height)
-    outside = "one layer" if len(records) == 1 else f"{len(records)} layers"
-    figure.suptitle(f"sampling points through {outside}, ending at {records[-1].name}", fontsize=9)
+    single = len(images) == 1
+    figure, grid = _figure(len(chosen) if single else len(images), 1 if single else len(chosen), 2.8, 2.8)
+    for sample, column in enumerate(grid if single else grid.T):
+        for axes, unit in zip(column, chosen, strict=True):
+            points = trace(records, unit, sample, group)
+            _show_image(axes, images[sample], pictures[sample])
+            # Many paths may end in one pixel: transparency shows how often.
+            alpha = 0.9 if len(points) <= 9 else 0.5
+            axes.scatter(points[:, 1], points[:, 0], s=10, c="#ff2d2d", alpha=alpha, linewidths=0)
+            axes.plot(unit[1], unit[0], marker="+", color="#19ff4b", markersize=13, markeredgewidth=2.5)
+            axes.set_xlim(-0.5 - 0.08 * width, width - 0.5 + 0.08 * width)
+            axes.set_ylim(height - 0.5 + 0.08 * height, -0.5 - 0.08 * height)
+    through = "one layer" if len(records) == 1 else f"{len(records)} layers"
+    figure.suptitle(f"sampling points through {through}, ending at {records[-1].name}", fontsize=9)
     return figure
 
 

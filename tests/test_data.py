@@ -2,8 +2,10 @@
 
 import io
 import json
+import sys
 import tarfile
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -217,6 +219,50 @@ def test_torchvision_data_set_by_timms_name(tmp_path):
         data.setup("fit")
         images, labels = next(iter(data.val_dataloader()))
     assert images.shape == (4, 3, 32, 32) and labels.tolist() == [0, 1, 2, 3]
+
+
+def test_hub_data_set_by_timms_name(monkeypatch, tmp_path):
+    # A stand-in for the `datasets` package with the few calls that timm makes: no hub is reachable when testing.
+    names = sorted(COLOURS)
+
+    class Table:
+        info = SimpleNamespace(features={"label": SimpleNamespace(names=names)}, splits=None)
+
+        def __init__(self, rows):
+            self.rows = rows
+
+        def cast_column(self, *_):
+            return self
+
+        def __len__(self):
+            return len(self.rows)
+
+        def __getitem__(self, index):
+            return self.rows[index]
+
+    def load_dataset(name, split, cache_dir, **_):
+        assert (name, cache_dir) == ("someone/colours", None) and split in ("train", "validation")
+        rows = []
+        for label, colour in enumerate(names):
+            file = io.BytesIO()
+            Image.new("RGB", (20, 20), COLOURS[colour]).save(file, "PNG")
+            rows.append(dict(label=label, image=dict(bytes=file.getvalue(), path=None)))
+        return Table(rows)
+
+    fake = ModuleType("datasets")
+    fake.load_dataset, fake.Image = load_dataset, lambda decode: None
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    reader = "timm.data.readers.reader_hfds"  # is imported with the stand-in, and forgotten with it
+    monkeypatch.setitem(sys.modules, reader, None)
+    del sys.modules[reader]
+    data = ImageDataModule("hfds/someone/colours", batch_size=3, input_size=16, augment=dict(no_aug=True))
+    assert data.num_classes == 3 and data.class_names == names
+    data.setup("fit")
+    images, labels = next(iter(data.val_dataloader()))
+    assert [colour_of(i, data) for i in images] == [names[t] for t in labels] == names
+    data._dataset("val").dataset.reader.dataset.rows[1]["image"]["bytes"] = b"no image"
+    with pytest.raises(ValueError, match="unreadable image 1 of"):
+        list(data.val_dataloader())
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

@@ -530,6 +530,9 @@ def test_study_runs_reuses_and_resumes(tmp_path, capsys):
     options = {
         "data.dataset.limit": 16, "data.batch_size": 16, "data.dataset.copies": 1, "trainer.max_epochs": 1,
         "trainer.enable_progress_bar": False,
+        "data.dataset.size": 32,
+        "data.dataset.digit_size": 20,
+        "data.input_size": [1, 32, 32],
     }  # fmt: skip
     configs = ROOT / "configs" / "classification"
     study = run_study(configs, tmp_path, seeds=[0, 1], upright_arms=True, options=options)

@@ -191,6 +191,9 @@ def test_figures_show_the_data_and_touch_no_global_state(model, tmp_path):
     points = visualize.trace(visualize.record(model, image), (12, 12))
     assert first.tolist() == points.flip(1).tolist()
     assert len(figure.axes) == 2
+    rows = visualize.sampling_points(model, torch.rand(3, 1, 24, 24), [(12, 12), (4, 20)], layers=1)
+    assert len(rows.axes) == 6 and len(rows.axes[4].collections[0].get_offsets()) == 9
+    assert [axes.lines[0].get_xydata().tolist() for axes in rows.axes[2:4]] == [[[12, 12]], [[20, 4]]]
     figures = [
         figure,
         visualize.sampling_points(model, image, (3, 4), layers=["2"]),
@@ -221,5 +224,7 @@ def test_figures_refuse_nonsense(model):
     pytest.importorskip("matplotlib")
     with pytest.raises(ValueError, match="layers.*0"):
         visualize.sampling_points(model, torch.rand(1, 24, 24), layers=0)
+    with pytest.raises(ValueError, match="picture.*2 pictures.*got 1"):
+        visualize.sampling_points(model, torch.rand(2, 1, 24, 24), picture=torch.rand(1, 24, 24))
     with pytest.raises(ValueError, match=r"picture.*\[C, 24, 24\].*\[3, 20, 20\]"):
         visualize.offset_field(model, torch.rand(1, 24, 24), picture=torch.rand(3, 20, 20))

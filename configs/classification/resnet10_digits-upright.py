@@ -2,6 +2,5 @@ _base_ = [
     "../_base_/models/resnet10.py",
     "../_base_/data/digits-upright.py",
     "../_base_/schedules/digits.py",
-    "../_base_/default_runtime.py",
 ]
 trainer = dict(max_epochs=12)

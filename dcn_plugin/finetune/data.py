@@ -20,6 +20,7 @@ from .digits import Digits
 # timm treats a prefix it does not know as a folder; here a misspelt one is an error.
 _PREFIXES = ("", "folder", "tar", "torch", "hfds", "hfids", "tfds", "wds")
 _ITERABLE = ("hfids", "tfds", "wds")
+_ROOTLESS = ("hfds", "hfids", "tfds")  # root is where they keep downloads
 # What timm accepts in place of 'train' and 'validation' when it looks for a split's folder.
 _SPLIT_FOLDERS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
 
@@ -41,7 +42,8 @@ class StrictImageDataset(Dataset):
                 image = image.convert(self.dataset.input_img_mode)
         except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
             path = self.dataset.filename(index, absolute=True)
-            path = path if os.path.exists(path) else f"{path} of {getattr(self.dataset.reader, 'root', 'the data set')}"
+            if path is None or not os.path.exists(path):  # inside a tar or a table
+                path = f"{path or index} of {getattr(self.dataset.reader, 'root', None) or 'the data set'}"
             raise ValueError(
                 f"unreadable image {path}: {error} (data.bad_images='skip' takes the next image instead)"
             ) from error
@@ -65,7 +67,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     Args:
         name: name of the data set, as above.
-        root: folder of the data; not needed for `'digits'`.
+        root: folder of the data; not needed for `'digits'`, the download cache of hub data sets.
         train_split: split to train on, as `timm.data.create_dataset` takes it.
         val_split: split for validation; None trains without validation.
         test_split: split for tests; None means `val_split`.
@@ -130,7 +132,7 @@ class ImageDataModule(pl.LightningDataModule):
             raise ValueError(f"num_workers: expected 0 or more, got {num_workers}")
         if bad_images not in ("raise", "skip"):
             raise ValueError(f"bad_images: expected 'raise' or 'skip', got {bad_images!r}")
-        if name != "digits" and root is None:
+        if name != "digits" and root is None and self.prefix not in _ROOTLESS:
             raise ValueError(f"root: expected the folder of data set {name!r}, got None")
         self.name, self.root = name, root
         self.splits = dict(train=train_split, val=val_split, test=val_split if test_split is None else test_split)
