@@ -8,6 +8,7 @@ as it is.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,23 +155,23 @@ def layout() -> Figure:
 
 
 def digits(export: str) -> Figure:
-    """Sampling points of a trained model on upright and warped digits, from `dcn_plugin.visualize`."""
+    """Sampling points of the first deformable layer of a trained model on upright and warped digits."""
     from dcn_plugin.finetune import Digits, load_exported
     from dcn_plugin.visualize import record, trace
 
     model = load_exported(export)
-    figure = Figure(figsize=(9, 2.9), layout="constrained")
+    figure = Figure(figsize=(9.6, 2.5), layout="constrained")
     upright, warped = Digits("test", warp=False), Digits("test", warp=True)
-    for axes, (data, index) in zip(
-        figure.subplots(1, 4), ((upright, 3), (warped, 3), (upright, 12), (warped, 12)), strict=True
-    ):
+    chosen = ((upright, 0), (warped, 0), (upright, 6), (warped, 6))
+    for axes, (data, index) in zip(figure.subplots(1, 4), chosen, strict=True):
         picture = data.draw(index)[0].float() / 255
-        records = record(model, (picture - 0.5)[None] / 0.5)[-2:]
-        unit = tuple(torch.nonzero(picture > 0.5).float().median(dim=0).values.tolist())
-        points = trace(records, unit)
+        first = record(model, (picture - 0.5)[None] / 0.5)[:1]
+        still = [replace(first[0], offset=torch.zeros_like(first[0].offset))]
+        unit = torch.nonzero(picture > 0.5).float().median(dim=0).values
         axes.imshow(picture, cmap="gray", interpolation="nearest")
-        axes.scatter(points[:, 1], points[:, 0], s=9, c="#ff2d2d", alpha=0.8, linewidths=0)
-        axes.plot(unit[1], unit[0], "+", color="#19ff4b", markersize=12, markeredgewidth=2.2)
+        for records, style in ((still, dict(facecolors="none", edgecolors="#5ab4ff")), (first, dict(color="#ff2d2d"))):
+            points = trace(records, (unit[0].item(), unit[1].item()))
+            axes.scatter(points[:, 1], points[:, 0], s=16, linewidths=1.0, **style)
         axes.set_xlim(-0.5, picture.shape[1] - 0.5)
         axes.set_ylim(picture.shape[0] - 0.5, -0.5)
         axes.set_axis_off()
