@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mmengine.config import DictAction
 from pytorch_lightning.utilities.exceptions import SIGTERMException
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from dcn_plugin.finetune import load_config, run
 from dcn_plugin.finetune.run import TASKS, quiet
@@ -35,6 +36,8 @@ def main() -> None:
             results = run(config, work_dir, args.task, checkpoint)
     except SIGTERMException:
         sys.exit("stopped by SIGTERM; the same command with --resume continues from last.ckpt")
+    if rank_zero_only.rank != 0:
+        return
     for name, value in results.items():
         print(f"{name:>12}  {value:.4f}" if isinstance(value, float) else f"{name:>12}  {value}")
 

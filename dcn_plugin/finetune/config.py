@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 
 def plain(value: Any) -> Any:
-    """Return `value` with every mapping as a dict and every sequence as a list.
+    """Return `value` with every mapping as a dict, every sequence as a list and every path as a string.
 
-    Lightning reads its checkpoints with `weights_only=True`, which knows dicts and lists but no `ConfigDict`.
+    Lightning reads its checkpoints with `weights_only=True`, which knows these but no `ConfigDict` and no `Path`.
     """
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    return value
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def unknown(what: str, name: Any, known: Iterable[str], where: str = "") -> str:

@@ -104,6 +104,7 @@ class Digits(Dataset):
         left, right = (size - digit_size) // 2, (size - digit_size + 1) // 2
         self._upright = F.pad(drawn, [left, left, right, right])
         self.targets = labels[first:last].tolist()
+        self._drawn: dict[int, torch.Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.targets) * self.copies
@@ -124,10 +125,12 @@ class Digits(Dataset):
         """Return sample `index` before its transform, uint8 [1, size, size]."""
         if not 0 <= index < len(self):
             raise IndexError(f"index: expected 0 <= index < {len(self)}, got {index}")
-        image = self._upright[index % len(self.targets)]
-        if self.warp:
-            image = F.affine(image, **self.parameters(index), interpolation=InterpolationMode.BILINEAR, fill=0)
-        return image
+        if not self.warp:
+            return self._upright[index % len(self.targets)]
+        if index not in self._drawn:  # a warp costs as much as everything else a sample needs, and never changes
+            image, options = self._upright[index % len(self.targets)], self.parameters(index)
+            self._drawn[index] = F.affine(image, **options, interpolation=InterpolationMode.BILINEAR, fill=0)
+        return self._drawn[index]
 
     def __getitem__(self, index: int) -> tuple:
         image = Image.fromarray(self.draw(index)[0].numpy(), mode="L")
