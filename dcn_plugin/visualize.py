@@ -269,8 +269,12 @@ def dilation_by_layer(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 def _figure(columns: int, rows: int = 1, width: float = 3.2, height: float = 3.2) -> tuple[Figure, Any]:
     # A Figure of its own instead of pyplot's: no global state, no display, nothing to close.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        message = "figures need matplotlib, which is not installed: pip install 'dcn_plugin[visualize]'"
+        raise ModuleNotFoundError(message, name=error.name) from error
 
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     FigureCanvasAgg(figure)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from .callbacks import OffsetMonitor
-from .data import ImageDataModule
-from .digits import Digits
-from .export import export_model, load_exported
-from .module import FinetuneModule
-from .run import build, load_config, run
+try:
+    from .callbacks import OffsetMonitor
+    from .data import ImageDataModule
+    from .digits import Digits
+    from .export import export_model, load_exported
+    from .module import FinetuneModule
+    from .run import build, load_config, run
+except ModuleNotFoundError as error:
+    if error.name is None or error.name.startswith("dcn_plugin"):
+        raise
+    raise ModuleNotFoundError(
+        f"dcn_plugin.finetune needs {error.name}, which is not installed: pip install 'dcn_plugin[finetune]'",
+        name=error.name,
+    ) from error
 
 __all__ = [
     "Digits",
