@@ -108,8 +108,10 @@ def test_frozen_parameters_stay_out_of_the_optimizer():
     assert id(model.conv1.weight) not in held and id(model.fc.weight) in held
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_learning_rates_follow_warm_up_and_cosine_in_both_groups(accumulate):
+@pytest.mark.parametrize(
+    ("accumulate", "length"), [(1, dict(max_epochs=4)), (2, dict(max_epochs=4)), (1, dict(max_steps=11))]
+)
+def test_learning_rates_follow_warm_up_and_cosine_in_both_groups(accumulate, length):
     rates = []
 
     class Watch(pl.Callback):
@@ -117,8 +119,8 @@ def test_learning_rates_follow_warm_up_and_cosine_in_both_groups(accumulate):
             rates.append({g["lr_scale"]: g["lr"] for g in optimizer.param_groups})
 
     trainer = pl.Trainer(
-        **dict(TRAINER, max_epochs=4), accumulate_grad_batches=accumulate, callbacks=[Watch()], logger=False,
-        enable_checkpointing=False,
+        **{**TRAINER, "max_epochs": None, **length}, accumulate_grad_batches=accumulate, callbacks=[Watch()],
+        logger=False, enable_checkpointing=False,
     )  # fmt: skip
     subject = module(
         optimizer=dict(opt="sgd", lr=0.1, offset_lr_mult=0.25),
@@ -126,7 +128,7 @@ def test_learning_rates_follow_warm_up_and_cosine_in_both_groups(accumulate):
     )
     trainer.fit(subject, ImageDataModule(**dict(DATA, dataset=dict(DATA["dataset"], limit=64))))
     per_epoch = 4 // accumulate
-    total = 4 * per_epoch
+    total = length.get("max_steps", 4 * per_epoch)
     assert len(rates) == total
     for step, seen in enumerate(rates):
         if step < per_epoch:

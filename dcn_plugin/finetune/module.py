@@ -271,14 +271,16 @@ class FinetuneModule(pl.LightningModule):
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
             raise ValueError("schedule: expected an end of training, set trainer.max_epochs or trainer.max_steps")
-        epochs = self.trainer.max_epochs if (self.trainer.max_epochs or 0) > 0 else 1
-        # Exact even where the last epoch is cut short; the schedule itself runs in optimizer steps.
+        self.trainer.fit_loop.setup_data()  # else the number of batches is not known yet
+        batches = self.trainer.num_training_batches
+        per_epoch = math.ceil(batches / self.trainer.accumulate_grad_batches) if math.isfinite(batches) else steps
+        # In optimizer steps, so that a run that ends within an epoch (max_steps) ends its schedule there.
         scheduler, _ = create_scheduler_v2(
             optimizer,
             **self.schedule_args,
-            num_epochs=epochs,
+            num_epochs=steps / per_epoch,
             step_on_epochs=False,
-            updates_per_epoch=max(1, math.ceil(steps / epochs)),
+            updates_per_epoch=per_epoch,
         )
         if scheduler is None:
             for group in optimizer.param_groups:
