@@ -562,6 +562,15 @@ def test_study_runs_reuses_and_resumes(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count("reused") == 10 and "started" not in printed
     assert again["rows"] == study["rows"]
+    # As if the power had gone between the last epoch and the evaluation of one stage.
+    state = tmp_path / "seed1" / "dcn" / "result.json"
+    saved = json.loads(state.read_text())
+    state.write_text(json.dumps({**saved, "finished": False}))
+    run_study(configs, tmp_path, seeds=[0, 1], upright_arms=True, options=options)
+    printed = capsys.readouterr().out
+    assert printed.count("reused") == 9 and printed.count("resumed") == 1 and "started" not in printed
+    resumed = json.loads(state.read_text())
+    assert resumed["warped"] == saved["warped"] and resumed["train_seconds"] > saved["train_seconds"]
     # Another budget is another study: nothing is reused, what was there is replaced.
     run_study(configs, tmp_path, seeds=[0], options={**options, "trainer.max_epochs": 2})
     printed = capsys.readouterr().out

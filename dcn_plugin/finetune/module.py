@@ -149,8 +149,7 @@ class FinetuneModule(pl.LightningModule):
             raise ValueError(f"schedule.sched: expected one of {', '.join(SCHEDULES)}, got {got!r}")
 
         self.model = build_model(model, num_classes)
-        if rules:
-            self.conversion = convert(self.model, plain(rules))
+        self.conversion = convert(self.model, plain(rules)) if rules else None
         if checkpoint is not None:
             options = dict(path=checkpoint) if isinstance(checkpoint, (str, Path)) else plain(checkpoint)
             if "path" not in options:

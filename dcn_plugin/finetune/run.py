@@ -171,6 +171,8 @@ def run(
     elif task != "fit" and not _has_weights(config):
         raise ValueError(f"checkpoint: {task} needs one (or a config with model.pretrained or checkpoint), got none")
     trainer, module, data = build(config, work_dir)
+    if module.conversion is not None and trainer.is_global_zero:
+        print(module.conversion)
     path = None if checkpoint is None else str(checkpoint)
     if task == "validate":
         return dict(trainer.validate(module, data, ckpt_path=path, weights_only=True, verbose=False)[0])
