@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-import operator
 from collections.abc import Callable, MutableMapping
 from typing import Any, ClassVar, TypeVar
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..ops import deform_conv2d
+from ..ops._check import integer, integers
 
 logger = logging.getLogger("dcn_plugin")
 
@@ -43,29 +43,8 @@ def _check_input(x: Tensor, channels: int) -> Tensor:
     return x
 
 
-def _integer(name: str, value: Any, minimum: int) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__})") from None
-    if number < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {number}")
-    return number
-
-
-def _integers(name: str, value: Any, minimum: int, lengths: tuple[int, ...]) -> tuple[int, ...]:
-    if not isinstance(value, (tuple, list)):
-        return (_integer(name, value, minimum),) * 2
-    if len(value) not in lengths:
-        allowed = " or ".join(map(str, lengths))
-        raise ValueError(f"{name} must be an integer or {allowed} integers, got {len(value)}: {value!r}")
-    return tuple(_integer(name, item, minimum) for item in value)
-
-
-def _pair(name: str, value: Any, minimum: int) -> tuple[int, int]:
-    first, second = _integers(name, value, minimum, lengths=(2,))
+def _pair(name: str, value: Any, least: int) -> tuple[int, int]:
+    first, second = integers(name, value, least)
     return first, second
 
 
@@ -134,13 +113,13 @@ class DeformConv2d(nn.Module):
         offset_groups: int = 1,
     ) -> None:
         super().__init__()
-        self.in_channels = _integer("in_channels", in_channels, 1)
-        self.out_channels = _integer("out_channels", out_channels, 1)
+        self.in_channels = integer("in_channels", in_channels, 1)
+        self.out_channels = integer("out_channels", out_channels, 1)
         self.kernel_size = _pair("kernel_size", kernel_size, 1)
         self.stride = _pair("stride", stride, 1)
         self.dilation = _pair("dilation", dilation, 1)
-        self.groups = _integer("groups", groups, 1)
-        self.offset_groups = _integer("offset_groups", offset_groups, 1)
+        self.groups = integer("groups", groups, 1)
+        self.offset_groups = integer("offset_groups", offset_groups, 1)
         for name, channels, divisor_name, divisor in (
             ("in_channels", self.in_channels, "groups", self.groups),
             ("out_channels", self.out_channels, "groups", self.groups),
@@ -156,7 +135,7 @@ class DeformConv2d(nn.Module):
                 raise ValueError(f"padding='same' needs stride 1, got stride {self.stride}")
             self.padding = padding
         else:
-            self.padding = _integers("padding", padding, 0, lengths=(2, 4))
+            self.padding = integers("padding", padding, 0, lengths=(2, 4))
         if padding_mode != "zeros":
             raise ValueError(
                 f"padding_mode must be 'zeros', got {padding_mode!r}: pad the input with torch.nn.functional.pad first"

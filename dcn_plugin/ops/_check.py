@@ -1,6 +1,7 @@
 """Argument checks that operators share: an exception names the argument, what was expected and what came."""
 
-from collections.abc import Sequence
+import operator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,21 +9,28 @@ from torch import Tensor
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def integers(value: object, name: str, lengths: tuple[int, ...], least: int) -> list[int]:
-    """Return ``value`` (an int, or a sequence of one of ``lengths`` ints) as a list; an int is repeated."""
-    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
-        value = [value] * lengths[0]
-    elif isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 1 and 1 not in lengths:
-        value = [value[0]] * lengths[0]
-    wanted = "an int or " + " or ".join(f"{n} ints" for n in lengths)
-    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) not in lengths:
-        raise ValueError(f"{name}: expected {wanted}, got {value!r}")
-    for item in value:
-        if isinstance(item, bool) or not isinstance(item, (int, torch.SymInt)):
-            raise TypeError(f"{name}: expected {wanted}, got {value!r}")
-        if item < least:
-            raise ValueError(f"{name}: expected values >= {least}, got {value!r}")
-    return list(value)
+def integer(name: str, value: Any, least: int) -> int:
+    """Return ``value`` as an int of at least ``least``."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        # Sizes that are symbols while tracing must stay symbols.
+        number: Any = value if isinstance(value, (int, torch.SymInt)) else operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__})") from None
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    return number
+
+
+def integers(name: str, value: Any, least: int, lengths: tuple[int, ...] = (2,)) -> tuple[int, ...]:
+    """Return ``value``, an integer (repeated) or a sequence of one of ``lengths`` integers, as a tuple."""
+    if not isinstance(value, (tuple, list)):
+        return (integer(name, value, least),) * lengths[0]
+    if len(value) not in lengths:
+        allowed = " or ".join(map(str, lengths))
+        raise ValueError(f"{name} must be an integer or {allowed} integers, got {len(value)}: {value!r}")
+    return tuple(integer(name, item, least) for item in value)
 
 
 def tensor(value: object, name: str, dim: int, shape: str) -> None:

@@ -63,9 +63,9 @@ def deform_conv2d(
     Source: Dai et al., Deformable Convolutional Networks (2017), eq. 2; Zhu et al., Deformable ConvNets v2 (2019),
     eq. 1.
     """
-    stride = _check.integers(stride, "stride", (2,), 1)
-    padding = _check.integers(padding, "padding", (2, 4), 0)
-    dilation = _check.integers(dilation, "dilation", (2,), 1)
+    stride = list(_check.integers("stride", stride, 1))
+    padding = list(_check.integers("padding", padding, 0, (2, 4)))
+    dilation = list(_check.integers("dilation", dilation, 1))
     if len(padding) == 2:
         padding = padding * 2
     _check_tensors(input, offset, weight, bias, mask, stride, padding, dilation)
