@@ -160,7 +160,7 @@ def _accuracy(model: nn.Module, values: Mapping[str, Any], warp: bool) -> float:
     return right / total
 
 
-def _latency(model: nn.Module, input_size: Sequence[int], batch: int = 64, repeats: int = 5) -> float:
+def _latency(model: nn.Module, input_size: Sequence[int], batch: int = 64, repeats: int = 20) -> float:
     images = torch.zeros(batch, *input_size)
     times = []
     with torch.no_grad():
