@@ -264,8 +264,10 @@ def write_ninja(folder: Path, torch: Torch, compiler: Compiler, nvcc: Nvcc | str
     shared = ["-dynamiclib"] if sys.platform == "darwin" else ["-shared", "-Wl,-z,defs"]
 
     ninja = NinjaFile()
+    # `#pragma omp simd` without an OpenMP library: it lets sums be reordered, which vectors need.
+    simd = ["-fopenmp-simd"]
     warnings = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-    compile_cpp = [*compiler.command, "-MD", "-MF", "$out.d", *includes, *optimise, *visibility, *warnings]
+    compile_cpp = [*compiler.command, "-MD", "-MF", "$out.d", *includes, *optimise, *simd, *visibility, *warnings]
     ninja.rule("cxx", [*compile_cpp, *environment_flags("CXXFLAGS"), "-c", "$in", "-o", "$out"], compiles=True)
     link = [*compiler.command, *shared, "$in", "-o", "$out", *torch_libs, *environment_flags("LDFLAGS")]
     ninja.rule("link", link, compiles=False)
