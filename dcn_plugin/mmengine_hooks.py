@@ -43,7 +43,7 @@ class WeightsOnlyCheckpointHook(Hook):
 
     MMEngine 0.10.7 also imports ``pkg_resources``, which new versions of setuptools lack, for configs with
     ``_base_ = "package::config.py"`` and for ``mmengine.utils.is_installed``. Relative ``_base_`` paths do not meet
-    that; for the others: ``pip install "setuptools<81"``.
+    that; for the others: ``pip install "setuptools<82"``.
     """
 
     priority = "VERY_LOW"  # after every hook that may add to the checkpoint

@@ -173,32 +173,43 @@ def run(
     trainer, module, data = build(config, work_dir)
     if module.conversion is not None and trainer.is_global_zero:
         print(module.conversion)
-    path = None if checkpoint is None else str(checkpoint)
-    if task == "validate":
-        return dict(trainer.validate(module, data, ckpt_path=path, weights_only=True, verbose=False)[0])
-    if task == "test":
-        return dict(trainer.test(module, data, ckpt_path=path, weights_only=True, verbose=False)[0])
-    if task == "predict":
+    if task != "fit":
+        if checkpoint is not None:
+            _load_weights(module, checkpoint)
+        if task == "validate":
+            return dict(trainer.validate(module, data, verbose=False)[0])
+        if task == "test":
+            return dict(trainer.test(module, data, verbose=False)[0])
         if not any(isinstance(callback, PredictionWriter) for callback in trainer.callbacks):
             trainer.callbacks.append(PredictionWriter(work_dir))
-        trainer.predict(module, data, ckpt_path=path, weights_only=True, return_predictions=False)
+        trainer.predict(module, data, return_predictions=False)
         return dict(predictions=str(work_dir / "predictions.csv"))
 
-    trainer.fit(module, data, ckpt_path=path, weights_only=True)
+    trainer.fit(module, data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
     results: dict[str, Any] = {
         key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val_")
     }
     saver = trainer.checkpoint_callback
     best = getattr(saver, "best_model_path", "") or getattr(saver, "last_model_path", "")
     if best:
+        # From here on everything is said of the best checkpoint: its score, the test, the export.
         results["checkpoint"] = best
+        if saver.monitor is not None and saver.best_model_score is not None:
+            results = {"checkpoint": best, saver.monitor: float(saver.best_model_score)}
+        _load_weights(module, best)
     if data.splits["test"] is not None:
-        results |= trainer.test(module, data, ckpt_path=best or None, weights_only=True, verbose=False)[0]
+        results |= trainer.test(module, data, verbose=False)[0]
     if trainer.is_global_zero:
-        if best:
-            module.load_state_dict(torch.load(best, map_location=module.device, weights_only=True)["state_dict"])
         results["export"] = str(export_module(module, work_dir / "export"))
     return results
+
+
+def _load_weights(module: FinetuneModule, checkpoint: str | Path) -> None:
+    """Load the weights that are evaluated and exported: the averaged ones where weights were averaged.
+
+    Given a checkpoint's path, Lightning's trainer would put the weights back that training goes on with.
+    """
+    module.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
 
 
 def export_module(module: FinetuneModule, directory: str | Path) -> Path:
