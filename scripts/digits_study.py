@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from mmengine.config import DictAction
@@ -21,7 +22,7 @@ def main() -> None:
     study = run_study(configs, args.work_dir, args.seeds, args.upright_arms, args.cfg_options)
     print(f"\n{study['table']}")
     for name, path in study["files"].items():
-        print(f"{name.replace('_', ' '):>20}  {path}")
+        print(f"{name.replace('_', ' '):>20}  {os.path.relpath(path)}")
 
 
 if __name__ == "__main__":

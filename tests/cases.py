@@ -126,6 +126,8 @@ CASES = [
             "far": _make(spread=20.0),
             "many_channels": _make((1, 300, 5, 4), out=5, mask=True),
             "larger_than_input": _make((1, 3, 2, 3), kernel=(5, 5), padding=3),
+            "few_pixels": _make((1, 6, 3, 3), out=32, groups=2, offset_groups=2),
+            "few_pixels_many_channels": _make((1, 600, 2, 2), out=16, groups=2),
             "many_tiles": _make((3, 20, 31, 29), out=8, groups=4, offset_groups=2),
         },
         float32_beside_half=("offset", "mask"),

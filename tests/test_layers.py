@@ -512,7 +512,7 @@ def test_compiles_without_graph_break():
 def test_exports_with_dynamic_sizes(cls):
     layer = shaken(cls(4, 4, 2, padding="same", offset_bound=2.0)).eval()
     dim = torch.export.Dim
-    sizes = {"x": {0: dim("n"), 2: dim("h", min=4, max=64), 3: dim("w", min=4, max=64)}}
+    sizes = {"input": {0: dim("n"), 2: dim("h", min=4, max=64), 3: dim("w", min=4, max=64)}}
     exported = torch.export.export(layer, (torch.randn(2, 4, 6, 6),), dynamic_shapes=sizes)
     assert any("dcn_plugin.deform_conv2d" in str(node.target) for node in exported.graph.nodes)
     x = torch.randn(3, 4, 9, 7)

@@ -93,6 +93,21 @@ struct DepthwiseTile {
   }
 };
 
+// columns[pixel, channel, tap]: the order in which OIHW weights are stored.
+template <typename A>
+struct TapsInnermost {
+  int64_t count, taps, channels;
+  const A* columns;  // [pixel, tap, channel]
+  A* turned;
+
+  DCN_HOST_DEVICE void operator()() const {
+    for (int64_t q = 0; q < count; ++q)
+      for (int64_t k = 0; k < taps; ++k)
+        for (int64_t c = 0; c < channels; ++c)
+          turned[(q * channels + c) * taps + k] = columns[(q * taps + k) * channels + c];
+  }
+};
+
 // output = products + bias, 16 outputs at a time: products are [pixel, output], the output may have any strides.
 template <typename A, typename S>
 struct StoreTile {
@@ -119,13 +134,20 @@ template <typename S, typename F>
 void forward(const ConvArguments& a, const ConvGeometry& g, const Tensor& output) {
   using A = Accumulate<S>;
   const int64_t planes = g.offset_groups * g.taps();
-  const std::vector<Block> blocks = make_blocks(g, 128);
+  // With fewer pixels than outputs, packing the weights would cost more than anything that is done with them: they are
+  // used as they are stored, and OIHW weights get columns in their order.
+  const bool few = std::is_same_v<S, A> && g.batch * g.out_pixels() < g.group_outputs();
+  const bool oihw = few && is_stored(a.weight, {g.group_channels() * g.taps(), g.taps(), g.kernel_w, 1});
+  const bool ohwi =
+      few && !oihw &&
+      is_stored(a.weight, {g.group_channels() * g.taps(), 1, g.kernel_w * g.group_channels(), g.group_channels()});
+  const std::vector<Block> blocks = make_blocks(g, ohwi ? g.group_channels() : 128);
   int64_t widest = 0;
   for (const Block& b : blocks) widest = std::max(widest, b.count);
 
-  const Tensor packed = torch::stable::new_empty(a.input, {a.weight.numel()}, scalar_type_of<A>());
-  A* const weight = static_cast<A*>(packed.data_ptr());
-  transpose_weights<true>(g, blocks, view<const S>(a.weight), weight);
+  const Tensor packed = torch::stable::new_empty(a.input, {oihw || ohwi ? 0 : a.weight.numel()}, scalar_type_of<A>());
+  const A* weight = static_cast<const A*>(oihw || ohwi ? a.weight.data_ptr() : packed.data_ptr());
+  if (!oihw && !ohwi) transpose_weights<true>(g, blocks, view<const S>(a.weight), static_cast<A*>(packed.data_ptr()));
   const Tensor zero_row = torch::stable::new_zeros(a.input, {g.channels}, scalar_type_of<A>());
   const A* const zeros = static_cast<const A*>(zero_row.data_ptr());
 
@@ -152,6 +174,7 @@ void forward(const ConvArguments& a, const ConvGeometry& g, const Tensor& output
         tile_size(pixels, g.taps() * widest * static_cast<int64_t>(sizeof(A)), torch::stable::get_num_threads());
     torch::stable::parallel_for(0, divide_up(pixels, per_tile), 1, [&](int64_t begin, int64_t end) {
       A* const columns = thread_scratch<A, 0>(per_tile * g.taps() * widest);
+      A* const turned = thread_scratch<A, 5>(oihw ? per_tile * g.taps() * widest : 0);
       A* const products = thread_scratch<A, 1>(per_tile * g.out_channels);
       A* const offset = thread_scratch<A, 2>(per_tile * planes * 3);
       Tap<A>* const taps = thread_scratch<Tap<A>, 3>(per_tile * planes);
@@ -170,9 +193,12 @@ void forward(const ConvArguments& a, const ConvGeometry& g, const Tensor& output
           }
           run_vectorised(FillTile<A>{g, b, tile.count, taps, columns});
           const int64_t depth = g.taps() * b.count, outputs = g.group_outputs();
+          const int64_t row = oihw ? g.group_channels() * g.taps() : depth;  // of one output's weights
+          const A* from = weight + (oihw ? b.group * (outputs - 1) * row + b.first * g.taps() : b.weight_at);
+          if (oihw) run_vectorised(TapsInnermost<A>{tile.count, g.taps(), b.count, columns, turned});
           Cpu::multiply(matrix(products + b.group * outputs, tile.count, outputs, g.out_channels, 1, a.input),
-                        matrix(columns, tile.count, depth, depth, 1, a.input),
-                        matrix(weight + b.weight_at, depth, outputs, 1, depth, a.input),
+                        matrix(oihw ? turned : columns, tile.count, depth, depth, 1, a.input),
+                        matrix(from, depth, outputs, 1, row, a.input),
                         b.first > b.group * g.group_channels());  // later blocks of a group add to the first
         }
         locate_pixels(tile, pixel, out, image, at);

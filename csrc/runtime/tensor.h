@@ -96,6 +96,13 @@ inline bool is_channels_last(const Tensor& t) {
   return true;
 }
 
+// Whether a tensor lies in memory with just these strides; a dimension of size 1 may have any.
+inline bool is_stored(const Tensor& t, const std::vector<int64_t>& strides) {
+  for (size_t d = 0; d < strides.size(); ++d)
+    if (t.size(d) > 1 && t.stride(d) != strides[d]) return false;
+  return true;
+}
+
 inline Tensor new_image(const Tensor& like, std::vector<int64_t> sizes, ScalarType type, bool channels_last) {
   using torch::headeronly::MemoryFormat;
   return torch::stable::empty(sizes, type, std::nullopt, like.device(), std::nullopt,

@@ -171,18 +171,18 @@ class DeformConv2d(nn.Module):
         total_y, total_x = (d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True))
         return total_y // 2, total_x // 2, total_y - total_y // 2, total_x - total_x // 2
 
-    def forward(self, x: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
         """Apply the layer.
 
         Args:
-            x: ``[N, C, H, W]``.
+            input: ``[N, C, H, W]``.
             offset: ``[N, 2*G*K, H', W']`` in pixels; per offset group, per tap in row-major order, (y, x).
             mask: ``[N, G*K, H', W']`` or None for all ones.
 
         Returns:
             ``[N, O, H', W']``.
         """
-        return deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding4, self.dilation, mask)
+        return deform_conv2d(input, offset, self.weight, self.bias, self.stride, self.padding4, self.dilation, mask)
 
     @classmethod
     def from_conv(cls: type[Layer], conv: nn.Conv2d, **options: Any) -> Layer:
@@ -348,9 +348,9 @@ class OffsetConv(DeformConv2d):
         """
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         """Apply the layer to ``[N, C, H, W]``; returns ``[N, O, H', W']``."""
-        return super().forward(x, *self.offsets(x))
+        return super().forward(input, *self.offsets(input))
 
     def _load_from_state_dict(
         self,
