@@ -94,6 +94,38 @@ void transpose_weights(const ConvGeometry& g, const std::vector<Block>& blocks, 
   });
 }
 
+// With fewer pixels than outputs, packing the weights would cost more than anything that is done with them: they are
+// used as they are stored. OIHW weights then get columns [pixel, channel, tap], in their own order.
+inline bool is_few_pixels(const ConvGeometry& g) { return g.batch * g.out_pixels() < g.group_outputs(); }
+inline bool is_oihw(const ConvGeometry& g, const Tensor& weight) {
+  return is_stored(weight, {g.group_channels() * g.taps(), g.taps(), g.kernel_w, 1});
+}
+inline bool is_ohwi(const ConvGeometry& g, const Tensor& weight) {
+  const int64_t c = g.group_channels();
+  return is_stored(weight, {c * g.taps(), 1, g.kernel_w * c, c});
+}
+// Where a block's first output begins in OIHW weights.
+inline int64_t stored_at(const ConvGeometry& g, const Block& b) {
+  return (b.group * (g.group_outputs() - 1) * g.group_channels() + b.first) * g.taps();
+}
+
+// Between columns [pixel, tap, channel] and [pixel, channel, tap]; `Innermost`: to taps innermost, or back.
+template <typename A, bool Innermost>
+struct TurnTaps {
+  int64_t count, taps, channels;
+  const A* from;
+  A* to;
+
+  DCN_HOST_DEVICE void operator()() const {
+    for (int64_t q = 0; q < count; ++q)
+      for (int64_t k = 0; k < taps; ++k)
+        for (int64_t c = 0; c < channels; ++c) {
+          const int64_t inner = (q * channels + c) * taps + k, outer = (q * taps + k) * channels + c;
+          to[Innermost ? inner : outer] = from[Innermost ? outer : inner];
+        }
+  }
+};
+
 // Images as rows of channels: pixel (n, y, x) starts at data + n * this->n + y * h + x * w.
 template <typename A>
 struct Rows {

@@ -22,7 +22,8 @@ struct Backward {
   const int64_t needs;
   std::vector<Block> blocks{};
   int64_t widest = 0;
-  const A* weight = nullptr;  // packed
+  const A* weight = nullptr;  // packed, or as stored
+  bool oihw = false;          // weights and their gradient as stored
   const A* zeros = nullptr;
   Rows<const A> input{};
   Rows<A> grad_input{};
@@ -62,6 +63,9 @@ struct Backward {
   void run_block(const Block& b, const Tile& tile, const Pixel* pixel, const A* grad_rows, const GradientTap<A>* taps,
                  A* columns, A* grad_columns, A* displaced, A* grad_weight) const {
     const int64_t outputs = b.depthwise ? b.count : g.group_outputs(), depth = g.taps() * b.count;
+    const int64_t row = oihw ? g.group_channels() * g.taps() : depth;  // of one output's weights
+    const int64_t at = oihw ? stored_at(g, b) : b.weight_at;
+    A* const turned = thread_scratch<A, 9>(oihw ? tile.count * depth : 0);
     const A* const grad = grad_rows + (b.depthwise ? b.first : b.group * outputs);
     const bool scatter = needs & kInput, weights = needs & kWeight;
     if (dots() || scatter) {
@@ -69,9 +73,10 @@ struct Backward {
         run_vectorised(DepthwiseColumnGradient<A>{tile.count, g.taps(), b.count, g.out_channels, weight + b.weight_at,
                                                   grad, grad_columns});
       else
-        Cpu::multiply(matrix(grad_columns, tile.count, depth, depth, 1, a.input),
+        Cpu::multiply(matrix(oihw ? turned : grad_columns, tile.count, depth, depth, 1, a.input),
                       matrix(grad, tile.count, outputs, g.out_channels, 1, a.input),
-                      matrix(weight + b.weight_at, outputs, depth, depth, 1, a.input));
+                      matrix(weight + at, outputs, depth, row, 1, a.input));
+      if (oihw) run_vectorised(TurnTaps<A, false>{tile.count, g.taps(), b.count, turned, grad_columns});
     }
     sweep(SweepTile<A, true, true, true>{g, b, tile, pixel, taps, grad_columns, columns, displaced}, dots(), scatter,
           weights);
@@ -79,10 +84,12 @@ struct Backward {
     if (b.depthwise)
       run_vectorised(DepthwiseWeightGradient<A>{tile.count, g.taps(), b.count, g.out_channels, columns, grad,
                                                 grad_weight + b.weight_at});
-    else
-      Cpu::multiply(matrix(grad_weight + b.weight_at, outputs, depth, depth, 1, a.input),
+    else {
+      if (oihw) run_vectorised(TurnTaps<A, true>{tile.count, g.taps(), b.count, columns, turned});
+      Cpu::multiply(matrix(grad_weight + at, outputs, depth, row, 1, a.input),
                     matrix(grad, outputs, tile.count, 1, g.out_channels, a.input),
-                    matrix(columns, tile.count, depth, depth, 1, a.input), true);
+                    matrix(oihw ? turned : columns, tile.count, depth, depth, 1, a.input), true);
+    }
   }
 };
 
@@ -119,9 +126,6 @@ void backward(const Tensor& grad_output, const ConvArguments& a, const ConvGeome
   if (static_cast<int64_t>(job.blocks.size()) < threads)
     job.blocks = make_blocks(g, std::clamp<int64_t>(divide_up(g.channels, threads), 32, 128));
   for (const Block& b : job.blocks) job.widest = std::max(job.widest, b.count);
-  const Tensor packed = fresh(a.weight.numel());
-  transpose_weights<true>(g, job.blocks, view<const S>(a.weight), data(packed));
-  job.weight = data(packed);
   const Tensor zero_row = zeroed(g.channels);
   job.zeros = data(zero_row);
 
@@ -134,9 +138,15 @@ void backward(const Tensor& grad_output, const ConvArguments& a, const ConvGeome
 
   const int64_t lanes = std::min(threads, static_cast<int64_t>(job.blocks.size()));
   const int64_t splits = std::min(held, divide_up(threads, lanes));
+  // One split alone may add to the gradient itself.
+  job.oihw = std::is_same_v<S, A> && is_few_pixels(g) && splits == 1 && is_oihw(g, a.weight) &&
+             (!weights || is_oihw(g, grad_weight));
+  const Tensor packed = fresh(job.oihw ? 0 : a.weight.numel());
+  job.weight = job.oihw ? static_cast<const A*>(a.weight.data_ptr()) : data(packed);
+  if (!job.oihw) transpose_weights<true>(g, job.blocks, view<const S>(a.weight), data(packed));
   const int64_t lane_size = job.dots() ? held * job.planes() * 3 * g.out_pixels() : 0;
   const Tensor displaced = fresh(lanes * lane_size);
-  const Tensor weight_parts = zeroed(weights ? splits * a.weight.numel() : 0);
+  const Tensor weight_parts = zeroed(weights && !job.oihw ? splits * a.weight.numel() : 0);
 
   for (int64_t image = 0; image < g.batch; image += held) {
     const int64_t images = std::min(held, g.batch - image);
@@ -167,14 +177,15 @@ void backward(const Tensor& grad_output, const ConvArguments& a, const ConvGeome
         const int64_t lane = i % lanes, split = i / lanes;
         const int64_t from = split * images / splits, to = (split + 1) * images / splits;
         job.run({from, to - from, lane, lanes}, image, data(displaced) + lane * lane_size,
-                data(weight_parts) + (weights ? split * a.weight.numel() : 0));
+                job.oihw ? static_cast<A*>(grad_weight.data_ptr())
+                         : data(weight_parts) + (weights ? split * a.weight.numel() : 0));
       }
     });
     if (scatter && !direct_grad) transpose_images<false>(g, view<S>(grad_input), image, images, job.grad_input);
     if (needs & kOffset) add_lanes(g, data(displaced), lanes, lane_size, image, images, 0, 2, view<F>(grad_offset));
     if (needs & kMask) add_lanes(g, data(displaced), lanes, lane_size, image, images, 2, 1, view<F>(grad_mask));
   }
-  if (weights)
+  if (weights && !job.oihw)
     transpose_weights<false>(g, job.blocks, view<S>(grad_weight), data(weight_parts), splits, a.weight.numel());
 }
 

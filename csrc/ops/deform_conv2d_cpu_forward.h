@@ -93,21 +93,6 @@ struct DepthwiseTile {
   }
 };
 
-// columns[pixel, channel, tap]: the order in which OIHW weights are stored.
-template <typename A>
-struct TapsInnermost {
-  int64_t count, taps, channels;
-  const A* columns;  // [pixel, tap, channel]
-  A* turned;
-
-  DCN_HOST_DEVICE void operator()() const {
-    for (int64_t q = 0; q < count; ++q)
-      for (int64_t k = 0; k < taps; ++k)
-        for (int64_t c = 0; c < channels; ++c)
-          turned[(q * channels + c) * taps + k] = columns[(q * taps + k) * channels + c];
-  }
-};
-
 // output = products + bias, 16 outputs at a time: products are [pixel, output], the output may have any strides.
 template <typename A, typename S>
 struct StoreTile {
@@ -134,13 +119,8 @@ template <typename S, typename F>
 void forward(const ConvArguments& a, const ConvGeometry& g, const Tensor& output) {
   using A = Accumulate<S>;
   const int64_t planes = g.offset_groups * g.taps();
-  // With fewer pixels than outputs, packing the weights would cost more than anything that is done with them: they are
-  // used as they are stored, and OIHW weights get columns in their order.
-  const bool few = std::is_same_v<S, A> && g.batch * g.out_pixels() < g.group_outputs();
-  const bool oihw = few && is_stored(a.weight, {g.group_channels() * g.taps(), g.taps(), g.kernel_w, 1});
-  const bool ohwi =
-      few && !oihw &&
-      is_stored(a.weight, {g.group_channels() * g.taps(), 1, g.kernel_w * g.group_channels(), g.group_channels()});
+  const bool few = std::is_same_v<S, A> && is_few_pixels(g);
+  const bool oihw = few && is_oihw(g, a.weight), ohwi = few && !oihw && is_ohwi(g, a.weight);
   const std::vector<Block> blocks = make_blocks(g, ohwi ? g.group_channels() : 128);
   int64_t widest = 0;
   for (const Block& b : blocks) widest = std::max(widest, b.count);
@@ -194,8 +174,8 @@ void forward(const ConvArguments& a, const ConvGeometry& g, const Tensor& output
           run_vectorised(FillTile<A>{g, b, tile.count, taps, columns});
           const int64_t depth = g.taps() * b.count, outputs = g.group_outputs();
           const int64_t row = oihw ? g.group_channels() * g.taps() : depth;  // of one output's weights
-          const A* from = weight + (oihw ? b.group * (outputs - 1) * row + b.first * g.taps() : b.weight_at);
-          if (oihw) run_vectorised(TapsInnermost<A>{tile.count, g.taps(), b.count, columns, turned});
+          const A* from = weight + (oihw ? stored_at(g, b) : b.weight_at);
+          if (oihw) run_vectorised(TurnTaps<A, true>{tile.count, g.taps(), b.count, columns, turned});
           Cpu::multiply(matrix(products + b.group * outputs, tile.count, outputs, g.out_channels, 1, a.input),
                         matrix(oihw ? turned : columns, tile.count, depth, depth, 1, a.input),
                         matrix(from, depth, outputs, 1, row, a.input),
