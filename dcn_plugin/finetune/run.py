@@ -43,11 +43,19 @@ def quiet() -> Iterator[None]:
     logger = logging.getLogger("pytorch_lightning")
     level = logger.level
     logger.setLevel(logging.WARNING)
-    with warnings.catch_warnings():
-        for text in ("does not have many workers", "LeafSpec", "exists and is not empty", "but not used", "__len__"):
-            warnings.filterwarnings("ignore", f".*{text}.*", module="pytorch_lightning.*")
-        yield
-    logger.setLevel(level)
+    try:
+        with warnings.catch_warnings():
+            for text in (
+                "does not have many workers",
+                "LeafSpec",
+                "exists and is not empty",
+                "but not used",
+                "__len__",
+            ):
+                warnings.filterwarnings("ignore", f".*{text}.*", module="pytorch_lightning.*")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def load_config(path: str | Path, options: Mapping[str, Any] | None = None) -> dict[str, Any]:

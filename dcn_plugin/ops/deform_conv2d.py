@@ -149,6 +149,8 @@ _NEEDS = {"input": 1, "offset": 2, "weight": 4, "mask": 8}
 
 @torch.library.register_fake("dcn_plugin::deform_conv2d_backward")
 def _(grad_output, input, offset, weight, mask, stride, padding, dilation, needs):
+    _check_tensors(input, offset, weight, None, mask, stride, padding, dilation)
+
     def gradient(of: Tensor | None, bit: int) -> Tensor:
         if of is None:
             return input.new_empty(0)
