@@ -2,5 +2,6 @@
 
 from .bilinear import bilinear_sample
 from .deform_conv2d import deform_conv2d
+from .roi_pool import deform_ps_roi_pool, deform_roi_pool, ps_roi_pool
 
-__all__ = ["bilinear_sample", "deform_conv2d"]
+__all__ = ["bilinear_sample", "deform_conv2d", "deform_ps_roi_pool", "deform_roi_pool", "ps_roi_pool"]

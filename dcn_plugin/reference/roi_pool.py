@@ -1,0 +1,217 @@
+"""Pooling over regions of interest in plain PyTorch (Dai et al. 2017, section 2.2; Zhu et al. 2019; Dai et al. 2016).
+
+Symbols: R regions, P_h x P_w bins, D output channels, k x k position-sensitive groups of channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .bilinear import bilinear_sample
+
+
+def _pair(value: int | Sequence[int]) -> Sequence[int]:
+    return (value, value) if isinstance(value, int) else value
+
+
+class _Axis(NamedTuple):
+    """Samples of every bin along one axis: ``position`` and ``read`` are ``[R, classes, P_h, P_w, samples]``."""
+
+    position: Tensor  # on the map
+    read: Tensor  # whether it counts and lies on the map; a NaN position does
+    divisor: Tensor  # how many samples the average is over; broadcasts against [R, classes, P_h, P_w]
+
+
+def deform_roi_pool(
+    input: Tensor,
+    rois: Tensor,
+    offset: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    output_size: int | Sequence[int],
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = 0,
+    gamma: float = 0.1,
+    aligned: bool = True,
+) -> Tensor:
+    """Executable definition of :func:`dcn_plugin.ops.deform_roi_pool`; same arguments (rois as a tensor), any device.
+
+    ``out[r,c,p] = mask[r,p] / S * sum_s bilinear(input[n_r,c], start + bin * p + gamma * size * offset[r,p] + s)``
+    """
+    boxes = _corners(rois.detach(), input, spatial_scale)
+    bins = _pair(output_size)
+
+    def axis(i: int) -> _Axis:
+        start, end = boxes[i] - 0.5 * aligned, boxes[2 + i] - 0.5 * aligned
+        size = end - start if aligned else (end - start).clamp(min=1)
+        step = size / bins[i]
+        grid = torch.full_like(step, sampling_ratio) if sampling_ratio > 0 else step.ceil()
+        origin = _origins(start, step, bins, i, _shift(offset, i, gamma * size, bins, input))
+        return _spread(origin, (_count(grid) + 0.5) * _last(step / grid), grid, (-1, input.shape[2 + i]), input, i)
+
+    return _pool(input, rois, axis(0), axis(1), mask, bins, 1)
+
+
+def deform_ps_roi_pool(
+    input: Tensor,
+    rois: Tensor,
+    offset: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    output_dim: int,
+    group_size: int,
+    output_size: int | Sequence[int],
+    part_size: int | Sequence[int] | None = None,
+    samples_per_part: int = 4,
+    spatial_scale: float = 1.0,
+    offset_scale: float = 0.1,
+) -> Tensor:
+    """Executable definition of :func:`dcn_plugin.ops.deform_ps_roi_pool`; same arguments (rois as a tensor).
+
+    As :func:`deform_roi_pool`, but bin p reads the channels of its own group, and the average is over samples inside.
+    """
+    boxes = _corners(rois.detach(), input, 1.0, whole=True)
+    bins, parts = _pair(output_size), _pair(output_size if part_size is None else part_size)
+
+    def axis(i: int) -> _Axis:
+        start, end = boxes[i] * spatial_scale - 0.5, (boxes[2 + i] + 1) * spatial_scale - 0.5
+        size = (end - start).clamp(min=0.1)
+        step = size / bins[i]
+        origin = _origins(start, step, bins, i, _shift(offset, i, offset_scale * size, bins, input, parts))
+        grid = torch.full_like(step, samples_per_part)
+        inside = (-0.5, input.shape[2 + i] - 0.5)
+        spread = _spread(origin, _count(grid) * _last(step / samples_per_part), grid, inside, input, i)
+        return spread._replace(divisor=spread.read.sum(-1))
+
+    mask = None if mask is None else _of_bins(mask, bins, parts)
+    return _pool(input, rois, axis(0), axis(1), mask, bins, group_size)
+
+
+def ps_roi_pool(
+    input: Tensor,
+    rois: Tensor,
+    *,
+    output_dim: int,
+    group_size: int,
+    output_size: int | Sequence[int],
+    spatial_scale: float = 1.0,
+) -> Tensor:
+    """Executable definition of :func:`dcn_plugin.ops.ps_roi_pool`; same arguments (rois as a tensor).
+
+    The average of the whole pixels that a bin touches, in the channels of its own group; 0 where it touches none.
+    """
+    boxes = _corners(rois.detach(), input, 1.0, whole=True)
+    bins = _pair(output_size)
+
+    def axis(i: int) -> _Axis:
+        start, end = boxes[i] * spatial_scale, (boxes[2 + i] + 1) * spatial_scale
+        step = (end - start).clamp(min=0.1) / bins[i]
+        number = _numbers(bins, i).to(step)
+        first, last = (_last(start) + n * _last(step) for n in (number, number + 1))  # [R, P] along this axis
+        shape = (len(rois), 1, *((bins[0], 1) if i == 0 else (1, bins[1])))
+        low, high = (edge.reshape(shape).clamp(0, input.shape[2 + i]) for edge in (first.floor(), last.ceil()))
+        position = low[..., None] + _count((high - low).clamp(min=0))
+        read = ~(position >= high[..., None])
+        expand = (-1, -1, *bins)
+        return _Axis(position.expand(*expand, -1), read.expand(*expand, -1), read.sum(-1).expand(expand))
+
+    return _pool(input, rois, axis(0), axis(1), None, bins, group_size)
+
+
+def _corners(rois: Tensor, input: Tensor, scale: float, whole: bool = False) -> list[Tensor]:
+    """(y1, x1, y2, x2), each [R], in at least float32; ``whole``: rounded, half away from zero."""
+    y1_x1_y2_x2 = rois[:, [2, 1, 4, 3]].to(torch.promote_types(input.dtype, torch.float32))
+    if whole:
+        y1_x1_y2_x2 = y1_x1_y2_x2.sign() * (y1_x1_y2_x2.abs() + 0.5).floor()
+    return list((y1_x1_y2_x2 * scale).unbind(1))
+
+
+def _last(t: Tensor) -> Tensor:
+    return t[:, None]
+
+
+def _numbers(bins: Sequence[int], i: int) -> Tensor:
+    return torch.arange(bins[i])
+
+
+def _count(grid: Tensor) -> Tensor:
+    """0, 1, ... up to the largest number of samples of any bin."""
+    most = int(grid.nan_to_num(1).max()) if grid.numel() else 1
+    return torch.arange(max(most, 1)).to(grid)
+
+
+def _of_bins(t: Tensor, bins: Sequence[int], parts: Sequence[int]) -> Tensor:
+    """Take for each bin the value of the part it lies in: [..., parts] to [..., bins]."""
+    for i in (0, 1):
+        t = t.index_select(t.dim() - 2 + i, (_numbers(bins, i) * parts[i]).div(bins[i], rounding_mode="trunc").to(t.device))
+    return t
+
+
+def _shift(
+    offset: Tensor | None, i: int, unit: Tensor, bins: Sequence[int], input: Tensor, parts: Sequence[int] | None = None
+) -> Tensor | None:
+    """Offsets of axis i in pixels, [R, classes, P_h, P_w]."""
+    if offset is None:
+        return None
+    return unit[:, None, None, None] * _of_bins(offset, bins, parts or bins)[:, i::2].to(unit.dtype)
+
+
+def _origins(start: Tensor, step: Tensor, bins: Sequence[int], i: int, shift: Tensor | None) -> Tensor:
+    """Where each bin begins along axis i, [R, classes, P_h, P_w]."""
+    edges = _last(start) + _numbers(bins, i).to(step) * _last(step)
+    edges = edges[:, None, :, None] if i == 0 else edges[:, None, None, :]
+    return edges.expand(-1, -1, *bins) if shift is None else edges + shift
+
+
+def _spread(
+    origin: Tensor, along: Tensor, grid: Tensor, inside: tuple[float, float], input: Tensor, i: int
+) -> _Axis:
+    """Samples at ``origin + along`` ([R, samples]); those within ``inside``, ends included, are moved onto the map."""
+    position = origin[..., None] + along[:, None, None, None]
+    counted = _count(grid) < _last(grid)
+    read = counted[:, None, None, None] & ~((position < inside[0]) | (position > inside[1]))
+    end = input.shape[2 + i] - 1
+    # Beyond the centres of the outer pixels nothing changes any more: no derivative.
+    fixed = (position < 0) | (position >= end)
+    position = torch.where(fixed, position.detach().clamp(0, end), position)
+    return _Axis(position, read, grid[:, None, None, None])
+
+
+def _pool(
+    input: Tensor, rois: Tensor, vertical: _Axis, horizontal: _Axis, mask: Tensor | None, bins: Sequence[int], k: int
+) -> Tensor:
+    """Average the samples of every bin, read from the channels of its class and group, times the mask."""
+    n, channels, height, width = input.shape
+    acc = torch.promote_types(input.dtype, torch.float32)
+    number = rois[:, 0].detach().double()
+    known = (number >= 0) & (number < n) & (number == number.trunc())
+    # The images of the batch lie one below the other; an unknown image gives NaN. In float64, as they may be many.
+    below = torch.where(known, number * height, torch.nan)[:, None, None, None, None]
+    read = vertical.read[..., :, None] & horizontal.read[..., None, :]
+    y = torch.where(read, (vertical.position.double() + below)[..., :, None], torch.inf)
+    x = torch.where(read, horizontal.position.double()[..., None, :], torch.inf)
+    classes = max(y.shape[1], 1 if mask is None else mask.shape[1])
+    y, x = (t.expand(-1, classes, *t.shape[2:]) for t in (y, x))
+    maps = input.to(acc).transpose(0, 1).reshape(classes, channels // classes // k**2, k, k, n * height, width)
+    rows, columns = ([range(-(-g * b // k), -(-(g + 1) * b // k)) for g in range(k)] for b in bins)
+
+    def cell(c: int, gh: int, gw: int) -> Tensor:
+        where = (slice(None), c, slice(rows[gh].start, rows[gh].stop), slice(columns[gw].start, columns[gw].stop))
+        at_y, at_x = y[where], x[where]
+        samples = bilinear_sample(maps[None, c, :, gh, gw], at_y.reshape(1, -1), at_x.reshape(1, -1))
+        total = samples.reshape(-1, *at_y.shape[:3], at_y.shape[3] * at_y.shape[4]).sum(-1)
+        return total.transpose(0, 1)  # [R, D / classes, bins of the cell]
+
+    cells = [
+        torch.cat([torch.cat([cell(c, gh, gw) for gw in range(k)], 3) for gh in range(k)], 2) for c in range(classes)
+    ]
+    divisor = (vertical.divisor * horizontal.divisor).clamp(min=1)
+    weight = (1 / divisor.double()).expand(-1, classes, -1, -1)
+    if mask is not None:
+        weight = weight * mask.double()
+    out = torch.cat(cells, 1)
+    return (out * weight.repeat_interleave(out.shape[1] // classes, 1)).to(input.dtype)
