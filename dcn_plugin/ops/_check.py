@@ -1,5 +1,6 @@
 """Argument checks that operators share: an exception names the argument, what was expected and what came."""
 
+import math
 import operator
 from typing import Any
 
@@ -33,6 +34,15 @@ def integers(name: str, value: Any, least: int, lengths: tuple[int, ...] = (2,))
     return tuple(integer(name, item, least) for item in value)
 
 
+def number(name: str, value: Any, positive: bool = False) -> float:
+    """Return ``value`` as a finite float, above 0 if ``positive``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
+    if not (abs(value) < math.inf and (value > 0 or not positive)):
+        raise ValueError(f"{name} must be {'positive and ' * positive}finite, got {value}")
+    return float(value)
+
+
 def tensor(value: object, name: str, dim: int, shape: str) -> None:
     """Check that ``value`` is a floating-point tensor of ``dim`` dimensions; ``shape`` is how to say it."""
     if not isinstance(value, Tensor):
@@ -41,6 +51,11 @@ def tensor(value: object, name: str, dim: int, shape: str) -> None:
         raise ValueError(f"{name}: expected a {dim}-D tensor {shape}, got shape {tuple(value.shape)}")
     if value.dtype not in FLOATING:
         raise TypeError(f"{name}: expected float64, float32, float16 or bfloat16, got {value.dtype}")
+
+
+def shape(value: Tensor, name: str, expected: tuple[int, ...]) -> None:
+    if tuple(value.shape) != expected:
+        raise ValueError(f"{name}: expected shape {expected}, got {tuple(value.shape)}")
 
 
 def same_device(value: Tensor, name: str, input: Tensor) -> None:

@@ -1,0 +1,140 @@
+"""What every operator registers with torch: tracing, gradients of first and second order, autocast."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._layout import new_image
+
+_lib = torch.library.Library("dcn_plugin", "IMPL")
+
+
+def register(
+    name: str,
+    *,
+    tensors: Sequence[str],
+    options: Sequence[str],
+    gradients: Sequence[str],
+    positions: Sequence[str],
+    reference: Callable[..., Tensor],
+    out_shape: Callable[..., Sequence[int]],
+    closed_form: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+) -> Callable[..., Tensor]:
+    """Complete the compiled operator ``name`` and return it.
+
+    Its schema has ``tensors``, then ``options``; ``<name>_backward`` takes the output's gradient, the tensors without
+    those of ``closed_form``, the options and ``needs``, whose bit i asks for the gradient of ``gradients[i]``.
+
+    Args:
+        name: of the operator in ``torch.ops.dcn_plugin``.
+        tensors: names of its tensor arguments; the first one gives the result type, device and layout.
+        options: names of its other arguments.
+        gradients: names of the tensors whose gradients the backward operator returns, in its order.
+        positions: names of the tensors that autocast keeps in float32: half precision rounds them to whole pixels.
+        reference: the definition, called with all of these by name; second gradients go through it.
+        out_shape: checks arguments given by name and returns the shape of the result.
+        closed_form: name of a tensor -> its gradient from that of the output, where no kernel is needed.
+    """
+    op, backward_op = (getattr(torch.ops.dcn_plugin, n) for n in (name, f"{name}_backward"))
+    closed_form = closed_form or {}
+    saved = [t for t in tensors if t not in closed_form]
+    single = len(gradients) == 1  # the backward operator then returns a tensor, not a tuple
+
+    @torch.library.register_fake(f"dcn_plugin::{name}")
+    def _(*args: Any) -> Tensor:
+        return new_image(args[0], out_shape(**dict(zip((*tensors, *options), args, strict=True))))
+
+    @torch.library.register_fake(f"dcn_plugin::{name}_backward")
+    def _(grad_output: Tensor, *args: Any) -> Any:
+        *args, needs = args  # type: ignore[assignment]
+        given = dict(zip((*saved, *options), args, strict=True))
+        out_shape(**dict.fromkeys(closed_form), **given)
+        found = []
+        for i, t in enumerate(given[g] for g in gradients):
+            if t is None:
+                found.append(args[0].new_empty(0))
+            else:
+                found.append(new_image(t, t.shape) if needs >> i & 1 else t.new_empty(0))
+        return found[0] if single else tuple(found)
+
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        given = dict(zip((*tensors, *options), inputs, strict=True))
+        ctx.save_for_backward(*(given[t] for t in saved))
+        ctx.options = [given[o] for o in options]
+
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        wants = dict(zip(tensors, ctx.needs_input_grad, strict=False))
+        needs = sum(wants[g] << i for i, g in enumerate(gradients))
+        found: dict[str, Tensor] = {}
+        if needs:
+            if grad_output.is_cuda and wants[tensors[0]]:
+                _alert_not_deterministic(name)
+            result = backward_op(grad_output, *ctx.saved_tensors, *ctx.options, needs)
+            found = dict(zip(gradients, (result,) if single else result, strict=True))
+        for t, formula in closed_form.items():
+            if wants[t]:
+                found[t] = formula(grad_output)
+        return *(found.get(t) if wants[t] else None for t in tensors), *(None for _ in options)
+
+    torch.library.register_autograd(f"dcn_plugin::{name}", backward, setup_context=setup_context)
+
+    def setup_context_of_backward(ctx: Any, inputs: tuple, output: Any) -> None:
+        grad_output, *rest, ctx.needs = inputs
+        ctx.save_for_backward(grad_output, *rest[: len(saved)])
+        ctx.options = rest[len(saved) :]
+
+    def double_backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        """Differentiate the gradients through the reference: right for every argument, at the reference's speed."""
+        with torch.enable_grad():
+            grad_output, *inputs = (None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors)
+            given = dict(zip(saved, inputs, strict=True))
+            arguments = dict.fromkeys(closed_form) | given | dict(zip(options, ctx.options, strict=True))
+            asked = [i for i in range(len(gradients)) if ctx.needs >> i & 1]
+            first = torch.autograd.grad(
+                reference(**arguments), [given[gradients[i]] for i in asked], grad_output, create_graph=True
+            )
+            pairs = [(g, grads[i]) for g, i in zip(first, asked, strict=True) if grads[i] is not None]
+            every = [grad_output, *inputs]
+            targets = [t for t, needed in zip(every, ctx.needs_input_grad, strict=False) if needed]
+            result = torch.autograd.grad([g for g, _ in pairs], targets, [w for _, w in pairs], allow_unused=True)
+        found = iter(result)
+        needed = ctx.needs_input_grad[: len(every)]
+        return *(next(found) if n else None for n in needed), *(None for _ in ctx.options), None
+
+    torch.library.register_autograd(
+        f"dcn_plugin::{name}_backward", double_backward, setup_context=setup_context_of_backward
+    )
+
+    def autocast(device: str) -> Callable[..., Tensor]:
+        def kernel(*args: Any) -> Tensor:
+            half = torch.get_autocast_dtype(device)
+            cast = [
+                t if t is None or t.dtype == torch.float64 else t.to(torch.float32 if n in positions else half)
+                for n, t in zip(tensors, args, strict=False)
+            ]
+            with torch.amp.autocast(device, enabled=False):
+                return op(*cast, *args[len(tensors) :])
+
+        return kernel
+
+    _lib.impl(name, autocast("cuda"), "AutocastCUDA")
+    _lib.impl(name, autocast("cpu"), "AutocastCPU")
+    return op
+
+
+def _alert_not_deterministic(name: str) -> None:
+    """Say what torch's own operators say when they add atomically (``torch.use_deterministic_algorithms``)."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return
+    message = (
+        f"{name}'s gradient by its input has no deterministic implementation on CUDA; it has one on the CPU, and "
+        "torch.use_deterministic_algorithms(True, warn_only=True) lets it pass"
+    )
+    if not torch.is_deterministic_algorithms_warn_only_enabled():
+        raise RuntimeError(message)
+    warnings.warn(message, UserWarning, stacklevel=2)
