@@ -37,6 +37,11 @@ class OpCase:
     op: str  # torch.ops.dcn_plugin.<op>
     to_op: Callable[..., tuple]  # keyword arguments -> the compiled operator's positional ones
     configs: dict[str, Callable[[], dict[str, Any]]]  # float64 arguments on the CPU, seeded by the test
+    full: str  # the configuration with every argument
+    bare: str  # the one with as few as can be
+    mixed: str  # the one with groups and classes, in which no two sizes are equal
+    sizes: tuple[Callable[[], dict[str, Any]], ...]  # one configuration in several sizes, no two of them equal
+    per_result: tuple[str, ...]  # arguments whose first dimension is the result's
     image: str = "input"  # the argument whose layout the result takes
     float32_beside_half: tuple[str, ...] = ()  # arguments that may be float32 beside a half-precision image
 
@@ -51,13 +56,17 @@ def convert(arguments: dict[str, Any], **to: Any) -> dict[str, Any]:
     return {k: v.to(**to) if isinstance(v, Tensor) else v for k, v in arguments.items()}
 
 
+CONSTANT = ("rois",)  # tensors that no gradient flows to
+
+
 def tensors(arguments: dict[str, Any]) -> dict[str, Tensor]:
-    return {k: v for k, v in arguments.items() if isinstance(v, Tensor)}
+    """The tensors that can be differentiated by."""
+    return {k: v for k, v in arguments.items() if isinstance(v, Tensor) and k not in CONSTANT}
 
 
 def leaves(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same arguments, with every tensor a leaf that wants a gradient."""
-    return {k: v.detach().requires_grad_() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    """The same arguments, with every such tensor a leaf that wants a gradient."""
+    return {k: v.detach().requires_grad_() if k in tensors(arguments) else v for k, v in arguments.items()}
 
 
 def run(function: Callable[..., Tensor], arguments: dict[str, Any], grad: Tensor | None = None) -> dict[str, Tensor]:
@@ -104,7 +113,94 @@ def _deform_conv2d_to_op(input, offset, weight, bias=None, stride=1, padding=0, 
     return input, offset, weight, bias, mask, pair(stride), pads if len(pads) == 4 else pads * 2, pair(dilation)
 
 
+def _regions(count: int, batch: int, height: int, width: int, scale: float) -> Tensor:
+    """Random regions of all sizes, some reaching out of the image, one of a point, one of the whole image."""
+    size = torch.tensor([width, height, width, height], dtype=torch.float64) / scale
+    corners = (torch.rand(count, 4, dtype=torch.float64) * 1.4 - 0.2) * size
+    low, high = corners[:, :2].minimum(corners[:, 2:]), corners[:, :2].maximum(corners[:, 2:])
+    rois = torch.cat([torch.randint(batch, (count, 1)).double(), low, high], 1)
+    rois[0, 1:] = torch.tensor([5.0, 6.0, 5.0, 6.0])
+    rois[1, 1:] = torch.tensor([0.0, 0.0, *size[:2].tolist()])
+    return rois
+
+
+def deform_roi_pool_arguments(
+    shape=(2, 4, 7, 9), regions=6, bins=(3, 2), sampling_ratio=2, aligned=True, offset=True, mask=True, spread=3.0,
+    spatial_scale=0.25,
+) -> Callable[[], dict[str, Any]]:  # fmt: skip
+    def make() -> dict[str, Any]:
+        double = dict(dtype=torch.float64)
+        arguments: dict[str, Any] = {
+            "input": torch.randn(shape, **double),
+            "rois": _regions(regions, shape[0], *shape[2:], spatial_scale),
+            "output_size": bins, "spatial_scale": spatial_scale, "sampling_ratio": sampling_ratio, "gamma": 0.1,
+            "aligned": aligned,
+        }  # fmt: skip
+        if offset:
+            arguments["offset"] = spread * torch.randn(regions, 2, *bins, **double)
+        if mask:
+            arguments["mask"] = torch.rand(regions, 1, *bins, **double) * 2
+        return arguments
+
+    return make
+
+
+def deform_ps_roi_pool_arguments(
+    shape=(2, 16, 7, 9), regions=6, output_dim=4, group_size=2, bins=(4, 2), parts=None, classes=1, samples_per_part=2,
+    offset=True, mask=True, spread=3.0, spatial_scale=0.25,
+) -> Callable[[], dict[str, Any]]:  # fmt: skip
+    def make() -> dict[str, Any]:
+        double = dict(dtype=torch.float64)
+        arguments: dict[str, Any] = {
+            "input": torch.randn(shape, **double),
+            "rois": _regions(regions, shape[0], *shape[2:], spatial_scale),
+            "output_dim": output_dim, "group_size": group_size, "output_size": bins, "part_size": parts,
+            "samples_per_part": samples_per_part, "spatial_scale": spatial_scale, "offset_scale": 0.1,
+        }  # fmt: skip
+        if offset:
+            arguments["offset"] = spread * torch.randn(regions, 2 * classes, *(parts or bins), **double)
+        if mask:
+            arguments["mask"] = torch.rand(regions, classes, *(parts or bins), **double) * 2
+        return arguments
+
+    return make
+
+
+def ps_roi_pool_arguments(
+    shape=(2, 16, 7, 9), regions=6, output_dim=4, group_size=2, bins=(2, 2), spatial_scale=0.25
+) -> Callable[[], dict[str, Any]]:
+    def make() -> dict[str, Any]:
+        return {
+            "input": torch.randn(shape, dtype=torch.float64),
+            "rois": _regions(regions, shape[0], *shape[2:], spatial_scale),
+            "output_dim": output_dim, "group_size": group_size, "output_size": bins, "spatial_scale": spatial_scale,
+        }  # fmt: skip
+
+    return make
+
+
+def _deform_roi_pool_to_op(
+    input, rois, output_size, spatial_scale, sampling_ratio, gamma, aligned, offset=None, mask=None
+):
+    return input, rois, offset, mask, list(output_size), spatial_scale, sampling_ratio, gamma, aligned
+
+
+def _deform_ps_roi_pool_to_op(
+    input, rois, output_dim, group_size, output_size, part_size, samples_per_part, spatial_scale, offset_scale,
+    offset=None, mask=None,
+):  # fmt: skip
+    return (
+        input, rois, offset, mask, output_dim, group_size, list(output_size), list(part_size or output_size),
+        samples_per_part, spatial_scale, offset_scale,
+    )  # fmt: skip
+
+
+def _ps_roi_pool_to_op(input, rois, output_dim, group_size, output_size, spatial_scale):
+    return input, rois, output_dim, group_size, list(output_size), spatial_scale
+
+
 _make = deform_conv2d_arguments
+_align, _part, _pixels = deform_roi_pool_arguments, deform_ps_roi_pool_arguments, ps_roi_pool_arguments
 CASES = [
     OpCase(
         "deform_conv2d",
@@ -130,6 +226,89 @@ CASES = [
             "few_pixels_many_channels": _make((1, 600, 2, 2), out=16, groups=2),
             "many_tiles": _make((3, 20, 31, 29), out=8, groups=4, offset_groups=2),
         },
+        full="v2",
+        bare="v1",
+        mixed="groups",
+        sizes=tuple(_make(shape) for shape in ((2, 4, 13, 11), (3, 4, 8, 19), (5, 4, 12, 6))),
+        per_result=("input", "offset", "mask"),
         float32_beside_half=("offset", "mask"),
-    )
+    ),
+    OpCase(
+        "deform_roi_pool",
+        ops.deform_roi_pool,
+        reference.deform_roi_pool,
+        "deform_roi_pool",
+        _deform_roi_pool_to_op,
+        {
+            "modulated": _align(),
+            "plain": _align(offset=False, mask=False),
+            "adaptive": _align((2, 6, 8, 9), regions=5, bins=(3, 2), sampling_ratio=0),
+            "mask_alone": _align(offset=False),
+            "unaligned": _align(aligned=False, sampling_ratio=0),
+            "one_sample": _align((1, 3, 5, 6), regions=3, bins=(1, 1), sampling_ratio=1, mask=False),
+            "one_channel": _align((3, 1, 8, 8)),
+            "far": _align(spread=60.0),
+            "many_channels": _align((1, 150, 6, 5), regions=4),
+            "many_regions": _align((3, 20, 17, 15), regions=70, bins=(2, 3), sampling_ratio=0),
+            "one_pixel": _align((2, 4, 1, 1), regions=5),
+        },
+        full="modulated",
+        bare="plain",
+        mixed="adaptive",
+        sizes=tuple(
+            _align(shape, regions, mask=False)
+            for shape, regions in (((8, 4, 13, 11), 6), ((3, 4, 8, 19), 7), ((9, 4, 12, 6), 10))
+        ),
+        per_result=("rois", "offset", "mask"),
+        float32_beside_half=("rois", "offset", "mask"),
+    ),
+    OpCase(
+        "deform_ps_roi_pool",
+        ops.deform_ps_roi_pool,
+        reference.deform_ps_roi_pool,
+        "deform_ps_roi_pool",
+        _deform_ps_roi_pool_to_op,
+        {
+            "modulated": _part(),
+            "plain": _part(offset=False, mask=False),
+            "classes": _part((3, 24, 7, 9), regions=5, output_dim=6, group_size=2, bins=(4, 3), parts=(2, 3), classes=3),
+            "mask_alone": _part(offset=False, classes=2),
+            "no_groups": _part((2, 5, 7, 6), output_dim=5, group_size=1, bins=(3, 2), mask=False),
+            "more_parts_than_bins": _part(bins=(2, 2), parts=(5, 3), samples_per_part=3),
+            "more_groups_than_bins": _part((2, 18, 6, 7), output_dim=2, group_size=3, bins=(2, 2)),
+            "far": _part(spread=60.0),
+            "many_regions": _part((2, 72, 12, 10), regions=40, output_dim=18, group_size=2, bins=(4, 4), classes=2),
+        },
+        full="modulated",
+        bare="plain",
+        mixed="classes",
+        sizes=tuple(
+            _part(shape, regions, mask=False)
+            for shape, regions in (((8, 16, 13, 11), 6), ((3, 16, 8, 19), 7), ((9, 16, 12, 6), 10))
+        ),
+        per_result=("rois", "offset", "mask"),
+        float32_beside_half=("rois", "offset", "mask"),
+    ),
+    OpCase(
+        "ps_roi_pool",
+        ops.ps_roi_pool,
+        reference.ps_roi_pool,
+        "ps_roi_pool",
+        _ps_roi_pool_to_op,
+        {
+            "square": _pixels(),
+            "rectangular": _pixels((3, 24, 7, 9), regions=5, output_dim=6, group_size=2, bins=(4, 2)),
+            "no_groups": _pixels((2, 5, 7, 6), output_dim=5, group_size=1, bins=(4, 2)),
+            "more_groups_than_bins": _pixels((2, 18, 6, 7), output_dim=2, group_size=3, bins=(2, 2)),
+            "many_regions": _pixels((2, 72, 12, 10), regions=40, output_dim=18, group_size=2, bins=(4, 4)),
+        },
+        full="square",
+        bare="square",
+        mixed="rectangular",
+        sizes=tuple(
+            _pixels(shape, regions) for shape, regions in (((8, 16, 13, 11), 6), ((3, 16, 8, 19), 7), ((9, 16, 12, 6), 10))
+        ),
+        per_result=("rois",),
+        float32_beside_half=("rois",),
+    ),
 ]

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from cases import CASES, OpCase, assert_close, convert, leaves, run, tensors
-from cases import deform_conv2d_arguments as make
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
@@ -63,7 +62,7 @@ def test_gradients_equal_finite_differences(case: OpCase, config, device):
 
 @each_case
 def test_second_gradients_equal_finite_differences(case: OpCase):
-    arguments = leaves(case.make("groups"))
+    arguments = leaves(case.make(case.mixed))
     names, values = list(tensors(arguments)), list(tensors(arguments).values())
     assert torch.autograd.gradgradcheck(
         lambda *t: case.function(**{**arguments, **dict(zip(names, t, strict=True))}), values, fast_mode=True
@@ -73,7 +72,7 @@ def test_second_gradients_equal_finite_differences(case: OpCase):
 @each_case
 def test_function_transforms(case: OpCase):
     """Forward mode, grad, per-sample gradients and vmap: never a silent zero."""
-    arguments = case.make("groups")
+    arguments = case.make(case.mixed)
     names, values = list(tensors(arguments)), tuple(tensors(arguments).values())
 
     def call(function, *given: torch.Tensor) -> torch.Tensor:
@@ -120,11 +119,11 @@ def test_each_gradient_only_when_asked(case: OpCase, config, device):
 
 @each_case
 def test_backward_keeps_nothing_but_inputs(case: OpCase, device):
-    arguments = leaves(case.make("v2", device=device))
+    arguments = leaves(case.make(case.full, device=device))
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         case.function(**arguments)
-    inputs = {v.data_ptr() for v in tensors(arguments).values()}
+    inputs = {v.data_ptr() for v in arguments.values() if isinstance(v, torch.Tensor)}
     assert kept and {t.data_ptr() for t in kept} <= inputs
     with torch.no_grad():
         assert not case.function(**arguments).requires_grad
@@ -134,8 +133,9 @@ def test_backward_keeps_nothing_but_inputs(case: OpCase, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layout_of_the_image_is_kept(case: OpCase, config, dtype, device):
     arguments = case.make(config, dtype, device)
-    if arguments[case.image].shape[1] == 1:
-        return  # one channel: both layouts are the same memory
+    image = arguments[case.image]
+    if image.is_contiguous() and image.is_contiguous(memory_format=torch.channels_last):
+        return  # one channel, or one pixel: both layouts are the same memory
     out = run(case.function, arguments)
     assert out["out"].is_contiguous() and out[f"grad_{case.image}"].is_contiguous()
     out = run(case.function, channels_last(arguments, (case.image,)))
@@ -145,7 +145,7 @@ def test_layout_of_the_image_is_kept(case: OpCase, config, dtype, device):
 
 @each_case
 def test_any_strides_give_the_same(case: OpCase, device):
-    arguments = case.make("v2", device=device)
+    arguments = case.make(case.full, device=device)
     expected = run(case.function, arguments)
 
     def spread(t: torch.Tensor) -> torch.Tensor:
@@ -162,28 +162,28 @@ def test_any_strides_give_the_same(case: OpCase, device):
 
 @each_case
 def test_expanded_arguments(case: OpCase, device):
-    arguments = case.make("v2", device=device)
-    one = {k: v[:1].contiguous() if k in ("input", "offset", "mask") else v for k, v in arguments.items()}
-    many = {k: v.expand(3, *v.shape[1:]) if k in ("input", "offset", "mask") else v for k, v in one.items()}
+    arguments = case.make(case.full, device=device)
+    one = {k: v[:1].contiguous() if k in case.per_result else v for k, v in arguments.items()}
+    many = {k: v.expand(3, *v.shape[1:]) if k in case.per_result else v for k, v in one.items()}
     assert_close(case.function(**many), case.function(**one).expand(3, -1, -1, -1), torch.float64)
 
 
 @each_case
 def test_empty_batch(case: OpCase, device):
-    arguments = case.make("groups", torch.float32, device)
-    empty = {k: v[:0] if k in ("input", "offset", "mask") else v for k, v in arguments.items()}
+    arguments = case.make(case.mixed, torch.float32, device)
+    empty = {k: v[:0] if k in case.per_result else v for k, v in arguments.items()}
     result = run(case.function, empty)
     assert result["out"].shape[0] == 0 and result["out"].shape[1:] == case.function(**arguments).shape[1:]
     for name, value in tensors(empty).items():
         assert result[f"grad_{name}"].shape == value.shape
-    assert not result["grad_weight"].any() and not result["grad_bias"].any()
+        assert not result[f"grad_{name}"].any()
 
 
 @each_case
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("wide", [("offset",), ("mask",), ("offset", "mask")], ids="+".join)
 def test_float32_positions_beside_half_values(case: OpCase, dtype, wide, device):
-    arguments = case.make("groups", dtype, device)
+    arguments = case.make(case.mixed, dtype, device)
     wide_names = tuple(k for k in wide if k in case.float32_beside_half)
     mixed = {k: v.float() if k in wide_names else v for k, v in arguments.items()}
     expected = run(case.reference, convert(mixed, dtype=torch.float64, device="cpu"))
@@ -218,7 +218,7 @@ def test_fake_results_have_the_strides_of_real_ones(case: OpCase, config, image_
 def test_compiles_whole(case: OpCase, dynamic, device):
     torch._dynamo.reset()
     compiled = torch.compile(case.function, fullgraph=True, dynamic=dynamic)
-    for config, seed in (("v2", 0), ("v2", 1), ("groups", 2)):
+    for config, seed in ((case.full, 0), (case.full, 1), (case.mixed, 2)):
         arguments = case.make(config, torch.float32, device, seed)
         expected = run(case.function, arguments)
         for name, value in run(compiled, arguments).items():
@@ -230,16 +230,18 @@ def test_one_dynamic_graph_serves_other_sizes(case: OpCase):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(case.function, fullgraph=True, dynamic=True, backend=counter)
-    for shape in ((2, 4, 13, 11), (3, 4, 8, 19), (5, 4, 12, 6)):  # no two sizes equal: dynamo would tie them
-        arguments = make(shape)()
+    counts = []
+    for make in case.sizes:  # no two sizes equal: dynamo would tie them
+        arguments = make()
         assert_close(compiled(**arguments), case.reference(**arguments), torch.float64)
-    assert counter.frame_count == 1
+        counts.append(counter.frame_count)
+    assert counts[0] > 0 and set(counts) == {counts[0]}  # the first call may count twice: it settles on constants
 
 
 @each_case
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_autocast_runs_in_half_with_float32_positions(case: OpCase, half, device):
-    arguments = leaves(case.make("groups", torch.float32, device))
+    arguments = leaves(case.make(case.mixed, torch.float32, device))
     seen = {}
     with torch.autocast(device, half):
         out = case.function(**arguments)
@@ -256,4 +258,4 @@ def test_autocast_runs_in_half_with_float32_positions(case: OpCase, half, device
         assert_close(value.grad, expected[f"grad_{name}"], half, name)
     assert set(seen.values()) == {torch.float32}
     with torch.autocast(device, half):  # float64 is left alone, as torch leaves it
-        assert case.function(**case.make("v1", torch.float64, device)).dtype == torch.float64
+        assert case.function(**case.make(case.bare, torch.float64, device)).dtype == torch.float64

@@ -17,3 +17,10 @@ def need_plain_torch() -> bool:
         return True
     transforms = get_interpreter_stack()
     return transforms is not None and any(t.key() in (TransformType.Grad, TransformType.Jvp) for t in transforms)
+
+
+def values_are_known(t: torch.Tensor) -> bool:
+    """Whether Python may look at the values of ``t``: not while tracing, nor inside ``torch.func`` transforms."""
+    if torch.compiler.is_compiling() or get_interpreter_stack() is not None:
+        return False
+    return type(t) in (torch.Tensor, torch.nn.Parameter) and torch.utils._python_dispatch._get_current_dispatch_mode() is None

@@ -203,7 +203,7 @@ def _pool(
         where = (slice(None), c, slice(rows[gh].start, rows[gh].stop), slice(columns[gw].start, columns[gw].stop))
         at_y, at_x = y[where], x[where]
         samples = bilinear_sample(maps[None, c, :, gh, gw], at_y.reshape(1, -1), at_x.reshape(1, -1))
-        total = samples.reshape(-1, *at_y.shape[:3], at_y.shape[3] * at_y.shape[4]).sum(-1)
+        total = samples.reshape(maps.shape[1], *at_y.shape[:3], at_y.shape[3] * at_y.shape[4]).sum(-1)
         return total.transpose(0, 1)  # [R, D / classes, bins of the cell]
 
     cells = [

@@ -1,0 +1,192 @@
+// Regions of interest: where the samples of one bin lie, for the three ways of pooling. Symbols as in
+// docs/operators.md.
+#pragma once
+
+#include "sampling.h"
+
+namespace dcn {
+
+enum class RoiRule {
+  kAlign,   // RoIAlign's grid: samples at the centres of a bin's parts, average over all of them
+  kPart,    // deformable PS pooling's: rounded regions, samples at the starts, average over those on the map
+  kPixels,  // R-FCN's: rounded regions, every whole pixel that the bin touches
+};
+
+// A region on the map; [0] is y, [1] is x. image < 0: one that names no image, is inside out or not finite.
+template <typename A>
+struct RoiFrame {
+  int64_t image;
+  A start[2], size[2];
+};
+
+// The samples of one bin along one axis.
+template <typename A>
+struct BinAxis {
+  A first, step, phase;  // sample i lies at first + (i + phase) * step
+  int64_t begin, end;    // the others are not on the map
+  A low, high, last;     // within [low, high] a sample is on the map; the centre of the last pixel
+  A samples;             // what the average is over
+
+  struct Place {
+    A position;  // moved onto the map
+    bool read;   // is on the map, or NaN: a diverged offset shows
+    bool moves;  // the value changes with the position: not so beyond the centres of the outer pixels
+  };
+  DCN_HOST_DEVICE Place at(int64_t i) const {
+    const A p = first + (static_cast<A>(i) + phase) * step;
+    return {p < 0 ? A(0) : (p > last ? last : p), !(p < low || p > high), !(p < 0 || p >= last)};
+  }
+};
+
+struct RoiGeometry {
+  RoiRule rule;
+  int64_t batch, channels, height, width;             // N C H W
+  int64_t rois, outputs, groups;                      // R, D, groups of channels along each axis
+  int64_t out_height, out_width;                      // bins
+  int64_t part_height, part_width, classes;           // of offset and mask
+  int64_t grid;                                       // samples of a bin along each axis; 0: as the bin is large
+  double spatial_scale, offset_scale;
+  bool aligned;                                       // kAlign: half a pixel to the left, and no least size
+
+  DCN_HOST_DEVICE int64_t bins() const { return out_height * out_width; }
+  DCN_HOST_DEVICE int64_t class_outputs() const { return outputs / classes; }
+  DCN_HOST_DEVICE int64_t extent(int axis) const { return axis == 0 ? height : width; }
+  DCN_HOST_DEVICE int64_t bins_along(int axis) const { return axis == 0 ? out_height : out_width; }
+  DCN_HOST_DEVICE int64_t parts_along(int axis) const { return axis == 0 ? part_height : part_width; }
+  // Which part, or group, a bin lies in; and the first bin that does not lie before a part.
+  DCN_HOST_DEVICE int64_t part_of(int64_t bin, int axis) const { return bin * parts_along(axis) / bins_along(axis); }
+  DCN_HOST_DEVICE int64_t group_of(int64_t bin, int axis) const { return bin * groups / bins_along(axis); }
+  DCN_HOST_DEVICE int64_t cell_of(int64_t bin_y, int64_t bin_x) const {
+    return group_of(bin_y, 0) * groups + group_of(bin_x, 1);
+  }
+  DCN_HOST_DEVICE int64_t first_bin(int64_t part, int axis) const {
+    return (part * bins_along(axis) + parts_along(axis) - 1) / parts_along(axis);
+  }
+  // The channel that output d reads in a bin of group cell (g_y * groups + g_x).
+  DCN_HOST_DEVICE int64_t channel(int64_t d, int64_t cell) const { return d * groups * groups + cell; }
+
+  // `roi`: batch index, x1, y1, x2, y2.
+  template <typename A>
+  DCN_HOST_DEVICE RoiFrame<A> frame(const A* roi) const {
+    RoiFrame<A> f{-1, {0, 0}, {0, 0}};
+    const A lower[2] = {roi[2], roi[1]}, upper[2] = {roi[4], roi[3]};
+    bool sound = roi[0] >= 0 && roi[0] <= static_cast<A>(batch);
+    for (int axis = 0; axis < 2; ++axis)  // infinity - infinity is not 0
+      sound = sound && upper[axis] >= lower[axis] && upper[axis] - upper[axis] == 0 && lower[axis] - lower[axis] == 0;
+    if (!sound) return f;
+    const int64_t image = static_cast<int64_t>(roi[0]);
+    if (image >= batch || static_cast<A>(image) != roi[0]) return f;
+    f.image = image;
+    const A scale = static_cast<A>(spatial_scale);
+    for (int axis = 0; axis < 2; ++axis) {
+      if (rule == RoiRule::kAlign) {
+        const A half = aligned ? A(0.5) : A(0);
+        f.start[axis] = lower[axis] * scale - half;
+        f.size[axis] = (upper[axis] * scale - half) - f.start[axis];
+        if (!aligned && f.size[axis] < 1) f.size[axis] = 1;
+      } else {
+        const A half = rule == RoiRule::kPart ? A(0.5) : A(0);
+        f.start[axis] = std::round(lower[axis]) * scale - half;
+        f.size[axis] = ((std::round(upper[axis]) + 1) * scale - half) - f.start[axis];
+        if (f.size[axis] < A(0.1)) f.size[axis] = A(0.1);
+      }
+    }
+    return f;
+  }
+
+  // One axis of bin `bin` of a region that has moved by `offset` (in units of offset_scale * size).
+  template <typename A>
+  DCN_HOST_DEVICE BinAxis<A> axis(const RoiFrame<A>& f, int64_t bin, A offset, int which) const {
+    const A size = f.size[which], start = f.start[which];
+    const A step = size / static_cast<A>(bins_along(which)), n = static_cast<A>(extent(which));
+    BinAxis<A> axis{0, 1, 0, 0, 0, 0, n - 1, n - 1, 0};
+    if (rule == RoiRule::kPixels) {
+      const A low = std::floor(start + static_cast<A>(bin) * step), high = std::ceil(start + static_cast<A>(bin + 1) * step);
+      axis.begin = static_cast<int64_t>(low < 0 ? A(0) : (low > n ? n : low));
+      axis.end = static_cast<int64_t>(high < 0 ? A(0) : (high > n ? n : high));
+      axis.samples = axis.end > axis.begin ? static_cast<A>(axis.end - axis.begin) : A(0);
+      return axis;
+    }
+    axis.first = start + static_cast<A>(bin) * step + static_cast<A>(offset_scale) * size * offset;
+    if (rule == RoiRule::kPart) {
+      axis.step = step / static_cast<A>(grid);
+      axis.end = grid;
+      axis.low = A(-0.5);
+      axis.high = n - A(0.5);
+      for (int64_t i = 0; i < grid; ++i) axis.samples += axis.at(i).read ? A(1) : A(0);
+      return axis;
+    }
+    axis.samples = grid > 0 ? static_cast<A>(grid) : std::ceil(step);
+    axis.step = step / axis.samples;
+    axis.phase = A(0.5);
+    axis.low = -1;
+    axis.high = n;
+    axis.end = grid;
+    if (grid > 0 || !(axis.samples > 0)) return axis;
+    // A region may be far larger than the map: only some of its samples can lie on it, and no more than two a pixel.
+    axis.begin = index((axis.low - axis.first) / axis.step - 2, axis.samples);
+    axis.end = index((axis.high - axis.first) / axis.step + 2, axis.samples);
+    if (axis.end > axis.begin + 2 * extent(which) + 8) axis.end = axis.begin + 2 * extent(which) + 8;
+    if (axis.first != axis.first) axis.begin = 0, axis.end = 1;  // all samples of a NaN position are alike
+    return axis;
+  }
+
+ private:
+  // `value` as an index from 0 to `end`. Compared before it is converted: it may be huge or NaN.
+  template <typename A>
+  DCN_HOST_DEVICE static int64_t index(A value, A end) {
+    const A least = value < end ? value : end;
+    return least > 0 ? (least < A(1e15) ? static_cast<int64_t>(least) : int64_t(1000000000000000)) : 0;
+  }
+};
+
+// A bin with everything that its samples need.
+template <typename A>
+struct RoiBin {
+  int64_t image, cell;  // image < 0: not to be read
+  BinAxis<A> y, x;
+  A share;  // what each sample adds: 1 / number of samples, 0 where there are none
+  A size_y, size_x;  // derivative of a position by its offset
+};
+
+// Calls f(sample, y moves, x moves) for each sample of a bin that is on the map.
+template <typename A, typename F>
+DCN_HOST_DEVICE void for_each_sample(const RoiGeometry& g, const RoiBin<A>& bin, const F& f) {
+  for (int64_t i = bin.y.begin; i < bin.y.end; ++i) {
+    const auto y = bin.y.at(i);
+    if (!y.read) continue;
+    for (int64_t j = bin.x.begin; j < bin.x.end; ++j) {
+      const auto x = bin.x.at(j);
+      if (x.read) f(make_sample<A>(y.position, x.position, g.height, g.width), y.moves, x.moves);
+    }
+  }
+}
+
+// Regions, offsets and masks of a call, in the type of sums and densely stored.
+template <typename A>
+struct RoiPlaces {
+  RoiGeometry g;
+  const A *rois, *offset, *mask;  // [R, 5], [R, 2 classes, parts], [R, classes, parts]; the last two may be null
+
+  DCN_HOST_DEVICE int64_t at(int64_t r, int64_t plane, int64_t planes, int64_t bin_y, int64_t bin_x) const {
+    return ((r * planes + plane) * g.part_height + g.part_of(bin_y, 0)) * g.part_width + g.part_of(bin_x, 1);
+  }
+  DCN_HOST_DEVICE RoiBin<A> bin(const RoiFrame<A>& f, int64_t r, int64_t c, int64_t bin_y, int64_t bin_x) const {
+    RoiBin<A> b{f.image, g.cell_of(bin_y, bin_x), {}, {}, 0, 0, 0};
+    if (f.image < 0) return b;
+    const A dy = offset ? offset[at(r, 2 * c, 2 * g.classes, bin_y, bin_x)] : A(0);
+    const A dx = offset ? offset[at(r, 2 * c + 1, 2 * g.classes, bin_y, bin_x)] : A(0);
+    b.y = g.axis(f, bin_y, dy, 0);
+    b.x = g.axis(f, bin_x, dx, 1);
+    const A count = b.y.samples * b.x.samples;
+    b.share = count > 0 ? 1 / count : A(0);
+    b.size_y = static_cast<A>(g.offset_scale) * f.size[0];
+    b.size_x = static_cast<A>(g.offset_scale) * f.size[1];
+    return b;
+  }
+  DCN_HOST_DEVICE A modulation(int64_t r, int64_t c, int64_t bin_y, int64_t bin_x) const {
+    return mask ? mask[at(r, c, g.classes, bin_y, bin_x)] : A(1);
+  }
+};
+
+}  // namespace dcn

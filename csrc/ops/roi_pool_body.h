@@ -1,0 +1,134 @@
+// Pooling over regions of interest, element by element: the arithmetic that CPU and CUDA share. Each struct is one
+// task; index i runs over its elements in any order. No torch here.
+#pragma once
+
+#include "../core/accumulate.h"
+#include "../core/roi_geometry.h"
+#include "../core/view.h"
+
+namespace dcn {
+
+// output[r, d, bin] = mask * mean of the bin's samples
+template <typename A, typename S>
+struct PoolBins {
+  RoiPlaces<A> where;
+  View<const S> input;
+  View<S> output;
+
+  DCN_HOST_DEVICE int64_t size() const { return where.g.rois * where.g.outputs * where.g.bins(); }
+  DCN_HOST_DEVICE void operator()(int64_t i) const {
+    const RoiGeometry& g = where.g;
+    const int64_t x = i % g.out_width, y = i / g.out_width % g.out_height;
+    const int64_t d = i / g.bins() % g.outputs, r = i / g.bins() / g.outputs, c = d / g.class_outputs();
+    const RoiBin<A> bin = where.bin(g.frame(where.rois + 5 * r), r, c, y, x);
+    if (bin.image < 0) {
+      output.at(r, d, y, x) = static_cast<S>(static_cast<A>(NAN));
+      return;
+    }
+    const int64_t channel = g.channel(d, bin.cell);
+    A sum = 0;
+    for_each_sample(g, bin, [&](const Sample<A>& s, bool, bool) {
+      sum += interpolate(s, [&](int64_t row, int64_t column) {
+        return static_cast<A>(input.at(bin.image, channel, row, column));
+      });
+    });
+    output.at(r, d, y, x) = static_cast<S>(where.modulation(r, c, y, x) * (sum * bin.share));
+  }
+};
+
+// grad_input[image, channel, corner] += weight * mask * share * grad_output: the adjoint of PoolBins.
+template <typename A, typename S>
+struct ScatterBins {
+  RoiPlaces<A> where;
+  View<const S> grad_output;
+  View<A> grad_input;
+
+  DCN_HOST_DEVICE int64_t size() const { return where.g.rois * where.g.outputs * where.g.bins(); }
+  DCN_HOST_DEVICE void operator()(int64_t i) const {
+    const RoiGeometry& g = where.g;
+    const int64_t x = i % g.out_width, y = i / g.out_width % g.out_height;
+    const int64_t d = i / g.bins() % g.outputs, r = i / g.bins() / g.outputs, c = d / g.class_outputs();
+    const RoiBin<A> bin = where.bin(g.frame(where.rois + 5 * r), r, c, y, x);
+    if (bin.image < 0) return;
+    const int64_t channel = g.channel(d, bin.cell);
+    const A grad = static_cast<A>(grad_output.at(r, d, y, x)) * where.modulation(r, c, y, x) * bin.share;
+    for_each_sample(g, bin, [&](const Sample<A>& s, bool, bool) {
+      for (int corner = 0; corner < 4; ++corner) {
+        const A w = s.weight(corner);
+        if (s.has(corner) && w != 0)
+          atomic_add(&grad_input.at(bin.image, channel, s.row(corner), s.column(corner)), w * grad);
+      }
+    });
+  }
+};
+
+// Sums of one bin for the gradients of its offset and mask.
+template <typename A>
+struct BinGradient {
+  A value = 0, dy = 0, dx = 0;
+
+  // One sample's value and derivatives, each already summed with the output's gradient over channels.
+  DCN_HOST_DEVICE void add(const Gradient<A>& s, bool y_moves, bool x_moves) {
+    value += s.value;
+    if (y_moves) dy += s.dy;
+    if (x_moves) dx += s.dx;
+  }
+};
+
+// Gradients of offset and mask [R, (2) classes, parts]: sums over the bins of a part and the outputs of a class. One
+// element: a part of a class of a region.
+template <typename A, typename S>
+struct PartGradient {
+  RoiPlaces<A> where;
+  View<const S> input, grad_output;
+  A *grad_offset, *grad_mask;  // dense; either may be null
+
+  DCN_HOST_DEVICE int64_t size() const {
+    return where.g.rois * where.g.classes * where.g.part_height * where.g.part_width;
+  }
+  DCN_HOST_DEVICE void operator()(int64_t i) const {
+    const RoiGeometry& g = where.g;
+    const int64_t parts = g.part_height * g.part_width, part = i % parts;
+    const int64_t c = i / parts % g.classes, r = i / parts / g.classes;
+    const int64_t part_y = part / g.part_width, part_x = part % g.part_width;
+    const RoiFrame<A> frame = g.frame(where.rois + 5 * r);
+    A value = 0, dy = 0, dx = 0;
+    for (int64_t y = g.first_bin(part_y, 0); y < g.first_bin(part_y + 1, 0); ++y)
+      for (int64_t x = g.first_bin(part_x, 1); x < g.first_bin(part_x + 1, 1); ++x) {
+        const RoiBin<A> bin = where.bin(frame, r, c, y, x);
+        const A m = where.modulation(r, c, y, x);
+        BinGradient<A> sum;
+        if (bin.image < 0) {
+          sum = {A(NAN), A(NAN), A(NAN)};
+        } else {
+          for_each_sample(g, bin, [&](const Sample<A>& s, bool y_moves, bool x_moves) {
+            Gradient<A> all{0, 0, 0};
+            for (int64_t d = c * g.class_outputs(); d < (c + 1) * g.class_outputs(); ++d) {
+              const int64_t channel = g.channel(d, bin.cell);
+              const A grad = static_cast<A>(grad_output.at(r, d, y, x));
+              const Gradient<A> one = interpolate_gradient(s, [&](int64_t row, int64_t column) {
+                return static_cast<A>(input.at(bin.image, channel, row, column));
+              });
+              all.value += grad * one.value;
+              all.dy += grad * one.dy;
+              all.dx += grad * one.dx;
+            }
+            sum.add(all, y_moves, x_moves);
+          });
+          sum.value *= bin.share;
+          sum.dy *= bin.share * bin.size_y;
+          sum.dx *= bin.share * bin.size_x;
+        }
+        value += sum.value;
+        dy += m * sum.dy;
+        dx += m * sum.dx;
+      }
+    if (grad_offset) {
+      grad_offset[(r * g.classes + c) * 2 * parts + part] = dy;
+      grad_offset[((r * g.classes + c) * 2 + 1) * parts + part] = dx;
+    }
+    if (grad_mask) grad_mask[i] = value;
+  }
+};
+
+}  // namespace dcn
