@@ -19,11 +19,14 @@ MAY_IMPORT = {
     "collect_env": ("_version _extension", ""),
     "reference": ("reference", ""),
     "ops": ("ops reference _extension", ""),
-    "layers": ("layers ops", ""),
+    # torchvision: multiscale_roi.py is a subclass of its class; the package imports that file on first use only.
+    "layers": ("layers ops", "torchvision"),
     "convert": ("layers ops", ""),
     "checkpoint": ("layers", "safetensors"),
     "visualize": ("layers ops", "numpy matplotlib"),
-    "models": ("models convert checkpoint layers ops", "timm mmengine"),
+    "visualize_detection": ("visualize layers", "numpy matplotlib"),
+    # Detectors are torchvision's; they alone import it.
+    "models": ("models convert checkpoint layers ops", "timm mmengine torchvision"),
     "mmengine_hooks": ("registry", "mmengine numpy"),
     "registry": ("models layers mmengine_hooks convert", "mmengine mmcv"),
     "finetune": (
