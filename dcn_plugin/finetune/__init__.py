@@ -5,6 +5,7 @@ from __future__ import annotations
 try:
     from .callbacks import OffsetMonitor
     from .data import ImageDataModule
+    from .detection import CocoDataModule, DetectionModule
     from .digits import Digits
     from .export import export_model, load_exported
     from .module import FinetuneModule
@@ -18,6 +19,8 @@ except ModuleNotFoundError as error:
     ) from error
 
 __all__ = [
+    "CocoDataModule",
+    "DetectionModule",
     "Digits",
     "FinetuneModule",
     "ImageDataModule",

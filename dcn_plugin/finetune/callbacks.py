@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
@@ -106,12 +107,25 @@ class OffsetMonitor(pl.Callback):
         self.on_train_end(trainer, pl_module)
 
 
-class PredictionWriter(BasePredictionWriter):
-    """Write `predictions.csv` (file, label, class name, score) after prediction, one file per process if several."""
+class _EpochWriter(BasePredictionWriter):
+    """What the writers share: one file in `directory` after the last batch, or one per process if several."""
+
+    filename: ClassVar[str]
 
     def __init__(self, directory: str | Path) -> None:
         super().__init__(write_interval="epoch")
         self.directory = Path(directory)
+
+    def _path(self, trainer: pl.Trainer) -> Path:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / self.filename
+        return path.with_stem(f"{path.stem}_{trainer.global_rank}") if trainer.world_size > 1 else path
+
+
+class PredictionWriter(_EpochWriter):
+    """Write `predictions.csv` (file, label, class name, score) after prediction, one file per process if several."""
+
+    filename = "predictions.csv"
 
     def write_on_epoch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, predictions: Sequence[Any], batch_indices: Sequence
@@ -121,12 +135,35 @@ class PredictionWriter(BasePredictionWriter):
         labels = torch.cat([batch["label"] for batch in predictions]).tolist()
         scores = torch.cat([batch["score"] for batch in predictions]).tolist()
         classes = getattr(pl_module, "class_names", None)
-        suffix = f"_{trainer.global_rank}" if trainer.world_size > 1 else ""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with open(self.directory / f"predictions{suffix}.csv", "w", newline="") as file:
+        with open(self._path(trainer), "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["file", "label", "class", "score"])
             for row, (label, score) in enumerate(zip(labels, scores, strict=True)):
                 index = indices[row] if indices else row
                 name = names[index] if names is not None else index
                 writer.writerow([name, label, classes[label] if classes else label, f"{score:.6f}"])
+
+
+class DetectionWriter(_EpochWriter):
+    """Write `detections.json` after prediction: COCO's results format, one file per process if several.
+
+    A list of `dict(image_id, category_id, bbox=[x, y, width, height], score, file_name)`, which
+    `pycocotools.coco.COCO.loadRes` reads. `category_id` is that of the training data.
+    """
+
+    filename = "detections.json"
+
+    def write_on_epoch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, predictions: Sequence[Any], batch_indices: Sequence
+    ) -> None:
+        names = trainer.datamodule.filenames("predict") if trainer.datamodule is not None else {}
+        ids = getattr(pl_module, "category_ids", None)
+        results = []
+        for image in (image for batch in predictions for image in batch):
+            boxes = image["boxes"].float().cpu()
+            boxes[:, 2:] -= boxes[:, :2]
+            labels, scores = image["labels"].tolist(), image["scores"].tolist()
+            for label, box, score in zip(labels, boxes.tolist(), scores, strict=True):
+                result = dict(image_id=image["image_id"], category_id=ids[label - 1] if ids else label, bbox=box)
+                results.append(result | dict(score=score, file_name=names.get(image["image_id"])))
+        self._path(trainer).write_text(json.dumps(results))

@@ -11,11 +11,13 @@ import safetensors.torch
 import timm
 from timm.models import save_for_hf
 from torch import nn
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from dcn_plugin.convert import convert
 
 from .config import plain
-from .module import build_model, without_initial_weights
+from .detection.module import build, without_pretrained_backbone
+from .module import build_model
 
 CONFIG, WEIGHTS, KEY = "config.json", "model.safetensors", "dcn_plugin"
 
@@ -28,21 +30,25 @@ def export_model(
     rules: Sequence[Mapping] | None = None,
     data_config: Mapping[str, Any] | None = None,
     class_names: Sequence[str] | None = None,
+    category_ids: Sequence[int] | None = None,
 ) -> Path:
     """Write `model.safetensors` and `config.json` of a model to `directory` and return it.
 
     A model that a timm name describes (`resnet50_dcn`, ...) becomes a timm `local-dir:` folder: after
     `import dcn_plugin`, `timm.create_model('local-dir:<directory>', pretrained=True)` gives the same outputs. A model
-    changed by replacement rules, or built by MMEngine, has no timm name: its folder also holds the rules or the
-    MMEngine config, and `dcn_plugin.finetune.load_exported(directory)`, which reads both kinds, builds it again.
+    changed by replacement rules, built by MMEngine, or a detector has no timm name: its folder also holds the rules and
+    the MMEngine config or the detector's specification, and `dcn_plugin.finetune.load_exported(directory)`, which reads
+    all kinds, builds it again.
 
     Args:
-        model: the trained model (the classifier itself, not the Lightning module).
+        model: the trained model (the classifier or detector itself, not the Lightning module).
         directory: folder to write to; made if missing.
-        spec: what `FinetuneModule(model=...)` was built from; needed for an MMEngine model.
+        spec: what `FinetuneModule(model=...)` was built from, or `DetectionModule(...).spec`; needed for an MMEngine
+            model and a detector.
         rules: the replacement rules it was converted with.
         data_config: preprocessing (`input_size`, `mean`, `std`, `interpolation`, `crop_pct`) stored beside the weights.
-        class_names: names of the classes in label order.
+        class_names: names of the classes in label order (a detector's labels count from 1).
+        category_ids: ids of a detector's classes in its annotation files, in label order.
 
     Raises:
         ValueError: a model that neither a timm name nor `spec` describes.
@@ -53,7 +59,11 @@ def export_model(
     is_timm = hasattr(model, "pretrained_cfg")
     if rules:
         extra[KEY] = dict(rules=plain(rules))
-    if not is_timm:
+    if isinstance(model, GeneralizedRCNN):
+        if not isinstance(spec, Mapping) or not {"name", "num_classes"} <= set(spec):
+            raise ValueError(f"spec: expected dict(name=..., num_classes=..., ...) of a detector, got {spec!r}")
+        extra[KEY] = extra.get(KEY, {}) | dict(detector=without_pretrained_backbone(spec))
+    elif not is_timm:
         if not isinstance(spec, Mapping) or "type" not in spec:
             raise ValueError(f"spec: expected the MMEngine config of a {type(model).__name__}, got {spec!r}")
         extra[KEY] = extra.get(KEY, {}) | dict(model=plain(spec))
@@ -63,8 +73,10 @@ def export_model(
         save_for_hf(model, str(directory), model_config=extra | names, safe_serialization=True, data_config=data)
         return directory
     safetensors.torch.save_model(model, str(directory / WEIGHTS))
-    labels = None if class_names is None else list(class_names)
-    (directory / CONFIG).write_text(json.dumps(extra | dict(pretrained_cfg=data, label_names=labels), indent=2))
+    extra |= dict(pretrained_cfg=data, label_names=None if class_names is None else list(class_names))
+    if category_ids is not None:
+        extra["category_ids"] = list(category_ids)
+    (directory / CONFIG).write_text(json.dumps(extra, indent=2))
     return directory
 
 
@@ -90,8 +102,10 @@ def load_exported(directory: str | Path) -> nn.Module:
     ours = config.get(KEY, {})
     if not ours:
         return timm.create_model(f"local-dir:{directory}", pretrained=True).eval()
-    if "model" in ours:
-        model = build_model(without_initial_weights(dict(model=ours["model"]))["model"])
+    if "detector" in ours:
+        model = build(ours["detector"])
+    elif "model" in ours:
+        model = build_model(ours["model"])
     else:
         model = timm.create_model(f"local-dir:{directory}", pretrained=False)
     if "rules" in ours:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import pytorch_lightning as pl
 import timm
@@ -20,8 +20,12 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from dcn_plugin.checkpoint import load_checkpoint
 from dcn_plugin.convert import convert
+from dcn_plugin.layers import offset_parameters
+from dcn_plugin.layers.roi import BRANCH_LR_MULT
 
 from .config import arguments, check_keys, plain
+
+Module = TypeVar("Module", bound="TunedModule")
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")
 
@@ -32,12 +36,14 @@ def param_groups(
     layer_decay: float | None = None,
     offset_lr_mult: float = 1.0,
     no_weight_decay: Sequence[str] = (),
+    roi_offset_lr_mult: float = 0.01,
 ) -> list[dict]:
-    """Split the trainable parameters into timm's groups and give the offset predictors a learning rate of their own.
+    """Split the trainable parameters into timm's groups and give the offset predictors learning rates of their own.
 
     Every group carries `lr_scale`, which timm's schedulers multiply the learning rate with:
-    `lr_scale = layer_decay^(layers above) * (offset_lr_mult if the parameter belongs to a conv_offset else 1)`.
-    Biases and norms have no weight decay, as in timm.
+    `lr_scale = layer_decay^(layers above) * factor`. The factor is `offset_lr_mult` for `conv_offset` and whatever else
+    is usually trained at the full rate (see `dcn_plugin.layers.offset_parameters`), `roi_offset_lr_mult` for the fully
+    connected branches of RoI pooling, 1 for the rest. Biases and norms have no weight decay, as in timm.
     """
     if layer_decay is None:
         groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=no_weight_decay)
@@ -45,15 +51,19 @@ def param_groups(
         groups = param_groups_layer_decay(
             model, weight_decay, no_weight_decay_list=no_weight_decay, layer_decay=layer_decay
         )
-    offsets = {id(p) for name, p in model.named_parameters() if "conv_offset" in name}
+    named = dict(model.named_parameters())
+    factors = {
+        id(named[name]): roi_offset_lr_mult if usual == BRANCH_LR_MULT else offset_lr_mult * usual
+        for name, usual in offset_parameters(model).items()
+    }
     result = []
     for group in groups:
         scale = group.pop("lr_scale", 1.0)
         params = group.pop("params")
-        for mult, is_offset in ((1.0, False), (offset_lr_mult, True)):
-            chosen = [p for p in params if (id(p) in offsets) == is_offset]
+        for factor in (None, *sorted(set(factors.values()), reverse=True)):  # None: all the rest
+            chosen = [p for p in params if factors.get(id(p)) == factor]
             if chosen:
-                result.append({**group, "params": chosen, "lr_scale": scale * mult})
+                result.append({**group, "params": chosen, "lr_scale": scale * (1.0 if factor is None else factor)})
     return result
 
 
@@ -80,7 +90,114 @@ def build_model(spec: str | Mapping[str, Any], num_classes: int | None = None) -
         raise TypeError(f"model: {name} does not take these arguments: {error}") from error
 
 
-class FinetuneModule(pl.LightningModule):
+class TunedModule(pl.LightningModule):
+    """What the Lightning modules share: weights to start from, optimizer and schedule, and what checkpoints remember.
+
+    A subclass builds `self.model`, calls `_configure` with its arguments and `_adapt` with the model's.
+    """
+
+    model: nn.Module
+    # Attributes that come from the data and go into checkpoints.
+    remembered: ClassVar[tuple[str, ...]] = ("data_config", "class_names")
+
+    def _configure(self, optimizer: Mapping[str, Any] | None, schedule: Mapping[str, Any] | None) -> None:
+        self.optimizer_args = dict(opt="adamw", lr=1e-3, weight_decay=0.05) | plain(optimizer or {})
+        self.lr_mults = dict(offset_lr_mult=1.0, roi_offset_lr_mult=0.01)
+        for key in self.lr_mults:
+            self.lr_mults[key] = self.optimizer_args.pop(key, self.lr_mults[key])
+            if self.lr_mults[key] < 0:
+                raise ValueError(f"optimizer.{key}: expected a non-negative factor, got {self.lr_mults[key]}")
+        self.layer_decay = self.optimizer_args.pop("layer_decay", None)
+        try:  # on a stand-in, so that a bad name or argument shows before any data is read
+            create_optimizer_v2([nn.Parameter(torch.zeros(1))], **self.optimizer_args)
+        except (TypeError, ValueError, AssertionError) as error:
+            raise ValueError(f"optimizer: {self.optimizer_args!r} does not fit: {error}") from error
+        self.schedule_args = dict(sched="cosine") | plain(schedule or {})
+        known = arguments(create_scheduler_v2, "optimizer", "num_epochs", "step_on_epochs", "updates_per_epoch")
+        check_keys("schedule", self.schedule_args, known)
+        if self.schedule_args["sched"] not in SCHEDULES:
+            got = self.schedule_args["sched"]
+            raise ValueError(f"schedule.sched: expected one of {', '.join(SCHEDULES)}, got {got!r}")
+        self.data_config: dict[str, Any] | None = None
+        self.class_names: list[str] | None = None
+
+    def _adapt(self, rules: Sequence[Mapping] | None, checkpoint: str | Mapping[str, Any] | None) -> None:
+        """Replace layers of the model by rules, then load the weights to start from."""
+        self.conversion = convert(self.model, plain(rules)) if rules else None
+        if checkpoint is not None:
+            options = dict(path=checkpoint) if isinstance(checkpoint, (str, Path)) else plain(checkpoint)
+            if "path" not in options:
+                raise ValueError(f"checkpoint: expected a path or dict(path=..., ...), got {checkpoint!r}")
+            self.load_report = load_checkpoint(self.model, options.pop("path"), **options)
+
+    @classmethod
+    def restore(cls: type[Module], path: str | Path, **overrides: Any) -> Module:
+        """Rebuild the module of a Lightning checkpoint without fetching the weights it once started from."""
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if "hyper_parameters" not in saved:
+            raise ValueError(f"path: expected a Lightning checkpoint of a {cls.__name__}, got {path}")
+        module = cls(**(cls.without_initial_weights(saved["hyper_parameters"]) | overrides))
+        module.load_state_dict(saved["state_dict"])
+        module.on_load_checkpoint(saved)
+        return module
+
+    @classmethod
+    def without_initial_weights(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return module arguments that build the same architecture without reading any weights."""
+        result: dict[str, Any] = plain(values)
+        return result | dict(checkpoint=None, model=cls.bare(result["model"]))
+
+    @classmethod
+    def bare(cls, model: Any) -> Any:
+        """Return the argument `model` without the weights that it names."""
+        raise NotImplementedError
+
+    # -- optimisation -------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        args = self.optimizer_args
+        model = cast(Any, self.model)
+        never = tuple(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else ()
+
+        def groups(model: nn.Module) -> list[dict]:
+            return param_groups(model, args["weight_decay"], self.layer_decay, no_weight_decay=never, **self.lr_mults)
+
+        optimizer = create_optimizer_v2(self.model, **args, param_group_fn=groups)
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise ValueError("schedule: expected an end of training, set trainer.max_epochs or trainer.max_steps")
+        self.trainer.fit_loop.setup_data()  # else the number of batches is not known yet
+        batches = self.trainer.num_training_batches
+        per_epoch = math.ceil(batches / self.trainer.accumulate_grad_batches) if math.isfinite(batches) else steps
+        # In optimizer steps, so that a run that ends within an epoch (max_steps) ends its schedule there.
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            **self.schedule_args,
+            num_epochs=steps / per_epoch,
+            step_on_epochs=False,
+            updates_per_epoch=per_epoch,
+        )
+        if scheduler is None:
+            for group in optimizer.param_groups:
+                group["lr"] *= group["lr_scale"]
+            return optimizer
+        return dict(optimizer=optimizer, lr_scheduler=dict(scheduler=scheduler, interval="step"))
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        scheduler.step_update(num_updates=self.global_step)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["dcn_plugin"] = {name: getattr(self, name) for name in self.remembered}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("dcn_plugin", {})
+        for name in self.remembered:
+            setattr(self, name, getattr(self, name) or saved.get(name))
+
+
+class FinetuneModule(TunedModule):
     """Train a classifier: cross-entropy, Mixup/CutMix, timm optimizer and schedule, top-1 and top-5 accuracy.
 
     Args:
@@ -94,7 +211,8 @@ class FinetuneModule(pl.LightningModule):
         label_smoothing: smoothing of the targets in [0, 1).
         mixup: arguments of `timm.data.Mixup`, such as `dict(mixup_alpha=0.2, cutmix_alpha=1.0)`; needs even batches.
         optimizer: arguments of `timm.optim.create_optimizer_v2` (`opt`, `lr`, `weight_decay`, ...) plus `layer_decay`
-            and `offset_lr_mult`, the factor on the learning rate of every `conv_offset` (0.1 is usual).
+            and factors on the learning rate: `offset_lr_mult` of every `conv_offset` (0.1 is usual) and
+            `roi_offset_lr_mult` of the branches of RoI pooling (default 0.01).
         schedule: arguments of `timm.scheduler.create_scheduler_v2` (`sched`, `warmup_epochs`, `min_lr`, ...); stepped
             after every optimizer step, over the trainer's whole run.
         channels_last: keep model and images in channels-last memory format.
@@ -108,8 +226,7 @@ class FinetuneModule(pl.LightningModule):
         >>> module(torch.zeros(2, 3, 64, 64)).shape
         torch.Size([2, 3])
 
-    `lr_scale` and the schedules are timm's; the offset factor is that of Dai et al., 2017 (learning rate 0.1 times for
-    some of the offset branches).
+    `lr_scale` and the schedules are timm's; the offset factors are those of Dai et al., 2017, section 2.3.
     """
 
     def __init__(
@@ -132,29 +249,9 @@ class FinetuneModule(pl.LightningModule):
         )
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing: expected 0 <= label_smoothing < 1, got {label_smoothing}")
-        self.optimizer_args = dict(opt="adamw", lr=1e-3, weight_decay=0.05) | plain(optimizer or {})
-        self.offset_lr_mult = self.optimizer_args.pop("offset_lr_mult", 1.0)
-        if self.offset_lr_mult < 0:
-            raise ValueError(f"optimizer.offset_lr_mult: expected a non-negative factor, got {self.offset_lr_mult}")
-        self.layer_decay = self.optimizer_args.pop("layer_decay", None)
-        try:  # on a stand-in, so that a bad name or argument shows before any data is read
-            create_optimizer_v2([nn.Parameter(torch.zeros(1))], **self.optimizer_args)
-        except (TypeError, ValueError, AssertionError) as error:
-            raise ValueError(f"optimizer: {self.optimizer_args!r} does not fit: {error}") from error
-        self.schedule_args = dict(sched="cosine") | plain(schedule or {})
-        known = arguments(create_scheduler_v2, "optimizer", "num_epochs", "step_on_epochs", "updates_per_epoch")
-        check_keys("schedule", self.schedule_args, known)
-        if self.schedule_args["sched"] not in SCHEDULES:
-            got = self.schedule_args["sched"]
-            raise ValueError(f"schedule.sched: expected one of {', '.join(SCHEDULES)}, got {got!r}")
-
+        self._configure(optimizer, schedule)
         self.model = build_model(model, num_classes)
-        self.conversion = convert(self.model, plain(rules)) if rules else None
-        if checkpoint is not None:
-            options = dict(path=checkpoint) if isinstance(checkpoint, (str, Path)) else plain(checkpoint)
-            if "path" not in options:
-                raise ValueError(f"checkpoint: expected a path or dict(path=..., ...), got {checkpoint!r}")
-            self.load_report = load_checkpoint(self.model, options.pop("path"), **options)
+        self._adapt(rules, checkpoint)
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
         self.channels_last = channels_last
@@ -174,20 +271,10 @@ class FinetuneModule(pl.LightningModule):
         self.metrics = nn.ModuleDict(
             {stage: MetricCollection(accuracy, prefix=f"{stage}_").clone() for stage in ("val", "test")}
         )
-        self.data_config: dict[str, Any] | None = None
-        self.class_names: list[str] | None = None
 
     @classmethod
-    def restore(cls, path: str | Path, **overrides: Any) -> FinetuneModule:
-        """Rebuild the module of a Lightning checkpoint without fetching the weights it once started from."""
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if "hyper_parameters" not in saved:
-            raise ValueError(f"path: expected a Lightning checkpoint of a FinetuneModule, got {path}")
-        values = without_initial_weights(saved["hyper_parameters"]) | overrides
-        module = cls(**values)
-        module.load_state_dict(saved["state_dict"])
-        module.on_load_checkpoint(saved)
-        return module
+    def bare(cls, model: Any) -> Any:
+        return {**model, "pretrained": False} if isinstance(model, Mapping) and "name" in model else model
 
     @property
     def backbone(self) -> nn.Module:
@@ -255,56 +342,3 @@ class FinetuneModule(pl.LightningModule):
         scores = self(images).float().softmax(dim=-1)
         score, label = scores.max(dim=-1)
         return dict(label=label, score=score, scores=scores)
-
-    # -- optimisation -------------------------------------------------------------------------------------------------
-
-    def configure_optimizers(self) -> Any:
-        args = self.optimizer_args
-        model = cast(Any, self.model)
-        never = tuple(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else ()
-
-        def groups(model: nn.Module) -> list[dict]:
-            return param_groups(model, args["weight_decay"], self.layer_decay, self.offset_lr_mult, never)
-
-        optimizer = create_optimizer_v2(self.model, **args, param_group_fn=groups)
-        steps = self.trainer.estimated_stepping_batches
-        if not math.isfinite(steps):
-            raise ValueError("schedule: expected an end of training, set trainer.max_epochs or trainer.max_steps")
-        self.trainer.fit_loop.setup_data()  # else the number of batches is not known yet
-        batches = self.trainer.num_training_batches
-        per_epoch = math.ceil(batches / self.trainer.accumulate_grad_batches) if math.isfinite(batches) else steps
-        # In optimizer steps, so that a run that ends within an epoch (max_steps) ends its schedule there.
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            **self.schedule_args,
-            num_epochs=steps / per_epoch,
-            step_on_epochs=False,
-            updates_per_epoch=per_epoch,
-        )
-        if scheduler is None:
-            for group in optimizer.param_groups:
-                group["lr"] *= group["lr_scale"]
-            return optimizer
-        return dict(optimizer=optimizer, lr_scheduler=dict(scheduler=scheduler, interval="step"))
-
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        scheduler.step_update(num_updates=self.global_step)
-
-    # -- checkpoints --------------------------------------------------------------------------------------------------
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["dcn_plugin"] = dict(data_config=self.data_config, class_names=self.class_names)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get("dcn_plugin", {})
-        self.data_config = self.data_config or saved.get("data_config")
-        self.class_names = self.class_names or saved.get("class_names")
-
-
-def without_initial_weights(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return module arguments that build the same architecture without reading any weights."""
-    result: dict[str, Any] = plain(values)
-    result["checkpoint"] = None
-    if isinstance(result["model"], dict) and "name" in result["model"]:
-        result["model"]["pretrained"] = False
-    return result

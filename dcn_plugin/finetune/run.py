@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import pytorch_lightning.callbacks
@@ -16,14 +16,29 @@ import pytorch_lightning.strategies
 import torch
 from mmengine.config import Config
 
-from .callbacks import OffsetMonitor, PredictionWriter
+from .callbacks import DetectionWriter, OffsetMonitor, PredictionWriter
 from .config import arguments, build_object, check_keys, plain, unknown
 from .data import ImageDataModule
+from .detection import CocoDataModule, DetectionModule
 from .export import export_model
-from .module import FinetuneModule, without_initial_weights
+from .module import FinetuneModule, TunedModule
 
 TASKS = ("fit", "validate", "test", "predict")
-_OURS = {"OffsetMonitor": OffsetMonitor, "PredictionWriter": PredictionWriter}
+_OURS = {cls.__name__: cls for cls in (OffsetMonitor, PredictionWriter, DetectionWriter)}
+
+
+class Kind(NamedTuple):
+    """What belongs together: a Lightning module, the data it trains on, the writer of its predictions."""
+
+    module: Any
+    data: Any
+    writer: Any
+
+
+KINDS = {
+    "FinetuneModule": Kind(FinetuneModule, ImageDataModule, PredictionWriter),
+    "DetectionModule": Kind(DetectionModule, CocoDataModule, DetectionWriter),
+}
 
 
 def _classes(module: Any, base: type) -> dict[str, type]:
@@ -33,8 +48,20 @@ def _classes(module: Any, base: type) -> dict[str, type]:
 CALLBACKS = _classes(pytorch_lightning.callbacks, pl.Callback) | _OURS
 LOGGERS = _classes(pytorch_lightning.loggers, pytorch_lightning.loggers.Logger)
 STRATEGIES = _classes(pytorch_lightning.strategies, pytorch_lightning.strategies.Strategy)
-MODULE_KEYS = arguments(FinetuneModule)
-KEYS = [*MODULE_KEYS, "data", "trainer", "callbacks", "logger", "seed"]
+RUN_KEYS = ("module", "data", "trainer", "callbacks", "logger", "seed")
+
+
+def kind_of(config: Mapping[str, Any]) -> Kind:
+    """Return what a config's `module` names; without one it is `FinetuneModule`."""
+    name = config.get("module", "FinetuneModule")
+    if name not in KINDS:
+        raise ValueError(unknown("module", name, KINDS, "config"))
+    return KINDS[name]
+
+
+def known_keys(config: Mapping[str, Any]) -> list[str]:
+    """Return the top-level keys that a config may have."""
+    return [*arguments(kind_of(config).module), *RUN_KEYS]
 
 
 @contextmanager
@@ -61,7 +88,8 @@ def quiet() -> Iterator[None]:
 def load_config(path: str | Path, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Read an MMEngine config file (text style, with `_base_`), apply `options` and check its keys.
 
-    Top-level keys are the arguments of `FinetuneModule` plus `data` (arguments of `ImageDataModule`), `trainer`
+    Top-level keys are `module` ('FinetuneModule', the default, or 'DetectionModule'), the arguments of that module,
+    `data` (arguments of `ImageDataModule` or, for detection, `CocoDataModule`), `trainer`
     (arguments of Lightning's `Trainer`; `strategy` may be `dict(type=...)`), `callbacks` (name -> `dict(type=...)` of
     Lightning's or this package's callbacks, or None to drop one of a base config), `logger` (`dict(type=...)`, or
     False) and `seed`.
@@ -85,11 +113,12 @@ def load_config(path: str | Path, options: Mapping[str, Any] | None = None) -> d
 
 def check_config(config: Mapping[str, Any]) -> None:
     """Raise ValueError naming the first key of a config, or of one of its sections, that nothing would read."""
-    check_keys("config", config, KEYS)
+    kind = kind_of(config)
+    check_keys("config", config, known_keys(config))
     for key in ("model", "data"):
         if key not in config:
             raise ValueError(f"config: key {key!r} is missing")
-    check_keys("data", config["data"], arguments(ImageDataModule))
+    check_keys("data", config["data"], arguments(kind.data))
     check_keys("trainer", config.get("trainer", {}), arguments(pl.Trainer, "callbacks", "logger"))
     for name, spec in config.get("callbacks", {}).items():
         if spec is not None and (not isinstance(spec, Mapping) or spec.get("type") not in CALLBACKS):
@@ -106,13 +135,13 @@ def build_callbacks(config: Mapping[str, Any], work_dir: Path) -> list[pl.Callba
         spec = dict(spec)
         if spec.get("type") in ("ModelCheckpoint", "OnExceptionCheckpoint"):
             spec.setdefault("dirpath", str(work_dir))
-        if spec.get("type") == "PredictionWriter":
+        if spec.get("type") in ("PredictionWriter", "DetectionWriter"):
             spec.setdefault("directory", str(work_dir))
         callbacks.append(build_object(f"callbacks.{name}", spec, CALLBACKS))
     return callbacks
 
 
-def build(config: Mapping[str, Any], work_dir: str | Path) -> tuple[pl.Trainer, FinetuneModule, ImageDataModule]:
+def build(config: Mapping[str, Any], work_dir: str | Path) -> tuple[pl.Trainer, TunedModule, pl.LightningDataModule]:
     """Build trainer, module and data of a checked config; its `seed` is set first.
 
     The number of classes is the data's unless the config says otherwise.
@@ -122,12 +151,13 @@ def build(config: Mapping[str, Any], work_dir: str | Path) -> tuple[pl.Trainer, 
     check_config(config)
     if config.get("seed") is not None:
         pl.seed_everything(config["seed"], workers=True, verbose=False)
-    data = ImageDataModule(**config["data"])
-    values = {key: config[key] for key in MODULE_KEYS if key in config}
+    kind = kind_of(config)
+    data = kind.data(**config["data"])
+    values = {key: config[key] for key in arguments(kind.module) if key in config}
     model = values["model"]
     if "num_classes" not in values and not (isinstance(model, dict) and ("num_classes" in model or "type" in model)):
         values["num_classes"] = data.num_classes
-    module = FinetuneModule(**values)
+    module = kind.module(**values)
 
     options = dict(config.get("trainer", {}))
     if isinstance(options.get("strategy"), Mapping):
@@ -175,7 +205,9 @@ def run(
     if checkpoint is not None:
         if not Path(checkpoint).is_file():
             raise FileNotFoundError(f"checkpoint: expected a file, got {str(checkpoint)!r}, which does not exist")
-        config = {**config, **without_initial_weights({key: v for key, v in config.items() if key in MODULE_KEYS})}
+        module_class = kind_of(config).module
+        keys = arguments(module_class)
+        config = {**config, **module_class.without_initial_weights({k: v for k, v in config.items() if k in keys})}
     elif task != "fit" and not _has_weights(config):
         raise ValueError(f"checkpoint: {task} needs one (or a config with model.pretrained or checkpoint), got none")
     trainer, module, data = build(config, work_dir)
@@ -188,10 +220,11 @@ def run(
             return dict(trainer.validate(module, data, verbose=False)[0])
         if task == "test":
             return dict(trainer.test(module, data, verbose=False)[0])
-        if not any(isinstance(callback, PredictionWriter) for callback in trainer.callbacks):
-            trainer.callbacks.append(PredictionWriter(work_dir))
+        writer = kind_of(config).writer
+        if not any(isinstance(callback, writer) for callback in trainer.callbacks):
+            trainer.callbacks.append(writer(work_dir))
         trainer.predict(module, data, return_predictions=False)
-        return dict(predictions=str(work_dir / "predictions.csv"))
+        return dict(predictions=str(work_dir / writer.filename))
 
     trainer.fit(module, data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
     results: dict[str, Any] = {
@@ -212,20 +245,23 @@ def run(
     return results
 
 
-def _load_weights(module: FinetuneModule, checkpoint: str | Path) -> None:
+def _load_weights(module: TunedModule, checkpoint: str | Path) -> None:
     """Load the weights that are evaluated and exported: the averaged ones where weights were averaged.
 
     Given a checkpoint's path, Lightning's trainer would put the weights back that training goes on with.
     """
-    module.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    module.load_state_dict(saved["state_dict"])
+    module.on_load_checkpoint(saved)
 
 
-def export_module(module: FinetuneModule, directory: str | Path) -> Path:
-    """Export the model of a `FinetuneModule` with what it knows about its data (see `export_model`)."""
+def export_module(module: TunedModule, directory: str | Path) -> Path:
+    """Export the model of a module with what it knows about its data (see `export_model`)."""
     return export_model(
         module.model,
         directory,
-        spec=module.hparams["model"],
+        spec=getattr(module, "spec", module.hparams["model"]),
+        category_ids=getattr(module, "category_ids", None),
         rules=module.hparams.get("rules"),
         data_config=module.data_config,
         class_names=module.class_names,
@@ -233,5 +269,5 @@ def export_module(module: FinetuneModule, directory: str | Path) -> Path:
 
 
 def _has_weights(config: Mapping[str, Any]) -> bool:
-    model = config["model"]
+    model = config["model"]  # a detector's pretrained backbone alone detects nothing, and stands elsewhere
     return config.get("checkpoint") is not None or (isinstance(model, Mapping) and bool(model.get("pretrained")))

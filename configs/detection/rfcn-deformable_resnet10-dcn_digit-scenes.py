@@ -1,0 +1,2 @@
+_base_ = "rfcn_resnet10-dcn_digit-scenes.py"
+model = dict(deformable=True)

@@ -1,0 +1,216 @@
+"""The Lightning module for detection: torchvision-like detectors, their losses, COCO's average precision."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.detection import MeanAveragePrecision
+
+from ..config import arguments, plain
+from ..module import TunedModule
+
+Target = dict[str, Any]
+# What is logged of the metric: mean average precision over IoU 0.50:0.95, at 0.50, at 0.75, by size of the objects, and
+# the mean recall with 100 detections an image. A size of which there is no object has -1, as in COCO's evaluation.
+SCORES = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "mar_100")
+
+
+class DetectionModule(TunedModule):
+    """Train a detector: the sum of its losses, timm optimizer and schedule, COCO's mean average precision.
+
+    Args:
+        model: `dict(name='faster_rcnn' | 'rfcn', backbone=..., ...)`, as `build_detector` of
+            `dcn_plugin.models.dcn_detection` takes it, without `num_classes`.
+        num_classes: number of classes of objects, at least 1. (torchvision's detectors count the background too; this
+            does not.)
+        rules: replacement rules for `dcn_plugin.convert`, applied after the model is built.
+        checkpoint: path of weights to start from, or `dict(path=..., **options of dcn_plugin.load_checkpoint)`; loaded
+            after the replacement.
+        optimizer: as in `FinetuneModule`: arguments of `timm.optim.create_optimizer_v2`, `layer_decay`,
+            `offset_lr_mult` (`conv_offset`) and `roi_offset_lr_mult` (offset and mask branches of RoI pooling).
+        schedule: arguments of `timm.scheduler.create_scheduler_v2`, as in `FinetuneModule`.
+
+    Batches are a list of images [C, H, W] in 0..1 and a list of targets, as `CocoDataModule` gives them. Logged are
+    `train_loss` and each loss as `train_<name>`, and for validation and test (`val_`, `test_`) `map`, `map_50`,
+    `map_75`, `map_small`, `map_medium`, `map_large` and `mar_100`.
+
+    The random numbers of an epoch depend on the seed (`seed_everything`) and its number alone, so that a resumed run
+    draws what it would have drawn.
+
+    Raises:
+        ValueError, TypeError: an unknown model, key or schedule, or a value that makes no sense.
+        ModuleNotFoundError: pycocotools, which the metric needs, is not installed.
+
+    Example:
+        >>> import torch
+        >>> backbone = dict(name='resnet18_dcn', layers=(1, 1, 1, 1), channels=(8, 8, 8, 8))
+        >>> module = DetectionModule(dict(name='faster_rcnn', backbone=backbone, min_size=64), num_classes=3)
+        >>> sorted(module.eval()([torch.rand(3, 64, 64)])[0])
+        ['boxes', 'labels', 'scores']
+    """
+
+    remembered: ClassVar[tuple[str, ...]] = (*TunedModule.remembered, "category_ids")
+
+    def __init__(
+        self,
+        model: Mapping[str, Any],
+        num_classes: int,
+        *,
+        rules: Sequence[Mapping] | None = None,
+        checkpoint: str | Mapping[str, Any] | None = None,
+        optimizer: Mapping[str, Any] | None = None,
+        schedule: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        # Plain types only: Lightning stores these in the checkpoint and reads it with weights_only=True.
+        self.save_hyperparameters(
+            {key: plain(value) for key, value in locals().items() if key in arguments(type(self))}
+        )
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+            raise ValueError(f"num_classes: expected at least 1 class of objects, got {num_classes!r}")
+        self.num_classes = num_classes
+        self._configure(optimizer, schedule)
+        _metric()  # so that what it needs is missed now, not after the first epoch
+        self.spec = detector_spec(model, num_classes)
+        self.model = build(self.spec)
+        self._adapt(rules, checkpoint)
+        self.category_ids: list[int] | None = None
+        self._seen: list[tuple[Target, Target]] = []
+
+    @classmethod
+    def bare(cls, model: Any) -> Any:
+        return without_pretrained_backbone(model)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The detector's backbone, as Lightning's `BackboneFinetuning` wants it."""
+        return cast(Any, self.model).backbone
+
+    def forward(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> Any:
+        """Return losses by name in training mode, else for each image `boxes` [L, 4], `labels` and `scores` [L]."""
+        return self.model(list(images), None if targets is None else list(targets))
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        data = self.trainer.datamodule
+        if data is None:
+            return
+        self.data_config = plain(getattr(data, "data_config", None))
+        channels = next((m.in_channels for m in self.model.modules() if isinstance(m, nn.Conv2d)), None)
+        given = getattr(data, "in_chans", channels)
+        if channels is not None and given != channels:
+            raise ValueError(f"in_chans: the model takes {channels} channels, the data has {given}")
+        if stage == "predict" and getattr(data, "predict_folder", None) is not None:
+            return
+        found = getattr(data, "num_classes", self.num_classes)
+        if found != self.num_classes:
+            raise ValueError(f"num_classes: the model has {self.num_classes} classes, the data has {found}")
+        ids = getattr(data, "category_ids", None)
+        if self.category_ids is not None and ids is not None and ids != self.category_ids:
+            raise ValueError(f"category_ids: the model was trained on {self.category_ids}, the data has {ids}")
+        self.category_ids, self.class_names = ids, getattr(data, "class_names", None)
+
+    def on_train_epoch_start(self) -> None:
+        seed = os.environ.get("PL_GLOBAL_SEED")
+        if seed is not None:
+            torch.manual_seed((int(seed) * 1_000_003 + self.current_epoch) * self.trainer.world_size + self.global_rank)
+
+    def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> Tensor:
+        images, targets = batch
+        losses: dict[str, Tensor] = self(images, targets)
+        loss = torch.stack(list(losses.values())).sum()
+        self.log_dict({f"train_{name}": value for name, value in losses.items()}, batch_size=len(images))
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(images))
+        return loss
+
+    def _evaluate(self, batch: tuple[list[Tensor], list[Target]]) -> None:
+        images, targets = batch
+        for found, target in zip(self(images), targets, strict=True):
+            truth = {key: target[key].cpu() for key in ("boxes", "labels", "iscrowd", "area") if key in target}
+            self._seen.append(({key: value.float().cpu() for key, value in found.items()}, truth))
+
+    def _score(self, stage: str) -> None:
+        seen, self._seen = self._seen, []
+        if self.trainer.world_size > 1:
+            # torchmetrics gathers the states tensor by tensor and would wait for ever where processes have different
+            # numbers of images.
+            parts: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(parts, seen)
+            seen = [item for part in parts for item in part]
+        metric = _metric()
+        metric.update([dict(found, labels=found["labels"].long()) for found, _ in seen], [truth for _, truth in seen])
+        values = metric.compute()
+        for name in SCORES:
+            self.log(f"{stage}_{name}", values[name], prog_bar=name in ("map", "map_50"))
+
+    def on_validation_epoch_start(self) -> None:
+        self._seen = []
+
+    def validation_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._score("val")
+
+    def on_test_epoch_start(self) -> None:
+        self._seen = []
+
+    def test_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def on_test_epoch_end(self) -> None:
+        self._score("test")
+
+    def predict_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> list[Target]:
+        """Return for each image `image_id`, `boxes` [L, 4] (x1, y1, x2, y2), `labels` [L] in 1..K and `scores` [L]."""
+        images, targets = batch
+        return [dict(found, image_id=target["image_id"]) for found, target in zip(self(images), targets, strict=True)]
+
+
+def _metric() -> MeanAveragePrecision:
+    try:
+        metric = MeanAveragePrecision(backend="pycocotools", sync_on_compute=False)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "DetectionModule needs pycocotools, which is not installed: pip install 'dcn_plugin[detection]'",
+            name="pycocotools",
+        ) from error
+    metric.warn_on_many_detections = False
+    return metric
+
+
+def build(spec: Mapping[str, Any]) -> nn.Module:
+    """Build a detector from its whole specification."""
+    from dcn_plugin.models.dcn_detection import build_detector  # only who detects pays for its imports
+
+    return build_detector(spec)
+
+
+def detector_spec(model: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
+    """Return the specification of a detector for so many classes of objects; `model` may repeat their number."""
+    if not isinstance(model, Mapping) or "name" not in model:
+        raise ValueError(f"model: expected dict(name='faster_rcnn' or 'rfcn', backbone=..., ...), got {model!r}")
+    spec = plain(model)
+    if spec.setdefault("num_classes", num_classes + 1) != num_classes + 1:
+        got = f"model.num_classes={spec['num_classes']} with num_classes={num_classes}"
+        raise ValueError(f"model.num_classes: leave it out, or count one more for the background, got {got}")
+    return spec
+
+
+def without_pretrained_backbone(model: Any) -> Any:
+    """Return a detector's specification without the weights of its backbone."""
+    spec = plain(model)
+    backbone = spec.get("backbone") if isinstance(spec, dict) else None
+    if isinstance(backbone, dict) and (backbone.get("pretrained") or backbone.get("checkpoint_path")):
+        spec["backbone"] = {key: value for key, value in backbone.items() if key != "checkpoint_path"}
+        spec["backbone"]["pretrained"] = False
+        # A pretrained backbone has other defaults, which have to stay.
+        for key, default in dict(trainable_backbone_layers=3, norm_eval=True).items():
+            if spec.get(key) is None:
+                spec[key] = default
+    return spec
