@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers.conv import OffsetConv, rename_offset_keys, sigmoid_note
+from .layers.roi import split_offset_mask_fc
 
 logger = logging.getLogger("dcn_plugin")
 
@@ -149,7 +150,8 @@ def load_checkpoint(
 
     Understood: timm, torchvision and mmdetection ResNets (the names used here); detectron2's (``bottom_up.res3.0...``);
     ``conv2_offset`` (detectron2, mmdetection before 2.0) and ``conv2.conv_offset_mask`` (chengdazhi, CharlesShang) for
-    ``conv2.conv_offset``. Everything is compared before anything is copied: after an error the model is as it was.
+    ``conv2.conv_offset``; ``offset_mask_fc`` (CharlesShang) for a modulated ``DeformPSRoIPoolPack``. Everything is
+    compared before anything is copied: after an error the model is as it was.
 
     Args:
         model: receives the weights.
@@ -207,7 +209,7 @@ def load_checkpoint(
         state = _strip(state, _usual_prefix(state, own), report)
 
     earlier = {new: old for old, new in report.renamed.items()}
-    renamed = rename_offset_keys(model, state)
+    renamed = rename_offset_keys(model, state) | split_offset_mask_fc(model, state)
     for old, new in renamed.items():
         report.renamed[earlier.get(old, old)] = new
     if renamed and sigmoid_note(model):

@@ -291,7 +291,8 @@ def _parse_layer(config: Any, label: str) -> tuple[type[DeformConv2d], dict[str,
     kind = config["type"]
     kind = kind.__name__ if kind in LAYERS.values() else kind
     if kind not in known:
-        needs = "needs offsets as an argument of its forward, so it cannot stand in for a convolution"
+        needs = "offsets" if kind == "DeformConv2d" else "RoIs"
+        needs = f"needs {needs} as an argument of its forward, so it cannot stand in for a convolution"
         reason = needs if kind in LAYERS else "is unknown"
         raise ValueError(f"{label}: layer type {kind!r} {reason}; choose {' or '.join(known)}")
     cls = known[kind]

@@ -11,12 +11,17 @@ that ``conv_cfg`` and ``dcn=dict(type="DCNv2", deform_groups=1)`` of mm* models 
 installed, not at what is imported, so the order of imports does not matter. ``dcn_plugin.MMCVDCN`` and
 ``dcn_plugin.MMCVDCNv2`` are the same two layers under names that are always ours. Under
 ``default_scope = "dcn_plugin"`` a bare ``DCNv2`` is this package's own layer, with its own arguments and masks.
+
+The RoI pooling layers are in our scope only: mmcv registers none, and mmdetection's RoI extractors do not look into a
+registry for ``roi_layer=dict(type=...)`` but among the names in ``mmcv.ops``, which this package does not touch.
 """
 
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
+from typing import Any
 
 import mmengine.registry as _mmengine
+from torch import nn
 
 from .layers import LAYERS
 from .models import DCNResNet, TimmBackbone
@@ -45,9 +50,18 @@ _NODES = {
 MODELS = _NODES["MODELS"]
 HOOKS = _NODES["HOOKS"]
 
+
+def _build_multiscale_deform_roi_pool(**arguments: Any) -> nn.Module:
+    """Build `MultiScaleDeformRoIPool`, which is imported only now because it needs torchvision."""
+    from .layers import MultiScaleDeformRoIPool
+
+    return MultiScaleDeformRoIPool(**arguments)
+
+
 # What is registered: under our scope, and under mmcv's names.
 SCOPED = {
     **LAYERS,
+    "MultiScaleDeformRoIPool": _build_multiscale_deform_roi_pool,
     "DCNResNet": DCNResNet,
     "TimmBackbone": TimmBackbone,
     **{f"MMCV{name}": build for name, build in MMCV_LAYERS.items()},

@@ -17,7 +17,7 @@ from mmengine.runner import Runner
 from run_python import run_python
 from torch import nn
 
-import dcn_plugin  # noqa: F401  (registers)
+import dcn_plugin
 from dcn_plugin.layers import DCNv1, DCNv2, DeformConv2d, OffsetConv
 from dcn_plugin.models import DCNResNet, TimmBackbone
 
@@ -96,6 +96,52 @@ def test_mmcv_defaults():
     assert MODELS.build(dict(type="DCN", **geometry)).bias is None
     assert MODELS.build(dict(type="DCNv2", **geometry)).bias is not None
     assert MODELS.build(dict(type="DCNv2", mask_activation="2*sigmoid", **geometry)).mask_activation == "2*sigmoid"
+
+
+ROI_LAYERS = {
+    "DeformRoIPool": dict(output_size=2),
+    "DeformRoIPoolPack": dict(output_size=2, output_channels=4, deform_fc_channels=8),
+    "ModulatedDeformRoIPoolPack": dict(output_size=2, output_channels=4, deform_fc_channels=8),
+    "PSRoIPool": dict(output_dim=1, group_size=2, output_size=2),
+    "DeformPSRoIPool": dict(output_dim=1, group_size=2, output_size=2),
+    "DeformPSRoIPoolPack": dict(output_dim=1, group_size=2, output_size=2, deform_fc_channels=8),
+    "MultiScaleDeformRoIPool": dict(
+        featmap_names=["0"], output_size=2, sampling_ratio=2, in_channels=4, deform_fc_channels=8
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROI_LAYERS)
+def test_roi_layers_by_scope_and_not_without(name):
+    cfg = dict(type=name, **ROI_LAYERS[name])
+    built = MODELS.build(dict(cfg, type=f"dcn_plugin.{name}"))
+    assert type(built) is getattr(dcn_plugin.layers, name)
+    if name != "MultiScaleDeformRoIPool":
+        assert built(images(8, channels=4), torch.tensor([[1, 1.0, 1.0, 5.0, 6.0]])).shape[0] == 1
+    # mmcv registers no RoI layer either: mmdetection takes them from mmcv.ops by name.
+    with pytest.raises(KeyError, match=name):
+        MODELS.build(cfg)
+    with DefaultScope.overwrite_default_scope("dcn_plugin"):
+        assert type(MODELS.build(cfg)) is type(built)
+
+
+def test_learning_rates_of_roi_branches_by_custom_keys():
+    pool = dict(type="dcn_plugin.ModulatedDeformRoIPoolPack", output_size=2, output_channels=4, deform_fc_channels=8)
+    model = nn.ModuleDict(dict(conv=MODELS.build(dict(type="DCN", in_channels=4, out_channels=4, kernel_size=3))))
+    model["pool"] = MODELS.build(pool)
+    model["head"] = nn.Linear(4, 2)
+    rates = {"conv_offset": 0.1, "offset_fc": 0.01, "mask_fc": 0.01}
+    cfg = dict(
+        optimizer=dict(type="SGD", lr=0.5),
+        paramwise_cfg=dict(custom_keys={name: dict(lr_mult=rate) for name, rate in rates.items()}),
+    )
+    optimizer = build_optim_wrapper(model, cfg).optimizer
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(group["params"][0])]: group["lr"] for group in optimizer.param_groups}
+    assert set(found) == set(names.values())
+    for name, rate in found.items():
+        expected = next((factor for key, factor in rates.items() if f".{key}." in name), 1.0)
+        assert rate == pytest.approx(0.5 * expected), name
 
 
 @pytest.mark.parametrize("imports", ["import dcn_plugin, mmcv.cnn", "import mmcv.cnn, dcn_plugin"])

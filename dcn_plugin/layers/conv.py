@@ -584,7 +584,8 @@ def _log_renames(module: nn.Module, renamed: dict[str, str]) -> None:
 
 def sigmoid_note(module: nn.Module) -> str:
     """A sentence of advice where ``module`` has masks that start at 1, which earlier implementations do not; or ''."""
-    if any(isinstance(m, DCNv2) and m.mask_activation == "2*sigmoid" for m in module.modules()):
+    masked = (m for m in module.modules() if isinstance(m, DCNv2) or getattr(m, "modulated", False))
+    if any(getattr(m, "mask_activation", "") == "2*sigmoid" for m in masked):
         return (
             "weights in this layout were trained with mask_activation='sigmoid', but this model has '2*sigmoid': "
             "build it with mask_activation='sigmoid' to get the outputs they were trained for"

@@ -1,0 +1,209 @@
+"""Deformable RoI pooling on a feature pyramid, in place of torchvision's ``MultiScaleRoIAlign``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import _setup_scales
+
+from ..ops import deform_roi_pool
+from ..ops._check import integer, number
+from .conv import _pair
+from .roi import Size, ZeroLinear, _Branched, activation, branch, describe, factory_arguments, flag, predict
+
+
+class MultiScaleDeformRoIPool(_Branched, MultiScaleRoIAlign):
+    """Deformable RoI pooling on a feature pyramid, for the ``box_roi_pool`` of torchvision's detectors.
+
+    Each RoI is pooled from the level that its size belongs to (as in ``MultiScaleRoIAlign``), twice: plainly, for the
+    branch that predicts offsets, then with them:
+
+    ``out[r, c, p] = mask[r, p] * mean_s bilinear(x_l[n_r, c], corner_r + p * bin_r + s + gamma * size_r *``
+    ``offset[r, p])``
+
+    with ``offset = offset_fc(roi_align(x_l, r))`` and, if ``modulated``, ``mask = 2 * sigmoid(mask_fc(h))`` on the last
+    hidden layer h of ``offset_fc``. All levels share the branch. Its last layers are zero at first: a fresh layer
+    computes what ``MultiScaleRoIAlign`` does.
+
+    Args:
+        featmap_names: names of the feature maps to pool from, finest first.
+        output_size: bins, integer or (P_h, P_w).
+        sampling_ratio: samples along each side of a bin; 0 or -1: as many as the bin has pixels, rounded up.
+        in_channels: C of every feature map.
+        canonical_scale: side in pixels of a RoI that belongs to level ``canonical_level``.
+        canonical_level: that level; level k is 2^k times smaller than the image.
+        deform_fc_channels: width of the branch.
+        gamma: what an offset of 1 is of the RoI's size.
+        modulated: learn a weight for each bin, too.
+        aligned: shift RoIs by half a pixel, as is right where pixel centres have whole numbers; ``MultiScaleRoIAlign``
+            does not.
+        mask_activation: ``'2*sigmoid'`` (mask 1 at first) or ``'sigmoid'`` (0.5 at first).
+        device: where the parameters live.
+        dtype: floating-point type of the parameters.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it, what was expected and what came.
+
+    Example::
+
+        >>> import torch
+        >>> from dcn_plugin.layers import MultiScaleDeformRoIPool
+        >>> pool = MultiScaleDeformRoIPool(["0", "1"], 7, 2, in_channels=8, deform_fc_channels=32)
+        >>> maps = {"0": torch.rand(1, 8, 32, 32), "1": torch.rand(1, 8, 16, 16), "pool": torch.rand(1, 8, 8, 8)}
+        >>> boxes = [torch.tensor([[4.0, 4.0, 40.0, 60.0], [0.0, 0.0, 128.0, 128.0]])]
+        >>> pool(maps, boxes, [(128, 128)]).shape
+        torch.Size([2, 8, 7, 7])
+
+    Source: Dai et al., Deformable Convolutional Networks (2017), section 2.2; Zhu et al., Deformable ConvNets v2
+    (2019), section 3.2; levels: Lin et al., Feature Pyramid Networks (2017), eq. 1.
+    """
+
+    # Of torchvision's class.
+    featmap_names: list[str]
+    output_size: tuple[int, int]
+    sampling_ratio: int
+    canonical_scale: int
+    canonical_level: int
+    scales: Any
+    map_levels: Any
+
+    __repr__ = nn.Module.__repr__  # torchvision's leaves out the branch
+
+    def __init__(
+        self,
+        featmap_names: Sequence[str],
+        output_size: Size,
+        sampling_ratio: int,
+        *,
+        in_channels: int,
+        canonical_scale: int = 224,
+        canonical_level: int = 4,
+        deform_fc_channels: int = 1024,
+        gamma: float = 0.1,
+        modulated: bool = False,
+        aligned: bool = False,
+        mask_activation: str = "2*sigmoid",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        names = [] if isinstance(featmap_names, str) or not isinstance(featmap_names, Sequence) else list(featmap_names)
+        if not names or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"featmap_names must be a sequence of names of feature maps, got {featmap_names!r}")
+        bins = _pair("output_size", output_size, 1)
+        super().__init__(
+            names,
+            bins,
+            integer("sampling_ratio", sampling_ratio, -1),
+            canonical_scale=integer("canonical_scale", canonical_scale, 1),
+            canonical_level=integer("canonical_level", canonical_level, 0),
+        )
+        self.in_channels = integer("in_channels", in_channels, 1)
+        self.deform_fc_channels = integer("deform_fc_channels", deform_fc_channels, 1)
+        self.gamma = number("gamma", gamma, positive=True)
+        self.modulated = flag("modulated", modulated)
+        self.aligned = flag("aligned", aligned)
+        activation(mask_activation)
+        self.mask_activation = mask_activation
+        factory = factory_arguments(device, dtype)
+        cells = bins[0] * bins[1]
+        self.offset_fc = branch(cells * self.in_channels, self.deform_fc_channels, 2 * cells, factory)
+        if self.modulated:
+            self.mask_fc = ZeroLinear(self.deform_fc_channels, cells, **factory)
+
+    def offsets(
+        self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor | None]:
+        """What ``forward`` pools with.
+
+        Args:
+            x, boxes, image_shapes: as in ``forward``.
+
+        Returns:
+            Offset ``[R, 2, P_h, P_w]`` in (y, x), in units of gamma times the RoI's size, and mask ``[R, 1, P_h, P_w]``
+            (None unless ``modulated``), in the order of the boxes.
+        """
+        return self._offsets(self._levels(x, boxes, image_shapes))
+
+    def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
+        """Pool, as ``MultiScaleRoIAlign`` does.
+
+        Args:
+            x: feature maps by name, ``[N, C, H_l, W_l]`` each; others than ``featmap_names`` are left alone.
+            boxes: ``[L_n, 4]`` (x1, y1, x2, y2) for each image, in pixels of the image; L_n may be 0.
+            image_shapes: (height, width) of each image. The first call takes the scale of each level from them.
+
+        Returns:
+            ``[sum of L_n, C, P_h, P_w]``, in the order of the boxes.
+        """
+        levels = self._levels(x, boxes, image_shapes)
+        return self._pool(levels, *self._offsets(levels))
+
+    def _levels(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> _Levels:
+        maps = [value for name, value in x.items() if name in self.featmap_names]
+        if not maps:
+            raise ValueError(f"x must hold feature maps named {self.featmap_names}, got {list(x)}")
+        for value in maps:
+            if value.dim() != 4 or value.shape[1] != self.in_channels:
+                raise ValueError(f"x must hold feature maps [N, {self.in_channels}, H, W], got {list(value.shape)}")
+        if len(boxes) != maps[0].shape[0]:
+            raise ValueError(f"boxes must be {maps[0].shape[0]} tensors [L, 4], one for each image, got {len(boxes)}")
+        if self.scales is None or self.map_levels is None:
+            self.scales, self.map_levels = _setup_scales(maps, image_shapes, self.canonical_scale, self.canonical_level)
+        return _Levels(maps, boxes, self.scales, self.map_levels)
+
+    def _offsets(self, levels: _Levels) -> tuple[Tensor, Tensor | None]:
+        offset, mask = predict(self, self._pool(levels))
+        return offset.unflatten(1, (2, *self.output_size)), (
+            None if mask is None else mask.unflatten(1, (1, *self.output_size))
+        )
+
+    def _pool(self, levels: _Levels, offset: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        def pool(level: int, rois: Tensor, offset: Tensor | None, mask: Tensor | None) -> Tensor:
+            return deform_roi_pool(
+                levels.maps[level],
+                rois,
+                offset,
+                mask,
+                output_size=self.output_size,
+                spatial_scale=levels.scales[level],
+                sampling_ratio=self.sampling_ratio,
+                gamma=self.gamma,
+                aligned=self.aligned,
+            )
+
+        if not levels.members:
+            return pool(0, levels.rois, offset, mask)
+        parts = [
+            pool(level, *(None if t is None else t[own] for t in (levels.rois, offset, mask)))  # type: ignore[arg-type]
+            for level, own in enumerate(levels.members)
+        ]
+        return torch.cat(parts)[levels.places]
+
+    def extra_repr(self) -> str:
+        names = (
+            "featmap_names", "output_size", "sampling_ratio", "in_channels", "canonical_scale", "canonical_level",
+            "deform_fc_channels", "gamma", "modulated", "aligned",
+        )  # fmt: skip
+        mask = f", mask_activation={self.mask_activation!r}" if self.modulated else ""
+        return describe(self, names) + mask
+
+
+class _Levels:
+    """Feature maps and RoIs, with the numbers of those that belong to each map (none where there is one map)."""
+
+    def __init__(self, maps: list[Tensor], boxes: list[Tensor], scales: list[float], mapper: Any) -> None:
+        self.maps, self.scales = maps, scales
+        boxes = list(boxes) or [maps[0].new_empty(0, 4)]  # an empty batch
+        image = [torch.full_like(b[:, :1], n) for n, b in enumerate(boxes)]
+        self.rois = torch.cat([torch.cat(image), torch.cat(boxes)], 1)
+        self.members: list[Tensor] = []
+        if len(maps) > 1:
+            # Boxes whose size is no number have no level; left out here, they would shift the results of the others.
+            number = mapper(boxes).clamp(0, len(maps) - 1)
+            self.members = [torch.where(number == level)[0] for level in range(len(maps))]
+            #: Where each RoI stands among those of map 0, then of map 1, ...
+            self.places = torch.cat(self.members).argsort()
