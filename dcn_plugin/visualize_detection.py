@@ -81,7 +81,27 @@ def record_bins(
     """
     if isinstance(images, Tensor) and images.dim() == 3:
         images = images[None]
-    return _record(model, images, boxes, layer)[1]
+    names = {module: name for name, module in _pools(model, layer).items()}
+    if boxes is not None and len(boxes) != len(images):
+        raise ValueError(f"boxes: expected those of {len(images)} images, got {len(boxes)}")
+    for given in boxes or ():
+        if given.dim() != 2 or given.shape[1] != 4:
+            raise ValueError(f"boxes: expected [L, 4] for each image, got {list(given.shape)}")
+    calls: list[tuple[nn.Module, tuple]] = []
+
+    def keep(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        calls.append((module, (*args, *kwargs.values())))
+
+    handles = [module.register_forward_hook(keep, with_kwargs=True) for module in names]
+    try:
+        with _evaluating(model):
+            parameter = next(model.parameters())
+            moved = [image.to(parameter.device, parameter.dtype) for image in images]
+            model(torch.stack(moved) if isinstance(images, Tensor) else moved)
+            return [_bins(names[module], module, args, images, boxes) for module, args in calls]
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _pools(model: nn.Module, chosen: str | None) -> dict[str, nn.Module]:
@@ -96,30 +116,6 @@ def _pools(model: nn.Module, chosen: str | None) -> dict[str, nn.Module]:
     if chosen is not None and chosen not in found:
         raise ValueError(f"layer: {chosen!r} is no deformable RoI pooling layer; there are {', '.join(found)}")
     return {chosen: found[chosen]} if chosen is not None else found
-
-
-def _record(
-    model: nn.Module, images: Tensor | Sequence[Tensor], boxes: Sequence[Tensor] | None, layer: str | None
-) -> tuple[Any, list[BinRecord]]:
-    names = {module: name for name, module in _pools(model, layer).items()}
-    if boxes is not None and len(boxes) != len(images):
-        raise ValueError(f"boxes: expected those of {len(images)} images, got {len(boxes)}")
-    calls: list[tuple[nn.Module, tuple]] = []
-
-    def keep(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        calls.append((module, (*args, *kwargs.values())))
-
-    handles = [module.register_forward_hook(keep, with_kwargs=True) for module in names]
-    try:
-        with _evaluating(model):
-            parameter = next(model.parameters())
-            moved = [image.to(parameter.device, parameter.dtype) for image in images]
-            outputs = model(torch.stack(moved) if isinstance(images, Tensor) else moved)
-            records = [_bins(names[module], module, args, images, boxes) for module, args in calls]
-    finally:
-        for handle in handles:
-            handle.remove()
-    return outputs, records
 
 
 def _bins(name: str, layer: Any, args: tuple, images: Any, boxes: Sequence[Tensor] | None) -> BinRecord:
@@ -281,7 +277,11 @@ def bin_shifts(
         boxes, labels = found["boxes"][order].cpu(), found["labels"][order].cpu()
         if not len(boxes):
             raise ValueError("boxes: the model finds nothing in this image; give boxes to look at")
-    item = _record(model, [image], [boxes], layer)[1][0]
+    elif not len(boxes):
+        raise ValueError("boxes: expected at least one, got none")
+    if labels is not None and len(labels) != len(boxes):
+        raise ValueError(f"labels: expected those of {len(boxes)} boxes, got {len(labels)}")
+    item = record_bins(model, [image], [boxes], layer)[0]
     points = item.shifted(labels)
     columns = min(len(boxes), 4)
     figure, grid = _figure(columns, -(-len(boxes) // columns))
@@ -301,16 +301,16 @@ def _draw_bins(axes: Any, box: Tensor, bins: Tensor, points: Tensor) -> None:
     x1, y1, x2, y2 = box.tolist()
     size = torch.tensor([y2 - y1, x2 - x1])
     height, width = (size / torch.tensor(bins.shape[:2])).tolist()
-    _rectangle(axes, (x1, y1, x2, y2), edgecolor=_YELLOW, linewidth=2)
-    few = bins.shape[0] * bins.shape[1] <= 16
-    for (y, x), (to_y, to_x) in zip(bins.reshape(-1, 2).tolist(), points.reshape(-1, 2).tolist(), strict=True):
-        if few:
-            corners = (to_x - width / 2, to_y - height / 2, to_x + width / 2, to_y + height / 2)
-            _rectangle(axes, corners, edgecolor=_RED, linewidth=0.8, alpha=0.7)
-        axes.plot([x - 0.5, to_x - 0.5], [y - 0.5, to_y - 0.5], color="white", linewidth=0.9)
+    # A pixel's centre is at its index in matplotlib.
     rest, moved = bins.reshape(-1, 2) - 0.5, points.reshape(-1, 2) - 0.5
-    axes.scatter(rest[:, 1], rest[:, 0], s=12, c=_GREEN, marker="+", linewidths=0.8)
-    axes.scatter(moved[:, 1], moved[:, 0], s=9, c=_RED, linewidths=0)
+    if len(rest) <= 16:  # more would hide the picture
+        for y, x in points.reshape(-1, 2).tolist():
+            corners = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+            _rectangle(axes, corners, edgecolor=_RED, linewidth=0.7, alpha=0.6)
+    _rectangle(axes, (x1, y1, x2, y2), edgecolor=_YELLOW, linewidth=2)
+    axes.plot([rest[:, 1], moved[:, 1]], [rest[:, 0], moved[:, 0]], color=_RED, linewidth=0.8)
+    axes.scatter(rest[:, 1], rest[:, 0], s=26, c=_GREEN, marker="+", linewidths=1.1, zorder=3)
+    axes.scatter(moved[:, 1], moved[:, 0], s=12, c=_RED, linewidths=0, zorder=4)
     # Around the box, with whatever was moved out of it.
     low = torch.minimum(moved.amin(0), torch.tensor([y1, x1])) - 0.15 * size
     high = torch.maximum(moved.amax(0), torch.tensor([y2, x2])) + 0.15 * size
