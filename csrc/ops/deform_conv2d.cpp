@@ -1,8 +1,6 @@
 // Deformable convolution: the schemas, and the CPU's implementation.
 #include "deform_conv2d.h"
 
-#include <atomic>
-
 #include "../runtime/cpu.h"
 #include "deform_conv2d_cpu_backward.h"
 #include "deform_conv2d_cpu_forward.h"
@@ -10,14 +8,9 @@
 namespace dcn {
 namespace {
 
-std::atomic<bool> portable{false};
-
-// Tests hold the tuned path against the portable one, whose arithmetic is CUDA's.
-bool set_portable(bool enable) { return portable.exchange(enable); }
-
 struct CpuDeformConv2d {
   static Tensor forward(const ConvArguments& a, const ConvGeometry& g) {
-    if (portable) return deform_conv2d_portable<Cpu>(a, g);
+    if (Cpu::portable()) return deform_conv2d_portable<Cpu>(a, g);
     const Tensor output = new_output(a, g);
     if (output.numel() > 0)
       dispatch_deform_conv2d(a, [&](auto s, auto f) { tiles::forward<decltype(s), decltype(f)>(a, g, output); });
@@ -26,7 +19,7 @@ struct CpuDeformConv2d {
 
   static ConvGradients backward(const Tensor& grad_output, const ConvArguments& a, const ConvGeometry& g,
                                 int64_t needs) {
-    if (portable) return deform_conv2d_backward_portable<Cpu>(grad_output, a, g, needs);
+    if (Cpu::portable()) return deform_conv2d_backward_portable<Cpu>(grad_output, a, g, needs);
     const auto [grad_input, grad_offset, grad_weight, grad_mask] = new_gradients(a, needs, a.input.scalar_type());
     if (g.batch > 0)
       dispatch_deform_conv2d(a, [&](auto s, auto f) {
@@ -47,14 +40,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dcn_plugin, m) {
   m.def(
       "deform_conv2d_backward(Tensor grad_output, Tensor input, Tensor offset, Tensor weight, Tensor? mask, "
       "SymInt[] stride, SymInt[] padding, SymInt[] dilation, int needs) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("_set_portable(bool enable) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dcn_plugin, CPU, m) {
   m.impl("deform_conv2d", TORCH_BOX(&dcn::deform_conv2d<dcn::CpuDeformConv2d>));
   m.impl("deform_conv2d_backward", TORCH_BOX(&dcn::deform_conv2d_backward<dcn::CpuDeformConv2d>));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(dcn_plugin, CompositeExplicitAutograd, m) {
-  m.impl("_set_portable", TORCH_BOX(&dcn::set_portable));
 }

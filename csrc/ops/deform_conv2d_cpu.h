@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "../runtime/cpu.h"
 #include "deform_conv2d.h"
+#include "image_rows.h"
 
 namespace dcn::tiles {
 
@@ -22,8 +22,6 @@ struct Block {
   bool depthwise;
   std::vector<Run> runs;
 };
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline std::vector<Block> make_blocks(const ConvGeometry& g, int64_t most_channels) {
   const bool depthwise = g.group_channels() == 1 && g.group_outputs() == 1;
@@ -125,68 +123,6 @@ struct TurnTaps {
         }
   }
 };
-
-// Images as rows of channels: pixel (n, y, x) starts at data + n * this->n + y * h + x * w.
-template <typename A>
-struct Rows {
-  A* data;
-  int64_t n, h, w;
-  DCN_HOST_DEVICE A* at(int64_t in, int64_t y, int64_t x) const { return data + in * n + y * h + x * w; }
-};
-
-// Channels are already the innermost dimension, in the type of sums: nothing has to be copied.
-template <typename S>
-bool is_rows(const Tensor& t) {
-  return std::is_same_v<S, Accumulate<S>> && (t.stride(1) == 1 || t.size(1) == 1);
-}
-
-// One image row between [C, W] of any type and [W, C] in the type of sums, 16 channels at a time.
-template <typename A, typename S, bool ToRows>
-struct TransposeRow {
-  S* image;
-  int64_t channel_stride, column_stride, channels, width;
-  A* row;
-  DCN_HOST_DEVICE void operator()() const {
-    for (int64_t first = 0; first < channels; first += 16) {
-      const int64_t count = channels - first < 16 ? channels - first : 16;
-      S* const plane = image + first * channel_stride;
-      for (int64_t x = 0; x < width; ++x)
-        for (int64_t c = 0; c < count; ++c) {
-          S& pixel = plane[c * channel_stride + x * column_stride];
-          A& value = row[x * channels + first + c];
-          if constexpr (ToRows)
-            value = static_cast<A>(pixel);
-          else
-            pixel = static_cast<S>(value);
-        }
-    }
-  }
-};
-
-template <bool ToRows, typename A, typename S>
-void transpose_images(const ConvGeometry& g, const View<S>& images, int64_t first_image, int64_t count,
-                      const Rows<A>& rows) {
-  torch::stable::parallel_for(0, count * g.height, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / g.height, y = i % g.height;
-      run_vectorised(TransposeRow<A, S, ToRows>{&images.at(first_image + n, 0, y, 0), images.c, images.w, g.channels,
-                                                g.width, rows.at(n, y, 0)});
-    }
-  });
-}
-
-template <typename A>
-Rows<A> dense_rows(const ConvGeometry& g, A* data) {
-  return {data, g.height * g.width * g.channels, g.width * g.channels, g.channels};
-}
-
-// How many images are held as rows at a time.
-template <typename A>
-int64_t images_at_a_time(const ConvGeometry& g) {
-  constexpr int64_t budget = 16 << 20;
-  const int64_t bytes = g.channels * g.height * g.width * static_cast<int64_t>(sizeof(A));
-  return std::max<int64_t>(1, std::min(g.batch, budget / bytes));
-}
 
 // Output pixels [first, first + count) of the flattened (n, y, x) order; n counts from the first image held.
 struct Tile {

@@ -131,8 +131,9 @@ void backward(const Tensor& grad_output, const ConvArguments& a, const ConvGeome
 
   const View<const S> input = view<const S>(a.input);
   const bool scatter = needs & kInput, weights = needs & kWeight;
+  const ImageSize size{g.channels, g.height, g.width};
   const bool direct = is_rows<S>(a.input), direct_grad = scatter && is_rows<S>(grad_input);
-  const int64_t held = direct && (direct_grad || !scatter) ? g.batch : images_at_a_time<A>(g);
+  const int64_t held = direct && (direct_grad || !scatter) ? g.batch : images_at_a_time<A>(size, g.batch);
   const Tensor input_rows = fresh(direct ? 0 : held * g.channels * pixels);
   const Tensor grad_rows = fresh(scatter && !direct_grad ? held * g.channels * pixels : 0);
 
@@ -153,14 +154,14 @@ void backward(const Tensor& grad_output, const ConvArguments& a, const ConvGeome
     if (direct) {
       job.input = {reinterpret_cast<const A*>(input.data) + image * input.n, input.n, input.h, input.w};
     } else {
-      const Rows<A> rows = dense_rows(g, data(input_rows));
-      transpose_images<true>(g, input, image, images, rows);
+      const Rows<A> rows = dense_rows(size, data(input_rows));
+      transpose_images<true>(size, input, image, images, rows);
       job.input = {rows.data, rows.n, rows.h, rows.w};
     }
     if (scatter) {
       const View<A> out = view<A>(grad_input);
       job.grad_input =
-          direct_grad ? Rows<A>{out.data + image * out.n, out.n, out.h, out.w} : dense_rows(g, data(grad_rows));
+          direct_grad ? Rows<A>{out.data + image * out.n, out.n, out.h, out.w} : dense_rows(size, data(grad_rows));
       for (const Tensor& t :
            {direct_grad ? torch::stable::narrow(const_cast<Tensor&>(grad_input), 0, image, images)
                         : torch::stable::narrow(const_cast<Tensor&>(grad_rows), 0, 0, images * g.channels * pixels)}) {
@@ -181,7 +182,7 @@ void backward(const Tensor& grad_output, const ConvArguments& a, const ConvGeome
                          : data(weight_parts) + (weights ? split * a.weight.numel() : 0));
       }
     });
-    if (scatter && !direct_grad) transpose_images<false>(g, view<S>(grad_input), image, images, job.grad_input);
+    if (scatter && !direct_grad) transpose_images<false>(size, view<S>(grad_input), image, images, job.grad_input);
     if (needs & kOffset) add_lanes(g, data(displaced), lanes, lane_size, image, images, 0, 2, view<F>(grad_offset));
     if (needs & kMask) add_lanes(g, data(displaced), lanes, lane_size, image, images, 2, 1, view<F>(grad_mask));
   }

@@ -135,8 +135,9 @@ void forward(const ConvArguments& a, const ConvGeometry& g, const Tensor& output
   const View<S> out = view<S>(output);
   const Displacement<A, F> where = displacement<S, F>(a);
   const S* const bias = a.bias ? static_cast<const S*>(a.bias->data_ptr()) : nullptr;
+  const ImageSize size{g.channels, g.height, g.width};
   const bool direct = is_rows<S>(a.input);
-  const int64_t held = direct ? g.batch : images_at_a_time<A>(g);
+  const int64_t held = direct ? g.batch : images_at_a_time<A>(size, g.batch);
   const Tensor buffer =
       torch::stable::new_empty(a.input, {direct ? 0 : held * g.channels * g.height * g.width}, scalar_type_of<A>());
   for (int64_t image = 0; image < g.batch; image += held) {
@@ -145,8 +146,8 @@ void forward(const ConvArguments& a, const ConvGeometry& g, const Tensor& output
     if (direct) {
       rows = {reinterpret_cast<const A*>(input.data), input.n, input.h, input.w};
     } else {
-      const Rows<A> staged = dense_rows(g, static_cast<A*>(buffer.data_ptr()));
-      transpose_images<true>(g, input, image, images, staged);
+      const Rows<A> staged = dense_rows(size, static_cast<A*>(buffer.data_ptr()));
+      transpose_images<true>(size, input, image, images, staged);
       rows = {staged.data, staged.n, staged.h, staged.w};
     }
     const int64_t pixels = images * g.out_pixels();

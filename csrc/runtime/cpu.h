@@ -3,6 +3,7 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include <atomic>
 #include <memory>
 
 #include "tensor.h"
@@ -21,6 +22,12 @@ struct Cpu {
     torch::stable::parallel_for(0, body.size(), grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) body(i);
     });
+  }
+
+  // Tests hold the tuned paths against the portable ones, whose arithmetic is CUDA's.
+  static std::atomic<bool>& portable() {
+    static std::atomic<bool> on{false};
+    return on;
   }
 
   // out = a @ b, or out += a @ b. Straight to the CPU kernel: safe in worker threads, where it runs on one core.
