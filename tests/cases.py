@@ -274,7 +274,7 @@ CASES = [
             "classes": _part((3, 24, 7, 9), regions=5, output_dim=6, group_size=2, bins=(4, 3), parts=(2, 3), classes=3),
             "mask_alone": _part(offset=False, classes=2),
             "no_groups": _part((2, 5, 7, 6), output_dim=5, group_size=1, bins=(3, 2), mask=False),
-            "more_parts_than_bins": _part(bins=(2, 2), parts=(5, 3), samples_per_part=4),
+            "more_parts_than_bins": _part(bins=(2, 2), parts=(5, 3), samples_per_part=3, spread=2.5),
             "more_groups_than_bins": _part((2, 18, 6, 7), output_dim=2, group_size=3, bins=(2, 2)),
             "far": _part(spread=60.0),
             "many_regions": _part((2, 72, 12, 10), regions=40, output_dim=18, group_size=2, bins=(4, 4), classes=2),
