@@ -750,6 +750,17 @@ def test_pyramid_pool_copies_and_compiles():
     torch.testing.assert_close(compiled(maps, boxes, SHAPES), expected)
 
 
+@pytest.mark.parametrize("levels", [1, 3])
+def test_pyramid_pool_traces_symbolically(levels):
+    pool, maps, boxes = shaken(multiscale(levels, modulated=True)), pyramid(levels=levels), boxes_of_all_sizes(5, 6)
+    traced = torch.fx.symbolic_trace(pool)
+    assert pool.scales is None and pool.map_levels is None
+    torch.testing.assert_close(traced(maps, boxes, SHAPES), pool(maps, boxes, SHAPES), rtol=0, atol=0)
+    boxes = boxes_of_all_sizes(0, 4)
+    again = torch.fx.symbolic_trace(pool)  # now that it knows its scales
+    torch.testing.assert_close(again(maps, boxes, SHAPES), pool(maps, boxes, SHAPES), rtol=0, atol=0)
+
+
 def test_bad_inputs_of_the_pyramid_pool_are_named():
     pool, maps, boxes = multiscale(), pyramid(), boxes_of_all_sizes(2, 3)
     with pytest.raises(ValueError, match=r"x must hold feature maps named \['0', '1', '2'\], got \['p2'\]"):

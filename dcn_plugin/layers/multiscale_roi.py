@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import _setup_scales
@@ -14,6 +15,10 @@ from ..ops import deform_roi_pool
 from ..ops._check import integer, number
 from .conv import _pair
 from .roi import Size, ZeroLinear, _Branched, activation, branch, describe, factory_arguments, flag, predict
+
+# Symbolic tracing records these as calls: they look at shapes and values.
+for _name in ("_setup_scales", "_maps", "_assign", "_pool"):
+    torch.fx.wrap(_name)
 
 
 class MultiScaleDeformRoIPool(_Branched, MultiScaleRoIAlign):
@@ -143,17 +148,14 @@ class MultiScaleDeformRoIPool(_Branched, MultiScaleRoIAlign):
         return self._pool(levels, *self._offsets(levels))
 
     def _levels(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> _Levels:
-        maps = [value for name, value in x.items() if name in self.featmap_names]
-        if not maps:
-            raise ValueError(f"x must hold feature maps named {self.featmap_names}, got {list(x)}")
-        for value in maps:
-            if value.dim() != 4 or value.shape[1] != self.in_channels:
-                raise ValueError(f"x must hold feature maps [N, {self.in_channels}, H, W], got {list(value.shape)}")
-        if len(boxes) != maps[0].shape[0]:
-            raise ValueError(f"boxes must be {maps[0].shape[0]} tensors [L, 4], one for each image, got {len(boxes)}")
-        if self.scales is None or self.map_levels is None:
-            self.scales, self.map_levels = _setup_scales(maps, image_shapes, self.canonical_scale, self.canonical_level)
-        return _Levels(maps, boxes, self.scales, self.map_levels)
+        maps = _maps(x, self.featmap_names, self.in_channels)
+        scales, mapper = self.scales, self.map_levels
+        tracing = isinstance(maps, torch.fx.Proxy)
+        if scales is None or mapper is None or tracing:
+            scales, mapper = _setup_scales(maps, image_shapes, self.canonical_scale, self.canonical_level)
+            if not tracing:  # what a graph computes is not for this module to keep
+                self.scales, self.map_levels = scales, mapper
+        return _assign(maps, boxes, scales, mapper)
 
     def _offsets(self, levels: _Levels) -> tuple[Tensor, Tensor | None]:
         offset, mask = predict(self, self._pool(levels))
@@ -162,26 +164,7 @@ class MultiScaleDeformRoIPool(_Branched, MultiScaleRoIAlign):
         )
 
     def _pool(self, levels: _Levels, offset: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        def pool(level: int, rois: Tensor, offset: Tensor | None, mask: Tensor | None) -> Tensor:
-            return deform_roi_pool(
-                levels.maps[level],
-                rois,
-                offset,
-                mask,
-                output_size=self.output_size,
-                spatial_scale=levels.scales[level],
-                sampling_ratio=self.sampling_ratio,
-                gamma=self.gamma,
-                aligned=self.aligned,
-            )
-
-        if not levels.members:
-            return pool(0, levels.rois, offset, mask)
-        parts = [
-            pool(level, *(None if t is None else t[own] for t in (levels.rois, offset, mask)))  # type: ignore[arg-type]
-            for level, own in enumerate(levels.members)
-        ]
-        return torch.cat(parts)[levels.places]
+        return _pool(levels, offset, mask, self.output_size, self.sampling_ratio, self.gamma, self.aligned)
 
     def extra_repr(self) -> str:
         names = (
@@ -192,18 +175,56 @@ class MultiScaleDeformRoIPool(_Branched, MultiScaleRoIAlign):
         return describe(self, names) + mask
 
 
-class _Levels:
-    """Feature maps and RoIs, with the numbers of those that belong to each map (none where there is one map)."""
+class _Levels(NamedTuple):
+    """Feature maps and RoIs; where there are several maps, which RoIs belong to each."""
 
-    def __init__(self, maps: list[Tensor], boxes: list[Tensor], scales: list[float], mapper: Any) -> None:
-        self.maps, self.scales = maps, scales
-        boxes = list(boxes) or [maps[0].new_empty(0, 4)]  # an empty batch
-        image = [torch.full_like(b[:, :1], n) for n, b in enumerate(boxes)]
-        self.rois = torch.cat([torch.cat(image), torch.cat(boxes)], 1)
-        self.members: list[Tensor] = []
-        if len(maps) > 1:
-            # Boxes whose size is no number have no level; left out here, they would shift the results of the others.
-            number = mapper(boxes).clamp(0, len(maps) - 1)
-            self.members = [torch.where(number == level)[0] for level in range(len(maps))]
-            #: Where each RoI stands among those of map 0, then of map 1, ...
-            self.places = torch.cat(self.members).argsort()
+    maps: list[Tensor]
+    scales: list[float]
+    rois: Tensor
+    members: list[Tensor]
+    places: Tensor | None  # where each RoI stands among the members of map 0, then of map 1, ...
+
+
+def _maps(x: dict[str, Tensor], names: list[str], channels: int) -> list[Tensor]:
+    maps = [value for name, value in x.items() if name in names]
+    if not maps:
+        raise ValueError(f"x must hold feature maps named {names}, got {list(x)}")
+    for value in maps:
+        if value.dim() != 4 or value.shape[1] != channels:
+            raise ValueError(f"x must hold feature maps [N, {channels}, H, W], got {list(value.shape)}")
+    return maps
+
+
+def _assign(maps: list[Tensor], boxes: list[Tensor], scales: list[float], mapper: Any) -> _Levels:
+    n = maps[0].shape[0]
+    if len(boxes) != n:
+        raise ValueError(f"boxes must be {n} tensors [L, 4], one for each image, got {len(boxes)}")
+    boxes = list(boxes) or [maps[0].new_empty(0, 4)]  # an empty batch
+    image = [torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)]
+    rois = torch.cat([torch.cat(image), torch.cat(boxes)], 1)
+    if len(maps) == 1:
+        return _Levels(maps, scales, rois, [], None)
+    # Boxes whose size is no number have no level; left out here, they would shift the results of the others.
+    number = mapper(boxes).clamp(0, len(maps) - 1)
+    members = [torch.where(number == level)[0] for level in range(len(maps))]
+    return _Levels(maps, scales, rois, members, torch.cat(members).argsort())
+
+
+def _pool(
+    levels: _Levels,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    output_size: tuple[int, int],
+    sampling_ratio: int,
+    gamma: float,
+    aligned: bool,
+) -> Tensor:
+    """Pool every RoI from its map, in the order of the RoIs."""
+    options: dict[str, Any] = dict(output_size=output_size, sampling_ratio=sampling_ratio, gamma=gamma, aligned=aligned)
+    if levels.places is None:
+        return deform_roi_pool(levels.maps[0], levels.rois, offset, mask, spatial_scale=levels.scales[0], **options)
+    parts = []
+    for x, scale, own in zip(levels.maps, levels.scales, levels.members, strict=True):
+        shift, factor = (None if t is None else t[own] for t in (offset, mask))
+        parts.append(deform_roi_pool(x, levels.rois[own], shift, factor, spatial_scale=scale, **options))
+    return torch.cat(parts)[levels.places]
