@@ -271,7 +271,9 @@ CASES = [
         {
             "modulated": _part(),
             "plain": _part(offset=False, mask=False),
-            "classes": _part((3, 24, 7, 9), regions=5, output_dim=6, group_size=2, bins=(4, 3), parts=(2, 3), classes=3),
+            "classes": _part(
+                (3, 24, 7, 9), regions=5, output_dim=6, group_size=2, bins=(4, 3), parts=(2, 3), classes=3
+            ),
             "mask_alone": _part(offset=False, classes=2),
             "no_groups": _part((2, 5, 7, 6), output_dim=5, group_size=1, bins=(3, 2), mask=False),
             "more_parts_than_bins": _part(bins=(2, 2), parts=(5, 3), samples_per_part=3, spread=2.5),
@@ -306,7 +308,8 @@ CASES = [
         bare="square",
         mixed="rectangular",
         sizes=tuple(
-            _pixels(shape, regions) for shape, regions in (((8, 16, 13, 11), 6), ((3, 16, 8, 19), 7), ((9, 16, 12, 6), 10))
+            _pixels(shape, regions)
+            for shape, regions in (((8, 16, 13, 11), 6), ((3, 16, 8, 19), 7), ((9, 16, 12, 6), 10))
         ),
         per_result=("rois",),
         float32_beside_half=("rois",),

@@ -23,4 +23,7 @@ def values_are_known(t: torch.Tensor) -> bool:
     """Whether Python may look at the values of ``t``: not while tracing, nor inside ``torch.func`` transforms."""
     if torch.compiler.is_compiling() or get_interpreter_stack() is not None:
         return False
-    return type(t) in (torch.Tensor, torch.nn.Parameter) and torch.utils._python_dispatch._get_current_dispatch_mode() is None
+    return (
+        type(t) in (torch.Tensor, torch.nn.Parameter)
+        and torch.utils._python_dispatch._get_current_dispatch_mode() is None
+    )

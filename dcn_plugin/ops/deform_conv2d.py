@@ -11,7 +11,6 @@ from . import _check, _transforms
 from ._operator import register
 
 
-
 def deform_conv2d(
     input: Tensor,
     offset: Tensor,

@@ -147,7 +147,9 @@ def _count(grid: Tensor) -> Tensor:
 def _of_bins(t: Tensor, bins: Sequence[int], parts: Sequence[int]) -> Tensor:
     """Take for each bin the value of the part it lies in: [..., parts] to [..., bins]."""
     for i in (0, 1):
-        t = t.index_select(t.dim() - 2 + i, (_numbers(bins, i) * parts[i]).div(bins[i], rounding_mode="trunc").to(t.device))
+        t = t.index_select(
+            t.dim() - 2 + i, (_numbers(bins, i) * parts[i]).div(bins[i], rounding_mode="trunc").to(t.device)
+        )
     return t
 
 
@@ -167,9 +169,7 @@ def _origins(start: Tensor, step: Tensor, bins: Sequence[int], i: int, shift: Te
     return edges.expand(-1, -1, *bins) if shift is None else edges + shift
 
 
-def _spread(
-    origin: Tensor, along: Tensor, grid: Tensor, inside: tuple[float, float], input: Tensor, i: int
-) -> _Axis:
+def _spread(origin: Tensor, along: Tensor, grid: Tensor, inside: tuple[float, float], input: Tensor, i: int) -> _Axis:
     """Samples at ``origin + along`` ([R, samples]); those within ``inside``, ends included, are moved onto the map."""
     position = origin[..., None] + along[:, None, None, None]
     counted = _count(grid) < _last(grid)
