@@ -21,15 +21,16 @@ from dcn_plugin.visualize import effective_dilation
 class OffsetMonitor(pl.Callback):
     """Log what the offsets of every deformable layer do, and warn when they run away.
 
-    Every `every_n_steps` training steps, per layer: `offset/<layer>/mean` and `/max` (length |offset| in pixels of the
-    layer's input), `/dilation` (effective dilation in pixels), and for v2 `/mask_mean` and `/mask_std`. Between samples
-    it costs nothing; a sample costs one more pass through `conv_offset`.
+    Every `every_n_steps` training steps, per layer: `offset/<layer>/mean` and `/max` (length |offset|), and for masks
+    `/mask_mean` and `/mask_std`. A convolution's lengths are in pixels of its input, and it has a `/dilation` too
+    (effective dilation in pixels). Those of RoI pooling are shifts of the bins, in sizes of their RoI. Between samples
+    it costs nothing; a sample costs one more pass through what predicts the offsets.
 
     Args:
         every_n_steps: steps between two samples.
-        limit: offset length that counts as running away, as a multiple of the longer side of the layer's input: beyond
-            1 a point lies outside the image from wherever it starts.
-        max_pixels: the same in pixels, whatever the size; None sets no such limit.
+        limit: offset length that counts as running away. For a convolution as a multiple of the longer side of its
+            input: beyond 1 a point lies outside the image from wherever it starts. For RoI pooling in sizes of the RoI.
+        max_pixels: the same for convolutions in pixels, whatever the size; None sets no such limit.
 
     Each layer warns once per cause: beyond the limit, or not finite. A model without deformable layers logs nothing.
     """
@@ -42,32 +43,50 @@ class OffsetMonitor(pl.Callback):
         self._handles: list[Any] = []
         self._sampling = False
         self._values: dict[str, Tensor] = {}
-        self._limits: dict[str, float] = {}
+        self._limits: dict[str, tuple[float, str]] = {}
         self._warned: set[tuple[str, str]] = set()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for name, layer in pl_module.named_modules():
+            name = name.removeprefix("model.")
             if isinstance(layer, OffsetConv):
-                self._handles.append(layer.register_forward_hook(self._hook(name.removeprefix("model."))))
+                self._handles.append(layer.register_forward_hook(self._look_at_conv(name)))
+            elif (scale := roi_offset_scale(layer)) is not None:
+                look = self._look_at_roi_pool(name, scale)
+                self._handles.append(layer.register_forward_hook(look, with_kwargs=True))
 
-    def _hook(self, name: str) -> Any:
+    def _note(self, name: str, length: Tensor, mask: Tensor | None, limit: float, said: str) -> None:
+        self._values |= {f"offset/{name}/mean": length.mean(), f"offset/{name}/max": length.max()}
+        if mask is not None:
+            self._values[f"offset/{name}/mask_mean"] = mask.float().mean()
+            self._values[f"offset/{name}/mask_std"] = mask.float().std(correction=0)
+        self._limits[name] = (limit, said)
+
+    def _look_at_conv(self, name: str) -> Any:
         def look(layer: OffsetConv, args: tuple[Tensor, ...], output: Tensor) -> None:
             if not self._sampling:
                 return
+            limit = self.limit * max(args[0].shape[-2:])
+            limit = limit if self.max_pixels is None else min(limit, self.max_pixels)
             with torch.no_grad():
                 offset, mask = layer.offsets(args[0])
                 n, _, h, w = offset.shape
                 length = offset.float().reshape(n, -1, 2, h, w).norm(dim=2)
-                self._values |= {
-                    f"offset/{name}/mean": length.mean(),
-                    f"offset/{name}/max": length.max(),
-                    f"offset/{name}/dilation": effective_dilation(offset, layer.kernel_size, layer.dilation).mean(),
-                }
-                if mask is not None:
-                    self._values[f"offset/{name}/mask_mean"] = mask.float().mean()
-                    self._values[f"offset/{name}/mask_std"] = mask.float().std(correction=0)
-            limit = self.limit * max(args[0].shape[-2:])
-            self._limits[name] = limit if self.max_pixels is None else min(limit, self.max_pixels)
+                dilation = effective_dilation(offset, layer.kernel_size, layer.dilation).mean()
+                self._note(name, length, mask, limit, "samples up to {:.1f} pixels away (limit {:.1f})")
+            self._values[f"offset/{name}/dilation"] = dilation
+
+        return look
+
+    def _look_at_roi_pool(self, name: str, scale: float) -> Any:
+        def look(layer: Any, args: tuple, kwargs: dict, output: Any) -> None:
+            if not self._sampling:
+                return
+            with torch.no_grad():
+                offset, mask = layer.offsets(*args, **kwargs)
+                if len(offset):
+                    length = scale * offset.float().unflatten(1, (-1, 2)).norm(dim=2)
+                    self._note(name, length, mask, self.limit, "shifts bins by up to {:.1f} RoI sizes (limit {:.1f})")
 
         return look
 
@@ -81,7 +100,7 @@ class OffsetMonitor(pl.Callback):
             return
         self._sampling = False
         pl_module.log_dict(self._values, batch_size=1)
-        for name, limit in self._limits.items():
+        for name, (limit, words) in self._limits.items():
             largest = float(self._values[f"offset/{name}/max"])
             cause = "not finite" if not largest < float("inf") else "too far" if largest > limit else None
             if cause is None or (name, cause) in self._warned:
@@ -90,11 +109,12 @@ class OffsetMonitor(pl.Callback):
             said = (
                 f"has offsets that are not finite (largest: {largest})"
                 if cause == "not finite"
-                else f"samples up to {largest:.1f} pixels away (limit {limit:.1f})"
+                else words.format(largest, limit)
             )
             rank_zero_warn(
                 f"OffsetMonitor: {name} {said} at step {trainer.global_step}: the offsets run away. Lower "
-                "optimizer.offset_lr_mult or the learning rate, clip gradients, or bound them with offset_bound"
+                "optimizer.offset_lr_mult (roi_offset_lr_mult for RoI pooling) or the learning rate, clip gradients, "
+                "or bound them with offset_bound"
             )
         self._values, self._limits = {}, {}
 
@@ -105,6 +125,14 @@ class OffsetMonitor(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
+
+
+def roi_offset_scale(layer: torch.nn.Module) -> float | None:
+    """Return how many RoI sizes an offset of 1 is in a layer that predicts offsets for RoIs, None for other layers."""
+    # R-FCN's maps exist without offsets too, and then have no branch for them.
+    if not callable(getattr(layer, "offsets", None)) or getattr(layer, "score_offsets", layer) is None:
+        return None
+    return getattr(layer, "gamma", getattr(layer, "offset_scale", None))
 
 
 class _EpochWriter(BasePredictionWriter):

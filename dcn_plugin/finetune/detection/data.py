@@ -8,10 +8,11 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -203,6 +204,39 @@ class FolderImages(Dataset):
         return self.paths[index].name
 
 
+def mixed_seed(*numbers: int) -> int:
+    """Return one seed that depends on all of the numbers and their order."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+class SeededSampler(DistributedSampler):
+    """Yield index and seed of each training image; both depend on the sampler's seed and the epoch alone.
+
+    Lightning tells the epoch to a `DistributedSampler` of one process too. So neither order nor augmentation hangs on
+    what random numbers were drawn for before, in which process, and how far ahead batches were fetched.
+    """
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
+        for index in super().__iter__():
+            yield index, mixed_seed(self.seed, self.epoch, index)
+
+
+class Seeded(Dataset):
+    """A data set whose random transforms draw from the seed that a `SeededSampler` gives."""
+
+    def __init__(self, dataset: CocoImages) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Target]:
+        index, seed = key
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.dataset[index]
+
+
 class CocoDataModule(pl.LightningDataModule):
     """Serve detection data in COCO's format: images as a list of tensors, targets as a list of dicts (`CocoImages`).
 
@@ -232,8 +266,8 @@ class CocoDataModule(pl.LightningDataModule):
         ValueError, TypeError, FileNotFoundError: as `CocoImages`; an unknown name, key or transform; splits whose
             categories differ.
 
-    The order of the training images depends on the seed (`seed_everything`) and the epoch alone, so that a resumed run
-    sees what it would have seen.
+    Order and augmentation of the training images depend on the seed (`seed_everything`) and the epoch alone, so that a
+    resumed run sees what it would have seen.
 
     Example:
         >>> import tempfile
@@ -406,10 +440,9 @@ class CocoDataModule(pl.LightningDataModule):
             share = len(dataset) // place["num_replicas"]
             if share < batch_size:
                 raise ValueError(f"batch_size: expected at most the {share} images to train on, got {batch_size}")
-            # For one process too: Lightning tells this sampler the epoch, so the order does not hang on what the random
-            # number generator was used for before.
             seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-            sampler = DistributedSampler(dataset, **place, shuffle=True, seed=seed, drop_last=True)
+            dataset = Seeded(dataset)
+            sampler = SeededSampler(dataset, **place, shuffle=True, seed=seed, drop_last=True)
         else:
             # An image that is seen twice, as a DistributedSampler pads, would change the metric.
             sampler = UnrepeatedDistributedSampler(dataset, **place, shuffle=False)

@@ -6,12 +6,14 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 
 from ..config import arguments, plain
 from ..module import TunedModule
+from .data import mixed_seed
 
 Target = dict[str, Any]
 # What is logged of the metric: mean average precision over IoU 0.50:0.95, at 0.50, at 0.75, by size of the objects, and
@@ -26,7 +28,7 @@ class DetectionModule(TunedModule):
         model: `dict(name='faster_rcnn' | 'rfcn', backbone=..., ...)`, as `build_detector` of
             `dcn_plugin.models.dcn_detection` takes it, without `num_classes`.
         num_classes: number of classes of objects, at least 1. (torchvision's detectors count the background too; this
-            does not.)
+            does not.) None takes one less than `model['num_classes']`.
         rules: replacement rules for `dcn_plugin.convert`, applied after the model is built.
         checkpoint: path of weights to start from, or `dict(path=..., **options of dcn_plugin.load_checkpoint)`; loaded
             after the replacement.
@@ -38,8 +40,8 @@ class DetectionModule(TunedModule):
     `train_loss` and each loss as `train_<name>`, and for validation and test (`val_`, `test_`) `map`, `map_50`,
     `map_75`, `map_small`, `map_medium`, `map_large` and `mar_100`.
 
-    The random numbers of an epoch depend on the seed (`seed_everything`) and its number alone, so that a resumed run
-    draws what it would have drawn.
+    The random numbers of a training step (which proposals are sampled, dropout) depend on the seed (`seed_everything`),
+    the epoch and the number of the batch alone, so that a resumed run draws what it would have drawn.
 
     Raises:
         ValueError, TypeError: an unknown model, key or schedule, or a value that makes no sense.
@@ -58,7 +60,7 @@ class DetectionModule(TunedModule):
     def __init__(
         self,
         model: Mapping[str, Any],
-        num_classes: int,
+        num_classes: int | None = None,
         *,
         rules: Sequence[Mapping] | None = None,
         checkpoint: str | Mapping[str, Any] | None = None,
@@ -70,12 +72,10 @@ class DetectionModule(TunedModule):
         self.save_hyperparameters(
             {key: plain(value) for key, value in locals().items() if key in arguments(type(self))}
         )
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-            raise ValueError(f"num_classes: expected at least 1 class of objects, got {num_classes!r}")
-        self.num_classes = num_classes
         self._configure(optimizer, schedule)
         _metric()  # so that what it needs is missed now, not after the first epoch
         self.spec = detector_spec(model, num_classes)
+        self.num_classes = self.spec["num_classes"] - 1
         self.model = build(self.spec)
         self._adapt(rules, checkpoint)
         self.category_ids: list[int] | None = None
@@ -115,10 +115,10 @@ class DetectionModule(TunedModule):
             raise ValueError(f"category_ids: the model was trained on {self.category_ids}, the data has {ids}")
         self.category_ids, self.class_names = ids, getattr(data, "class_names", None)
 
-    def on_train_epoch_start(self) -> None:
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         seed = os.environ.get("PL_GLOBAL_SEED")
         if seed is not None:
-            torch.manual_seed((int(seed) * 1_000_003 + self.current_epoch) * self.trainer.world_size + self.global_rank)
+            torch.manual_seed(mixed_seed(int(seed), self.current_epoch, batch_idx, self.global_rank))
 
     def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> Tensor:
         images, targets = batch
@@ -174,7 +174,13 @@ class DetectionModule(TunedModule):
 
 def _metric() -> MeanAveragePrecision:
     try:
-        metric = MeanAveragePrecision(backend="pycocotools", sync_on_compute=False)
+        # The thresholds in double precision, as COCO's evaluation has them: a recall may lie on one of them.
+        metric = MeanAveragePrecision(
+            backend="pycocotools",
+            iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+            rec_thresholds=np.linspace(0.0, 1.0, 101).tolist(),
+            sync_on_compute=False,
+        )
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "DetectionModule needs pycocotools, which is not installed: pip install 'dcn_plugin[detection]'",
@@ -191,11 +197,15 @@ def build(spec: Mapping[str, Any]) -> nn.Module:
     return build_detector(spec)
 
 
-def detector_spec(model: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
-    """Return the specification of a detector for so many classes of objects; `model` may repeat their number."""
+def detector_spec(model: Mapping[str, Any], num_classes: int | None) -> dict[str, Any]:
+    """Return the specification of a detector for so many classes of objects; `model` may say their number itself."""
     if not isinstance(model, Mapping) or "name" not in model:
         raise ValueError(f"model: expected dict(name='faster_rcnn' or 'rfcn', backbone=..., ...), got {model!r}")
     spec = plain(model)
+    if num_classes is None and isinstance(spec.get("num_classes"), int):
+        num_classes = spec["num_classes"] - 1
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"num_classes: expected at least 1 class of objects, got {num_classes!r}")
     if spec.setdefault("num_classes", num_classes + 1) != num_classes + 1:
         got = f"model.num_classes={spec['num_classes']} with num_classes={num_classes}"
         raise ValueError(f"model.num_classes: leave it out, or count one more for the background, got {got}")

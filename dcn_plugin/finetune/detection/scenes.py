@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
@@ -282,7 +283,8 @@ def _move(partial: Path, root: Path, stamp: Mapping[str, Any]) -> None:
         if _is_written(root, stamp):
             return
         old = partial.with_name(partial.name + ".old")
-        root.rename(old)
+        with contextlib.suppress(FileNotFoundError):  # the other process is about to put its own here
+            root.rename(old)
     try:
         partial.rename(root)
     except OSError:
