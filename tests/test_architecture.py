@@ -94,13 +94,16 @@ def test_includes_point_one_way(path):
 
 
 def test_one_sampler():
-    """Whoever interpolates has to take a floor; only the two samplers do."""
+    """Whoever interpolates has to take a floor; only the two samplers do, and R-FCN's pooling, for its whole pixels."""
     takes_floor = re.compile(r"\bfloorf?\s*\(|\.floor_?\(|grid_sample|rounding_mode=.floor")
     files = sorted(CSRC.rglob("*.*")) + [
         p for part in ("ops", "layers", "reference") for p in PACKAGE.glob(f"{part}/*.py")
     ]
     found = [path.relative_to(ROOT).as_posix() for path in files if takes_floor.search(path.read_text())]
-    assert found == ["csrc/core/sampling.h", "dcn_plugin/reference/bilinear.py"]
+    assert found == [
+        "csrc/core/roi_geometry.h", "csrc/core/sampling.h",
+        "dcn_plugin/reference/bilinear.py", "dcn_plugin/reference/roi_pool.py",
+    ]  # fmt: skip
 
 
 def test_library_code_is_silent():

@@ -125,7 +125,7 @@ class DeformRoIPool(nn.Module):
         >>> (layer(image, rois, offset) - layer(image, rois)).flatten()
         tensor([0.4000, 0.4000, 0.4000, 0.4000])
 
-    Source: Dai et al., Deformable Convolutional Networks (2017), section 2.2, eq. 5.
+    Source: Dai et al., Deformable Convolutional Networks (2017), section 2.2, eq. 6.
     """
 
     #: No stand-in for a convolution: its forward takes RoIs.
@@ -375,7 +375,7 @@ class DeformPSRoIPool(PSRoIPool):
         >>> layer(scores, rois, offset=torch.zeros(1, 2, 3, 3)).shape  # one class: offsets for all 4 channels
         torch.Size([1, 4, 3, 3])
 
-    Source: Dai et al., Deformable Convolutional Networks (2017), section 2.2, eq. 6.
+    Source: Dai et al., Deformable Convolutional Networks (2017), section 2.2.
     """
 
     def __init__(

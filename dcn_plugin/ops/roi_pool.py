@@ -65,8 +65,8 @@ def deform_roi_pool(
         >>> deform_roi_pool(input, rois, offset, output_size=7, spatial_scale=0.25).shape
         torch.Size([1, 4, 7, 7])
 
-    Source: Dai et al., Deformable Convolutional Networks (2017), eq. 5; Zhu et al., Deformable ConvNets v2 (2019),
-    eq. 3 (mask); numbers as mmcv's ``deform_roi_pool``.
+    Source: Dai et al., Deformable Convolutional Networks (2017), eq. 6; Zhu et al., Deformable ConvNets v2 (2019),
+    eq. 2 (mask); numbers as mmcv's ``deform_roi_pool``.
     """
     size = list(_check.integers("output_size", output_size, 1))
     scale = _check.number("spatial_scale", spatial_scale, positive=True)
@@ -134,7 +134,7 @@ def deform_ps_roi_pool(
         >>> out.shape
         torch.Size([1, 5, 3, 3])
 
-    Source: Dai et al., Deformable Convolutional Networks (2017), eq. 6 and the authors' DeformablePSROIPooling.
+    Source: Dai et al., Deformable Convolutional Networks (2017), section 2.2, and the authors' DeformablePSROIPooling.
     """
     integer = _check.integer
     size = list(_check.integers("output_size", output_size, 1))
