@@ -12,6 +12,14 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from .dcn_detection_backbone import DetectionBackbone
 
 _ASPECT_RATIOS = (0.5, 1.0, 2.0)
+# What users of torchvision's and mmdetection's constructors may look for.
+_ELSEWHERE = {
+    "weights": "load a detector's weights with dcn_plugin.load_checkpoint",
+    "weights_backbone": "backbone=dict(name=..., pretrained=True) or dict(name=..., checkpoint_path=...)",
+    "pretrained": "backbone=dict(name=..., pretrained=True)",
+    "pretrained_backbone": "backbone=dict(name=..., pretrained=True)",
+    "frozen_stages": "trainable_backbone_layers counts the stages that train, the stem is one",
+}
 
 
 def _defaults(*classes: type) -> dict[str, Any]:
@@ -34,6 +42,7 @@ def check_options(name: str, num_classes: int, options: Mapping[str, Any], known
         if key not in known:
             near = get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"torchvision's are {', '.join(known)}"
+            hint = _ELSEWHERE.get(key, hint)
             raise TypeError(f"{name}: unknown option {key!r}; {hint}")
 
 
@@ -42,7 +51,7 @@ def fill_in(backbone: DetectionBackbone, options: dict[str, Any], sizes: Sequenc
     for key, value in (("image_mean", backbone.mean), ("image_std", backbone.std)):
         if options.get(key) is None:
             options[key] = value
-        if len(options[key]) != backbone.in_chans:
+        if not isinstance(options[key], Sequence) or len(options[key]) != backbone.in_chans:
             raise ValueError(f"{key}: expected one number for each of {backbone.in_chans} channels, got {options[key]}")
     anchors = options.get("rpn_anchor_generator") or {}
     if isinstance(anchors, Mapping):
