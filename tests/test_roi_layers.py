@@ -724,7 +724,11 @@ def test_pyramid_pool_in_half_precision_and_channels_last():
     maps, boxes = pyramid(dtype=torch.float32), boxes_of_all_sizes(5, 6, dtype=torch.float32)
     expected = pool(maps, boxes, SHAPES)
     last = {name: value.to(memory_format=torch.channels_last) for name, value in maps.items()}
-    torch.testing.assert_close(pool(last, boxes, SHAPES), expected)
+    out = pool(last, boxes, SHAPES)
+    torch.testing.assert_close(out, expected)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    small = [b[:1] for b in boxes]  # not every level has one
+    assert pool(last, small, SHAPES).is_contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):
         out = pool(maps, boxes, SHAPES)
         assert out.dtype == torch.bfloat16

@@ -13,6 +13,7 @@ from torchvision.ops.poolers import _setup_scales
 
 from ..ops import deform_roi_pool
 from ..ops._check import integer, number
+from ..ops._layout import is_channels_last
 from .conv import _pair
 from .roi import Size, ZeroLinear, _Branched, activation, branch, describe, factory_arguments, flag, predict
 
@@ -176,13 +177,12 @@ class MultiScaleDeformRoIPool(_Branched, MultiScaleRoIAlign):
 
 
 class _Levels(NamedTuple):
-    """Feature maps and RoIs; where there are several maps, which RoIs belong to each."""
+    """Feature maps and RoIs; where there are several maps, the numbers of the RoIs that belong to each."""
 
     maps: list[Tensor]
     scales: list[float]
     rois: Tensor
     members: list[Tensor]
-    places: Tensor | None  # where each RoI stands among the members of map 0, then of map 1, ...
 
 
 def _maps(x: dict[str, Tensor], names: list[str], channels: int) -> list[Tensor]:
@@ -203,11 +203,11 @@ def _assign(maps: list[Tensor], boxes: list[Tensor], scales: list[float], mapper
     image = [torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)]
     rois = torch.cat([torch.cat(image), torch.cat(boxes)], 1)
     if len(maps) == 1:
-        return _Levels(maps, scales, rois, [], None)
+        return _Levels(maps, scales, rois, [])
     # Boxes whose size is no number have no level; left out here, they would shift the results of the others.
     number = mapper(boxes).clamp(0, len(maps) - 1)
     members = [torch.where(number == level)[0] for level in range(len(maps))]
-    return _Levels(maps, scales, rois, members, torch.cat(members).argsort())
+    return _Levels(maps, scales, rois, members)
 
 
 def _pool(
@@ -221,10 +221,14 @@ def _pool(
 ) -> Tensor:
     """Pool every RoI from its map, in the order of the RoIs."""
     options: dict[str, Any] = dict(output_size=output_size, sampling_ratio=sampling_ratio, gamma=gamma, aligned=aligned)
-    if levels.places is None:
+    if not levels.members:
         return deform_roi_pool(levels.maps[0], levels.rois, offset, mask, spatial_scale=levels.scales[0], **options)
     parts = []
     for x, scale, own in zip(levels.maps, levels.scales, levels.members, strict=True):
         shift, factor = (None if t is None else t[own] for t in (offset, mask))
         parts.append(deform_roi_pool(x, levels.rois[own], shift, factor, spatial_scale=scale, **options))
-    return torch.cat(parts)[levels.places]
+    pooled = torch.cat(parts)
+    layout = torch.channels_last if is_channels_last(levels.maps[0]) else torch.contiguous_format
+    # A copy, because the gradient of an index would be summed up, in any order.
+    out = torch.empty(pooled.shape, dtype=pooled.dtype, device=pooled.device, memory_format=layout)
+    return out.index_copy_(0, torch.cat(levels.members), pooled)
