@@ -116,6 +116,23 @@ def test_bfloat16_autocast(name):
     sum(losses.values()).backward()
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@each
+def test_a_gpu_computes_the_same(name):
+    torch.manual_seed(0)
+    model = build_detector(SPECS[name]).eval()
+    batch = images((64, 64), (48, 72))
+    expected = model(batch)
+    model.cuda()
+    found = model([image.cuda() for image in batch])
+    assert_same([{key: value.cpu() for key, value in one.items()} for one in found], expected)
+    moved = [{key: value.cuda() for key, value in target.items()} for target in targets()]
+    losses = model.train()([image.cuda() for image in batch], moved)
+    sum(losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 # -- Faster R-CNN -----------------------------------------------------------------------------------------------------
 
 
@@ -193,6 +210,8 @@ def test_the_strides_are_the_backbones_whatever_the_first_image():
     model(images((40, 40)))
     assert model.roi_heads.box_roi_pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
     assert (model.roi_heads.box_roi_pool.map_levels.k_min, model.roi_heads.box_roi_pool.map_levels.k_max) == (2, 5)
+    some = faster_rcnn(3, PLAIN, fpn_channels=16, roi_pool=dict(featmap_names=["1", "2"])).roi_heads.box_roi_pool
+    assert some.scales == [1 / 8, 1 / 16] and (some.map_levels.k_min, some.map_levels.k_max) == (3, 4)
 
 
 def test_any_timm_model_is_a_backbone():
@@ -297,17 +316,20 @@ def test_offset_parameters_of_detectors():
 # -- freezing ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("trainable", "frozen"), [(5, ()), (3, ("conv1", "bn1", "layer1")), (4, ("conv1", "bn1"))])
+STAGES = {5: (), 4: ("conv1", "bn1"), 3: ("conv1", "bn1", "layer1"), 0: ("conv1", "bn1", "layer")}
+
+
+@pytest.mark.parametrize(("trainable", "frozen"), STAGES.items())
 def test_stages_are_frozen_as_in_torchvision(trainable, frozen):
     model = faster_rcnn(4, PLAIN, trainable_backbone_layers=trainable, **FASTER).train()
     for name, parameter in model.backbone.body.named_parameters():
         assert parameter.requires_grad != name.startswith(frozen or "-"), name
     training = {name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and m.training}
     assert all(not name.startswith(tuple(f"backbone.body.{f}" for f in frozen or "-")) for name in training)
-    assert "backbone.body.layer4.0.bn1" in training
+    assert ("backbone.body.layer4.0.bn1" in training) == bool(trainable)
     before = model.backbone.body.layer1[0].bn1.running_mean.clone()
     model(images((64, 64)), targets()[:1])
-    assert torch.equal(before, model.backbone.body.layer1[0].bn1.running_mean) == ("layer1" in frozen)
+    assert torch.equal(before, model.backbone.body.layer1[0].bn1.running_mean) == (trainable < 4)
     model.eval()
     assert not any(m.training for m in model.modules())
 
@@ -392,6 +414,11 @@ def test_detectors_table():
             dict(name="faster_rcnn", num_classes=3, backbone=PLAIN, roi_pool=dict(gamma=0.1)),
             TypeError,
             "roi_pool: MultiScaleRoIAlign has no argument 'gamma'",
+        ),
+        (
+            dict(name="faster_rcnn", num_classes=3, backbone=PLAIN, roi_pool=dict(featmap_names=["p2"])),
+            ValueError,
+            "roi_pool.*featmap_names.*'pool'.*'p2'",
         ),
         (
             dict(name="faster_rcnn", num_classes=3, backbone=PLAIN, roi_pool="MultiScaleRoIAlign"),

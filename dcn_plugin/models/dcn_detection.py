@@ -33,13 +33,17 @@ def _roi_pool(roi_pool: Mapping[str, Any] | None, backbone: DetectionBackbone) -
     if kind is not MultiScaleRoIAlign:
         own["in_channels"] = backbone.out_channels
     pool = kind(**{**own, **arguments})
-    if pool.featmap_names == own["featmap_names"]:
-        # torchvision guesses the strides from the first batch, and wrongly where its images are small and padded.
-        pool.scales = [1 / stride for stride in backbone.strides]
-        levels = [stride.bit_length() - 1 for stride in (backbone.strides[0], backbone.strides[-1])]
-        pool.map_levels = initLevelMapper(
-            *levels, canonical_scale=pool.canonical_scale, canonical_level=pool.canonical_level
-        )
+    of_map = {str(i): stride for i, stride in enumerate(backbone.strides)} | {"pool": 2 * backbone.strides[-1]}
+    unknown = [name for name in pool.featmap_names if name not in of_map]
+    if unknown or not pool.featmap_names:
+        raise ValueError(f"roi_pool: expected featmap_names out of {list(of_map)}, got {pool.featmap_names}")
+    # torchvision guesses the strides from the first batch, and wrongly where its images are small and padded.
+    strides = [of_map[name] for name in pool.featmap_names]
+    pool.scales = [1 / stride for stride in strides]
+    finest, coarsest = (stride.bit_length() - 1 for stride in (strides[0], strides[-1]))
+    pool.map_levels = initLevelMapper(
+        finest, coarsest, canonical_scale=pool.canonical_scale, canonical_level=pool.canonical_level
+    )
     return pool
 
 
@@ -155,7 +159,8 @@ def rfcn(
         group_size: bins along a side, k.
         conv_channels: channels of the 1x1 convolution after the backbone.
         class_agnostic: one box for all classes; otherwise one for each.
-        class_aware_offsets: offsets of the scores' bins for each class; otherwise the classes share them.
+        class_aware_offsets: offsets of the scores' bins for each class, as in the original: many maps for many
+            classes (``2 * k * k * num_classes``). Otherwise the classes share them.
         samples_per_part: samples along a side of a bin.
         offset_scale: RoI sizes that an offset of 1 is.
         trainable_backbone_layers, norm_eval, options: as in `faster_rcnn`, without ``box_roi_pool``. Default anchors
