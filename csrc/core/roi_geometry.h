@@ -40,13 +40,13 @@ struct BinAxis {
 
 struct RoiGeometry {
   RoiRule rule;
-  int64_t batch, channels, height, width;             // N C H W
-  int64_t rois, outputs, groups;                      // R, D, groups of channels along each axis
-  int64_t out_height, out_width;                      // bins
-  int64_t part_height, part_width, classes;           // of offset and mask
-  int64_t grid;                                       // samples of a bin along each axis; 0: as the bin is large
+  int64_t batch, channels, height, width;    // N C H W
+  int64_t rois, outputs, groups;             // R, D, groups of channels along each axis
+  int64_t out_height, out_width;             // bins
+  int64_t part_height, part_width, classes;  // of offset and mask
+  int64_t grid;                              // samples of a bin along each axis; 0: as the bin is large
   double spatial_scale, offset_scale;
-  bool aligned;                                       // kAlign: half a pixel to the left, and no least size
+  bool aligned;  // kAlign: half a pixel to the left, and no least size
 
   DCN_HOST_DEVICE int64_t bins() const { return out_height * out_width; }
   DCN_HOST_DEVICE int64_t class_outputs() const { return outputs / classes; }
@@ -101,7 +101,8 @@ struct RoiGeometry {
     const A step = size / static_cast<A>(bins_along(which)), n = static_cast<A>(extent(which));
     BinAxis<A> axis{0, 1, 0, 0, 0, 0, n - 1, n - 1, 0};
     if (rule == RoiRule::kPixels) {
-      const A low = std::floor(start + static_cast<A>(bin) * step), high = std::ceil(start + static_cast<A>(bin + 1) * step);
+      const A low = std::floor(start + static_cast<A>(bin) * step),
+              high = std::ceil(start + static_cast<A>(bin + 1) * step);
       axis.begin = static_cast<int64_t>(low < 0 ? A(0) : (low > n ? n : low));
       axis.end = static_cast<int64_t>(high < 0 ? A(0) : (high > n ? n : high));
       axis.samples = axis.end > axis.begin ? static_cast<A>(axis.end - axis.begin) : A(0);
@@ -145,7 +146,7 @@ template <typename A>
 struct RoiBin {
   int64_t image, cell;  // image < 0: not to be read
   BinAxis<A> y, x;
-  A share;  // what each sample adds: 1 / number of samples, 0 where there are none
+  A share;           // what each sample adds: 1 / number of samples, 0 where there are none
   A size_y, size_x;  // derivative of a position by its offset
 };
 

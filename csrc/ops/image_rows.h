@@ -54,8 +54,8 @@ struct TransposeRow {
   }
 };
 
-// Images between any layout and rows. With `cells` > 1 the rows hold channel d * cells + cell at cell * (C / cells) + d:
-// what a position-sensitive bin reads lies together.
+// Images between any layout and rows. With `cells` > 1 the rows hold channel d * cells + cell at cell * (C / cells) +
+// d: what a position-sensitive bin reads lies together.
 template <bool ToRows, typename A, typename S>
 void transpose_images(const ImageSize& size, const View<S>& images, int64_t first_image, int64_t count,
                       const Rows<A>& rows, int64_t cells = 1) {

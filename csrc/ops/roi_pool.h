@@ -38,8 +38,8 @@ inline void check_roi_pool(const char* op, const RoiArguments& a, RoiGeometry& g
   positive(g.groups, "group_size");
   check(g.grid >= (g.rule == RoiRule::kPart) && g.grid <= (1 << 20), "samples along each axis must be at least ",
         g.rule == RoiRule::kPart ? 1 : 0, ", got ", g.grid);
-  check(g.spatial_scale > 0 && g.spatial_scale - g.spatial_scale == 0, "spatial_scale must be positive and finite, got ",
-        g.spatial_scale);
+  check(g.spatial_scale > 0 && g.spatial_scale - g.spatial_scale == 0,
+        "spatial_scale must be positive and finite, got ", g.spatial_scale);
   check(g.outputs > 0 && g.channels == g.outputs * g.groups * g.groups,
         "input must have output_dim * group_size ** 2 channels (", g.outputs, " * ", g.groups, " ** 2), got shape ",
         shape_of(a.input));
@@ -79,12 +79,12 @@ struct DensePlaces {
     if (a.offset) offset = dense(*a.offset);
     if (a.mask) mask = dense(*a.mask);
   }
-  RoiPlaces<A> places() const { return {g, data(rois), offset ? data(*offset) : nullptr, mask ? data(*mask) : nullptr}; }
+  RoiPlaces<A> places() const {
+    return {g, data(rois), offset ? data(*offset) : nullptr, mask ? data(*mask) : nullptr};
+  }
 
  private:
-  static Tensor dense(const Tensor& t) {
-    return torch::stable::contiguous(torch::stable::to(t, scalar_type_of<A>()));
-  }
+  static Tensor dense(const Tensor& t) { return torch::stable::contiguous(torch::stable::to(t, scalar_type_of<A>())); }
   static const A* data(const Tensor& t) { return static_cast<const A*>(t.data_ptr()); }
 };
 
@@ -105,7 +105,8 @@ struct PartGradients {
   A *offset_data = nullptr, *mask_data = nullptr;
 
   PartGradients(const RoiArguments& a, const RoiGeometry& g, int64_t needs)
-      : offset(dense(a, needs & kRoiOffset ? 2 * g.classes : 0, g)), mask(dense(a, needs & kRoiMask ? g.classes : 0, g)) {
+      : offset(dense(a, needs & kRoiOffset ? 2 * g.classes : 0, g)),
+        mask(dense(a, needs & kRoiMask ? g.classes : 0, g)) {
     if (needs & kRoiOffset) offset_data = static_cast<A*>(offset.data_ptr());
     if (needs & kRoiMask) mask_data = static_cast<A*>(mask.data_ptr());
   }
@@ -130,8 +131,9 @@ Tensor roi_pool_portable(const RoiArguments& a, const RoiGeometry& g) {
 
 // Returns the gradient of the input; those of the parts are written to `parts`.
 template <typename Device, typename S>
-Tensor roi_pool_backward_portable(const Tensor& grad_output, const RoiArguments& a, const RoiPlaces<Accumulate<S>>& where,
-                                  int64_t needs, const PartGradients<Accumulate<S>>& parts) {
+Tensor roi_pool_backward_portable(const Tensor& grad_output, const RoiArguments& a,
+                                  const RoiPlaces<Accumulate<S>>& where, int64_t needs,
+                                  const PartGradients<Accumulate<S>>& parts) {
   using A = Accumulate<S>;
   Tensor grad_input = new_roi_gradient(a.input, needs & kRoiInput, scalar_type_of<A>());
   if (needs & kRoiInput) {

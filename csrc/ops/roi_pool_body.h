@@ -28,9 +28,8 @@ struct PoolBins {
     const int64_t channel = g.channel(d, bin.cell);
     A sum = 0;
     for_each_sample(g, bin, [&](const Sample<A>& s, bool, bool) {
-      sum += interpolate(s, [&](int64_t row, int64_t column) {
-        return static_cast<A>(input.at(bin.image, channel, row, column));
-      });
+      sum += interpolate(
+          s, [&](int64_t row, int64_t column) { return static_cast<A>(input.at(bin.image, channel, row, column)); });
     });
     output.at(r, d, y, x) = static_cast<S>(where.modulation(r, c, y, x) * (sum * bin.share));
   }

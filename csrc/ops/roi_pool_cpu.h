@@ -33,7 +33,8 @@ struct PoolRegion {
           const RoiBin<A> bin = where.bin(frame, r, c, y, x);
           const int64_t count = g.class_outputs(), first = first_channel(g, bin.cell, c);
           for (int64_t d = 0; d < count; ++d) sums[d] = 0;
-          for_each_sample(g, bin, [&](const Sample<A>& s, bool, bool) DCN_INLINE_LAMBDA { add(s, first, count, sums); });
+          for_each_sample(g, bin,
+                          [&](const Sample<A>& s, bool, bool) DCN_INLINE_LAMBDA { add(s, first, count, sums); });
           const A m = where.modulation(r, c, y, x);
           for (int64_t d = 0; d < count; ++d) sums[d] = m * (sums[d] * bin.share);
         }
@@ -96,8 +97,8 @@ struct RegionPartGradient {
   int64_t r;
   RoiFrame<A> frame;
   Rows<const A> image;
-  const A* grad;                // [bins, D]
-  A *grad_offset, *grad_mask;   // of this region; either may be null
+  const A* grad;               // [bins, D]
+  A *grad_offset, *grad_mask;  // of this region; either may be null
 
   DCN_HOST_DEVICE void operator()() const {
     const RoiGeometry& g = where.g;
@@ -112,9 +113,8 @@ struct RegionPartGradient {
           const A* const of_bin = grad + (y * g.out_width + x) * g.outputs + c * count;
           BinGradient<A> sum;
           for_each_sample(g, bin, [&](const Sample<A>& s, bool y_moves, bool x_moves) DCN_INLINE_LAMBDA {
-            const auto corner = [&](int64_t row, int64_t column) DCN_INLINE_LAMBDA {
-              return dot(of_bin, image.at(0, row, column) + first, count);
-            };
+            const auto corner = [&](int64_t row, int64_t column)
+                                    DCN_INLINE_LAMBDA { return dot(of_bin, image.at(0, row, column) + first, count); };
             sum.add(interpolate_gradient(s, corner), y_moves, x_moves);
           });
           const A m = where.modulation(r, c, y, x);
@@ -141,7 +141,8 @@ struct RegionList {
   std::vector<int64_t> order;
   std::vector<int64_t> starts;  // image n has order[starts[n]] to order[starts[n + 1] - 1]
 
-  explicit RegionList(const RoiPlaces<A>& where) : frames(where.g.rois), order(where.g.rois), starts(where.g.batch + 2) {
+  explicit RegionList(const RoiPlaces<A>& where)
+      : frames(where.g.rois), order(where.g.rois), starts(where.g.batch + 2) {
     const int64_t none = where.g.batch;
     const auto image = [&](int64_t r) { return frames[r].image < 0 ? none : frames[r].image; };
     for (int64_t r = 0; r < where.g.rois; ++r) {
@@ -245,14 +246,13 @@ Tensor roi_backward(const Tensor& grad_output, const RoiArguments& a, const RoiP
           const int64_t r = regions.order[i];
           const RoiFrame<A>& frame = regions.frames[r];
           transpose_region<true>(g, grad_out, r, grad);
-          run_vectorised(
-              RegionPartGradient<A>{where,
-                                    r,
-                                    frame,
-                                    {rows.at(frame.image - image, 0, 0), rows.n, rows.h, rows.w},
-                                    grad,
-                                    parts.offset_data ? parts.offset_data + r * 2 * part_count : nullptr,
-                                    parts.mask_data ? parts.mask_data + r * part_count : nullptr});
+          run_vectorised(RegionPartGradient<A>{where,
+                                               r,
+                                               frame,
+                                               {rows.at(frame.image - image, 0, 0), rows.n, rows.h, rows.w},
+                                               grad,
+                                               parts.offset_data ? parts.offset_data + r * 2 * part_count : nullptr,
+                                               parts.mask_data ? parts.mask_data + r * part_count : nullptr});
         }
       });
     }
