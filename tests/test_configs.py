@@ -7,18 +7,21 @@ import pytest
 import torch
 from PIL import Image
 
-for _name in ("pytorch_lightning", "timm", "mmengine", "torchmetrics", "sklearn"):
+for _name in ("pytorch_lightning", "timm", "mmengine", "torchmetrics", "sklearn", "pycocotools"):
     pytest.importorskip(_name)
 from mmengine.config import Config  # noqa: E402
 from test_data import write_shards  # noqa: E402
+from test_detection_finetune import write_coco  # noqa: E402
 
 from dcn_plugin.finetune import load_config  # noqa: E402
-from dcn_plugin.finetune.config import build_object  # noqa: E402
-from dcn_plugin.finetune.run import KEYS, STRATEGIES, build  # noqa: E402
+from dcn_plugin.finetune.config import arguments, build_object  # noqa: E402
+from dcn_plugin.finetune.run import KINDS, RUN_KEYS, STRATEGIES, build  # noqa: E402
 from dcn_plugin.layers import OffsetConv  # noqa: E402
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 LEAVES = sorted(path for path in CONFIGS.rglob("*.py") if "_base_" not in path.parts)
+DETECTORS = [path for path in LEAVES if path.parent.name == "detection"]
+CLASSIFIERS = [path for path in LEAVES if path not in DETECTORS]
 BASES = sorted(path for path in CONFIGS.rglob("*.py") if "_base_" in path.parts)
 
 
@@ -41,16 +44,20 @@ def test_no_base_config_is_left_unused():
 def test_config_is_short_text_style_and_has_known_keys(path):
     lines = path.read_text().splitlines()
     assert len(lines) <= 20 and not any(line.startswith(("import ", "from ", "with ")) for line in lines)
-    assert set(Config.fromfile(str(path))) <= set(KEYS)
+    known = set().union(*(arguments(kind.module) for kind in KINDS.values()))
+    assert set(Config.fromfile(str(path))) <= {*RUN_KEYS, *known}
 
 
-@pytest.mark.parametrize("path", LEAVES, ids=names(LEAVES))
+OPTIONS = {
+    "trainer.accelerator": "cpu", "trainer.devices": 1, "trainer.precision": "32-true",
+    "trainer.fast_dev_run": 1, "trainer.enable_progress_bar": False, "trainer.enable_model_summary": False,
+    "data.batch_size": 4, "data.num_workers": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", CLASSIFIERS, ids=names(CLASSIFIERS))
 def test_config_builds_and_trains_a_step(path, tmp_path):
-    options = {
-        "trainer.accelerator": "cpu", "trainer.devices": 1, "trainer.precision": "32-true",
-        "trainer.fast_dev_run": 1, "trainer.enable_progress_bar": False, "trainer.enable_model_summary": False,
-        "data.batch_size": 4, "data.num_workers": 0,
-    }  # fmt: skip
+    options = dict(OPTIONS)
     plain = load_config(path)
     digits = plain["data"]["name"] == "digits"
     if digits:
@@ -68,14 +75,50 @@ def test_config_builds_and_trains_a_step(path, tmp_path):
                 for k in range(3):
                     Image.new("RGB", (80, 70), (90 * i, 40 * k, 9)).save(tmp_path / split / name / f"{k}.png")
     trainer, module, data = build(load_config(path, options), tmp_path / "work")
+    assert any("fc" in name for name in train_a_step(path, trainer, module, data))
+
+
+def train_a_step(path, trainer, module, data):
+    """Train; return the names of the parameters that moved."""
     deformable = [m for m in module.modules() if isinstance(m, OffsetConv)]
     assert bool(deformable) == ("dcn" in path.stem)
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
     trainer.fit(module, data)
     assert trainer.global_step == 1
     assert all(torch.isfinite(p).all() for p in module.parameters())
-    moved = [name for name, p in module.named_parameters() if not torch.equal(p, before[name])]
-    assert any("fc" in name for name in moved)
+    return [name for name, p in module.named_parameters() if not torch.equal(p, before[name])]
+
+
+@pytest.mark.filterwarnings("ignore:.*no area inside")
+@pytest.mark.parametrize("path", DETECTORS, ids=names(DETECTORS))
+def test_detection_config_builds_and_trains_a_step(path, tmp_path):
+    options = {**OPTIONS, "data.batch_size": 2}
+    plain = load_config(path)
+    if plain["data"]["name"] == "coco":
+        assert plain["model"]["backbone"]["pretrained"] and "." in plain["model"]["backbone"]["name"]
+        options |= {"model.backbone.pretrained": False, "data.root": str(tmp_path), "model.min_size": 64}
+        for split in ("train", "val"):
+            written = write_coco(tmp_path, name=split)
+            (tmp_path / written["images"]).rename(tmp_path / plain["data"][split]["images"])
+            (tmp_path / "annotations").mkdir(exist_ok=True)
+            (tmp_path / written["annotations"]).rename(tmp_path / plain["data"][split]["annotations"])
+    else:
+        options |= {"data.root": str(tmp_path / "scenes"), "data.scenes": dict(train=4, val=2, test=2)}
+    trainer, module, data = build(load_config(path, options), tmp_path / "work")
+    pools = [name for name, _ in module.named_parameters() if "offset" in name and "conv_offset" not in name]
+    assert bool(pools) == ("deform" in path.stem)
+    moved = train_a_step(path, trainer, module, data)
+    assert any("rpn.head" in name for name in moved) and any("roi_heads" in name for name in moved)
+
+
+def test_the_embedded_detectors_are_trained_alike():
+    """They are compared with one another, so only the model may differ."""
+    arms = [load_config(path) for path in DETECTORS if "digit-scenes" in path.stem]
+    assert len(arms) == 4
+    for arm in arms:
+        assert {key: value for key, value in arm.items() if key != "model"} == {
+            key: value for key, value in arms[0].items() if key != "model"
+        }
 
 
 def test_fsdp_strategy_by_config():

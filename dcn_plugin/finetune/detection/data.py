@@ -58,6 +58,8 @@ class CocoImages(CocoDetection):
         ValueError: annotations that are no JSON, not COCO's format, or do not fit together.
     """
 
+    ids: list[int]
+
     def __init__(
         self,
         images: Path,

@@ -131,7 +131,7 @@ class DetectionModule(TunedModule):
     def _evaluate(self, batch: tuple[list[Tensor], list[Target]]) -> None:
         images, targets = batch
         for found, target in zip(self(images), targets, strict=True):
-            truth = {key: target[key].cpu() for key in ("boxes", "labels", "iscrowd", "area") if key in target}
+            truth: Target = {key: target[key].cpu() for key in ("boxes", "labels", "iscrowd", "area") if key in target}
             self._seen.append(({key: value.float().cpu() for key, value in found.items()}, truth))
 
     def _score(self, stage: str) -> None:

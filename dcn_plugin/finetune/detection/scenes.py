@@ -151,7 +151,7 @@ def draw_scene(
     for _ in range(rng.randint(digits[0], digits[1] + 1)):
         pixels, label = source()
         height = int(rng.randint(digit_size[0], digit_size[1] + 1))
-        ink = _ink(pixels, height, rng.uniform(*stretch), rng.uniform(-degrees, degrees))
+        ink = _ink(pixels, height, rng.uniform(stretch[0], stretch[1]), rng.uniform(-degrees, degrees))
         box = _place(rng, canvas, (ink * rng.uniform(0.65, 1.0)).astype(np.uint8), boxes, overlap)
         if box is not None:
             boxes.append(box)
@@ -161,7 +161,7 @@ def draw_scene(
         pixels, _ = source()
         y, x = rng.randint(0, 5, size=2)
         height = int(rng.randint(digit_size[0] // 4, digit_size[0] // 2 + 1))
-        ink = _ink(pixels[y : y + 4, x : x + 4], height, rng.uniform(*stretch), rng.uniform(-180, 180))
+        ink = _ink(pixels[y : y + 4, x : x + 4], height, rng.uniform(stretch[0], stretch[1]), rng.uniform(-180, 180))
         box = _place(rng, canvas, (ink * rng.uniform(0.65, 1.0)).astype(np.uint8), taken, overlap)
         if box is not None:
             taken.append(box)
