@@ -109,8 +109,10 @@ def ramp(dy, dx, channels=1, size=24):
     ids=lambda value: type(value).__name__,
 )
 def test_numbers_that_mmcv_expects(layer, factor, pixels, end, expected, gradient):
-    """Values of mmcv's own tests of deform_roi_pool, where the offsets are 0; the first by hand: samples at -0.25,
-    0, 0.25, 0.5 (those before 0 read 0) give bin means x = 0, 0.25 more than pixel 1 to the right and twice that down.
+    """Values of mmcv's own tests of deform_roi_pool, where the offsets are 0.
+
+    The first by hand: along each axis the samples are at -0.375, -0.125 (both read pixel 0), 0.125 and 0.375, so the
+    bins are at 0 and 0.25 on a map that is 1 + x + 2 y. Pixel 0 has the weights 1 and 0.75, pixel 1 has 0 and 0.25.
     """
     x = torch.tensor(pixels, **DOUBLE)[None, None].requires_grad_()
     out = layer(x, torch.tensor([[0, 0, 0, end, end]], **DOUBLE))
@@ -767,6 +769,27 @@ def test_pyramid_pool_traces_symbolically(levels):
     boxes = boxes_of_all_sizes(0, 4)
     again = torch.fx.symbolic_trace(pool)  # now that it knows its scales
     torch.testing.assert_close(again(maps, boxes, SHAPES), pool(maps, boxes, SHAPES), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap, for index_copy_
+def test_pyramid_pool_under_function_transforms():
+    pool, maps, boxes = shaken(multiscale(2, modulated=True)), pyramid(levels=2), boxes_of_all_sizes(3, 2)
+    parameters = dict(pool.named_parameters())
+
+    def loss(parameters, *maps):
+        named = dict(zip("01", maps, strict=True))
+        return torch.func.functional_call(pool, parameters, (named, boxes, SHAPES)).square().sum()
+
+    values = [value.detach() for value in maps.values()]
+    expected = torch.autograd.grad(loss(parameters, *values), list(parameters.values()))
+    found = torch.func.grad(loss)(parameters, *values)
+    for left, right in zip(found.values(), expected, strict=True):
+        torch.testing.assert_close(left, right)
+    tangents = {name: torch.randn_like(value) for name, value in parameters.items()}
+    slope = torch.func.jvp(lambda p: loss(p, *values), (parameters,), (tangents,))[1]
+    torch.testing.assert_close(slope, sum((g * t).sum() for g, t in zip(expected, tangents.values(), strict=True)))
+    several = torch.vmap(loss, in_dims=(None, 0, 0))(parameters, *(torch.stack([v, v.flip(1)]) for v in values))
+    torch.testing.assert_close(several[1], loss(parameters, *(v.flip(1) for v in values)))
 
 
 def test_bad_inputs_of_the_pyramid_pool_are_named():

@@ -230,5 +230,4 @@ def _pool(
     pooled = torch.cat(parts)
     layout = torch.channels_last if is_channels_last(levels.maps[0]) else torch.contiguous_format
     # A copy, because the gradient of an index would be summed up, in any order.
-    out = torch.empty(pooled.shape, dtype=pooled.dtype, device=pooled.device, memory_format=layout)
-    return out.index_copy_(0, torch.cat(levels.members), pooled)
+    return torch.empty_like(pooled, memory_format=layout).index_copy_(0, torch.cat(levels.members), pooled)
