@@ -478,6 +478,34 @@ def test_script_survives_sigterm_and_resumes(tmp_path, scenes):
     assert process.returncode == 0 and "detections.json" in output, output
 
 
+def test_two_processes_with_gloo_find_what_one_finds(tmp_path):
+    """Of three images to validate one process has two, the other one."""
+    splits = {}
+    for name, images in (("train", 8), ("val", 3)):
+        whole = [
+            dict(id=i + 1, image_id=100 - i, category_id=5, bbox=[1, 1, 38, 28 - i], area=900, iscrowd=0)
+            for i in range(images)
+        ]
+        splits[name] = write_coco(tmp_path, whole, images, name, categories=[dict(id=5, name="picture")])
+    data = dict(name="coco", root=str(tmp_path), **splits, batch_size=2, eval_batch_size=1)
+    model = dict(
+        FASTER, backbone=dict(BACKBONE, in_chans=3, out_indices=[1, 2, 3]), box_score_thresh=0.0,
+        rpn_anchor_generator=dict(sizes=[[16], [32], [64], [90]]),
+    )  # fmt: skip
+    trainer = dict(TRAINER, devices=2, strategy="ddp", max_epochs=4)
+    values = config(data, model=model, trainer=trainer, optimizer=dict(opt="adamw", lr=3e-3))
+    path = tmp_path / "ddp.py"
+    path.write_text("".join(f"{key} = {value!r}\n" for key, value in values.items()))
+    process = launch(ROOT / "scripts" / "finetune.py", str(path), "--work-dir", str(tmp_path / "work"))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and output.count("test_map_50 ") == 1, output
+    saved = torch.load(tmp_path / "work" / "best.ckpt", weights_only=True)
+    assert saved["global_step"] == 2 * (saved["epoch"] + 1)  # 8 images, 2 processes, 2 each
+    score = next(float(v["best_model_score"]) for k, v in saved["callbacks"].items() if "val_map" in k)
+    alone = run(config(data, model=model), tmp_path / "alone", "validate", tmp_path / "work" / "best.ckpt")
+    assert score == pytest.approx(alone["val_map"], abs=1e-5) and score > 0
+
+
 def test_validate_test_and_predict_tasks(tmp_path, scenes):
     settings = config(scenes, model=dict(FASTER, box_score_thresh=0.0))
     fitted = run(settings, tmp_path)

@@ -146,7 +146,8 @@ class DetectionModule(TunedModule):
         metric.update([dict(found, labels=found["labels"].long()) for found, _ in seen], [truth for _, truth in seen])
         values = metric.compute()
         for name in SCORES:
-            self.log(f"{stage}_{name}", values[name], prog_bar=name in ("map", "map_50"))
+            # All processes have the same value; with sync_dist Lightning need not warn that they may not.
+            self.log(f"{stage}_{name}", values[name], prog_bar=name in ("map", "map_50"), sync_dist=True)
 
     def on_validation_epoch_start(self) -> None:
         self._seen = []
