@@ -38,9 +38,10 @@ def number(name: str, value: Any, positive: bool = False) -> float:
     """Return ``value`` as a finite float, above 0 if ``positive``."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
-    if not (abs(value) < math.inf and (value > 0 or not positive)):
+    found = float(value)
+    if not (abs(found) < math.inf and (found > 0 or not positive)):
         raise ValueError(f"{name} must be {'positive and ' * positive}finite, got {value}")
-    return float(value)
+    return found
 
 
 def tensor(value: object, name: str, dim: int, shape: str) -> None:

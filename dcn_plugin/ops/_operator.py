@@ -91,15 +91,14 @@ def register(
     def double_backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         """Differentiate the gradients through the reference: right for every argument, at the reference's speed."""
         with torch.enable_grad():
-            grad_output, *inputs = (None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors)
-            given = dict(zip(saved, inputs, strict=True))
+            every: list[Any] = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
+            grad_output, given = every[0], dict(zip(saved, every[1:], strict=True))
             arguments = dict.fromkeys(closed_form) | given | dict(zip(options, ctx.options, strict=True))
             asked = [i for i in range(len(gradients)) if ctx.needs >> i & 1]
             first = torch.autograd.grad(
                 reference(**arguments), [given[gradients[i]] for i in asked], grad_output, create_graph=True
             )
             pairs = [(g, grads[i]) for g, i in zip(first, asked, strict=True) if grads[i] is not None]
-            every = [grad_output, *inputs]
             targets = [t for t, needed in zip(every, ctx.needs_input_grad, strict=False) if needed]
             result = torch.autograd.grad([g for g, _ in pairs], targets, [w for _, w in pairs], allow_unused=True)
         found = iter(result)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -242,7 +242,7 @@ def _check_values(rois: Tensor, input: Tensor) -> None:
             raise ValueError(f"rois: expected {what}, got {rois[i].tolist()} in row {i}")
 
 
-def _check_tensors(input: Tensor, rois: Tensor, shifts: dict[str, tuple[Tensor | None, str, Sequence[Any]]]) -> None:
+def _check_tensors(input: Tensor, rois: Tensor, shifts: Mapping[str, tuple[Tensor | None, str, Sequence[Any]]]) -> None:
     _check.tensor(input, "input", 4, "[N, C, H, W]")
     if 0 in input.shape[1:]:
         raise ValueError(f"input: expected channels and pixels, got shape {tuple(input.shape)}")
@@ -268,7 +268,7 @@ def _check_groups(input: Tensor, output_dim: int, group_size: int) -> None:
 
 
 def _shape_of_deform_roi_pool(
-    input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma, aligned
+    input: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None, output_size: list[int], **_: Any
 ) -> list[int]:
     shifts = {
         "offset": (offset, "[R, 2, P_h, P_w]", (2, *output_size)),
@@ -279,9 +279,16 @@ def _shape_of_deform_roi_pool(
 
 
 def _shape_of_deform_ps_roi_pool(
-    input, rois, offset, mask, output_dim, group_size, output_size, part_size, samples_per_part, spatial_scale,
-    offset_scale,
-) -> list[int]:  # fmt: skip
+    input: Tensor,
+    rois: Tensor,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    output_dim: int,
+    group_size: int,
+    output_size: list[int],
+    part_size: list[int],
+    **_: Any,
+) -> list[int]:
     classes = None
     for name, value, each in (("offset", offset, 2), ("mask", mask, 1)):
         if not isinstance(value, Tensor) or value.dim() != 4:
@@ -302,7 +309,9 @@ def _shape_of_deform_ps_roi_pool(
     return [rois.shape[0], output_dim, *output_size]
 
 
-def _shape_of_ps_roi_pool(input, rois, output_dim, group_size, output_size, spatial_scale) -> list[int]:
+def _shape_of_ps_roi_pool(
+    input: Tensor, rois: Tensor, output_dim: int, group_size: int, output_size: list[int], **_: Any
+) -> list[int]:
     _check_tensors(input, rois, {})
     _check_groups(input, output_dim, group_size)
     return [rois.shape[0], output_dim, *output_size]
