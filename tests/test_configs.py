@@ -89,7 +89,7 @@ def train_a_step(path, trainer, module, data):
     return [name for name, p in module.named_parameters() if not torch.equal(p, before[name])]
 
 
-@pytest.mark.filterwarnings("ignore:.*no area inside")
+@pytest.mark.filterwarnings("ignore:.*less than a pixel")
 @pytest.mark.parametrize("path", DETECTORS, ids=names(DETECTORS))
 def test_detection_config_builds_and_trains_a_step(path, tmp_path):
     options = {**OPTIONS, "data.batch_size": 2}

@@ -138,7 +138,7 @@ def test_categories_of_any_numbers_crowds_and_empty_images(tmp_path):
     assert next(iter(gray.train_dataloader()))[0][0].shape == (1, 30, 40)
 
 
-@pytest.mark.filterwarnings("ignore:.*no area inside")
+@pytest.mark.filterwarnings("ignore:.*less than a pixel")
 def test_images_without_boxes_are_dropped_on_request(tmp_path):
     split = write_coco(tmp_path)
     data = CocoDataModule(root=str(tmp_path), train=split, val=split, empty_images="drop")
@@ -151,7 +151,7 @@ def test_images_without_boxes_are_dropped_on_request(tmp_path):
         CocoDataModule(root=str(tmp_path), train=nothing, empty_images="drop").setup("fit")
 
 
-@pytest.mark.filterwarnings("ignore:.*no area inside")
+@pytest.mark.filterwarnings("ignore:.*less than a pixel")
 def test_transforms_by_name_move_the_boxes_too(tmp_path):
     split = write_coco(tmp_path)
     augment = [dict(type="RandomHorizontalFlip", p=1.0), dict(type="Resize", size=[60, 80])]
@@ -262,11 +262,14 @@ def test_missing_and_broken_files_are_named(tmp_path):
         setup()
     (tmp_path / "train/2.png").write_bytes(b"no image")
     data = CocoDataModule(root=str(tmp_path), train=dict(split), batch_size=4)
-    with pytest.warns(UserWarning, match="no area"), pytest.raises(ValueError, match="unreadable image .*2.png"):
+    with (
+        pytest.warns(UserWarning, match="less than a pixel"),
+        pytest.raises(ValueError, match="unreadable image .*2.png"),
+    ):
         next(iter(data.train_dataloader()))
 
 
-@pytest.mark.filterwarnings("ignore:.*no area inside")
+@pytest.mark.filterwarnings("ignore:.*less than a pixel")
 def test_splits_with_other_categories_are_named(tmp_path):
     train = write_coco(tmp_path)
     val = write_coco(tmp_path, [], name="val", categories=[dict(id=i, name="x") for i in (3, 7, 8)])
@@ -331,8 +334,10 @@ def test_losses_are_logged_and_summed_and_detections_are_cocos(tmp_path, scenes,
     assert found[0]["image_id"] == 5 and {"boxes", "labels", "scores"} <= set(found[0])
 
 
-def test_learning_rates_of_offsets(tmp_path, scenes):
-    optimizer = dict(opt="sgd", lr=0.1, offset_lr_mult=0.5, roi_offset_lr_mult=0.25, weight_decay=0.01)
+@pytest.mark.parametrize("decay", [None, 0.5])
+def test_learning_rates_of_offsets_and_stages(tmp_path, scenes, decay):
+    optimizer = dict(opt="sgd", lr=0.1, offset_lr_mult=0.3, roi_offset_lr_mult=0.2, weight_decay=0.01)
+    optimizer["layer_decay"] = decay
     trainer, module, data = build(config(scenes, optimizer=optimizer, schedule=dict(sched="none")), tmp_path)
     rates = {}
 
@@ -348,7 +353,10 @@ def test_learning_rates_of_offsets(tmp_path, scenes):
     trainer.fit(module, data)
     assert set(rates) == {name for name, _ in module.model.named_parameters()}
     for name, rate in rates.items():
-        factor = 0.5 if "conv_offset" in name else 0.25 if ".offset_fc." in name else 1.0
+        factor = 0.3 if "conv_offset" in name else 0.2 if ".offset_fc." in name else 1.0
+        if decay is not None and name.startswith("backbone.body."):
+            stages = ("layer3", "layer2", "layer1")
+            factor *= decay ** next((i for i, stage in enumerate(stages, 1) if stage in name), 4)
         assert rate == pytest.approx(0.1 * factor), name
     assert any(".offset_fc." in name for name in rates) and any("conv_offset" in name for name in rates)
 

@@ -39,8 +39,8 @@ class CocoImages(CocoDetection):
 
     Sample i is the image with the i-th id: an image float32 [in_chans, H, W] in 0..1, and `image_id`, `boxes` float32
     [L, 4] (x1, y1, x2, y2), `labels` int64 [L] in 1..K (the category ids in ascending order), `iscrowd` and `area` [L].
-    A training sample has no crowd boxes, its boxes are clipped to the image, and empty ones are left out. An evaluation
-    sample has every box as it stands in the file, so that the metric is COCO's own.
+    A training sample has no crowd boxes, its boxes are clipped to the image, and those less than a pixel wide or high
+    are left out. An evaluation sample has every box as it stands in the file, so that the metric is COCO's own.
 
     Args:
         images: folder of the images.
@@ -50,7 +50,7 @@ class CocoImages(CocoDetection):
         in_chans: 1 (gray) or 3 (RGB).
         transforms: called with image (uint8) and target.
         empty_images: 'keep', or 'drop' what is without a box to train on.
-        bad_boxes: 'skip' warns of boxes without area inside the image and leaves them out of training, 'raise' stops.
+        bad_boxes: 'skip' warns of boxes less than a pixel wide or high inside the image, 'raise' stops at them.
         limit: keep only the first so many images.
 
     Raises:
@@ -137,14 +137,14 @@ class CocoImages(CocoDetection):
             image = self.coco.imgs[annotation["image_id"]]
             size = (image.get("width", math.inf), image.get("height", math.inf))
             x1, y1, x2, y2 = _corners(annotation["bbox"])
-            if min(x2, size[0]) > max(x1, 0) and min(y2, size[1]) > max(y1, 0):
+            if min(x2, size[0]) - max(x1, 0) >= 1 and min(y2, size[1]) - max(y1, 0) >= 1:
                 trainable.add(annotation["image_id"])
             else:
                 bad.append(annotation)
         if bad:
             total = len(self.coco.dataset["annotations"])
             said = (
-                f"{where}: {len(bad)} of {total} boxes have no area inside their image, "
+                f"{where}: {len(bad)} of {total} boxes are less than a pixel wide or high inside their image, "
                 f"the first one {bad[0]['bbox']} of annotation {bad[0]['id']}"
             )
             if bad_boxes == "raise":
@@ -258,10 +258,10 @@ class CocoDataModule(pl.LightningDataModule):
         num_classes: number of categories, if they are to be checked before any file is read; None takes the data's.
         in_chans: 3 for RGB images, 1 for gray ones; other images are converted.
         augment: transforms of `torchvision.transforms.v2` for training, each `dict(type=<class name>, ...)`, as
-            `[dict(type='RandomHorizontalFlip', p=0.5)]`. Boxes follow; a box that a transform leaves without area goes.
+            `[dict(type='RandomHorizontalFlip', p=0.5)]`. Boxes follow; one that leaves the image is left out.
         empty_images: 'keep' trains on images without boxes too, 'drop' does not.
-        bad_boxes: 'skip' warns of boxes without area inside their image and leaves them out of training, 'raise' stops.
-            Evaluation takes every box as the file has it.
+        bad_boxes: 'skip' warns of boxes less than a pixel wide or high inside their image and trains without them,
+            'raise' stops at them. Evaluation takes every box as the file has it.
         limit: at most so many images of each split.
 
     Raises:
@@ -496,6 +496,7 @@ def build_transforms(where: str, specs: Sequence[Mapping[str, Any]]) -> list[v2.
     return built
 
 
+# torchvision's detectors refuse a box without area; what Sanitize takes away is less than a pixel wide or high.
 _CLEAN = [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()]
 _LAST = [v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -32,8 +32,9 @@ class DetectionModule(TunedModule):
         rules: replacement rules for `dcn_plugin.convert`, applied after the model is built.
         checkpoint: path of weights to start from, or `dict(path=..., **options of dcn_plugin.load_checkpoint)`; loaded
             after the replacement.
-        optimizer: as in `FinetuneModule`: arguments of `timm.optim.create_optimizer_v2`, `layer_decay`,
-            `offset_lr_mult` (`conv_offset`) and `roi_offset_lr_mult` (offset and mask branches of RoI pooling).
+        optimizer: as in `FinetuneModule`: arguments of `timm.optim.create_optimizer_v2`, `offset_lr_mult`
+            (`conv_offset`), `roi_offset_lr_mult` (offset and mask branches of RoI pooling) and `layer_decay`, whose
+            layers are the backbone's stages; what stands on the backbone has the full rate.
         schedule: arguments of `timm.scheduler.create_scheduler_v2`, as in `FinetuneModule`.
 
     Batches are a list of images [C, H, W] in 0..1 and a list of targets, as `CocoDataModule` gives them. Logged are
@@ -77,6 +78,9 @@ class DetectionModule(TunedModule):
         self.spec = detector_spec(model, num_classes)
         self.num_classes = self.spec["num_classes"] - 1
         self.model = build(self.spec)
+        if self.layer_decay is not None:
+            # timm asks the model for its layers; torchvision's detectors know of none.
+            cast(Any, self.model).group_matcher = layer_order(self.model)
         self._adapt(rules, checkpoint)
         self.category_ids: list[int] | None = None
         self._seen: list[tuple[Target, Target]] = []
@@ -211,6 +215,21 @@ def detector_spec(model: Mapping[str, Any], num_classes: int | None) -> dict[str
         got = f"model.num_classes={spec['num_classes']} with num_classes={num_classes}"
         raise ValueError(f"model.num_classes: leave it out, or count one more for the background, got {got}")
     return spec
+
+
+def layer_order(model: nn.Module) -> Callable[..., Callable[[str], int]]:
+    """Return what timm calls `group_matcher`: from a parameter's name to its place, by stages of the backbone."""
+    info = cast(Any, model).backbone.body.feature_info.info
+    stages = [stage["module"] for stage in info]
+    # Where the features come from a flattened model, its names have underscores.
+    places = {f"backbone.body.{name}.": i for i, n in enumerate(stages, 1) for name in (n, n.replace(".", "_"))}
+
+    def place(name: str) -> int:
+        if not name.startswith("backbone.body."):
+            return len(stages) + 1
+        return next((i for prefix, i in places.items() if name.startswith(prefix)), 0)
+
+    return lambda coarse=False: place
 
 
 def without_pretrained_backbone(model: Any) -> Any:
