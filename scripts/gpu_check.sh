@@ -19,5 +19,5 @@ export TORCH_CUDA_ARCH_LIST
 
 DCN_PLUGIN_CUDA=1 "$python" setup.py -q build_ext --inplace
 "$python" -m dcn_plugin.collect_env
-"$python" -m pytest -m cuda -p no:cacheprovider tests/ops tests/test_contracts.py "$@"
+"$python" -m pytest -m cuda -p no:cacheprovider tests/ops tests/test_contracts.py tests/test_roi_layers.py tests/test_detection_models.py "$@"
 "$python" benchmarks/run.py --device cuda
