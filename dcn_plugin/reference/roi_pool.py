@@ -51,7 +51,7 @@ def deform_roi_pool(
         step = size / bins[i]
         grid = torch.full_like(step, sampling_ratio) if sampling_ratio > 0 else step.ceil()
         origin = _origins(start, step, bins, i, _shift(offset, i, gamma * size, bins, input))
-        return _spread(origin, (_count(grid) + 0.5) * _last(step / grid), grid, (-1, input.shape[2 + i]), input, i)
+        return _spread(origin, step / grid, 0.5, grid, sampling_ratio, (-1, input.shape[2 + i]), input, i)
 
     return _pool(input, rois, axis(0), axis(1), mask, bins, 1)
 
@@ -84,7 +84,7 @@ def deform_ps_roi_pool(
         origin = _origins(start, step, bins, i, _shift(offset, i, offset_scale * size, bins, input, parts))
         grid = torch.full_like(step, samples_per_part)
         inside = (-0.5, input.shape[2 + i] - 0.5)
-        spread = _spread(origin, _count(grid) * _last(step / samples_per_part), grid, inside, input, i)
+        spread = _spread(origin, step / samples_per_part, 0, grid, samples_per_part, inside, input, i)
         return spread._replace(divisor=spread.read.sum(-1))
 
     mask = None if mask is None else _of_bins(mask, bins, parts)
@@ -114,7 +114,8 @@ def ps_roi_pool(
         first, last = (_last(start) + n * _last(step) for n in (number, number + 1))  # [R, P] along this axis
         shape = (len(rois), 1, *((bins[0], 1) if i == 0 else (1, bins[1])))
         low, high = (edge.reshape(shape).clamp(0, input.shape[2 + i]) for edge in (first.floor(), last.ceil()))
-        position = low[..., None] + _count((high - low).clamp(min=0))
+        most = input.shape[2 + i] if _is_mapped(rois) else max(int((high - low).max()), 1) if len(rois) else 1
+        position = low[..., None] + torch.arange(most).to(low)
         read = ~(position >= high[..., None])
         expand = (-1, -1, *bins)
         return _Axis(position.expand(*expand, -1), read.expand(*expand, -1), read.sum(-1).expand(expand))
@@ -138,10 +139,13 @@ def _numbers(bins: Sequence[int], i: int) -> Tensor:
     return torch.arange(bins[i])
 
 
-def _count(grid: Tensor) -> Tensor:
-    """0, 1, ... up to the largest number of samples of any bin."""
-    most = int(grid.nan_to_num(1).max()) if grid.numel() else 1
-    return torch.arange(max(most, 1)).to(grid)
+def _is_mapped(t: Tensor) -> bool:
+    """Whether the values of ``t`` differ along a dimension that ``torch.func.vmap`` hides: they cannot be read then."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        if torch._C._functorch.is_batchedtensor(t):
+            return True
+        t = torch._C._functorch.get_unwrapped(t)
+    return False
 
 
 def _of_bins(t: Tensor, bins: Sequence[int], parts: Sequence[int]) -> Tensor:
@@ -159,7 +163,7 @@ def _shift(
     """Offsets of axis i in pixels, [R, classes, P_h, P_w]."""
     if offset is None:
         return None
-    return unit[:, None, None, None] * _of_bins(offset, bins, parts or bins)[:, i::2].to(unit.dtype)
+    return _bins(unit) * _of_bins(offset, bins, parts or bins)[:, i::2].to(unit.dtype)
 
 
 def _origins(start: Tensor, step: Tensor, bins: Sequence[int], i: int, shift: Tensor | None) -> Tensor:
@@ -169,16 +173,41 @@ def _origins(start: Tensor, step: Tensor, bins: Sequence[int], i: int, shift: Te
     return edges.expand(-1, -1, *bins) if shift is None else edges + shift
 
 
-def _spread(origin: Tensor, along: Tensor, grid: Tensor, inside: tuple[float, float], input: Tensor, i: int) -> _Axis:
-    """Samples at ``origin + along`` ([R, samples]); those within ``inside``, ends included, are moved onto the map."""
-    position = origin[..., None] + along[:, None, None, None]
-    counted = _count(grid) < _last(grid)
-    read = counted[:, None, None, None] & ~((position < inside[0]) | (position > inside[1]))
-    end = input.shape[2 + i] - 1
+def _spread(
+    origin: Tensor,
+    step: Tensor,
+    phase: float,
+    grid: Tensor,
+    known: int,
+    inside: tuple[float, float],
+    input: Tensor,
+    i: int,
+) -> _Axis:
+    """Samples at ``origin + (0, 1, ... + phase) * step``, ``grid`` [R] of them (``known`` unless 0).
+
+    Those within ``inside``, ends included, are moved onto the map.
+    """
+    extent = input.shape[2 + i]
+    first = torch.zeros_like(origin)
+    if known:
+        most = known
+    elif not _is_mapped(grid):
+        most = max(int(grid.nan_to_num(1).max()), 1) if grid.numel() else 1
+    else:  # no more than two samples a pixel lie on the map
+        most = 2 * extent + 8
+        first = ((inside[0] - origin.detach()) / _bins(step)).nan_to_num(0).sub(2).floor().clamp(min=0)
+    number = first[..., None] + torch.arange(most).to(origin)
+    position = origin[..., None] + (number + phase) * _bins(step)[..., None]
+    read = (number < _bins(grid)[..., None]) & ~((position < inside[0]) | (position > inside[1]))
     # Beyond the centres of the outer pixels nothing changes any more: no derivative.
-    fixed = (position < 0) | (position >= end)
-    position = torch.where(fixed, position.detach().clamp(0, end), position)
-    return _Axis(position, read, grid[:, None, None, None])
+    fixed = (position < 0) | (position >= extent - 1)
+    position = torch.where(fixed, position.detach().clamp(0, extent - 1), position)
+    return _Axis(position, read, _bins(grid))
+
+
+def _bins(of_region: Tensor) -> Tensor:
+    """[R] to [R, 1, 1, 1], for each bin."""
+    return of_region[:, None, None, None]
 
 
 def _pool(

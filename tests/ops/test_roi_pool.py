@@ -370,6 +370,23 @@ def test_boxes_of_each_image_in_a_list(case, device):
     assert torch.equal(case.function(**{**arguments, "rois": tuple(listed)}), expected)
 
 
+@each_pool
+def test_regions_may_be_mapped_over(case):
+    """vmap over regions too, alone and under grad: how many samples a bin has may then not be looked up."""
+    first, second = (case.make(case.mixed, seed=seed) for seed in (0, 1))
+    names = [k for k, v in first.items() if isinstance(v, torch.Tensor)]
+    stacked = [torch.stack([first[k], second[k]]) for k in names]
+
+    def call(*values):
+        return case.function(**{**first, **dict(zip(names, values, strict=True))})
+
+    mapped = torch.func.vmap(call)(*stacked)
+    grads = torch.func.vmap(torch.func.grad(lambda *values: call(*values).sum()))(*stacked)
+    for i, arguments in enumerate((first, second)):
+        assert_close(mapped[i], case.function(**arguments), torch.float64)
+        assert_close(grads[i], run(case.function, arguments)["grad_input"], torch.float64)
+
+
 def test_no_gradient_flows_to_regions(device):
     arguments = ALIGN.make(ALIGN.full, device=device)
     arguments["rois"].requires_grad_()
