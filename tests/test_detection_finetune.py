@@ -62,9 +62,13 @@ IDS = [3, 7, 90]  # category ids, as sparse as COCO's own
 
 
 @pytest.fixture(autouse=True)
-def few_words():
+def few_words_and_one_thread():
+    """Small problems: more threads only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with quiet():
         yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -189,8 +193,14 @@ def test_order_of_training_images_depends_on_epoch_and_seed_alone(scenes, monkey
 
 def test_two_processes_share_training_images_and_see_each_of_the_others_once(scenes):
     class Trainer:
-        world_size = 2
+        world_size, global_rank = 2, 0
 
+    alone = CocoDataModule(**scenes, limit=1)
+    alone.trainer = Trainer()
+    with pytest.raises(ValueError, match="val: expected an image for each of 2 processes, got 1"):
+        alone.val_dataloader()
+    with pytest.raises(ValueError, match="batch_size: expected at most the 0 images"):
+        alone.train_dataloader()
     shares = {"train": [], "val": []}
     for rank in (0, 1):
         data = CocoDataModule(**dict(scenes, eval_batch_size=1))
@@ -374,7 +384,7 @@ def test_overfits_a_handful_of_images(tmp_path, scenes):
     split = dict(images=f"{root}/images/train", annotations=f"{root}/annotations/instances_train.json")
     CocoDataModule(**scenes).prepare_data()
     data = dict(name="coco", train=split, val=split, limit=5, batch_size=5, in_chans=1)
-    trainer = dict(TRAINER, max_epochs=120, check_val_every_n_epoch=120, gradient_clip_val=5.0)
+    trainer = dict(TRAINER, max_epochs=80, check_val_every_n_epoch=80, gradient_clip_val=5.0)
     optimizer = dict(opt="adamw", lr=3e-3, weight_decay=0.0, roi_offset_lr_mult=0.1)
     results = run(config(data, model=model, trainer=trainer, optimizer=optimizer), tmp_path)
     assert results["test_map_50"] >= 0.9

@@ -7,25 +7,21 @@ the configs.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.config import Config
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import visualize
-from .config import plain
 from .data import ImageDataModule
 from .digits import Digits
 from .export import load_exported
-from .run import check_config, find_checkpoint, quiet, run
+from .run import quiet
+from .stages import check_seeds, over_seeds, percent, run_stage, save_figures, seconds, write_results, write_table
 
 # Arm -> (what it is, config). The base comes first; the others start from its weights.
 BASE = "resnet10_digits-upright.py"
@@ -37,9 +33,6 @@ UPRIGHT_ARMS = {
     "plain-upright": ("plain", "upright", "resnet10_digits-upright-finetune.py"),
     "dcn-upright": ("DCN", "upright", "resnet10-dcn_digits-upright-finetune.py"),
 }
-RESULT = "result.json"
-# On a busy machine the processor's time tells more than the clock on the wall.
-CLOCKS = {"train_seconds": time.perf_counter, "cpu_seconds": time.process_time}
 
 
 def multiply_adds(model: nn.Module, input_size: Sequence[int]) -> int:
@@ -72,76 +65,42 @@ def run_study(
     Returns:
         `dict(rows=..., table=..., files=...)`: numbers per arm, the Markdown table, and the paths of what was written.
     """
-    if not seeds:
-        raise ValueError("seeds: expected at least one, got none")
+    seeds = check_seeds(seeds)
     configs, work_dir = Path(configs), Path(work_dir)
     arms = ARMS | (UPRIGHT_ARMS if upright_arms else {})
     outcomes: dict[str, list[dict]] = {"base": [], **{arm: [] for arm in arms}}
     with quiet():
         for seed in seeds:
             folder = work_dir / f"seed{seed}"
-            base = _stage(configs / BASE, folder / "base", seed, options)
+            changes = {"seed": seed, "data.dataset.seed": seed, **(options or {})}
+            base = run_stage(configs / BASE, folder / "base", changes, _measure)
             outcomes["base"].append(base)
             start = dict(path=str(Path(base["export"]) / "model.safetensors"), allow_missing=["*.conv_offset.*"])
             for arm, (_, _, config) in arms.items():
-                outcomes[arm].append(_stage(configs / config, folder / arm, seed, options, start))
+                outcomes[arm].append(run_stage(configs / config, folder / arm, changes, _measure, start))
         files = _pictures(outcomes["dcn"][0], work_dir / "pictures")
     what = {"base": ("plain", "upright (start of the others)")}
     what |= {arm: (model, f"upright, then {data}") for arm, (model, data, _) in arms.items()}
     rows = [_summary(arm, *what[arm], outcomes[arm]) for arm in ("base", *arms)]
     table = _table(rows)
-    (work_dir / "results.json").write_text(json.dumps(dict(seeds=list(seeds), rows=rows), indent=2))
-    (work_dir / "results.md").write_text(table)
     files = dict(
         checkpoint=outcomes["dcn"][0]["checkpoint"],
         export=outcomes["dcn"][0]["export"],
-        results=str(work_dir / "results.md"),
+        results=write_results(work_dir, seeds, rows, table),
         **files,
     )
     return dict(rows=rows, table=table, files=files)
 
 
-def _stage(
-    path: Path, folder: Path, seed: int, options: Mapping[str, Any] | None, start: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    config = Config.fromfile(str(path))
-    config.merge_from_dict({"seed": seed, "data.dataset.seed": seed, **(options or {})})
-    values = plain(config.to_dict())
-    check_config(values)
-    weights = b"" if start is None else Path(start["path"]).read_bytes()
-    key = hashlib.sha256(json.dumps(values, sort_keys=True).encode() + weights).hexdigest()
-    if start is not None:
-        values["checkpoint"] = dict(start)
-    state = folder / RESULT
-    saved = json.loads(state.read_text()) if state.is_file() else {}
-    if saved.get("key") == key and saved.get("finished") and Path(saved["export"]).is_dir():
-        print(f"{folder}: finished before, reused")
-        return saved
-    resume = find_checkpoint(folder) if saved.get("key") == key else None
-    spent = {clock: saved.get(clock, 0.0) if resume else 0.0 for clock in CLOCKS}
-    folder.mkdir(parents=True, exist_ok=True)
-    state.write_text(json.dumps(dict(key=key, finished=False, **spent)))
-    print(f"{folder}: {'resumed' if resume else 'started'} ({path.name})")
-    began = {clock: read() for clock, read in CLOCKS.items()}
-    fitted = run(values, folder, "fit", resume)
-    spent = {clock: spent[clock] + read() - began[clock] for clock, read in CLOCKS.items()}
-    model = load_exported(fitted["export"])
+def _measure(model: nn.Module, values: Mapping[str, Any], fitted: Mapping[str, Any]) -> dict[str, Any]:
     upright, warped = (_accuracy(model, values, warp) for warp in (False, True))
-    saved = dict(
-        key=key,
-        finished=True,
-        **spent,
+    size = values["data"]["input_size"]
+    return dict(
         upright=upright,
         warped=warped,
-        parameters=sum(p.numel() for p in model.parameters()),
-        multiply_adds=multiply_adds(model, values["data"]["input_size"]),
-        milliseconds_per_image=_latency(model, values["data"]["input_size"]),
-        export=fitted["export"],
-        checkpoint=fitted.get("checkpoint"),
-        config=values,
+        multiply_adds=multiply_adds(model, size),
+        milliseconds_per_image=_latency(model, size),
     )
-    state.write_text(json.dumps(saved, indent=2))
-    return saved
 
 
 def _data(values: Mapping[str, Any], warp: bool) -> ImageDataModule:
@@ -173,44 +132,29 @@ def _latency(model: nn.Module, input_size: Sequence[int], batch: int = 64, repea
 
 def _summary(arm: str, model: str, trained_on: str, outcomes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     row: dict[str, Any] = dict(arm=arm, model=model, trained_on=trained_on)
-    for key in ("upright", "warped", *CLOCKS, "milliseconds_per_image"):
-        values = [outcome[key] for outcome in outcomes]
-        row[key] = dict(
-            mean=statistics.fmean(values), spread=statistics.stdev(values) if len(values) > 1 else None, values=values
-        )
+    row |= over_seeds(outcomes, ("upright", "warped", "milliseconds_per_image"))
     return row | {key: outcomes[0][key] for key in ("parameters", "multiply_adds")}
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    def percent(value: Mapping[str, Any]) -> str:
-        spread = "" if value["spread"] is None else f" ± {100 * value['spread']:.1f}"
-        return f"{100 * value['mean']:.1f}{spread}"
-
     head = ["model", "trained on", "upright test %", "warped test %", "parameters", "multiply-adds"]
-    lines = [[*head, "training s (CPU s)", "ms per image"]]
-    for row in rows:
-        lines.append(
-            [
-                row["model"],
-                row["trained_on"],
-                percent(row["upright"]),
-                percent(row["warped"]),
-                f"{row['parameters'] / 1e3:.0f} k",
-                f"{row['multiply_adds'] / 1e6:.2f} M",
-                f"{row['train_seconds']['mean']:.0f} ({row['cpu_seconds']['mean']:.0f})",
-                f"{row['milliseconds_per_image']['mean']:.3f}",
-            ]
-        )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    lines = [
+        [
+            row["model"],
+            row["trained_on"],
+            percent(row["upright"]),
+            percent(row["warped"]),
+            f"{row['parameters'] / 1e3:.0f} k",
+            f"{row['multiply_adds'] / 1e6:.2f} M",
+            seconds(row),
+            f"{row['milliseconds_per_image']['mean']:.3f}",
+        ]
+        for row in rows
     ]
-    text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(text) + "\n"
+    return write_table([*head, "training s (CPU s)", "ms per image"], lines)
 
 
 def _pictures(outcome: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    folder.mkdir(parents=True, exist_ok=True)
     model = load_exported(outcome["export"])
     data = _data(outcome["config"], warp=True)
     data.setup("test")
@@ -224,8 +168,4 @@ def _pictures(outcome: Mapping[str, Any], folder: Path) -> dict[str, str]:
         offset_field=visualize.offset_field(model, images[0]),
         effective_dilation=visualize.dilation_plot(model, images),
     )
-    files = {}
-    for name, figure in figures.items():
-        files[name] = str(folder / f"{name}.png")
-        figure.savefig(files[name], dpi=120)
-    return files
+    return save_figures(folder, figures)

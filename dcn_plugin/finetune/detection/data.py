@@ -446,6 +446,10 @@ class CocoDataModule(pl.LightningDataModule):
             dataset = Seeded(dataset)
             sampler = SeededSampler(dataset, **place, shuffle=True, seed=seed, drop_last=True)
         else:
+            if len(dataset) < place["num_replicas"]:
+                raise ValueError(
+                    f"{stage}: expected an image for each of {place['num_replicas']} processes, got {len(dataset)}"
+                )
             # An image that is seen twice, as a DistributedSampler pads, would change the metric.
             sampler = UnrepeatedDistributedSampler(dataset, **place, shuffle=False)
         return DataLoader(
