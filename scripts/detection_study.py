@@ -1,0 +1,29 @@
+"""Plain against deformable RoI pooling in detectors of digits: `python scripts/detection_study.py [--seeds 0 1 2]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from mmengine.config import DictAction
+
+from dcn_plugin.finetune.detection.study import ARMS, run_study
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="three or more give mean and spread")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
+    parser.add_argument("--work-dir", default="work_dirs/detection_study")
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="overrides for every arm's config")
+    args = parser.parse_args()
+    configs = Path(__file__).resolve().parents[1] / "configs" / "detection"
+    study = run_study(configs, args.work_dir, args.seeds, args.arms, args.cfg_options)
+    print(f"\n{study['table']}")
+    for name, path in study["files"].items():
+        print(f"{name:>33}  {os.path.relpath(path)}")
+
+
+if __name__ == "__main__":
+    main()
