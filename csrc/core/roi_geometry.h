@@ -12,6 +12,29 @@ enum class RoiRule {
   kPixels,  // R-FCN's: rounded regions, every whole pixel that the bin touches
 };
 
+// a * b, rounded, whatever it is then added to. Edges and samples often lie exactly on a border: on which side must not
+// hang on where a compiler fuses a product with the addition that follows.
+template <typename A>
+DCN_HOST_DEVICE A rounded_product(A a, A b) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(A) == 4)
+    return __fmul_rn(a, b);
+  else
+    return __dmul_rn(a, b);
+#elif defined(__GNUC__) && defined(__x86_64__)
+  A product = a * b;
+  __asm__("" : "+x"(product));
+  return product;
+#elif defined(__GNUC__) && defined(__aarch64__)
+  A product = a * b;
+  __asm__("" : "+w"(product));
+  return product;
+#else
+  const volatile A product = a * b;
+  return product;
+#endif
+}
+
 // A region on the map; [0] is y, [1] is x. image < 0: one that names no image, is inside out or not finite.
 template <typename A>
 struct RoiFrame {
@@ -33,7 +56,7 @@ struct BinAxis {
     bool moves;  // the value changes with the position: not so beyond the centres of the outer pixels
   };
   DCN_HOST_DEVICE Place at(int64_t i) const {
-    const A p = first + (static_cast<A>(i) + phase) * step;
+    const A p = first + rounded_product(static_cast<A>(i) + phase, step);
     return {p < 0 ? A(0) : (p > last ? last : p), !(p < low || p > high), !(p < 0 || p >= last)};
   }
 };
@@ -81,13 +104,13 @@ struct RoiGeometry {
     for (int axis = 0; axis < 2; ++axis) {
       if (rule == RoiRule::kAlign) {
         const A half = aligned ? A(0.5) : A(0);
-        f.start[axis] = lower[axis] * scale - half;
-        f.size[axis] = (upper[axis] * scale - half) - f.start[axis];
+        f.start[axis] = rounded_product(lower[axis], scale) - half;
+        f.size[axis] = (rounded_product(upper[axis], scale) - half) - f.start[axis];
         if (!aligned && f.size[axis] < 1) f.size[axis] = 1;
       } else {
         const A half = rule == RoiRule::kPart ? A(0.5) : A(0);
-        f.start[axis] = std::round(lower[axis]) * scale - half;
-        f.size[axis] = ((std::round(upper[axis]) + 1) * scale - half) - f.start[axis];
+        f.start[axis] = rounded_product(std::round(lower[axis]), scale) - half;
+        f.size[axis] = (rounded_product(std::round(upper[axis]) + 1, scale) - half) - f.start[axis];
         if (f.size[axis] < A(0.1)) f.size[axis] = A(0.1);
       }
     }
@@ -101,14 +124,17 @@ struct RoiGeometry {
     const A step = size / static_cast<A>(bins_along(which)), n = static_cast<A>(extent(which));
     BinAxis<A> axis{0, 1, 0, 0, 0, 0, n - 1, n - 1, 0};
     if (rule == RoiRule::kPixels) {
-      const A low = std::floor(start + static_cast<A>(bin) * step),
-              high = std::ceil(start + static_cast<A>(bin + 1) * step);
+      // Divided last, which nothing fuses with: whole edges stay whole, the end of the last bin is the region's.
+      const A bins = static_cast<A>(bins_along(which));
+      const A low = std::floor(start + rounded_product(static_cast<A>(bin), size) / bins);
+      const A high = std::ceil(start + rounded_product(static_cast<A>(bin + 1), size) / bins);
       axis.begin = static_cast<int64_t>(low < 0 ? A(0) : (low > n ? n : low));
       axis.end = static_cast<int64_t>(high < 0 ? A(0) : (high > n ? n : high));
       axis.samples = axis.end > axis.begin ? static_cast<A>(axis.end - axis.begin) : A(0);
       return axis;
     }
-    axis.first = start + static_cast<A>(bin) * step + static_cast<A>(offset_scale) * size * offset;
+    axis.first = start + rounded_product(static_cast<A>(bin), step) +
+                 rounded_product(static_cast<A>(offset_scale) * size, offset);
     if (rule == RoiRule::kPart) {
       axis.step = step / static_cast<A>(grid);
       axis.end = grid;

@@ -109,9 +109,10 @@ def ps_roi_pool(
 
     def axis(i: int) -> _Axis:
         start, end = boxes[i] * spatial_scale, (boxes[2 + i] + 1) * spatial_scale
-        step = (end - start).clamp(min=0.1) / bins[i]
-        number = _numbers(bins, i).to(step)
-        first, last = (_last(start) + n * _last(step) for n in (number, number + 1))  # [R, P] along this axis
+        size = (end - start).clamp(min=0.1)
+        number = _numbers(bins, i).to(size)
+        # Divided last, so that whole edges stay whole.
+        first, last = (_last(start) + n * _last(size) / bins[i] for n in (number, number + 1))  # [R, P] along this axis
         shape = (len(rois), 1, *((bins[0], 1) if i == 0 else (1, bins[1])))
         low, high = (edge.reshape(shape).clamp(0, input.shape[2 + i]) for edge in (first.floor(), last.ceil()))
         most = input.shape[2 + i] if _is_mapped(rois) else max(int((high - low).max()), 1) if len(rois) else 1

@@ -1,11 +1,22 @@
 """What is particular to RoI pooling: other implementations, published numbers, borders, hostile regions, errors."""
 
 import math
+import random
 from functools import partial
 
 import pytest
 import torch
-from cases import CASES, CONSTANT, assert_close, convert, run, tensors
+from cases import (
+    CASES,
+    CONSTANT,
+    assert_close,
+    convert,
+    deform_ps_roi_pool_arguments,
+    deform_roi_pool_arguments,
+    ps_roi_pool_arguments,
+    run,
+    tensors,
+)
 
 from dcn_plugin import reference
 from dcn_plugin.ops import deform_ps_roi_pool, deform_roi_pool, ps_roi_pool
@@ -256,6 +267,51 @@ def test_a_part_covers_several_bins_and_classes_have_offsets_of_their_own(device
         repeated = offset[:, 2 * c : 2 * c + 2].repeat_interleave(2, 2).repeat_interleave(3, 3)
         alone = deform_ps_roi_pool(image[:, 2 * c : 2 * c + 2], rois, repeated, output_dim=2, **how)
         assert_close(both[:, 2 * c : 2 * c + 2], alone, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("bins", [3, 5, 6, 7])
+def test_edges_on_whole_pixels_stay_there(bins, dtype, device):
+    """A bin of whole pixels is just these, however the processor rounds."""
+    image = torch.arange(40.0 * 40, dtype=dtype, device=device).reshape(1, 1, 40, 40)
+    for start in (0, 1, 9):
+        end = start + 4 * bins - 1  # the last pixel belongs to the region
+        rois = torch.tensor([[0, start, start, end, end]], dtype=dtype, device=device)
+        actual = ps_roi_pool(image, rois, output_dim=1, group_size=1, output_size=bins)
+        expected = image[..., start : end + 1, start : end + 1].reshape(1, 1, bins, 4, bins, 4).mean((3, 5))
+        assert_close(actual, expected, dtype)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_geometries_equal_the_reference(seed, device):
+    """Numbers of everything drawn at random: sides of one pixel, scales that are no power of two, and so on."""
+    generator = random.Random(seed)
+    pick, below = generator.choice, generator.randint
+    torch.manual_seed(seed)
+    batch, height, width, regions = below(1, 3), below(1, 20), below(1, 20), below(2, 12)
+    scale, bins = pick([1.0, 0.5, 0.25, 0.0625, 0.3, 2.0]), (below(1, 6), below(1, 6))
+    common = dict(regions=regions, bins=bins, spatial_scale=scale)
+    classes, group_size = below(1, 3), below(1, 4)
+    output_dim = classes * below(1, 20)
+    channels = output_dim * group_size**2
+    sensitive = dict(output_dim=output_dim, group_size=group_size, **common)
+    shifts = dict(offset=pick([True, False]), mask=pick([True, False]), spread=pick([0.5, 3.0, 30.0]))
+    parts, samples = (below(1, 5), below(1, 5)), below(1, 4)
+    for case, make in (
+        (ALIGN, deform_roi_pool_arguments(
+            (batch, below(1, 70), height, width), sampling_ratio=below(0, 3), aligned=pick([True, False]),
+            **shifts, **common,
+        )),
+        (PART, deform_ps_roi_pool_arguments(
+            (batch, channels, height, width), parts=parts, samples_per_part=samples, classes=classes,
+            **shifts, **sensitive,
+        )),
+        (PIXELS, ps_roi_pool_arguments((batch, channels, height, width), **sensitive)),
+    ):  # fmt: skip
+        arguments = make()
+        expected = run(case.reference, arguments)
+        for name, value in run(case.function, convert(arguments, device=device)).items():
+            assert_close(value, expected[name], torch.float64, f"{case.name}: {name}")
 
 
 # -- regions that are not sound -------------------------------------------------------------------------------------
