@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "mmengine_hooks": ("registry", "mmengine numpy"),
     "registry": ("models layers mmengine_hooks convert", "mmengine mmcv"),
     "finetune": (
-        "finetune models registry convert checkpoint visualize layers ops",
+        "finetune models registry convert checkpoint visualize visualize_detection layers ops",
         "timm mmengine pytorch_lightning torchmetrics torchvision sklearn numpy PIL safetensors matplotlib rich",
     ),
     "__init__": ("_version layers ops reference checkpoint convert", ""),
