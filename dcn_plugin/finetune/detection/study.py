@@ -104,7 +104,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     return write_table(head, lines)
 
 
-def _pictures(outcomes: Mapping[str, Mapping[str, Any]], folder: Path, scenes: int = 4) -> dict[str, str]:
+def _pictures(outcomes: Mapping[str, Mapping[str, Any]], folder: Path, scenes: int = 3) -> dict[str, str]:
     data = CocoDataModule(**plain(next(iter(outcomes.values()))["config"]["data"]))
     data.setup("test")
     images, targets = next(iter(data.test_dataloader()))
@@ -115,11 +115,10 @@ def _pictures(outcomes: Mapping[str, Mapping[str, Any]], folder: Path, scenes: i
         model = load_exported(outcome["export"])
         with torch.no_grad():
             found = model(list(images))
-        title = " with ".join(ARMS[arm][:2])
         figures[f"{arm}_detections"] = visualize_detection.draw_detections(images, found, targets, names)
-        figures[f"{arm}_detections"].suptitle(f"{title} pooling", fontsize=9)
+        figures[f"{arm}_detections"].suptitle(": ".join(ARMS[arm][:2]), fontsize=9)
         if "deformable" in arm:
             # Of the true boxes, so that all detectors are asked the same.
             boxes, labels = targets[0]["boxes"], targets[0]["labels"]
             figures[f"{arm}_bins"] = visualize_detection.bin_shifts(model, images[0], boxes, labels, class_names=names)
-    return save_figures(folder, figures)
+    return save_figures(folder, figures, dpi=80)
