@@ -498,7 +498,7 @@ def test_loading_something_else_names_what_is_missing(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        (dict(modle=1), ValueError, "'modle'.*did you mean 'model'"),
+        (dict(modell=1), ValueError, "'modell'.*did you mean 'model'"),
         (dict(trainer=dict(max_epoch=3)), ValueError, "trainer.*'max_epoch'.*max_epochs"),
         (dict(data=dict(DATA, batchsize=3)), ValueError, "data.*'batchsize'.*batch_size"),
         (dict(callbacks=dict(a=dict(type="ModelCheckpiont"))), ValueError, "callbacks.a.*ModelCheckpiont"),
@@ -546,9 +546,9 @@ def test_tasks_and_checkpoints_are_checked(tmp_path):
 
 def test_script_names_an_unknown_key_in_one_line(tmp_path):
     path = tmp_path / "bad.py"
-    path.write_text("modle = 'resnet18_dcn'\n")
+    path.write_text("modell = 'resnet18_dcn'\n")
     output, _ = launch(ROOT / "scripts" / "finetune.py", str(path)).communicate(timeout=120)
-    assert "unknown key 'modle' (did you mean 'model'?)" in output and "Traceback" not in output
+    assert "unknown key 'modell' (did you mean 'model'?)" in output and "Traceback" not in output
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it():
