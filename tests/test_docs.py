@@ -22,7 +22,11 @@ from dcn_plugin import layers, ops
 ROOT = Path(__file__).resolve().parents[1]
 FRAMEWORKS = ("timm", "mmengine", "pytorch_lightning", "torchmetrics", "sklearn", "matplotlib", "torchvision")
 # Document whose Python blocks run -> what they need besides torch.
-EXECUTED = {"README.md": FRAMEWORKS, "docs/operators.md": (), "docs/integration.md": (*FRAMEWORKS, "mmcv", "pycocotools")}
+EXECUTED = {
+    "README.md": FRAMEWORKS,
+    "docs/operators.md": (),
+    "docs/integration.md": (*FRAMEWORKS, "mmcv", "pycocotools"),
+}
 DOCUMENTS = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")})
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.relative_to(ROOT).as_posix())
 
