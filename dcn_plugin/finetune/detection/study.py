@@ -119,6 +119,6 @@ def _pictures(outcomes: Mapping[str, Mapping[str, Any]], folder: Path, scenes: i
         figures[f"{arm}_detections"].suptitle(": ".join(ARMS[arm][:2]), fontsize=9)
         if "deformable" in arm:
             # Of the true boxes, so that all detectors are asked the same.
-            boxes, labels = targets[0]["boxes"], targets[0]["labels"]
+            boxes, labels = targets[0]["boxes"][:4], targets[0]["labels"][:4]
             figures[f"{arm}_bins"] = visualize_detection.bin_shifts(model, images[0], boxes, labels, class_names=names)
     return save_figures(folder, figures, dpi=80)
