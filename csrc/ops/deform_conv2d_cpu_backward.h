@@ -134,7 +134,7 @@ void backward(const Tensor& grad_output, const ConvArguments& a, const ConvGeome
   const ImageSize size{g.channels, g.height, g.width};
   const bool direct = is_rows<S>(a.input), direct_grad = scatter && is_rows<S>(grad_input);
   const int64_t held = direct && (direct_grad || !scatter) ? g.batch : images_at_a_time<A>(size, g.batch);
-  const Tensor input_rows = fresh(direct ? 0 : held * g.channels * pixels);
+  const Tensor staged = fresh(direct ? 0 : held * g.channels * pixels);
   const Tensor grad_rows = fresh(scatter && !direct_grad ? held * g.channels * pixels : 0);
 
   const int64_t lanes = std::min(threads, static_cast<int64_t>(job.blocks.size()));
@@ -151,13 +151,7 @@ void backward(const Tensor& grad_output, const ConvArguments& a, const ConvGeome
 
   for (int64_t image = 0; image < g.batch; image += held) {
     const int64_t images = std::min(held, g.batch - image);
-    if (direct) {
-      job.input = {reinterpret_cast<const A*>(input.data) + image * input.n, input.n, input.h, input.w};
-    } else {
-      const Rows<A> rows = dense_rows(size, data(input_rows));
-      transpose_images<true>(size, input, image, images, rows);
-      job.input = {rows.data, rows.n, rows.h, rows.w};
-    }
+    job.input = input_rows(direct, input, size, image, images, staged);
     if (scatter) {
       const View<A> out = view<A>(grad_input);
       job.grad_input =

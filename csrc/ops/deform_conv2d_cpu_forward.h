@@ -142,14 +142,7 @@ void forward(const ConvArguments& a, const ConvGeometry& g, const Tensor& output
       torch::stable::new_empty(a.input, {direct ? 0 : held * g.channels * g.height * g.width}, scalar_type_of<A>());
   for (int64_t image = 0; image < g.batch; image += held) {
     const int64_t images = std::min(held, g.batch - image);
-    Rows<const A> rows{};
-    if (direct) {
-      rows = {reinterpret_cast<const A*>(input.data), input.n, input.h, input.w};
-    } else {
-      const Rows<A> staged = dense_rows(size, static_cast<A*>(buffer.data_ptr()));
-      transpose_images<true>(size, input, image, images, staged);
-      rows = {staged.data, staged.n, staged.h, staged.w};
-    }
+    const Rows<const A> rows = input_rows(direct, input, size, image, images, buffer);
     const int64_t pixels = images * g.out_pixels();
     const int64_t per_tile =
         tile_size(pixels, g.taps() * widest * static_cast<int64_t>(sizeof(A)), torch::stable::get_num_threads());

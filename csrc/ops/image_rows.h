@@ -75,6 +75,17 @@ Rows<A> dense_rows(const ImageSize& size, A* data) {
   return {data, size.elements(), size.width * size.channels, size.channels};
 }
 
+// Images as rows of channels: as they lie in memory where that is `direct`, else brought into `buffer`.
+template <typename S>
+Rows<const Accumulate<S>> input_rows(bool direct, const View<const S>& input, const ImageSize& size, int64_t image,
+                                     int64_t images, const Tensor& buffer, int64_t cells = 1) {
+  using A = Accumulate<S>;
+  if (direct) return {reinterpret_cast<const A*>(input.data) + image * input.n, input.n, input.h, input.w};
+  const Rows<A> rows = dense_rows(size, static_cast<A*>(buffer.data_ptr()));
+  transpose_images<true>(size, input, image, images, rows, cells);
+  return {rows.data, rows.n, rows.h, rows.w};
+}
+
 // How many of `batch` images are held as rows at a time.
 template <typename A>
 int64_t images_at_a_time(const ImageSize& size, int64_t batch) {

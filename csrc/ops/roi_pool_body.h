@@ -8,6 +8,17 @@
 
 namespace dcn {
 
+// Number i of the result, [R, D, P_h, P_w], whose output d belongs to class c.
+struct PooledElement {
+  int64_t r, d, c, y, x;
+  DCN_HOST_DEVICE PooledElement(const RoiGeometry& g, int64_t i)
+      : r(i / g.bins() / g.outputs),
+        d(i / g.bins() % g.outputs),
+        c(d / g.class_outputs()),
+        y(i / g.out_width % g.out_height),
+        x(i % g.out_width) {}
+};
+
 // output[r, d, bin] = mask * mean of the bin's samples
 template <typename A, typename S>
 struct PoolBins {
@@ -18,20 +29,19 @@ struct PoolBins {
   DCN_HOST_DEVICE int64_t size() const { return where.g.rois * where.g.outputs * where.g.bins(); }
   DCN_HOST_DEVICE void operator()(int64_t i) const {
     const RoiGeometry& g = where.g;
-    const int64_t x = i % g.out_width, y = i / g.out_width % g.out_height;
-    const int64_t d = i / g.bins() % g.outputs, r = i / g.bins() / g.outputs, c = d / g.class_outputs();
-    const RoiBin<A> bin = where.bin(g.frame(where.rois + 5 * r), r, c, y, x);
+    const PooledElement e(g, i);
+    const RoiBin<A> bin = where.bin(g.frame(where.rois + 5 * e.r), e.r, e.c, e.y, e.x);
     if (bin.image < 0) {
-      output.at(r, d, y, x) = static_cast<S>(static_cast<A>(NAN));
+      output.at(e.r, e.d, e.y, e.x) = static_cast<S>(static_cast<A>(NAN));
       return;
     }
-    const int64_t channel = g.channel(d, bin.cell);
+    const int64_t channel = g.channel(e.d, bin.cell);
     A sum = 0;
     for_each_sample(g, bin, [&](const Sample<A>& s, bool, bool) {
       sum += interpolate(
           s, [&](int64_t row, int64_t column) { return static_cast<A>(input.at(bin.image, channel, row, column)); });
     });
-    output.at(r, d, y, x) = static_cast<S>(where.modulation(r, c, y, x) * (sum * bin.share));
+    output.at(e.r, e.d, e.y, e.x) = static_cast<S>(where.modulation(e.r, e.c, e.y, e.x) * (sum * bin.share));
   }
 };
 
@@ -45,12 +55,12 @@ struct ScatterBins {
   DCN_HOST_DEVICE int64_t size() const { return where.g.rois * where.g.outputs * where.g.bins(); }
   DCN_HOST_DEVICE void operator()(int64_t i) const {
     const RoiGeometry& g = where.g;
-    const int64_t x = i % g.out_width, y = i / g.out_width % g.out_height;
-    const int64_t d = i / g.bins() % g.outputs, r = i / g.bins() / g.outputs, c = d / g.class_outputs();
-    const RoiBin<A> bin = where.bin(g.frame(where.rois + 5 * r), r, c, y, x);
+    const PooledElement e(g, i);
+    const RoiBin<A> bin = where.bin(g.frame(where.rois + 5 * e.r), e.r, e.c, e.y, e.x);
     if (bin.image < 0) return;
-    const int64_t channel = g.channel(d, bin.cell);
-    const A grad = static_cast<A>(grad_output.at(r, d, y, x)) * where.modulation(r, c, y, x) * bin.share;
+    const int64_t channel = g.channel(e.d, bin.cell);
+    const A grad =
+        static_cast<A>(grad_output.at(e.r, e.d, e.y, e.x)) * where.modulation(e.r, e.c, e.y, e.x) * bin.share;
     for_each_sample(g, bin, [&](const Sample<A>& s, bool, bool) {
       for (int corner = 0; corner < 4; ++corner) {
         const A w = s.weight(corner);

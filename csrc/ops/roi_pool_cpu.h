@@ -180,12 +180,7 @@ void roi_forward(const RoiArguments& a, const RoiPlaces<Accumulate<S>>& where, c
     const int64_t images = std::min(held, g.batch - image);
     const int64_t begin = regions.starts[image], end = regions.starts[image + images];
     if (begin == end) continue;
-    Rows<const A> rows{reinterpret_cast<const A*>(input.data) + image * input.n, input.n, input.h, input.w};
-    if (!direct) {
-      const Rows<A> staged = dense_rows(size, static_cast<A*>(buffer.data_ptr()));
-      transpose_images<true>(size, input, image, images, staged, cells);
-      rows = {staged.data, staged.n, staged.h, staged.w};
-    }
+    const Rows<const A> rows = input_rows(direct, input, size, image, images, buffer, cells);
     torch::stable::parallel_for(begin, end, 1, [&](int64_t first, int64_t last) {
       A* const pooled = thread_scratch<A, 0>(pooled_size);
       for (int64_t i = first; i < last; ++i) {
@@ -234,12 +229,7 @@ Tensor roi_backward(const Tensor& grad_output, const RoiArguments& a, const RoiP
     const int64_t begin = regions.starts[image], end = regions.starts[image + images];
     if (begin == end) continue;
     if (displaced) {
-      Rows<const A> rows{reinterpret_cast<const A*>(input.data) + image * input.n, input.n, input.h, input.w};
-      if (!direct) {
-        const Rows<A> filled = dense_rows(size, static_cast<A*>(input_buffer.data_ptr()));
-        transpose_images<true>(size, input, image, images, filled, cells);
-        rows = {filled.data, filled.n, filled.h, filled.w};
-      }
+      const Rows<const A> rows = input_rows(direct, input, size, image, images, input_buffer, cells);
       torch::stable::parallel_for(begin, end, 1, [&](int64_t first, int64_t last) {
         A* const grad = thread_scratch<A, 0>(pooled_size);
         for (int64_t i = first; i < last; ++i) {
