@@ -265,7 +265,8 @@ def write_ninja(folder: Path, torch: Torch, compiler: Compiler, nvcc: Nvcc | str
 
     ninja = NinjaFile()
     # `#pragma omp simd` without an OpenMP library: it lets sums be reordered, which vectors need.
-    simd = ["-fopenmp-simd"]
+    # Comparisons and square roots have no side effects here, so that loops with conditions become vectors too.
+    simd = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
     warnings = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
     compile_cpp = [*compiler.command, "-MD", "-MF", "$out.d", *includes, *optimise, *simd, *visibility, *warnings]
     ninja.rule("cxx", [*compile_cpp, *environment_flags("CXXFLAGS"), "-c", "$in", "-o", "$out"], compiles=True)

@@ -17,12 +17,16 @@ struct ConvGeometry {
   DCN_HOST_DEVICE int64_t group_outputs() const { return out_channels / groups; }
   DCN_HOST_DEVICE int64_t offset_group_channels() const { return channels / offset_groups; }
 
-  // p0 + p_k + offset: the paper's sampling position of tap (ky, kx) for output pixel (oy, ox).
-  template <typename A>
-  DCN_HOST_DEVICE Sample<A> sample(int64_t oy, int64_t ox, int64_t ky, int64_t kx, A offset_y, A offset_x) const {
-    const A y = static_cast<A>(oy * stride_h - pad_top + ky * dilation_h) + offset_y;
-    const A x = static_cast<A>(ox * stride_w - pad_left + kx * dilation_w) + offset_x;
-    return make_sample<A>(y, x, height, width);
+  // p0 of the paper: where the kernel of an output pixel begins on the input.
+  DCN_HOST_DEVICE int64_t start_y(int64_t oy) const { return oy * stride_h - pad_top; }
+  DCN_HOST_DEVICE int64_t start_x(int64_t ox) const { return ox * stride_w - pad_left; }
+
+  // p0 + p_k + offset: the sampling position of tap (ky, kx). `I` holds rows and columns.
+  template <typename A, typename I>
+  DCN_HOST_DEVICE Sample<A, I> sample(I y, I x, int64_t ky, int64_t kx, A offset_y, A offset_x) const {
+    return make_sample<A, I>(static_cast<A>(y + static_cast<I>(ky * dilation_h)) + offset_y,
+                             static_cast<A>(x + static_cast<I>(kx * dilation_w)) + offset_x, static_cast<I>(height),
+                             static_cast<I>(width));
   }
 };
 

@@ -22,16 +22,17 @@
 
 namespace dcn {
 
-// Corner c = 2 * (row is y0 + 1) + (column is x0 + 1). `A` is the type of positions and sums: float or double.
-template <typename A>
+// Corner c = 2 * (row is y0 + 1) + (column is x0 + 1). `A` is the type of positions and sums: float or double. `I`
+// holds rows and columns; loops that are to become vectors use one as wide as float.
+template <typename A, typename I = int64_t>
 struct Sample {
-  int64_t y0, x0;    // top left corner; may be -1
+  I y0, x0;          // top left corner; may be -1
   A ly, lx;          // fraction towards y0 + 1 and x0 + 1; NaN for a NaN position, 0 outside
   unsigned corners;  // bit c: corner c lies on the map
 
   DCN_HOST_DEVICE bool has(int corner) const { return (corners >> corner) & 1u; }
-  DCN_HOST_DEVICE int64_t row(int corner) const { return y0 + (corner >> 1); }
-  DCN_HOST_DEVICE int64_t column(int corner) const { return x0 + (corner & 1); }
+  DCN_HOST_DEVICE I row(int corner) const { return y0 + (corner >> 1); }
+  DCN_HOST_DEVICE I column(int corner) const { return x0 + (corner & 1); }
   DCN_HOST_DEVICE A weight(int corner) const { return (corner & 2 ? ly : 1 - ly) * (corner & 1 ? lx : 1 - lx); }
   DCN_HOST_DEVICE A weight_dy(int corner) const { return (corner & 2 ? A(1) : A(-1)) * (corner & 1 ? lx : 1 - lx); }
   DCN_HOST_DEVICE A weight_dx(int corner) const { return (corner & 1 ? A(1) : A(-1)) * (corner & 2 ? ly : 1 - ly); }
@@ -40,23 +41,22 @@ struct Sample {
 };
 
 // Zeros outside; bilinear within one pixel of the edge; y <= -1, y >= height (likewise x) and +-inf are outside: no
-// corner.
-template <typename A>
-DCN_HOST_DEVICE Sample<A> make_sample(A y, A x, int64_t height, int64_t width) {
-  Sample<A> s{0, 0, 0, 0, 0u};
+// corner. Without branches, so that a loop over positions can become vectors.
+template <typename A, typename I>
+DCN_HOST_DEVICE Sample<A, I> make_sample(A y, A x, I height, I width) {
+  const bool inside = (y > -1) & (y < static_cast<A>(height)) & (x > -1) & (x < static_cast<A>(width));
   // Comparisons come before the conversion to integers: a huge or NaN position must never be converted.
-  if (y > -1 && y < static_cast<A>(height) && x > -1 && x < static_cast<A>(width)) {
-    const A fy = std::floor(y), fx = std::floor(x);
-    s.y0 = static_cast<int64_t>(fy);
-    s.x0 = static_cast<int64_t>(fx);
-    s.ly = y - fy;
-    s.lx = x - fx;
-    const unsigned rows = (s.y0 >= 0 ? 0x3u : 0u) | (s.y0 + 1 < height ? 0xCu : 0u);
-    const unsigned columns = (s.x0 >= 0 ? 0x5u : 0u) | (s.x0 + 1 < width ? 0xAu : 0u);
-    s.corners = rows & columns;
-  } else if (y != y || x != x) {
-    s.ly = s.lx = y + x;
-  }
+  const A yi = inside ? y : A(0), xi = inside ? x : A(0);
+  const A fy = std::floor(yi), fx = std::floor(xi);
+  const A outside = (y != y) | (x != x) ? y + x : A(0);
+  Sample<A, I> s;
+  s.y0 = static_cast<I>(fy);
+  s.x0 = static_cast<I>(fx);
+  s.ly = inside ? yi - fy : outside;
+  s.lx = inside ? xi - fx : outside;
+  const unsigned rows = (s.y0 >= 0 ? 0x3u : 0u) | (s.y0 + 1 < height ? 0xCu : 0u);
+  const unsigned columns = (s.x0 >= 0 ? 0x5u : 0u) | (s.x0 + 1 < width ? 0xAu : 0u);
+  s.corners = inside ? rows & columns : 0u;
   return s;
 }
 

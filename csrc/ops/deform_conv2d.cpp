@@ -2,15 +2,15 @@
 #include "deform_conv2d.h"
 
 #include "../runtime/cpu.h"
-#include "deform_conv2d_cpu_backward.h"
-#include "deform_conv2d_cpu_forward.h"
+#include "deform_conv2d_cpu/backward.h"
+#include "deform_conv2d_cpu/forward.h"
 
 namespace dcn {
 namespace {
 
 struct CpuDeformConv2d {
   static Tensor forward(const ConvArguments& a, const ConvGeometry& g) {
-    if (Cpu::portable()) return deform_conv2d_portable<Cpu>(a, g);
+    if (Cpu::portable() || !tiles::fits_index(g)) return deform_conv2d_portable<Cpu>(a, g);
     const Tensor output = new_output(a, g);
     if (output.numel() > 0)
       dispatch_deform_conv2d(a, [&](auto s, auto f) { tiles::forward<decltype(s), decltype(f)>(a, g, output); });
@@ -19,7 +19,7 @@ struct CpuDeformConv2d {
 
   static ConvGradients backward(const Tensor& grad_output, const ConvArguments& a, const ConvGeometry& g,
                                 int64_t needs) {
-    if (Cpu::portable()) return deform_conv2d_backward_portable<Cpu>(grad_output, a, g, needs);
+    if (Cpu::portable() || !tiles::fits_index(g)) return deform_conv2d_backward_portable<Cpu>(grad_output, a, g, needs);
     const auto [grad_input, grad_offset, grad_weight, grad_mask] = new_gradients(a, needs, a.input.scalar_type());
     if (g.batch > 0)
       dispatch_deform_conv2d(a, [&](auto s, auto f) {

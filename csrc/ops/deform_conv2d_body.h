@@ -28,8 +28,9 @@ struct Displacement {
 
   DCN_HOST_DEVICE Sample<A> sample(const ConvGeometry& g, const Pixel& p, int64_t offset_group, int64_t tap) const {
     const int64_t k = offset_group * g.taps() + tap;
-    return g.sample<A>(p.y, p.x, tap / g.kernel_w, tap % g.kernel_w, static_cast<A>(offset.at(p.n, 2 * k, p.y, p.x)),
-                       static_cast<A>(offset.at(p.n, 2 * k + 1, p.y, p.x)));
+    return g.sample(g.start_y(p.y), g.start_x(p.x), tap / g.kernel_w, tap % g.kernel_w,
+                    static_cast<A>(offset.at(p.n, 2 * k, p.y, p.x)),
+                    static_cast<A>(offset.at(p.n, 2 * k + 1, p.y, p.x)));
   }
   DCN_HOST_DEVICE A modulation(const ConvGeometry& g, const Pixel& p, int64_t offset_group, int64_t tap) const {
     return mask.data ? static_cast<A>(mask.at(p.n, offset_group * g.taps() + tap, p.y, p.x)) : A(1);

@@ -30,33 +30,139 @@ bool is_rows(const Tensor& t) {
   return std::is_same_v<S, Accumulate<S>> && (t.stride(1) == 1 || t.size(1) == 1);
 }
 
-// One image row between [C, W] of any type and [W, C] in the type of sums, 16 channels at a time.
-template <typename A, typename S, bool ToRows>
+// to[i] = from[i], converted.
+template <typename To, typename From>
+DCN_HOST_DEVICE void convert(const From* __restrict from, int64_t count, To* __restrict to) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<To>(from[i]);
+}
+
+#if defined(__GNUC__)
+// Four vectors of four floats: every 64-bit processor has those.
+typedef float Quad __attribute__((vector_size(16)));
+typedef float StoredQuad __attribute__((vector_size(16), aligned(4), may_alias));
+#if defined(__clang__)
+#define DCN_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int QuadOfInts __attribute__((vector_size(16)));
+#define DCN_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, QuadOfInts{__VA_ARGS__})
+#endif
+
+DCN_HOST_DEVICE void transpose_quads(Quad (&q)[4]) {
+  const Quad a = DCN_SHUFFLE(q[0], q[1], 0, 4, 1, 5), b = DCN_SHUFFLE(q[2], q[3], 0, 4, 1, 5);
+  const Quad c = DCN_SHUFFLE(q[0], q[1], 2, 6, 3, 7), d = DCN_SHUFFLE(q[2], q[3], 2, 6, 3, 7);
+  q[0] = DCN_SHUFFLE(a, b, 0, 1, 4, 5);
+  q[1] = DCN_SHUFFLE(a, b, 2, 3, 6, 7);
+  q[2] = DCN_SHUFFLE(c, d, 0, 1, 4, 5);
+  q[3] = DCN_SHUFFLE(c, d, 2, 3, 6, 7);
+}
+#undef DCN_SHUFFLE
+#define DCN_QUADS
+#endif
+
+enum class Turn { kToRows, kFromRows, kAddFromRows };
+
+// One image row between [C, W] of any type and layout and [W, C] in the type of sums; kAddFromRows adds to the image.
+template <typename A, typename S, Turn Direction>
 struct TransposeRow {
   S* image;
   int64_t channel_stride, column_stride, channels, width;
   A* row;
   int64_t pixel_stride;
+
   DCN_HOST_DEVICE void operator()() const {
-    for (int64_t first = 0; first < channels; first += 16) {
-      const int64_t count = channels - first < 16 ? channels - first : 16;
-      S* const plane = image + first * channel_stride;
-      for (int64_t x = 0; x < width; ++x)
-        for (int64_t c = 0; c < count; ++c) {
-          S& pixel = plane[c * channel_stride + x * column_stride];
-          A& value = row[x * pixel_stride + first + c];
-          if constexpr (ToRows)
-            value = static_cast<A>(pixel);
-          else
-            pixel = static_cast<S>(value);
-        }
+    if (channel_stride == 1) return copy();
+    int64_t done = 0;
+#if defined(DCN_QUADS)
+    if constexpr (std::is_same_v<A, float>) {
+      if (column_stride == 1) done = turn_planes();
+    }
+#endif
+    for (int64_t x = 0; x < width; ++x) move(x, done, channels);
+  }
+
+  DCN_HOST_DEVICE void move(int64_t x, int64_t first, int64_t last) const {
+    for (int64_t c = first; c < last; ++c) {
+      S& pixel = image[c * channel_stride + x * column_stride];
+      A& value = row[x * pixel_stride + c];
+      if constexpr (Direction == Turn::kToRows)
+        value = static_cast<A>(pixel);
+      else if constexpr (Direction == Turn::kFromRows)
+        pixel = static_cast<S>(value);
+      else
+        pixel = static_cast<S>(static_cast<A>(pixel) + value);
     }
   }
+
+  // Channels lie together on both sides.
+  DCN_HOST_DEVICE void copy() const {
+    for (int64_t x = 0; x < width; ++x) {
+      S* const pixel = image + x * column_stride;
+      A* const value = row + x * pixel_stride;
+      if constexpr (Direction == Turn::kToRows) convert(pixel, channels, value);
+      if constexpr (Direction == Turn::kFromRows) convert(value, channels, pixel);
+      if constexpr (Direction == Turn::kAddFromRows) {
+#pragma omp simd
+        for (int64_t c = 0; c < channels; ++c) pixel[c] = static_cast<S>(static_cast<A>(pixel[c]) + value[c]);
+      }
+    }
+  }
+
+#if defined(DCN_QUADS)
+  // Four channels at a time, whose pixels lie together; half types are converted in pieces on the way. Returns the
+  // channels done.
+  DCN_HOST_DEVICE int64_t turn_planes() const {
+    constexpr int64_t piece = 64;
+    constexpr bool same = std::is_same_v<std::remove_const_t<S>, float>;
+    float buffer[same ? 1 : 4 * piece];
+    int64_t c = 0;
+    for (; c + 4 <= channels; c += 4)
+      for (int64_t first = 0; first < width; first += piece) {
+        const int64_t count = width - first < piece ? width - first : piece;
+        float* plane[4];
+        for (int i = 0; i < 4; ++i) {
+          S* const from = image + (c + i) * channel_stride + first;
+          if constexpr (same) {
+            plane[i] = const_cast<float*>(from);
+          } else {
+            plane[i] = buffer + i * piece;
+            if constexpr (Direction != Turn::kFromRows) convert(from, count, plane[i]);
+          }
+        }
+        turn_piece(plane, count, row + first * pixel_stride + c);
+        if constexpr (!same && Direction != Turn::kToRows)
+          for (int i = 0; i < 4; ++i) convert(plane[i], count, image + (c + i) * channel_stride + first);
+      }
+    return c;
+  }
+
+  DCN_HOST_DEVICE void turn_piece(float* const (&plane)[4], int64_t count, float* pixels) const {
+    const auto quad = [](float* at) DCN_INLINE_LAMBDA -> StoredQuad& { return *reinterpret_cast<StoredQuad*>(at); };
+    int64_t x = 0;
+    for (; x + 4 <= count; x += 4) {
+      Quad q[4];
+      for (int i = 0; i < 4; ++i)
+        q[i] = Direction == Turn::kToRows ? quad(plane[i] + x) : quad(pixels + (x + i) * pixel_stride);
+      transpose_quads(q);
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (Direction == Turn::kToRows) quad(pixels + (x + i) * pixel_stride) = q[i];
+        if constexpr (Direction == Turn::kFromRows) quad(plane[i] + x) = q[i];
+        if constexpr (Direction == Turn::kAddFromRows) quad(plane[i] + x) = quad(plane[i] + x) + q[i];
+      }
+    }
+    for (; x < count; ++x)
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (Direction == Turn::kToRows) pixels[x * pixel_stride + i] = plane[i][x];
+        if constexpr (Direction == Turn::kFromRows) plane[i][x] = pixels[x * pixel_stride + i];
+        if constexpr (Direction == Turn::kAddFromRows) plane[i][x] += pixels[x * pixel_stride + i];
+      }
+  }
+#endif
 };
 
 // Images between any layout and rows. With `cells` > 1 the rows hold channel d * cells + cell at cell * (C / cells) +
 // d: what a position-sensitive bin reads lies together.
-template <bool ToRows, typename A, typename S>
+template <Turn Direction, typename A, typename S>
 void transpose_images(const ImageSize& size, const View<S>& images, int64_t first_image, int64_t count,
                       const Rows<A>& rows, int64_t cells = 1) {
   const int64_t per_cell = size.channels / cells;
@@ -64,8 +170,9 @@ void transpose_images(const ImageSize& size, const View<S>& images, int64_t firs
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / size.height, y = i % size.height;
       for (int64_t cell = 0; cell < cells; ++cell)
-        run_vectorised(TransposeRow<A, S, ToRows>{&images.at(first_image + n, cell, y, 0), images.c * cells, images.w,
-                                                  per_cell, size.width, rows.at(n, y, 0) + cell * per_cell, rows.w});
+        run_vectorised(TransposeRow<A, S, Direction>{&images.at(first_image + n, cell, y, 0), images.c * cells,
+                                                     images.w, per_cell, size.width, rows.at(n, y, 0) + cell * per_cell,
+                                                     rows.w});
     }
   });
 }
@@ -82,7 +189,7 @@ Rows<const Accumulate<S>> input_rows(bool direct, const View<const S>& input, co
   using A = Accumulate<S>;
   if (direct) return {reinterpret_cast<const A*>(input.data) + image * input.n, input.n, input.h, input.w};
   const Rows<A> rows = dense_rows(size, static_cast<A*>(buffer.data_ptr()));
-  transpose_images<true>(size, input, image, images, rows, cells);
+  transpose_images<Turn::kToRows>(size, input, image, images, rows, cells);
   return {rows.data, rows.n, rows.h, rows.w};
 }
 

@@ -156,11 +156,11 @@ struct RegionList {
 };
 
 // One region of the result between [D, P_h, P_w] of any type and layout and [P_h, P_w, D] in the type of sums.
-template <bool ToRows, typename A, typename S>
+template <Turn Direction, typename A, typename S>
 void transpose_region(const RoiGeometry& g, const View<S>& result, int64_t r, A* rows) {
   for (int64_t y = 0; y < g.out_height; ++y)
-    run_vectorised(TransposeRow<A, S, ToRows>{&result.at(r, 0, y, 0), result.c, result.w, g.outputs, g.out_width,
-                                              rows + y * g.out_width * g.outputs, g.outputs});
+    run_vectorised(TransposeRow<A, S, Direction>{&result.at(r, 0, y, 0), result.c, result.w, g.outputs, g.out_width,
+                                                 rows + y * g.out_width * g.outputs, g.outputs});
 }
 
 template <typename S>
@@ -192,13 +192,13 @@ void roi_forward(const RoiArguments& a, const RoiPlaces<Accumulate<S>>& where, c
                                      {rows.at(frame.image - image, 0, 0), rows.n, rows.h, rows.w},
                                      static_cast<const A*>(zero_row.data_ptr()),
                                      pooled});
-        transpose_region<false>(g, out, r, pooled);
+        transpose_region<Turn::kFromRows>(g, out, r, pooled);
       }
     });
   }
   const std::vector<A> refused(pooled_size, static_cast<A>(NAN));
   for (int64_t i = regions.starts[g.batch]; i < g.rois; ++i)
-    transpose_region<false>(g, out, regions.order[i], const_cast<A*>(refused.data()));
+    transpose_region<Turn::kFromRows>(g, out, regions.order[i], const_cast<A*>(refused.data()));
 }
 
 template <typename S>
@@ -235,7 +235,7 @@ Tensor roi_backward(const Tensor& grad_output, const RoiArguments& a, const RoiP
         for (int64_t i = first; i < last; ++i) {
           const int64_t r = regions.order[i];
           const RoiFrame<A>& frame = regions.frames[r];
-          transpose_region<true>(g, grad_out, r, grad);
+          transpose_region<Turn::kToRows>(g, grad_out, r, grad);
           run_vectorised(RegionPartGradient<A>{where,
                                                r,
                                                frame,
@@ -263,7 +263,7 @@ Tensor roi_backward(const Tensor& grad_output, const RoiArguments& a, const RoiP
         const int64_t n = image + task / lanes, channel = task % lanes * lane_channels;
         for (int64_t i = regions.starts[n]; i < regions.starts[n + 1]; ++i) {
           const int64_t r = regions.order[i];
-          transpose_region<true>(g, grad_out, r, grad);
+          transpose_region<Turn::kToRows>(g, grad_out, r, grad);
           run_vectorised(ScatterRegion<A>{where,
                                           r,
                                           regions.frames[r],
@@ -275,7 +275,7 @@ Tensor roi_backward(const Tensor& grad_output, const RoiArguments& a, const RoiP
         }
       }
     });
-    if (!direct_grad) transpose_images<false>(size, grad_view, image, images, rows, cells);
+    if (!direct_grad) transpose_images<Turn::kFromRows>(size, grad_view, image, images, rows, cells);
   }
   for (int64_t i = regions.starts[g.batch]; i < g.rois; ++i) {
     const int64_t r = regions.order[i];

@@ -39,14 +39,18 @@ struct Cpu {
 };
 
 #if defined(__GNUC__) && defined(__x86_64__)
+#define DCN_X86_LEVELS
+#define DCN_TARGET_V3 __attribute__((target("arch=x86-64-v3")))
+#define DCN_TARGET_V4 __attribute__((target("arch=x86-64-v4,prefer-vector-width=512")))
+
 // The same body compiled for newer instruction sets. Everything a body calls in its loops must be DCN_HOST_DEVICE
 // (always inlined): a function that is called keeps the instruction set it was compiled for.
 template <typename Body>
-__attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))) void run_v4(const Body& body) {
+DCN_TARGET_V4 void run_v4(const Body& body) {
   body();
 }
 template <typename Body>
-__attribute__((target("arch=x86-64-v3"))) void run_v3(const Body& body) {
+DCN_TARGET_V3 void run_v3(const Body& body) {
   body();
 }
 
@@ -90,5 +94,27 @@ A* thread_scratch(int64_t count) {
   }
   return buffer.data.get();
 }
+
+// Memory of one thread for the time of a task, kept between calls for the same reason. Everything begins on a cache
+// line. Count first, with a Scratch of nothing, what a real one must hold.
+class Scratch {
+ public:
+  Scratch() = default;
+  explicit Scratch(int64_t bytes) {
+    next_ = reinterpret_cast<uintptr_t>(thread_scratch<char, -1>(bytes + line));
+    next_ = (next_ + line - 1) / line * line;
+  }
+  template <typename T>
+  T* take(int64_t count) {
+    const uintptr_t taken = next_;
+    next_ += (count * sizeof(T) + line - 1) / line * line;
+    return reinterpret_cast<T*>(taken);
+  }
+  int64_t counted() const { return static_cast<int64_t>(next_); }
+
+ private:
+  static constexpr uintptr_t line = 64;
+  uintptr_t next_ = 0;
+};
 
 }  // namespace dcn

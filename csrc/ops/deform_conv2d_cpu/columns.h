@@ -1,0 +1,137 @@
+// Deformable convolution on the CPU, sampling: the columns of a tile and a block of channels, by the addresses of its
+// taps.
+#pragma once
+
+#include "taps.h"
+
+namespace dcn::tiles {
+
+// A view of the taps of one run: its planes, and where its channels begin behind an address.
+template <typename A>
+struct RunTaps {
+  Taps<A> taps;
+  int64_t first_plane, channel;
+
+  DCN_HOST_DEVICE int64_t at(int64_t k, int64_t q) const { return (first_plane + k) * taps.pixels + q; }
+  DCN_HOST_DEVICE const A* value(int corner, int64_t at) const {
+    return reinterpret_cast<const A*>(taps.value[corner][at]) + channel;
+  }
+};
+
+// Calls f with the number of channels as a constant where it is a usual one, 0 where it is not: short loops of known
+// length need no loop.
+template <typename F>
+DCN_HOST_DEVICE void with_channels(int64_t count, const F& f) {
+  if (count == 64) return f(std::integral_constant<int64_t, 64>());
+  if (count == 32) return f(std::integral_constant<int64_t, 32>());
+  if (count == 16) return f(std::integral_constant<int64_t, 16>());
+  f(std::integral_constant<int64_t, 0>());
+}
+
+template <int64_t N, typename A>
+DCN_HOST_DEVICE void sample_run(const RunTaps<A>& run, int64_t at, int64_t count, A* __restrict out) {
+  const A *c0 = run.value(0, at), *c1 = run.value(1, at), *c2 = run.value(2, at), *c3 = run.value(3, at);
+  const A w0 = run.taps.weight[0][at], w1 = run.taps.weight[1][at];
+  const A w2 = run.taps.weight[2][at], w3 = run.taps.weight[3][at];
+  const int64_t channels = N ? N : count;
+#pragma omp simd
+  for (int64_t c = 0; c < channels; ++c) out[c] = w0 * c0[c] + w1 * c1[c] + w2 * c2[c] + w3 * c3[c];
+}
+
+// The columns of a run of channels, whose first lies at `columns`.
+template <typename A>
+struct FillRun {
+  RunTaps<A> run;
+  int64_t count, channels, kernel;
+  A* columns;
+  int64_t tap_stride, pixel_stride;
+
+  DCN_HOST_DEVICE void operator()() const {
+    with_channels(channels, [&](auto n) DCN_INLINE_LAMBDA {
+      for (int64_t q = 0; q < count; ++q)
+        for (int64_t k = 0; k < kernel; ++k)
+          sample_run<n.value>(run, run.at(k, q), channels, columns + k * tap_stride + q * pixel_stride);
+    });
+  }
+};
+
+// products[pixel, channel] += sum_k weight[k, channel] * columns[k, channel]: without columns.
+template <typename A>
+struct DepthwiseRun {
+  RunTaps<A> run;
+  int64_t count, channels, kernel;
+  const A* weight;
+  int64_t weight_stride;
+  A* products;
+  int64_t pixel_stride;
+  A* column;  // room for the channels
+
+  DCN_HOST_DEVICE void operator()() const {
+    with_channels(channels, [&](auto n) DCN_INLINE_LAMBDA {
+      const int64_t length = n.value ? n.value : channels;
+      for (int64_t q = 0; q < count; ++q) {
+        A* const out = products + q * pixel_stride;
+        for (int64_t k = 0; k < kernel; ++k) {
+          const A* const w = weight + k * weight_stride;
+          sample_run<n.value>(run, run.at(k, q), channels, column);
+#pragma omp simd
+          for (int64_t c = 0; c < length; ++c) out[c] += w[c] * column[c];
+        }
+      }
+    });
+  }
+};
+
+// The columns of a run straight from an image of any layout: for taps that lie so far apart that no window holds them.
+template <typename A, typename S>
+struct GatherRun {
+  ConvGeometry g;
+  Tile tile;
+  Taps<A> taps;
+  int64_t first_plane, count, channels;
+  View<const S> input;
+  int64_t image, channel;  // of tile.n and of the run
+  A* columns;
+  int64_t tap_stride, pixel_stride;
+
+  void operator()() const {
+    const int64_t per_image = tile.rows * tile.columns;
+    for (int64_t q = 0; q < count; ++q)
+      for (int64_t k = 0; k < g.taps(); ++k) {
+        const int64_t at = (first_plane + k) * taps.pixels + q;
+        A* const out = columns + k * tap_stride + q * pixel_stride;
+        // Weights of corners that are not read are 0, or NaN where that is to show.
+        A none = 0;
+        for (int c = 0; c < 4; ++c)
+          if (!(taps.corners[at] >> (4 + c) & 1)) none += taps.weight[c][at];
+        std::fill_n(out, channels, none);
+        for (int c = 0; c < 4; ++c) {
+          if (!(taps.corners[at] >> (4 + c) & 1)) continue;
+          const S* const from =
+              &input.at(image + q / per_image, channel, taps.y0[at] + (c >> 1), taps.x0[at] + (c & 1));
+          for (int64_t i = 0; i < channels; ++i) out[i] += taps.weight[c][at] * static_cast<A>(from[i * input.c]);
+        }
+      }
+  }
+};
+
+// A window of some channels as rows.
+template <typename A, typename S>
+void load_window(const Tile& tile, const Window& window, const View<const S>& input, int64_t image, int64_t channel,
+                 int64_t channels, A* rows) {
+  for (int64_t n = 0; n < tile.images; ++n)
+    for (int64_t y = 0; y < window.height; ++y)
+      run_vectorised(TransposeRow<A, const S, Turn::kToRows>{
+          &input.at(image + tile.n + n, channel, window.y + y, window.x), input.c, input.w, channels, window.width,
+          rows + (n * window.height + y) * window.width * channels, channels});
+}
+
+// Channels of a block that fit into a window's memory at a time; 0 if not even one vector's worth does.
+template <typename A>
+int64_t window_channels(const Tile& tile, const Window& window, int64_t channels) {
+  const int64_t fitting = window_bytes / std::max<int64_t>(1, tile.images * window.pixels() * sizeof(A));
+  if (fitting >= channels) return channels;
+  return fitting / 16 * 16;
+}
+
+}  // namespace dcn::tiles

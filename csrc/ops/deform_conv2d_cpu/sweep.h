@@ -1,0 +1,204 @@
+// Deformable convolution on the CPU, the sweep of the backward: over one tile and one run of channels, the dots
+// (for the gradients of offset and mask), the scatter (gradient of the input) and the columns again (for the gradient
+// of the weights), which take the place of their gradient.
+#pragma once
+
+#include "columns.h"
+
+namespace dcn::tiles {
+
+// dots: dot[c] += gradient of the columns . corner c
+// scatter: gradient of the input at corner c += weight c * gradient of the columns
+// columns: gradient of the columns := sum over c of weight c * corner c
+template <int64_t N, bool Dots, bool Scatter, bool Columns, bool Whole, typename A>
+DCN_HOST_DEVICE void sweep_taps(const RunTaps<A>& run, int64_t at, int64_t count, const A* zeros, A* columns) {
+  const Taps<A>& taps = run.taps;
+  const A *v0 = run.value(0, at), *v1 = run.value(1, at), *v2 = run.value(2, at), *v3 = run.value(3, at);
+  // On whole positions some corners have a value but no weight: 0 * inf must not arise.
+  const Index corners = Whole ? taps.corners[at] : 0;
+  const A *u0 = Whole && !(corners & 16) ? zeros : v0, *u1 = Whole && !(corners & 32) ? zeros : v1;
+  const A *u2 = Whole && !(corners & 64) ? zeros : v2, *u3 = Whole && !(corners & 128) ? zeros : v3;
+  const auto grad = [&](int c) DCN_INLINE_LAMBDA {
+    return Scatter ? reinterpret_cast<A*>(taps.grad[c][at]) + run.channel : nullptr;
+  };
+  A *g0 = grad(0), *g1 = grad(1), *g2 = grad(2), *g3 = grad(3);
+  const A w0 = taps.weight[0][at], w1 = taps.weight[1][at], w2 = taps.weight[2][at], w3 = taps.weight[3][at];
+  A d0 = 0, d1 = 0, d2 = 0, d3 = 0;
+  const int64_t channels = N ? N : count;
+  // Corners of one sample are different rows, or all the same sink: the order of its additions does not matter.
+#pragma omp simd reduction(+ : d0, d1, d2, d3)
+  for (int64_t c = 0; c < channels; ++c) {
+    const A slope = Dots || Scatter ? columns[c] : A(0);
+    if constexpr (Dots) {
+      d0 += slope * v0[c];
+      d1 += slope * v1[c];
+      d2 += slope * v2[c];
+      d3 += slope * v3[c];
+    }
+    if constexpr (Columns) {
+      if constexpr (Whole)
+        columns[c] = w0 * u0[c] + w1 * u1[c] + w2 * u2[c] + w3 * u3[c];
+      else
+        columns[c] = w0 * v0[c] + w1 * v1[c] + w2 * v2[c] + w3 * v3[c];
+    }
+    if constexpr (Scatter) {
+      g0[c] += w0 * slope;
+      g1[c] += w1 * slope;
+      g2[c] += w2 * slope;
+      g3[c] += w3 * slope;
+    }
+  }
+  if constexpr (Dots) {
+    taps.dot[0][at] += d0;
+    taps.dot[1][at] += d1;
+    taps.dot[2][at] += d2;
+    taps.dot[3][at] += d3;
+  }
+}
+
+template <typename A, bool Dots, bool Scatter, bool Columns>
+struct SweepRun {
+  RunTaps<A> run;
+  int64_t count, channels, kernel;
+  const A* zeros;
+  A* columns;
+  int64_t tap_stride, pixel_stride;
+
+  DCN_HOST_DEVICE void operator()() const {
+    with_channels(channels, [&](auto n) DCN_INLINE_LAMBDA {
+      for (int64_t q = 0; q < count; ++q)
+        for (int64_t k = 0; k < kernel; ++k) {
+          const int64_t at = run.at(k, q);
+          A* const column = columns + k * tap_stride + q * pixel_stride;
+          const Index corners = run.taps.corners[at];
+          // A corner on the map without weight.
+          if (Dots && Columns && (corners & 15 & ~(corners >> 4)))
+            sweep_taps<n.value, Dots, Scatter, Columns, true>(run, at, channels, zeros, column);
+          else
+            sweep_taps<n.value, Dots, Scatter, Columns, false>(run, at, channels, zeros, column);
+        }
+    });
+  }
+};
+
+// Calls f(dots, scatter, columns) with what is needed as constants.
+template <typename F>
+void with_needs(bool dots, bool scatter, bool columns, const F& f) {
+  using std::false_type;
+  using std::true_type;
+  if (dots && scatter && columns) return f(true_type(), true_type(), true_type());
+  if (dots && scatter) return f(true_type(), true_type(), false_type());
+  if (dots && columns) return f(true_type(), false_type(), true_type());
+  if (scatter && columns) return f(false_type(), true_type(), true_type());
+  if (dots) return f(true_type(), false_type(), false_type());
+  if (scatter) return f(false_type(), true_type(), false_type());
+  if (columns) return f(false_type(), false_type(), true_type());
+}
+
+// The same sweep on images of any layout, for taps that lie so far apart that no window holds them.
+template <typename A, typename S>
+struct GatherSweep {
+  ConvGeometry g;
+  Tile tile;
+  Taps<A> taps;
+  int64_t first_plane, count, channels;
+  View<const S> input;
+  View<A> grad_input;  // its data may be null
+  int64_t image, grad_image, channel;
+  bool dots, weights;
+  A* columns;
+  int64_t tap_stride, pixel_stride;
+
+  void operator()() const {
+    const int64_t per_image = tile.rows * tile.columns;
+    for (int64_t q = 0; q < count; ++q)
+      for (int64_t k = 0; k < g.taps(); ++k) {
+        const int64_t at = (first_plane + k) * taps.pixels + q, n = q / per_image;
+        A* const column = columns + k * tap_stride + q * pixel_stride;
+        for (int64_t i = 0; i < channels; ++i) {
+          const A slope = column[i];
+          A sum = 0;
+          for (int c = 0; c < 4; ++c) {
+            const int64_t y = taps.y0[at] + (c >> 1), x = taps.x0[at] + (c & 1);
+            const bool read = taps.corners[at] >> (4 + c) & 1;
+            const A value = taps.corners[at] >> c & 1 ? static_cast<A>(input.at(image + n, channel + i, y, x)) : A(0);
+            if (dots) taps.dot[c][at] += slope * value;
+            sum += read ? taps.weight[c][at] * value : taps.weight[c][at];
+            if (read && grad_input.data) grad_input.at(grad_image + n, channel + i, y, x) += taps.weight[c][at] * slope;
+          }
+          if (weights) column[i] = sum;
+        }
+      }
+  }
+};
+
+// From the dots of a tap to the gradients of its offset and mask.
+template <typename A>
+struct FinishDots {
+  int64_t count, planes;
+  Taps<A> taps;
+  A *offset, *mask;  // gradients, laid out as in `taps`; added to
+
+  DCN_HOST_DEVICE void operator()() const {
+    for (int64_t i = 0; i < planes; ++i) {
+      const int64_t at = i * taps.pixels;
+      const A *d0 = taps.dot[0] + at, *d1 = taps.dot[1] + at, *d2 = taps.dot[2] + at, *d3 = taps.dot[3] + at;
+      const A *ly = taps.ly + at, *lx = taps.lx + at, *modulation = taps.mask + at;
+      const Index* corners = taps.corners + at;
+      A *to_y = offset + 2 * at, *to_x = to_y + taps.pixels, *to_value = mask + at;
+#pragma omp simd
+      for (int64_t q = 0; q < count; ++q) {
+        const Sample<A, Index> s{0, 0, ly[q], lx[q], static_cast<unsigned>(corners[q])};
+        const A m = modulation[q], none = s.origin();
+        const Index bits = corners[q];
+        const A f0 = bits & 16 ? s.weight(0) * d0[q] : A(0), f1 = bits & 32 ? s.weight(1) * d1[q] : A(0);
+        const A f2 = bits & 64 ? s.weight(2) * d2[q] : A(0), f3 = bits & 128 ? s.weight(3) * d3[q] : A(0);
+        // Slopes of corners off the map are left out, not multiplied by 0: they may be NaN.
+        const A y0 = bits & 1 ? s.weight_dy(0) * d0[q] : A(0), y1 = bits & 2 ? s.weight_dy(1) * d1[q] : A(0);
+        const A y2 = bits & 4 ? s.weight_dy(2) * d2[q] : A(0), y3 = bits & 8 ? s.weight_dy(3) * d3[q] : A(0);
+        const A x0 = bits & 1 ? s.weight_dx(0) * d0[q] : A(0), x1 = bits & 2 ? s.weight_dx(1) * d1[q] : A(0);
+        const A x2 = bits & 4 ? s.weight_dx(2) * d2[q] : A(0), x3 = bits & 8 ? s.weight_dx(3) * d3[q] : A(0);
+        to_y[q] += m * (none + y0 + y1 + y2 + y3);
+        to_x[q] += m * (none + x0 + x1 + x2 + x3);
+        to_value[q] += none + f0 + f1 + f2 + f3;
+      }
+    }
+  }
+};
+
+// The two products of depthwise channels, element by element.
+template <typename A>
+struct DepthwiseColumnGradient {
+  int64_t count, kernel, channels;
+  const A *weight, *grad_output;  // [K, channels], [count, outputs] from the block's first
+  int64_t outputs;
+  A* columns;
+  int64_t tap_stride, pixel_stride;
+  DCN_HOST_DEVICE void operator()() const {
+    for (int64_t q = 0; q < count; ++q)
+      for (int64_t k = 0; k < kernel; ++k) {
+        A* __restrict to = columns + k * tap_stride + q * pixel_stride;
+#pragma omp simd
+        for (int64_t c = 0; c < channels; ++c) to[c] = weight[k * channels + c] * grad_output[q * outputs + c];
+      }
+  }
+};
+
+template <typename A>
+struct DepthwiseWeightGradient {
+  int64_t count, kernel, channels;
+  const A *columns, *grad_output;
+  int64_t tap_stride, pixel_stride, outputs;
+  A* grad_weight;  // [K, channels], added to
+  DCN_HOST_DEVICE void operator()() const {
+    for (int64_t k = 0; k < kernel; ++k)
+      for (int64_t q = 0; q < count; ++q) {
+        const A* from = columns + k * tap_stride + q * pixel_stride;
+        A* __restrict to = grad_weight + k * channels;
+#pragma omp simd
+        for (int64_t c = 0; c < channels; ++c) to[c] += from[c] * grad_output[q * outputs + c];
+      }
+  }
+};
+
+}  // namespace dcn::tiles

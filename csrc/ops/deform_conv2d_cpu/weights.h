@@ -1,0 +1,190 @@
+// Deformable convolution on the CPU: weights of any layout brought into panels, and their gradients back.
+#pragma once
+
+#include "../../runtime/cpu_product.h"
+#include "plan.h"
+
+namespace dcn::tiles {
+
+// For the forward: [group][panel of outputs][tap][channel][output of the panel]. Depthwise: [tap][channel].
+template <typename A>
+struct ForwardWeights {
+  const ConvGeometry& g;
+  A* data;
+  int64_t width = product::panel_width<A>();
+
+  int64_t panels() const { return divide_up(g.group_outputs(), width); }
+  int64_t panel_size() const { return g.taps() * g.group_channels() * width; }
+  int64_t size() const { return is_depthwise(g) ? g.taps() * g.channels : g.groups * panels() * panel_size(); }
+  // The weights of a block's i-th group, as the right side of a product over its taps and channels.
+  product::Right<A> of(const Block& b, int64_t i) const {
+    const int64_t channel = i == 0 ? b.first - b.group * g.group_channels() : 0;
+    return {data + (b.group + i) * panels() * panel_size() + channel * width, panel_size(), width,
+            g.group_channels() * width};
+  }
+};
+
+// All taps and channels of up to `width` outputs: [output][channel, tap] of any layout against [tap][channel][output].
+template <typename A, typename S>
+struct PackPanel {
+  const S* weight;
+  int64_t output_stride, channel_stride, y_stride, x_stride;
+  int64_t outputs, channels, kernel_h, kernel_w;
+  A* panel;
+  int64_t width;
+
+  DCN_HOST_DEVICE void operator()() const {
+    const int64_t taps = kernel_h * kernel_w;
+    for (int64_t i = 0; outputs < width && i < taps * channels; ++i)
+      for (int64_t o = outputs; o < width; ++o) panel[i * width + o] = 0;
+#if defined(DCN_QUADS)
+    if constexpr (std::is_same_v<S, float>) {
+      if (x_stride == 1 && y_stride == kernel_w && channel_stride == taps) return pack_taps_inside();
+    }
+#endif
+    for (int64_t y = 0; y < kernel_h; ++y)
+      for (int64_t x = 0; x < kernel_w; ++x)
+        TransposeRow<A, const S, Turn::kToRows>{
+            weight + y * y_stride + x * x_stride,          output_stride, channel_stride, outputs, channels,
+            panel + (y * kernel_w + x) * channels * width, width}();
+  }
+
+#if defined(DCN_QUADS)
+  // Channels and taps of an output lie together, taps innermost: read in that order.
+  DCN_HOST_DEVICE void pack_taps_inside() const {
+    const int64_t taps = kernel_h * kernel_w, depth = channels * taps;
+    for (int64_t o = 0; o < outputs; o += 4) {
+      const int64_t rows = outputs - o < 4 ? outputs - o : 4;
+      A* to = panel + o;
+      int64_t tap = 0;
+      for (int64_t m = 0; m < depth; m += 4) {
+        const int64_t count = depth - m < 4 ? depth - m : 4;
+        Quad q[4] = {};
+        for (int64_t i = 0; i < rows; ++i) {
+          const S* const from = weight + (o + i) * output_stride + m;
+          if (count == 4)
+            q[i] = *reinterpret_cast<const StoredQuad*>(from);
+          else
+            for (int64_t j = 0; j < count; ++j) q[i][j] = from[j];
+        }
+        transpose_quads(q);
+        for (int64_t j = 0; j < count; ++j) {
+          *reinterpret_cast<StoredQuad*>(to) = q[j];
+          to += channels * width;
+          if (++tap == taps) tap = 0, to -= depth * width - width;
+        }
+      }
+    }
+  }
+#endif
+};
+
+template <typename A, typename S>
+void pack_forward(const ForwardWeights<A>& packed, const View<const S>& weight) {
+  const ConvGeometry& g = packed.g;
+  if (is_depthwise(g)) {
+    for (int64_t k = 0; k < g.taps(); ++k)
+      for (int64_t c = 0; c < g.channels; ++c)
+        packed.data[k * g.channels + c] = static_cast<A>(weight.at(c, 0, k / g.kernel_w, k % g.kernel_w));
+    return;
+  }
+  torch::stable::parallel_for(0, g.groups * packed.panels(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i % packed.panels() * packed.width;
+      run_vectorised(PackPanel<A, S>{&weight.at(i / packed.panels() * g.group_outputs() + first, 0, 0, 0), weight.n,
+                                     weight.c, weight.h, weight.w, std::min(packed.width, g.group_outputs() - first),
+                                     g.group_channels(), g.kernel_h, g.kernel_w, packed.data + i * packed.panel_size(),
+                                     packed.width});
+    }
+  });
+}
+
+// For the backward, weights and their gradient: [block][group][segment of columns][panel of it][output][column of the
+// panel]. Depthwise: [block][tap][channel].
+template <typename A>
+struct BackwardWeights {
+  const ConvGeometry& g;
+  A* data;
+  int64_t width = product::panel_width<A>();
+
+  int64_t panels(const Block& b) const { return divide_up(ColumnLayout(g, b, 0).width, width); }
+  int64_t panel_size() const { return g.group_outputs() * width; }
+  int64_t size(const Block& b) const {
+    if (b.depthwise) return g.taps() * b.count;
+    return b.groups * ColumnLayout(g, b, 0).segments * panels(b) * panel_size();
+  }
+  int64_t size(const std::vector<Block>& blocks) const {
+    int64_t sum = 0;
+    for (const Block& b : blocks) sum += size(b);
+    return sum;
+  }
+};
+
+// Weights or gradients of one output and block, against the columns of its panels. `Pack`: to the panels.
+template <typename A, typename S, bool Pack>
+struct TurnOutput {
+  S* weight;
+  int64_t channel_stride, y_stride, x_stride, kernel_h, kernel_w, channels;
+  bool ragged;  // taps and channels follow each other through one segment
+  A* panel;     // of this output
+  int64_t width, panel_size, panels;
+
+  DCN_HOST_DEVICE void operator()() const {
+    const int64_t taps = kernel_h * kernel_w;
+    if (ragged) {
+      for (int64_t i = 0; i < taps * channels; ++i) {
+        const int64_t k = i / channels;
+        S& from = weight[i % channels * channel_stride + k / kernel_w * y_stride + k % kernel_w * x_stride];
+        A& to = panel[i / width * panel_size + i % width];
+        if constexpr (Pack)
+          to = static_cast<A>(from);
+        else
+          from = static_cast<S>(to);
+      }
+      return;
+    }
+    constexpr Turn direction = Pack ? Turn::kToRows : Turn::kFromRows;
+    for (int64_t p = 0; p < panels; ++p)
+      for (int64_t y = 0; y < kernel_h; ++y) {
+        const int64_t first = p * width, count = channels - first < width ? channels - first : width;
+        TransposeRow<A, S, direction>{
+            weight + first * channel_stride + y * y_stride,   channel_stride,     x_stride, count, kernel_w,
+            panel + (y * kernel_w * panels + p) * panel_size, panels * panel_size}();
+      }
+  }
+};
+
+template <bool Pack, typename A, typename S>
+void turn_backward(const BackwardWeights<A>& packed, const std::vector<Block>& blocks, const View<S>& weight) {
+  const ConvGeometry& g = packed.g;
+  A* data = packed.data;
+  for (const Block& b : blocks) {
+    if (b.depthwise) {
+      for (int64_t k = 0; k < g.taps(); ++k)
+        for (int64_t c = 0; c < b.count; ++c) {
+          S& from = weight.at(b.first + c, 0, k / g.kernel_w, k % g.kernel_w);
+          if constexpr (Pack)
+            data[k * b.count + c] = static_cast<A>(from);
+          else
+            from = static_cast<S>(data[k * b.count + c]);
+        }
+    } else {
+      const ColumnLayout columns(g, b, 0);
+      const int64_t outputs = g.group_outputs(), panels = packed.panels(b);
+      torch::stable::parallel_for(0, b.groups * outputs, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t group = i / outputs, o = i % outputs;
+          const int64_t channel = b.groups > 1 ? 0 : b.first - b.group * g.group_channels();
+          run_vectorised(
+              TurnOutput<A, S, Pack>{&weight.at(b.group * outputs + i, channel, 0, 0), weight.c, weight.h, weight.w,
+                                     g.kernel_h, g.kernel_w, b.group_channels(), columns.segments == 1 && g.taps() > 1,
+                                     data + group * columns.segments * panels * packed.panel_size() + o * packed.width,
+                                     packed.width, packed.panel_size(), panels});
+        }
+      });
+    }
+    data += packed.size(b);
+  }
+}
+
+}  // namespace dcn::tiles

@@ -1,0 +1,144 @@
+// Matrix products of small operands that are already in the caches, in the calling thread. torch's own product costs
+// microseconds a call, wants rows and columns only, and on some processors does not use the widest vectors.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+
+#include "cpu.h"
+
+namespace dcn::product {
+
+constexpr int most_rows = 12;
+
+// result[i, j] (+)= sum over s and k of left[i, s, k] * right[s, k, j], for at most two vectors of columns.
+template <typename T>
+struct Tile {
+  int64_t segments, depth;
+  const T* left;
+  int64_t left_segment, left_stride;
+  const T* right;
+  int64_t right_segment, right_stride;
+  T* result;
+  int64_t result_stride, columns;
+  bool accumulate;
+};
+
+template <typename T>
+struct Kernels {
+  int lanes, rows;
+  void (*tile[2][2][most_rows])(const Tile<T>&);  // by Across, vectors - 1, rows - 1
+};
+
+}  // namespace dcn::product
+
+#if defined(__aarch64__)
+#define DCN_TILE_ROWS 12
+#else
+#define DCN_TILE_ROWS 6
+#endif
+#define DCN_ISA baseline
+#define DCN_TARGET
+#define DCN_VECTOR_BYTES 16
+#include "cpu_product_kernel.h"
+#undef DCN_TILE_ROWS
+#undef DCN_ISA
+#undef DCN_TARGET
+#undef DCN_VECTOR_BYTES
+
+#if defined(DCN_X86_LEVELS)
+#define DCN_ISA v3
+#define DCN_TARGET DCN_TARGET_V3
+#define DCN_VECTOR_BYTES 32
+#define DCN_TILE_ROWS 6
+#include "cpu_product_kernel.h"
+#undef DCN_ISA
+#undef DCN_TARGET
+#undef DCN_VECTOR_BYTES
+#undef DCN_TILE_ROWS
+
+#define DCN_ISA v4
+#define DCN_TARGET DCN_TARGET_V4
+#define DCN_VECTOR_BYTES 64
+#define DCN_TILE_ROWS 12
+#include "cpu_product_kernel.h"
+#undef DCN_ISA
+#undef DCN_TARGET
+#undef DCN_VECTOR_BYTES
+#undef DCN_TILE_ROWS
+#endif
+
+namespace dcn::product {
+
+template <typename T>
+const Kernels<T>& kernels() {
+#if defined(DCN_X86_LEVELS)
+  static constexpr Kernels<T> with_v3 = v3::kernels<T>(), with_v4 = v4::kernels<T>();
+  if (x86_level() >= 4) return with_v4;
+  if (x86_level() >= 3) return with_v3;
+#endif
+  static constexpr Kernels<T> plain = baseline::kernels<T>();
+  return plain;
+}
+
+// Columns of a packed right matrix that lie together: two vectors.
+template <typename T>
+int64_t panel_width() {
+  return 2 * kernels<T>().lanes;
+}
+
+// Element (i, s, k) at data + i * row + s * segment + k * depth; row or depth is 1.
+template <typename T>
+struct Left {
+  const T* data;
+  int64_t row, depth, segment = 0;
+};
+
+// Element (s, k, j) at data + j / width * panel + s * segment + k * depth + j % width. Whole vectors are read: beyond
+// the last column there must be memory.
+template <typename T>
+struct Right {
+  const T* data;
+  int64_t panel, depth, segment = 0;
+};
+
+// Element (i, j) at data + i * row + j / width * panel + j % width; only the columns asked for are written.
+template <typename T>
+struct Result {
+  T* data;
+  int64_t row, panel;
+};
+
+struct Size {
+  int64_t rows, columns, depth, segments = 1;
+};
+
+template <typename T>
+void multiply(const Size& size, const Left<T>& left, const Right<T>& right, const Result<T>& result, bool accumulate) {
+  const Kernels<T>& kernel = kernels<T>();
+  const int64_t width = 2 * kernel.lanes;
+  const bool across = left.row == 1 && left.depth != 1;
+  // Tiles of even height: the last is not left with a single row.
+  const int64_t tiles = (size.rows + kernel.rows - 1) / kernel.rows;
+  // As much of the right matrix at a time as stays in the first cache while all rows pass.
+  constexpr int64_t cache = 24 << 10;
+  const int64_t bytes = size.depth * width * static_cast<int64_t>(sizeof(T));
+  const int64_t segments = std::clamp<int64_t>(cache / bytes, 1, size.segments);
+  for (int64_t s = 0; s < size.segments; s += segments) {
+    const int64_t some = std::min(segments, size.segments - s);
+    for (int64_t j = 0; j * width < size.columns; ++j) {
+      const int64_t columns = std::min(width, size.columns - j * width);
+      for (int64_t i = 0; i < tiles; ++i) {
+        const int64_t first = i * size.rows / tiles, rows = (i + 1) * size.rows / tiles - first;
+        kernel.tile[across][columns > kernel.lanes][rows - 1](
+            {some, size.depth, left.data + first * left.row + s * left.segment, left.segment,
+             across ? left.depth : left.row, right.data + j * right.panel + s * right.segment, right.segment,
+             right.depth, result.data + first * result.row + j * result.panel, result.row, columns,
+             accumulate || s > 0});
+      }
+    }
+  }
+}
+
+}  // namespace dcn::product
