@@ -1,19 +1,48 @@
-"""What the families of operators share: clocks, alternating rounds, the description of the machine."""
+"""What the families share: clocks, alternating rounds, agreement, the rows of a table, the description of the machine.
 
+A family is a module (`conv.py` is the plainest one). It has contestants, each a name and a memory layout, and makes the
+calls of each: task -> function that returns its results as a list of tensors.
+"""
+
+import importlib
+import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import date
+from functools import cache
+from importlib import metadata
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
+import memory
 import torch
-import torchvision
+from torch import Tensor
 
 import dcn_plugin
 
 OURS = "dcn_plugin"
-Contestants = dict[str, Callable[[], object]]
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+Call = Callable[[], list[Tensor]]
+Contestant = tuple[str, str]
+Times = dict[int, float]
+
+# A slow contestant has at least so many rounds.
+FEWEST = 3
+# It keeps worker threads of its own, for which torch's workers, which spin for a while after a call, must make room.
+OWN_THREADS, REST = "onnxruntime", 0.01
+
+
+class Setting(NamedTuple):
+    """What holds for all shapes of a run. A contestant has ``rounds`` in a task, or as many as fit into ``seconds``."""
+
+    device: str
+    dtype: torch.dtype
+    offset_std: float
+    rounds: int
+    seconds: float
 
 
 def clock(call: Callable[[], object], device: str) -> float:
@@ -31,49 +60,120 @@ def clock(call: Callable[[], object], device: str) -> float:
     return 1e3 * (now() - begin)
 
 
-def measure(calls: Contestants, device: str, rounds: int) -> dict[str, dict[str, float]]:
-    """Median, spread and our time over each contestant's, over rounds in which they take turns."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(clock(call, device))
-    ours = times[OURS]
-    return {
-        name: {
-            "ms": statistics.median(values),
-            "spread": (max(values) - min(values)) / statistics.median(values),
-            "ratio": statistics.median(o / v for o, v in zip(ours, values, strict=True)),
+def measure(calls: dict[Contestant, Call], setting: Setting) -> dict[Contestant, Times]:
+    """Milliseconds by round. All take turns; the slow ones have fewer rounds, spread over those of the fast ones."""
+    times: dict[Contestant, Times] = {key: {} for key in calls}
+    turns = {}
+    for key, call in calls.items():
+        fit = int(1e3 * setting.seconds / clock(call, setting.device))
+        turns[key] = max(FEWEST, min(setting.rounds, fit))
+    most = max(turns.values())
+    for number in range(most):
+        for key, call in calls.items():
+            if (number + 1) * turns[key] // most > number * turns[key] // most:
+                if key[0] == OWN_THREADS and torch.get_num_threads() > 1:
+                    time.sleep(REST)
+                times[key][number] = clock(call, setting.device)
+    return times
+
+
+def compared(times: dict[Contestant, Times], layout: str) -> dict[str, dict[str, dict[str, float]]]:
+    """Name -> layout -> median, spread and our time in ``layout`` over this one's, the median of common rounds."""
+    ours = times[OURS, layout]
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for (name, its_layout), its in times.items():
+        low, middle, high = statistics.quantiles(its.values(), n=4, method="inclusive")
+        found.setdefault(name, {})[its_layout] = {
+            "ms": middle,
+            "spread": (high - low) / middle,
+            "rounds": len(its),
+            "ratio": statistics.median(ours[number] / its[number] for number in ours.keys() & its.keys()),
         }
-        for name, values in times.items()
-    }
+    return found
 
 
-def training(forward: Contestants, tensors: dict[str, list[torch.Tensor]]) -> Contestants:
-    """Forward and backward of each contestant, by the tensors it is to be differentiated by."""
-    grads = {name: torch.randn_like(call()) for name, call in forward.items()}  # type: ignore[arg-type]
-
-    def step(name: str) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(forward[name](), tensors[name], grads[name])
-
-    return {name: step(name) for name in forward}
-
-
-def tasks(forward: Contestants, tensors: dict[str, list[torch.Tensor]], device: str, rounds: int) -> list[dict]:
-    with torch.no_grad():
-        inference = measure(forward, device, rounds)
-    trained = measure(training(forward, tensors), device, max(3, rounds // 2))
-    return [{"task": "forward", **inference}, {"task": "forward+backward", **trained}]
+def rows_for(family: ModuleType, shape: tuple, setting: Setting) -> list[dict]:
+    """Check the contestants of a family against one another on a shape, then time them: a row per task and layout."""
+    made = {key: calls for key in family.CONTESTANTS if (calls := family.make(shape, setting, *key))}
+    family.verify(shape, setting, made)
+    rows = []
+    for task in made[OURS, "NCHW"]:
+        times = measure({key: calls[task] for key, calls in made.items() if task in calls}, setting)
+        for layout in LAYOUTS:
+            row = {"shape": str(shape), "layout": layout, "task": task, **compared(times, layout)}
+            rows.append({**row, **family.extras(shape, setting, made[OURS, layout][task], layout, task)})
+    return rows
 
 
-def require_equal(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+def differentiated(forward: Callable[[], Tensor], tensors: list[Tensor], grad: Tensor) -> dict[str, Call]:
+    """The tasks of an operator: alone, and with the gradients of ``tensors``."""
+
+    def both() -> list[Tensor]:
+        out = forward()
+        return [out, *torch.autograd.grad(out, tensors, grad)]
+
+    @torch.no_grad()
+    def alone() -> list[Tensor]:
+        return [forward()]
+
+    return {"forward": alone, "forward+backward": both}
+
+
+def require_equal(what: str, ours: Iterable[Tensor], theirs: Iterable[Tensor], limit: float) -> None:
     """Refuse to time what is wrong."""
-    ours, theirs = ours.detach().float(), theirs.detach().float()
-    error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
-    limit = 1e-5 if ours.dtype == torch.float32 and ours.device.type == "cpu" else 3e-2
-    if error > limit:
-        raise SystemExit(f"{what}: differs from torchvision by {error:.2g} of the largest value")
+    for i, (mine, its) in enumerate(zip(ours, theirs, strict=True)):
+        mine, its = mine.detach().float(), its.detach().float()
+        error = ((mine - its).abs().max() / its.abs().max()).item()
+        if not error <= limit:
+            raise SystemExit(f"{what}: result {i} differs from the other's by {error:.2g} of the largest value")
+
+
+def require_agreement(
+    shape: tuple, made: dict[Contestant, dict[str, Call]], names: Iterable[str], truth: Contestant, limit: float
+) -> None:
+    """Compare the results of all tasks of the contestants called ``names`` with those of ``truth``."""
+    for task, call in made[truth].items():
+        theirs = call()
+        for key, calls in made.items():
+            if key[0] in names and key != truth and task in calls:
+                require_equal(f"{shape}: {' '.join(key)}, {task}, {' '.join(truth)}", calls[task](), theirs, limit)
+
+
+def exact(setting: Setting) -> bool:
+    """Whether rounding of half types, and of tensor cores, stays away."""
+    return setting.device == "cpu" and setting.dtype == torch.float32
+
+
+def call_of(family: str, shape: tuple, setting: Setting, key: Contestant, task: str) -> Call:
+    return importlib.import_module(family).make(shape, setting, *key)[task]
+
+
+@cache
+def _peak(
+    family: str, small: tuple, shape: tuple, setting: Setting, key: Contestant, task: str, threads: int
+) -> float | None:
+    return memory.peak_mib(call_of, *((family, s, setting, key, task) for s in (small, shape)), setting.device)
+
+
+def peaks(family: str, small: tuple, shape: tuple, setting: Setting, layout: str, task: str) -> dict[str, float | None]:
+    """MiB that ours in this layout, and torchvision, need above their results; ``small`` is a shape to warm up with."""
+    keys = ((OURS, layout), ("torchvision", "NCHW"))
+    return {key[0]: _peak(family, small, shape, setting, key, task, torch.get_num_threads()) for key in keys}
+
+
+def best(row: dict, name: str) -> dict[str, float]:
+    """The figures of a contestant in its faster layout."""
+    return min(row[name].values(), key=lambda figures: figures["ms"])
+
+
+def times_ours(row: dict, name: str) -> str:
+    """The time of a contestant over ours, or that it did not run."""
+    return f"{1 / best(row, name)['ratio']:.1f}x" if name in row else "-"
+
+
+def mib(row: dict, name: str) -> str:
+    peak = row["memory"][name]
+    return "-" if peak is None else f"{peak:.1f}"
 
 
 def describe(device: str) -> dict[str, str]:
@@ -83,10 +183,13 @@ def describe(device: str) -> dict[str, str]:
         cpuinfo = Path("/proc/cpuinfo")
         lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    versions = {m.__name__: m.__version__ for m in (torch, torchvision, dcn_plugin)}
+    installed = {dist.name for dist in metadata.distributions()}
+    packages = [p for p in ("torch", "torchvision", "timm", "onnxruntime") if p in installed]
     return {
         "device": name,
+        "cores": str(os.cpu_count()),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "date": str(date.today()),
-        **versions,
+        **{package: metadata.version(package) for package in packages},
+        OURS: dcn_plugin.__version__,
     }

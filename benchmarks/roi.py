@@ -4,15 +4,32 @@ from typing import NamedTuple
 
 import torch
 import torchvision
-from harness import Contestants, require_equal, tasks
+from harness import (
+    LAYOUTS,
+    OURS,
+    Call,
+    Contestant,
+    Setting,
+    best,
+    differentiated,
+    exact,
+    mib,
+    peaks,
+    require_agreement,
+    require_equal,
+    times_ours,
+)
+from torch import Tensor
 
-from dcn_plugin.ops import deform_ps_roi_pool, deform_roi_pool
+from dcn_plugin import ops, reference
 
 NAME = "roi_pool"
-ABOUT = "7x7 bins, stride 16, regions of 20 to 320 pixels, offsets N(0, 1)."
 COLUMNS = """`ms` is ours with offsets, `plain ms` without;
 `torchvision /` is the time of torchvision's operator without deformation (float32, NCHW; `roi_align`, for PS
-`ps_roi_align`) over ours with offsets, and over ours without."""
+`ps_roi_align`) over ours with offsets, and over ours without. `MiB` is the peak memory of a call above its arguments
+and results."""
+TORCHVISION: Contestant = ("torchvision", "NCHW")
+CONTESTANTS: list[Contestant] = [*((name, layout) for name in (OURS, "plain") for layout in LAYOUTS), TORCHVISION]
 
 
 class Shape(NamedTuple):
@@ -41,64 +58,81 @@ SHAPES = [
 ]
 QUICK = [Shape(2, 64, 32, 32, 128), Shape(1, 8, 38, 50, 100, samples=4, position_sensitive=True)]
 SCALE, BINS = 1 / 16, 7
+# So many regions are compared with the reference.
+CHECKED = 8
 
 
-def problem(shape: Shape, device: str, dtype: torch.dtype, layout: torch.memory_format) -> dict[str, torch.Tensor]:
+def about(setting: Setting) -> str:
+    return f"7x7 bins, stride 16, regions of 20 to 320 pixels, offsets N(0, {setting.offset_std:g}^2)"
+
+
+def problem(shape: Shape, setting: Setting, layout: str, through: torch.dtype) -> dict[str, Tensor]:
     torch.manual_seed(0)
     channels = shape.channels * (BINS**2 if shape.position_sensitive else 1)
     corner = torch.rand(shape.regions, 2) * torch.tensor([shape.width / SCALE - 320, shape.height / SCALE - 320])
     size = 20 + 300 * torch.rand(shape.regions, 2)
     image = torch.randint(shape.batch, (shape.regions, 1)).float()
     values = {
-        "input": torch.randn(shape.batch, channels, shape.height, shape.width).contiguous(memory_format=layout),
-        "offset": torch.randn(shape.regions, 2, BINS, BINS),
+        "input": torch.randn(shape.batch, channels, shape.height, shape.width),
+        "offset": torch.randn(shape.regions, 2, BINS, BINS) * setting.offset_std,
+        "grad": torch.randn(shape.regions, shape.channels, BINS, BINS),
     }
-    on = {k: v.to(device, dtype).requires_grad_() for k, v in values.items()}
-    return {**on, "rois": torch.cat([image, corner.clamp(min=0), corner.clamp(min=0) + size], 1).to(device)}
+    on = {name: value.to(through).to(setting.device, setting.dtype) for name, value in values.items()}
+    for name in ("input", "grad"):
+        on[name] = on[name].contiguous(memory_format=LAYOUTS[layout])
+    rois = torch.cat([image, corner.clamp(min=0), corner.clamp(min=0) + size], 1).to(setting.device)
+    return {**on, "rois": rois}
 
 
-def contestants(shape: Shape, t: dict[str, torch.Tensor], peer: dict[str, torch.Tensor]) -> Contestants:
+def make(shape: Shape, setting: Setting, name: str, layout: str) -> dict[str, Call]:
+    """The calls of a contestant. torchvision's operators work in float32; the reference does a few of the regions."""
+    dtype = setting.dtype if name in (OURS, "plain") else torch.float32
+    t = problem(shape, setting._replace(dtype=dtype), layout, setting.dtype)
+    input, offset, rois = t["input"].requires_grad_(), t["offset"].requires_grad_(), t["rois"]
+    how = dict(output_size=BINS, spatial_scale=SCALE)
+    if name == "torchvision" and shape.position_sensitive:
+        how |= dict(sampling_ratio=shape.samples)
+        return differentiated(lambda: torchvision.ops.ps_roi_align(input, rois, **how), [input], t["grad"])
+    if name == "torchvision":
+        how |= dict(sampling_ratio=shape.samples, aligned=True)
+        return differentiated(lambda: torchvision.ops.roi_align(input, rois, **how), [input], t["grad"])
+    operators = ops if name != "reference" else reference
     if shape.position_sensitive:
-        how = dict(output_dim=shape.channels, group_size=BINS, output_size=BINS, spatial_scale=SCALE)
-        return {
-            "dcn_plugin": lambda: deform_ps_roi_pool(
-                t["input"], t["rois"], t["offset"], samples_per_part=shape.samples, **how
-            ),
-            "plain": lambda: deform_ps_roi_pool(t["input"], t["rois"], samples_per_part=shape.samples, **how),
-            "torchvision": lambda: torchvision.ops.ps_roi_align(
-                peer["input"], peer["rois"], BINS, SCALE, shape.samples
-            ),
-        }
-    how = dict(output_size=BINS, spatial_scale=SCALE, sampling_ratio=shape.samples)
-    return {
-        "dcn_plugin": lambda: deform_roi_pool(t["input"], t["rois"], t["offset"], **how),
-        "plain": lambda: deform_roi_pool(t["input"], t["rois"], **how),
-        "torchvision": lambda: torchvision.ops.roi_align(
-            peer["input"], peer["rois"], BINS, SCALE, shape.samples, aligned=True
-        ),
-    }
+        operator = operators.deform_ps_roi_pool
+        how |= dict(output_dim=shape.channels, group_size=BINS, samples_per_part=shape.samples)
+    else:
+        operator = operators.deform_roi_pool
+        how |= dict(sampling_ratio=shape.samples)
+    if name == "plain":
+        return differentiated(lambda: operator(input, rois, **how), [input], t["grad"])
+    if name == "reference":
+        rois, offset = rois[:CHECKED], offset[:CHECKED]
+    return differentiated(lambda: operator(input, rois, offset, **how), [input, offset], t["grad"])
 
 
-def rows_for(shape: Shape, device: str, dtype: torch.dtype, rounds: int) -> list[dict]:
-    rows = []
-    for layout_name, layout in (("NCHW", torch.contiguous_format), ("channels_last", torch.channels_last)):
-        t = problem(shape, device, dtype, layout)
-        peer = problem(shape, device, torch.float32, torch.contiguous_format)
-        forward = contestants(shape, t, peer)
-        if not shape.position_sensitive:  # torchvision's position-sensitive operator puts its samples elsewhere
-            require_equal(str(shape), forward["plain"](), forward["torchvision"]())  # type: ignore[arg-type]
-        tensors = {"dcn_plugin": [t["input"], t["offset"]], "plain": [t["input"]], "torchvision": [peer["input"]]}
-        rows += [{"shape": str(shape), "layout": layout_name, **row} for row in tasks(forward, tensors, device, rounds)]
-    return rows
+def verify(shape: Shape, setting: Setting, made: dict[Contestant, dict[str, Call]]) -> None:
+    limit = 1e-5 if exact(setting) else 3e-2
+    if not shape.position_sensitive:  # torchvision's position-sensitive operator puts its samples elsewhere
+        require_agreement(shape, made, ("plain",), TORCHVISION, limit)
+    few = make(shape, setting, "reference", "NCHW")["forward"]()
+    for layout in LAYOUTS:
+        out = made[OURS, layout]["forward"]()[0]
+        require_equal(f"{shape}: {layout}, the first regions, reference", [out[:CHECKED]], few, limit)
+
+
+def extras(shape: Shape, setting: Setting, call: Call, layout: str, task: str) -> dict:
+    return {"memory": peaks(__name__, shape._replace(channels=8, regions=8), shape, setting, layout, task)}
 
 
 def figures(row: dict) -> dict[str, str]:
     """What the table shows of a row, after shape, layout and task."""
-    ours, plain, peer = row["dcn_plugin"], row["plain"], row["torchvision"]
+    ours, plain = row[OURS][row["layout"]], row["plain"][row["layout"]]
     return {
         "ms": f"{ours['ms']:.2f}",
         "plain ms": f"{plain['ms']:.2f}",
-        "torchvision /": f"{1 / peer['ratio']:.1f}x",
-        "torchvision / plain": f"{peer['ms'] / plain['ms']:.1f}x",
+        "torchvision /": times_ours(row, "torchvision"),
+        "torchvision / plain": f"{best(row, 'torchvision')['ms'] / plain['ms']:.1f}x",
         "spread": f"{ours['spread']:.0%}",
+        "MiB": mib(row, OURS),
+        "torchvision MiB": mib(row, "torchvision"),
     }

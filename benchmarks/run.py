@@ -1,36 +1,57 @@
-"""Time the operators against their peers, interleaved in one process, and write medians and ratios.
+"""Time the operators, and models with them, against their peers, interleaved in one process.
 
     python benchmarks/run.py              # CPU, one thread and all threads
-    python benchmarks/run.py --quick      # two shapes of each family
-    python benchmarks/run.py --family roi_pool
+    python benchmarks/run.py --quick      # two shapes of each family, one thread, under a minute
+    python benchmarks/run.py --family deform_conv2d --shape "offset groups" --threads 1
+    python benchmarks/run.py --dtype bfloat16 --offset-std 2
     python benchmarks/run.py --device cuda
 
-Each shape is checked against torchvision before it is timed. Rounds alternate between the contestants, so that a noisy
-machine disturbs them alike; a ratio is the median over rounds. With one thread, CPU time of the thread is counted.
+Families: deform_conv2d (against conv2d, torchvision and, where it is installed, onnxruntime), half_types (bfloat16 and
+float16 against float32), roi_pool (against torchvision) and models (resnet50_dcn against resnet50, and against itself
+on torchvision's operator; needs timm). `pip install dcn_plugin[benchmark]` brings the peers.
+
+Results are compared before anything is timed. Rounds alternate between the contestants, so that a noisy machine
+disturbs them alike; slow ones have fewer rounds, at least three. A time is the median over rounds, a ratio the median
+of the rounds' ratios, the spread the distance of the quartiles over the median. With one thread, CPU time of the thread
+is counted. Prints as it goes; writes JSON (everything) and Markdown (the table) to benchmarks/results/, or to --out.
 """
 
 import argparse
 import json
+import re
+import shlex
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
 import conv
+import half
 import roi
 import torch
-from harness import describe
+from harness import Setting, describe, rows_for
 
-FAMILIES = {module.NAME: module for module in (conv, roi)}
+FAMILIES = {module.NAME: module for module in (conv, half, roi)}
+if find_spec("timm"):
+    import models
+
+    FAMILIES[models.NAME] = models
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+# Results of runs with other options than these go to files of their own, beside the full table.
+SAME_TABLE = ("family", "device", "rounds")
 
 
 def markdown(result: dict, family: ModuleType) -> str:
-    about = result["about"]
+    about = dict(result["about"])
+    device, cores, instructions, day = (about.pop(key) for key in ("device", "cores", "instructions", "date"))
+    versions = ", ".join(f"{package} {version}" for package, version in about.items())
     lines = [
-        f"# {family.NAME} on {about['device']}",
+        f"# {family.NAME} on {device}",
         "",
-        f"`{result['command']}`, {about['date']}; torch {about['torch']}, torchvision {about['torchvision']}, "
-        f"dcn_plugin {about['dcn_plugin']}; {result['dtype']}; {family.ABOUT}",
+        f"`{result['command']}`, {day}; {cores} cores, {instructions}; {versions}.",
+        f"{result['dtype']}; {result['what']}.",
         "",
         f"Milliseconds are medians over alternating rounds; {family.COLUMNS}",
+        "`spread` is the distance of the quartiles of our time over its median.",
     ]
     for threads, rows in result["rows"].items():
         head = ["shape", "layout", "task", *family.figures(rows[0])]
@@ -41,49 +62,72 @@ def markdown(result: dict, family: ModuleType) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run(family: ModuleType, args: argparse.Namespace) -> None:
-    cuda = args.device == "cuda"
-    dtype = torch.bfloat16 if cuda else torch.float32
-    options = (f" --family {family.NAME}" if args.family else "") + (" --device cuda" if cuda else "")
+def given(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, list[str]]:
+    """The options that were given, but for where the results go, with their values."""
+    found = {name: value for name, value in vars(args).items() if name != "out" and value != parser.get_default(name)}
+    values = {name: [] if v is True else v if isinstance(v, list) else [v] for name, v in found.items()}
+    return {name.replace("_", "-"): [str(v) for v in of] for name, of in values.items()}
+
+
+def run(family: ModuleType, args: argparse.Namespace, setting: Setting, line: str, counts: list[int]) -> dict | None:
+    shapes = [s for s in (family.QUICK if args.quick else family.SHAPES) if args.shape in str(s)]
+    if not shapes:
+        return None
     result = {
         "about": describe(args.device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "command": "python benchmarks/run.py" + options,
+        "dtype": str(setting.dtype).removeprefix("torch."),
+        "command": line,
+        "what": family.about(setting),
         "rows": {},
     }
-    for count in [1] if cuda else args.threads or sorted({1, torch.get_num_threads()}):
+    for count in counts:
         torch.set_num_threads(count)
-        title = "GPU" if cuda else f"{count} thread{'s' * (count > 1)}"
+        title = "GPU" if args.device == "cuda" else f"{count} thread{'s' * (count > 1)}"
         rows = result["rows"][title] = []
-        for shape in family.QUICK if args.quick else family.SHAPES:
-            found = family.rows_for(shape, args.device, dtype, args.rounds)
+        for shape in shapes:
+            found = rows_for(family, shape, setting)
             rows += found
             for row in found:
                 shown = "  ".join(f"{name} {value}" for name, value in family.figures(row).items())
                 print(f"{title:10} {row['shape']:46} {row['layout']:14} {row['task']:17} {shown}", flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    stem = f"{family.NAME}-{args.device}" + ("-quick" if args.quick else "")
-    (args.out / f"{stem}.json").write_text(json.dumps(result, indent=1))
-    (args.out / f"{stem}.md").write_text(markdown(result, family))
-    print(f"wrote {args.out / stem}.json and .md")
+    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=FAMILIES, help="one family of operators (default: all)")
+    parser.add_argument("--family", choices=FAMILIES, help="one family (default: all)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--quick", action="store_true", help="two shapes of each family, under a minute")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of our operators and conv2d (default: cpu float32, cuda bfloat16)"
+    )
+    parser.add_argument("--offset-std", type=float, default=1.0, help="standard deviation of the offsets in pixels")
+    parser.add_argument("--shape", default="", help="only shapes with this text in their name")
+    parser.add_argument("--quick", action="store_true", help="two shapes of each family, one thread, under a minute")
+    parser.add_argument("--rounds", type=int, default=15, help="at most so many rounds")
     parser.add_argument("--threads", type=int, nargs="+", help="CPU thread counts (default: 1 and all)")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results", help="folder of JSON and Markdown"
     )
     args = parser.parse_args()
-    all_threads = torch.get_num_threads()
+    cuda = args.device == "cuda"
+    dtype = DTYPES[args.dtype or ("bfloat16" if cuda else "float32")]
+    setting = Setting(args.device, dtype, args.offset_std, args.rounds, 0.2 if args.quick else 1.5)
+    counts = args.threads or sorted({1} if cuda or args.quick else {1, torch.get_num_threads()})
+    options = given(args, parser)
+    line = shlex.join(["python", "benchmarks/run.py", *(w for k, of in options.items() for w in ("--" + k, *of))])
+    special = [re.sub(r"[^\w.]+", "-", w) for k, of in options.items() if k not in SAME_TABLE for w in (k, *of)]
+    args.out.mkdir(parents=True, exist_ok=True)
     for name, family in FAMILIES.items():
-        if args.family in (None, name):
-            torch.set_num_threads(all_threads)
-            run(family, args)
+        # half_types has the types of its own.
+        if args.family not in (None, name) or (family is half and args.dtype and not args.family):
+            continue
+        result = run(family, args, setting, line, counts)
+        if result is None:
+            continue
+        path = args.out / "-".join([name, args.device, *special])
+        path.with_name(path.name + ".json").write_text(json.dumps(result, indent=1))
+        path.with_name(path.name + ".md").write_text(markdown(result, family))
+        print(f"wrote {path}.json and .md")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,145 @@
+"""Whole models: timm's resnet50, resnet50_dcn, and resnet50_dcn on torchvision's operator."""
+
+import os
+from typing import NamedTuple
+from unittest.mock import patch
+
+import timm
+import torch
+import torchvision
+from harness import FEWEST, LAYOUTS, OURS, Call, Contestant, Setting, best, exact, require_agreement, times_ours
+from torch import Tensor, nn
+
+import dcn_plugin.layers.conv
+from dcn_plugin.layers import OffsetConv
+from dcn_plugin.layers.conv import OffsetPredictor
+
+# The profiler's library else reports each of its starts on the standard error.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+NAME = "models"
+COLUMNS = """`/ resnet50` is the time of resnet50_dcn over that
+of resnet50 in the faster of the two layouts, `/ same layout` over that in our layout; `torchvision /` is the time of
+resnet50_dcn with torchvision's operator (NCHW) over ours. `operators` is the share of our operators and their backward
+in the profiler's time, `offset` the mean absolute offset in pixels. A training step is forward, backward and SGD with
+momentum."""
+BASE = "resnet50"
+TORCHVISION: Contestant = ("torchvision", "NCHW")
+CONTESTANTS: list[Contestant] = [*((name, layout) for name in (OURS, BASE) for layout in LAYOUTS), TORCHVISION]
+OFFSET_WEIGHT_STD = 0.01
+
+
+class Shape(NamedTuple):
+    batch: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"batch {self.batch} at {self.size}x{self.size}"
+
+
+SHAPES = [Shape(4, 224)]
+QUICK = [Shape(1, 128), Shape(2, 128)]
+
+
+def about(setting: Setting) -> str:
+    return f"random weights, those that predict offsets and masks N(0, {OFFSET_WEIGHT_STD:g}^2), biases 0"
+
+
+def build(name: str) -> nn.Module:
+    # Fresh last normalisations are 0, and with them what a block adds: nothing would depend on its convolutions.
+    model = timm.create_model(BASE if name == BASE else f"{BASE}_dcn", zero_init_last=False)
+    for module in model.modules():
+        if isinstance(module, OffsetConv):
+            nn.init.normal_(module.conv_offset.weight, std=OFFSET_WEIGHT_STD)
+    return model
+
+
+def settle(model: nn.Module, images: Tensor) -> None:
+    """Take the running statistics from these images: without, values and offsets grow from block to block."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+def theirs(input, offset, weight, bias, stride, padding, dilation, mask):
+    """torchvision's operator in place of ours: float32, one padding for both sides."""
+    tensors = [t if t is None else t.float() for t in (input, offset, weight, bias)]
+    return torchvision.ops.deform_conv2d(*tensors, stride, padding[:2], dilation, mask.float()).to(input.dtype)
+
+
+def make(shape: Shape, setting: Setting, name: str, layout: str) -> dict[str, Call]:
+    torch.manual_seed(0)
+    images = torch.randn(shape.batch, 3, shape.size, shape.size)
+    target = torch.randint(1000, (shape.batch,)).to(setting.device)
+    model = build(name).to(setting.device, memory_format=LAYOUTS[layout])
+    images = images.to(setting.device, memory_format=LAYOUTS[layout])
+    # So small that the model stays what it is: every round, and inference, has the same offsets.
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
+
+    def forward() -> Tensor:
+        operator = theirs if name == "torchvision" else dcn_plugin.ops.deform_conv2d
+        half = torch.autocast(setting.device, setting.dtype, enabled=setting.dtype != torch.float32)
+        with half, patch.object(dcn_plugin.layers.conv, "deform_conv2d", operator):
+            return model(images)
+
+    @torch.no_grad()
+    def infer() -> list[Tensor]:
+        model.eval()
+        return [forward()]
+
+    def train() -> list[Tensor]:
+        model.train()
+        optimizer.zero_grad()
+        out = forward()
+        nn.functional.cross_entropy(out.float(), target).backward()
+        optimizer.step()
+        return [out]
+
+    settle(model, images)
+    return {"inference": infer, "training step": train}
+
+
+def verify(shape: Shape, setting: Setting, made: dict[Contestant, dict[str, Call]]) -> None:
+    # Through fifty layers rounding grows a thousandfold, which leaves half types nothing to compare.
+    if setting.dtype != torch.float32:
+        setting = setting._replace(dtype=torch.float32)
+        made = {key: make(shape, setting, *key) for key in (*((OURS, layout) for layout in LAYOUTS), TORCHVISION)}
+    require_agreement(shape, made, (OURS,), TORCHVISION, 2e-3 if exact(setting) else 5e-2)
+
+
+def extras(shape: Shape, setting: Setting, call: Call, layout: str, task: str) -> dict:
+    """The share of our operators in the profiler's time, and how large the offsets are."""
+    offsets: list[float] = []
+
+    def note(module: nn.Module, _: tuple, raw: Tensor) -> None:
+        if isinstance(module, OffsetPredictor):
+            offsets.append(raw[:, : raw.shape[1] // 3 * 2].abs().mean().item())
+
+    with nn.modules.module.register_module_forward_hook(note):
+        call()
+    with torch.profiler.profile() as profile:
+        for _ in range(FEWEST):
+            call()
+    kind = "self_device_time_total" if setting.device == "cuda" else "self_cpu_time_total"
+    times = {event.key: getattr(event, kind) for event in profile.key_averages()}
+    ours = sum(time for key, time in times.items() if key.startswith("dcn_plugin::"))
+    return {"operators": ours / sum(times.values()), "offset": sum(offsets) / len(offsets)}
+
+
+def figures(row: dict) -> dict[str, str]:
+    """What the table shows of a row, after shape, layout and task."""
+    here = row[OURS][row["layout"]]
+    return {
+        "ms": f"{here['ms']:.1f}",
+        f"/ {BASE}": f"{best(row, BASE)['ratio']:.2f}",
+        "/ same layout": f"{row[BASE][row['layout']]['ratio']:.2f}",
+        "torchvision /": times_ours(row, "torchvision"),
+        "spread": f"{here['spread']:.0%}",
+        "operators": f"{row['operators']:.0%}",
+        "offset": f"{row['offset']:.2f}",
+    }
