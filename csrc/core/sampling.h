@@ -48,7 +48,7 @@ DCN_HOST_DEVICE Sample<A, I> make_sample(A y, A x, I height, I width) {
   // Comparisons come before the conversion to integers: a huge or NaN position must never be converted.
   const A yi = inside ? y : A(0), xi = inside ? x : A(0);
   const A fy = std::floor(yi), fx = std::floor(xi);
-  const A outside = (y != y) | (x != x) ? y + x : A(0);
+  const A outside = ((y != y) | (x != x)) ? y + x : A(0);
   Sample<A, I> s;
   s.y0 = static_cast<I>(fy);
   s.x0 = static_cast<I>(fx);

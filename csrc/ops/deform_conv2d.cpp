@@ -22,7 +22,8 @@ struct CpuDeformConv2d {
     if (Cpu::portable() || !tiles::fits_index(g)) return deform_conv2d_backward_portable<Cpu>(grad_output, a, g, needs);
     const auto [grad_input, grad_offset, grad_weight, grad_mask] = new_gradients(a, needs, a.input.scalar_type());
     if (g.batch > 0)
-      dispatch_deform_conv2d(a, [&](auto s, auto f) {
+      dispatch_deform_conv2d(a, [&, &grad_input = grad_input, &grad_offset = grad_offset, &grad_weight = grad_weight,
+                                 &grad_mask = grad_mask](auto s, auto f) {
         tiles::backward<decltype(s), decltype(f)>(grad_output, a, g, needs, grad_input, grad_offset, grad_weight,
                                                   grad_mask);
       });

@@ -9,7 +9,7 @@
 
 namespace dcn::tiles {
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+DCN_HOST_DEVICE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Pixel (n, y, x) starts at data + n * this->n + y * h + x * w.
 template <typename A>
@@ -137,17 +137,19 @@ struct TransposeRow {
   }
 
   DCN_HOST_DEVICE void turn_piece(float* const (&plane)[4], int64_t count, float* pixels) const {
-    const auto quad = [](float* at) DCN_INLINE_LAMBDA -> StoredQuad& { return *reinterpret_cast<StoredQuad*>(at); };
+    const auto load = [](const float* at)
+                          DCN_INLINE_LAMBDA -> Quad { return *reinterpret_cast<const StoredQuad*>(at); };
+    const auto store = [](float* at, Quad q) DCN_INLINE_LAMBDA { *reinterpret_cast<StoredQuad*>(at) = q; };
     int64_t x = 0;
     for (; x + 4 <= count; x += 4) {
       Quad q[4];
       for (int i = 0; i < 4; ++i)
-        q[i] = Direction == Turn::kToRows ? quad(plane[i] + x) : quad(pixels + (x + i) * pixel_stride);
+        q[i] = load(Direction == Turn::kToRows ? plane[i] + x : pixels + (x + i) * pixel_stride);
       transpose_quads(q);
       for (int i = 0; i < 4; ++i) {
-        if constexpr (Direction == Turn::kToRows) quad(pixels + (x + i) * pixel_stride) = q[i];
-        if constexpr (Direction == Turn::kFromRows) quad(plane[i] + x) = q[i];
-        if constexpr (Direction == Turn::kAddFromRows) quad(plane[i] + x) = quad(plane[i] + x) + q[i];
+        if constexpr (Direction == Turn::kToRows) store(pixels + (x + i) * pixel_stride, q[i]);
+        if constexpr (Direction == Turn::kFromRows) store(plane[i] + x, q[i]);
+        if constexpr (Direction == Turn::kAddFromRows) store(plane[i] + x, load(plane[i] + x) + q[i]);
       }
     }
     for (; x < count; ++x)

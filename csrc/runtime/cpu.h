@@ -41,7 +41,12 @@ struct Cpu {
 #if defined(__GNUC__) && defined(__x86_64__)
 #define DCN_X86_LEVELS
 #define DCN_TARGET_V3 __attribute__((target("arch=x86-64-v3")))
+#if defined(__clang__)
+// Without it clang keeps to 32-byte vectors, which it takes for faster.
+#define DCN_TARGET_V4 __attribute__((target("arch=x86-64-v4"), min_vector_width(512)))
+#else
 #define DCN_TARGET_V4 __attribute__((target("arch=x86-64-v4,prefer-vector-width=512")))
+#endif
 
 // The same body compiled for newer instruction sets. Everything a body calls in its loops must be DCN_HOST_DEVICE
 // (always inlined): a function that is called keeps the instruction set it was compiled for.
@@ -78,6 +83,12 @@ void run_vectorised(const Body& body) {
   body();
 }
 #endif
+
+DCN_HOST_DEVICE void prefetch([[maybe_unused]] const void* address) {
+#if defined(__GNUC__)
+  __builtin_prefetch(address);
+#endif
+}
 
 // Scratch of one thread, kept between calls: fresh pages cost more than small tiles do.
 template <typename A, int Slot>

@@ -121,23 +121,22 @@ void multiply(const Size& size, const Left<T>& left, const Right<T>& right, cons
   const bool across = left.row == 1 && left.depth != 1;
   // Tiles of even height: the last is not left with a single row.
   const int64_t tiles = (size.rows + kernel.rows - 1) / kernel.rows;
-  // As much of the right matrix at a time as stays in the first cache while all rows pass.
-  constexpr int64_t cache = 24 << 10;
-  const int64_t bytes = size.depth * width * static_cast<int64_t>(sizeof(T));
-  const int64_t segments = std::clamp<int64_t>(cache / bytes, 1, size.segments);
-  for (int64_t s = 0; s < size.segments; s += segments) {
-    const int64_t some = std::min(segments, size.segments - s);
-    for (int64_t j = 0; j * width < size.columns; ++j) {
-      const int64_t columns = std::min(width, size.columns - j * width);
-      for (int64_t i = 0; i < tiles; ++i) {
-        const int64_t first = i * size.rows / tiles, rows = (i + 1) * size.rows / tiles - first;
-        kernel.tile[across][columns > kernel.lanes][rows - 1](
-            {some, size.depth, left.data + first * left.row + s * left.segment, left.segment,
-             across ? left.depth : left.row, right.data + j * right.panel + s * right.segment, right.segment,
-             right.depth, result.data + first * result.row + j * result.panel, result.row, columns,
-             accumulate || s > 0});
-      }
-    }
+  const int64_t panels = (size.columns + width - 1) / width;
+  const auto tile = [&](int64_t i, int64_t j) {
+    const int64_t columns = std::min(width, size.columns - j * width);
+    const int64_t first = i * size.rows / tiles, rows = (i + 1) * size.rows / tiles - first;
+    kernel.tile[across][columns > kernel.lanes][rows - 1](
+        {size.segments, size.depth, left.data + first * left.row, left.segment, across ? left.depth : left.row,
+         right.data + j * right.panel, right.segment, right.depth, result.data + first * result.row + j * result.panel,
+         result.row, columns, accumulate});
+  };
+  // The smaller matrix is passed over again and again, the larger once.
+  if (size.rows > 2 * size.columns) {
+    for (int64_t i = 0; i < tiles; ++i)
+      for (int64_t j = 0; j < panels; ++j) tile(i, j);
+  } else {
+    for (int64_t j = 0; j < panels; ++j)
+      for (int64_t i = 0; i < tiles; ++i) tile(i, j);
   }
 }
 

@@ -22,15 +22,23 @@ DCN_TARGET void multiply_tile(const Tile<T>& t) {
   constexpr int bases = (Rows + 2) / 3;  // three rows are addressed from one pointer
 
   V sums[Rows][Vectors];
+#pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i)
     for (int j = 0; j < Vectors; ++j) sums[i][j] = V{};
+  // What is added to may lie far away: it is fetched while the sums are made.
+  for (int i = 0; t.accumulate && i < Rows; ++i)
+    for (int j = 0; j < Vectors; ++j) __builtin_prefetch(t.result + i * t.result_stride + j * lanes, 1);
   for (int64_t s = 0; s < t.segments; ++s) {
     const T* left[bases];
     for (int i = 0; i < bases; ++i) left[i] = t.left + s * t.left_segment + (Across ? 0 : 3 * i * t.left_stride);
     const T* right = t.right + s * t.right_segment;
     for (int64_t k = 0; k < t.depth; ++k) {
+      constexpr int ahead = 16;  // steps until a line from the last cache is there
+      for (int j = 0; j < Vectors * DCN_VECTOR_BYTES; j += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(right + ahead * t.right_stride) + j);
       V column[Vectors];
       for (int j = 0; j < Vectors; ++j) column[j] = *reinterpret_cast<const Stored*>(right + j * lanes);
+#pragma GCC unroll 16
       for (int i = 0; i < Rows; ++i) {
         const T value = Across ? left[0][i] : left[i / 3][i % 3 * t.left_stride];
         const V row = value - V{};  // a broadcast: x - 0 is x
@@ -41,6 +49,7 @@ DCN_TARGET void multiply_tile(const Tile<T>& t) {
     }
   }
   if (t.columns == Vectors * lanes) {
+#pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i)
       for (int j = 0; j < Vectors; ++j) {
         Stored* const to = reinterpret_cast<Stored*>(t.result + i * t.result_stride + j * lanes);
@@ -49,6 +58,7 @@ DCN_TARGET void multiply_tile(const Tile<T>& t) {
     return;
   }
   // The last columns of a matrix: what lies beyond them belongs to somebody else.
+#pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) {
     T row[Vectors * lanes];
     for (int j = 0; j < Vectors; ++j) *reinterpret_cast<Stored*>(row + j * lanes) = sums[i][j];

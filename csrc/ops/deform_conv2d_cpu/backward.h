@@ -31,6 +31,8 @@ struct Backward {
   const int64_t needs;
   std::vector<Block> blocks;
   BackwardWeights<A> weights;
+  StoredWeights<const A> stored{};  // or none: packed
+  StoredWeights<A> stored_gradient{};
   const A* zeros = nullptr;
   // The gradient of the input: rows in memory, or of any layout; of all images, or from `grad_image` on.
   bool grad_is_rows = false;
@@ -39,13 +41,14 @@ struct Backward {
 
   bool dots() const { return needs & (kOffset | kMask); }
   bool scatter() const { return needs & kInput; }
+  bool uses_windows() const { return !direct() || (scatter() && !grad_is_rows); }
   bool direct() const { return is_rows<S>(a.input); }
 
   // Everything that a thread needs for a tile of `pixels`.
   struct Workspace {
     TilePixels pixels;
     Taps<A> taps;
-    A *columns, *grad_rows, *grad_offset, *grad_mask, *window, *grad_window, *sink;
+    A *columns, *turned, *grad_rows, *grad_offset, *grad_mask, *window, *grad_window, *sink;
     int64_t bytes;
 
     Workspace(Scratch scratch, const Backward& job, const Lane& lane, int64_t count)
@@ -53,6 +56,7 @@ struct Backward {
       const int64_t planes = lane.offset_groups * job.g.taps(), window_size = window_bytes / sizeof(A);
       // A product reads whole vectors of columns.
       columns = scratch.take<A>(job.g.taps() * job.most_channels(lane) * count + job.weights.width);
+      turned = scratch.take<A>(job.stored ? job.g.taps() * job.most_channels(lane) * count : 0);
       grad_rows = scratch.take<A>(lane.outputs * count);
       grad_offset = scratch.take<A>(2 * planes * count);
       grad_mask = scratch.take<A>(planes * count);
@@ -79,14 +83,15 @@ struct Backward {
            const DisplacementGradients<A>& part, A* grad_weight) const {
     const int64_t fixed = Workspace(Scratch(), *this, lane, 0).bytes;
     const int64_t each = (Workspace(Scratch(), *this, lane, 16).bytes - fixed) / 16;
-    const Tiling tiling(g, images, most_pixels(images * g.out_pixels(), each, 1));
+    const Tiling tiling(g, images, most_pixels(images * g.out_pixels(), each, 1),
+                        uses_windows() ? columns_of_window : columns_in_place);
     const int64_t pixels = tiling.most_pixels();
     const Workspace work(Scratch(Workspace(Scratch(), *this, lane, pixels).bytes), *this, lane, pixels);
     std::fill_n(work.sink, g.channels, A(0));
     for (int64_t t = 0; t < tiling.size(); ++t) {
       Tile tile = tiling[t];
       tile.n += first;
-      run_tile(lane, tile, image, work, grad_weight);
+      run_tile(lane, tile, image, work, grad_weight, t > 0);
       if (result.offset.data) store(lane, tile, image, 2, work.grad_offset, pixels, result.offset);
       if (result.mask.data) store(lane, tile, image, 1, work.grad_mask, pixels, result.mask);
       if (part.offset.data) store(lane, tile, 0, 2, work.grad_offset, pixels, part.offset);
@@ -105,7 +110,8 @@ struct Backward {
     });
   }
 
-  void run_tile(const Lane& lane, const Tile& tile, int64_t image, const Workspace& work, A* grad_weight) const {
+  void run_tile(const Lane& lane, const Tile& tile, int64_t image, const Workspace& work, A* grad_weight,
+                bool accumulate) const {
     const int64_t count = tile.count(), capacity = work.taps.pixels;
     const View<const S> grad_out = view<const S>(grad_output);
     work.pixels.find(g, tile);
@@ -132,10 +138,13 @@ struct Backward {
         finish();
         first_group = b.first_offset_group(), groups = b.offset_groups();
         load_displacement(tile, image, first_group * g.taps(), groups * g.taps(), displacement<S, F>(a), work.taps);
-        run_vectorised(FindTaps<A>{g, count, groups, work.pixels, work.taps, &window});
+        window = find_taps<true>(g, count, groups, work.pixels, work.taps, uses_windows());
         for (A* dot : work.taps.dot) std::fill_n(dot, groups * g.taps() * capacity, A(0));
       }
-      run_block(lane, tile, b, image, window, work, at, grad_weight + at);
+      if (stored)
+        run_stored(lane, tile, b, image, window, work, accumulate);
+      else
+        run_block(lane, tile, b, image, window, work, at, grad_weight + at);
       at += weights.size(b);
     }
     finish();
@@ -175,6 +184,43 @@ struct Backward {
                              {columns, weights.width, layout.pixel},
                              {grad_weight + at, weights.width, weights.panel_size()}, true);
       });
+  }
+
+  // The same with weights and their gradient as they are stored. Where taps are inside, the columns take that order for
+  // the products.
+  void run_stored(const Lane& lane, const Tile& tile, const Block& b, int64_t image, const Window& window,
+                  const Workspace& work, bool accumulate) const {
+    const ColumnLayout layout(g, b, work.taps.pixels);
+    const int64_t count = tile.count(), outputs = g.group_outputs(), width = weights.width;
+    const bool inside = stored.order == StoredWeights<const A>::kTapsInside;
+    const int64_t depth = stored.depth(g.taps(), b.count), first_output = b.group * outputs;
+    const int64_t channel = b.first - b.group * g.group_channels();
+    A* const columns = inside ? work.turned : work.columns;
+    const int64_t pixel = inside ? depth : layout.pixel, segment = inside ? 0 : layout.tap;
+    const A* const grad = work.grad_rows + first_output - lane.first_output;
+
+    if (dots() || scatter()) {
+      for (int64_t s = 0; s < stored.segments(g.taps()); ++s)
+        product::multiply<A>({count, depth, outputs}, {grad, lane.outputs, 1},
+                             {stored.at(first_output, channel) + s * stored.tap, width, stored.output},
+                             {columns + s * segment, pixel, width}, false);
+      if (inside) turn_taps<Turn::kToRows>(count, b, layout, work);
+    }
+    sweep(tile, b, image, window, layout, work);
+    if (!(needs & kWeight)) return;
+    if (inside) turn_taps<Turn::kFromRows>(count, b, layout, work);
+    for (int64_t s = 0; s < stored.segments(g.taps()); ++s)
+      product::multiply<A>({outputs, depth, count}, {grad, 1, lane.outputs}, {columns + s * segment, width, pixel},
+                           {stored_gradient.at(first_output, channel) + s * stored.tap, stored.output, width},
+                           accumulate);
+  }
+
+  // Between turned columns [pixel, channel, tap] and columns [tap, pixel, channel].
+  template <Turn Direction>
+  void turn_taps(int64_t count, const Block& b, const ColumnLayout& layout, const Workspace& work) const {
+    for (int64_t q = 0; q < count; ++q)
+      run_vectorised(TransposeRow<A, A, Direction>{work.turned + q * b.count * g.taps(), g.taps(), 1, b.count, g.taps(),
+                                                   work.columns + q * layout.pixel, layout.tap});
   }
 
   void sweep(const Tile& tile, const Block& b, int64_t image, const Window& window, const ColumnLayout& layout,
@@ -308,13 +354,23 @@ void backward(const Tensor& grad_output, const ConvArguments& a, const ConvGeome
     blocks = make_blocks(g, std::clamp<int64_t>(divide_up(g.channels, threads), 32, 64));
   BackwardWeights<A> weights{g, nullptr};
   const int64_t weight_size = weights.size(blocks);
-  const Tensor packed = torch::stable::new_empty(a.input, {weight_size}, scalar_type_of<A>());
-  weights.data = data(packed);
-  turn_backward<true>(weights, blocks, view<const S>(a.weight));
+  StoredWeights<const A> stored;
+  StoredWeights<A> stored_gradient;
+  if constexpr (std::is_same_v<S, A>) {
+    // Gradients are added in place where nobody else does.
+    const bool alone = g.batch == 1 || threads <= static_cast<int64_t>(blocks.size());
+    if (alone && blocks.front().groups == 1 && !is_depthwise(g)) {
+      stored = StoredWeights<const A>(g, a.weight);
+      if (needs & kWeight) stored_gradient = StoredWeights<A>(g, grad_weight);
+      if ((needs & kWeight) && static_cast<int>(stored_gradient.order) != static_cast<int>(stored.order)) stored = {};
+    }
+  }
+  weights.data = stored ? nullptr : thread_scratch<A, -2>(weight_size);
+  if (!stored) turn_backward<true>(weights, blocks, view<const S>(a.weight));
   const std::vector<Lane> lanes = make_lanes(g, blocks, weights, threads);
   const Tensor zeros = zeroed({g.channels});
 
-  Backward<S, F> job{a, g, grad_output, needs, blocks, weights};
+  Backward<S, F> job{a, g, grad_output, needs, blocks, weights, stored, stored_gradient};
   job.zeros = data(zeros);
   // Half types are summed in float, in rows of some images at a time.
   const bool staged = job.scatter() && !std::is_same_v<S, A>;
@@ -346,7 +402,7 @@ void backward(const Tensor& grad_output, const ConvArguments& a, const ConvGeome
   if (!shared && (needs & kMask)) result.mask = view<F>(grad_mask);
 
   const int64_t splits = std::min(held, divide_up(threads, lane_count));
-  const Tensor weight_parts = zeroed({needs & kWeight ? splits * weight_size : 0});
+  const Tensor weight_parts = zeroed({(needs & kWeight) && !stored ? splits * weight_size : 0});
 
   for (int64_t image = 0; image < g.batch; image += held) {
     const int64_t images = std::min(held, g.batch - image);
@@ -365,7 +421,7 @@ void backward(const Tensor& grad_output, const ConvArguments& a, const ConvGeome
         if (shared && (needs & kMask)) part.mask = view<A>(mask_parts), part.mask.data += lane * held * part.mask.n;
         if (first < last)
           job.run(lanes[lane], image, first, last - first, result, part,
-                  data(weight_parts) + (needs & kWeight ? split * weight_size : 0));
+                  data(weight_parts) + ((needs & kWeight) && !stored ? split * weight_size : 0));
       }
     });
     if (staged) transpose_images<Turn::kFromRows>(size, view<S>(grad_input), image, images, staging_rows);
@@ -375,7 +431,7 @@ void backward(const Tensor& grad_output, const ConvArguments& a, const ConvGeome
     if (shared && (needs & kMask))
       add_parts<A>(mask_parts, lane_count, images, image, view<F>(grad_mask), planes, g.out_height, g.out_width);
   }
-  if (!(needs & kWeight)) return;
+  if (!(needs & kWeight) || stored) return;
   A* const sum = data(weight_parts);
   for (int64_t split = 1; split < splits; ++split)
     for (int64_t i = 0; i < weight_size; ++i) sum[i] += sum[split * weight_size + i];

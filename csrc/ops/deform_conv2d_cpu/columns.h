@@ -45,12 +45,18 @@ struct FillRun {
   int64_t count, channels, kernel;
   A* columns;
   int64_t tap_stride, pixel_stride;
+  const void* const* ahead;
+  int64_t lines;
 
   DCN_HOST_DEVICE void operator()() const {
+    const int64_t each = divide_up(lines, count);
     with_channels(channels, [&](auto n) DCN_INLINE_LAMBDA {
-      for (int64_t q = 0; q < count; ++q)
+      for (int64_t q = 0, line = 0; q < count; ++q) {
+        for (const int64_t until = line + each < lines ? line + each : lines; line < until; ++line)
+          prefetch(ahead[line]);
         for (int64_t k = 0; k < kernel; ++k)
           sample_run<n.value>(run, run.at(k, q), channels, columns + k * tap_stride + q * pixel_stride);
+      }
     });
   }
 };
@@ -114,6 +120,44 @@ struct GatherRun {
       }
   }
 };
+
+// Cache lines that will be wanted next, asked for in between: many at once are dropped by some processors.
+struct Ahead {
+  static constexpr int64_t most = 1024;
+  const void** lines;
+  int64_t count = 0;
+
+  explicit Ahead(Scratch& scratch) : lines(scratch.take<const void*>(most)) {}
+};
+
+// The part of the input that a tile will read with offsets of a few pixels, from row `first_row` on: samples come in no
+// order that the processor foresees.
+template <typename S>
+void look_ahead(const ConvGeometry& g, const Tile& tile, int64_t first_row, const View<const S>& input, int64_t image,
+                int64_t channel, int64_t channels, Ahead& ahead) {
+  constexpr int64_t margin = 3, line = 64 / sizeof(S);
+  const int64_t reach_y = (g.kernel_h - 1) * g.dilation_h + 1 + margin, reach_x = (g.kernel_w - 1) * g.dilation_w + 1;
+  const int64_t top = std::max({first_row, g.start_y(tile.y) - margin, int64_t{0}});
+  const int64_t bottom = std::min(g.height, g.start_y(tile.y + tile.rows - 1) + reach_y);
+  const int64_t left = std::max<int64_t>(0, g.start_x(tile.x) - margin);
+  const int64_t right = std::min(g.width, g.start_x(tile.x + tile.columns - 1) + reach_x + margin);
+  // Along what lies together, line by line.
+  const bool channels_together = input.c == 1;
+  const int64_t count = channels_together ? right - left : channels, stride = channels_together ? input.w : input.c;
+  const int64_t length = channels_together ? channels : right - left;
+  ahead.count = 0;
+  for (int64_t n = image + tile.n; n < image + tile.n + tile.images; ++n)
+    for (int64_t y = top; y < bottom; ++y)
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t j = 0; j < length && ahead.count < Ahead::most; j += line)
+          ahead.lines[ahead.count++] = &input.at(n, channel, y, left) + i * stride + j;
+}
+
+// The first row that a tile's prefetched part does not hold, if the tile after it continues it; else 0.
+inline int64_t row_after(const ConvGeometry& g, const Tile& tile, const Tile& next) {
+  if (next.n != tile.n || next.x != tile.x) return 0;
+  return g.start_y(tile.y + tile.rows - 1) + (g.kernel_h - 1) * g.dilation_h + 4;
+}
 
 // A window of some channels as rows.
 template <typename A, typename S>

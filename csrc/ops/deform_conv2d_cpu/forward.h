@@ -20,23 +20,31 @@ struct Forward {
   std::vector<Block> blocks;
   ForwardWeights<A> weights;
   const A* zeros;
+  StoredWeights<const A> stored{};  // or none: packed
 
   // Everything that a thread needs for a tile of `pixels`.
   struct Workspace {
     TilePixels pixels;
     Taps<A> taps;
-    A *columns, *products, *window;
+    A *columns, *turned, *products, *window;
+    mutable Ahead ahead;
 
     Workspace(Scratch scratch, const Forward& job, int64_t count)
         : pixels(scratch, count),
           taps(scratch, job.most_planes(), count, false),
           columns(scratch.take<A>(job.g.taps() * job.most_channels() * count)),
+          turned(scratch.take<A>(job.stored ? job.turned_size(count) : 0)),
           products(scratch.take<A>(job.g.out_channels * count)),
           window(scratch.take<A>(job.direct ? 0 : window_bytes / static_cast<int64_t>(sizeof(A)))),
+          ahead(scratch),
           bytes(scratch.counted()) {}
     int64_t bytes;
   };
 
+  // Columns in panels of pixels.
+  int64_t turned_size(int64_t count) const {
+    return divide_up(count, weights.width) * weights.width * g.taps() * most_channels();
+  }
   int64_t most_channels() const {
     int64_t most = 0;
     for (const Block& b : blocks) most = std::max(most, b.count);
@@ -53,43 +61,83 @@ struct Forward {
     const int64_t fixed = Workspace(Scratch(), *this, 0).bytes;
     const int64_t each = (Workspace(Scratch(), *this, 16).bytes - fixed) / 16;
     const int64_t threads = torch::stable::get_num_threads();
-    const Tiling tiling(g, g.batch, most_pixels(g.batch * g.out_pixels(), each, threads));
+    const Tiling tiling(g, g.batch, most_pixels(g.batch * g.out_pixels(), each, threads),
+                        direct ? columns_in_place : columns_of_window);
     const int64_t pixels = tiling.most_pixels();
     const int64_t bytes = Workspace(Scratch(), *this, pixels).bytes;
-    // Whoever is free takes the next tile: which thread that is does not show in the result.
+    // Few tiles are shared out by outputs too: each part samples the columns again, which costs little.
+    const int64_t parts = stored ? divide_up(threads, tiling.size()) : 1, tasks = tiling.size() * parts;
+    // Whoever is free takes the next task: which thread that is does not show in the result.
     std::atomic<int64_t> next{0};
-    torch::stable::parallel_for(0, std::min(threads, tiling.size()), 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, std::min(threads, tasks), 1, [&](int64_t begin, int64_t end) {
       const Workspace work(Scratch(bytes), *this, pixels);
+      if (stored) std::fill_n(work.turned, turned_size(pixels), A(0));
       for (int64_t i = begin; i < end; ++i)
-        for (int64_t t; (t = next.fetch_add(1)) < tiling.size();) run_tile(tiling[t], work);
+        for (int64_t t = next.fetch_add(1); t < tasks;) {
+          const int64_t later = next.fetch_add(1), part = t % parts;
+          const Outputs outputs{part * g.out_channels / parts, (part + 1) * g.out_channels / parts};
+          run_tile(tiling[t / parts], tiling[std::min(later, tasks - 1) / parts], outputs, work);
+          t = later;
+        }
     });
   }
 
-  void run_tile(const Tile& tile, const Workspace& work) const {
+  struct Outputs {
+    int64_t first, last;
+    int64_t count() const { return last - first; }
+  };
+
+  // `next` will be this thread's next tile.
+  void run_tile(const Tile& tile, const Tile& next, const Outputs& outputs, const Workspace& work) const {
     const int64_t count = tile.count();
     const View<S> out = view<S>(output);
     const S* const bias = a.bias ? static_cast<const S*>(a.bias->data_ptr()) : nullptr;
-    for (int64_t q = 0; q < count; ++q)
-      for (int64_t o = 0; o < g.out_channels; ++o)
-        work.products[q * g.out_channels + o] = bias ? static_cast<A>(bias[o]) : A(0);
+    start_products(count, bias, outputs, work);
     work.pixels.find(g, tile);
     int64_t first_group = -1, groups = 0;
     Window window;
-    for (const Block& b : blocks) {
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      const Block& b = blocks[i];
       // Blocks that share their offset groups share the taps.
       if (b.first_offset_group() != first_group || b.offset_groups() != groups) {
         first_group = b.first_offset_group(), groups = b.offset_groups();
         load_displacement(tile, 0, first_group * g.taps(), groups * g.taps(), displacement<S, F>(a), work.taps);
-        run_vectorised(FindTaps<A>{g, count, groups, work.pixels, work.taps, &window});
+        window = find_taps<false>(g, count, groups, work.pixels, work.taps, !direct);
         if (direct) point(tile, groups, Addresses::of(Rows<A>{input_rows()}), 0, work);
       }
-      run_block(tile, b, window, work);
+      const bool last = i + 1 == blocks.size();
+      const Block& later = blocks[last ? 0 : i + 1];
+      look_ahead(g, last ? next : tile, last ? row_after(g, tile, next) : 0, view<const S>(a.input), 0, later.first,
+                 later.count, work.ahead);
+      fill_block(tile, b, window, work);
+      if (stored)
+        multiply_stored(count, b, outputs, work);
+      else
+        multiply_block(tile, b, work);
     }
     for_each_row(tile, [&](int64_t q, int64_t n, int64_t y) {
-      run_vectorised(TransposeRow<A, S, Turn::kFromRows>{&out.at(n, 0, y, tile.x), out.c, out.w, g.out_channels,
-                                                         tile.columns, work.products + q * g.out_channels,
-                                                         g.out_channels});
+      S* const to = &out.at(n, outputs.first, y, tile.x);
+      // With stored weights a row of products belongs to an output, which is to the pixels there what a pixel is to the
+      // outputs else.
+      if (stored)
+        run_vectorised(TransposeRow<A, S, Turn::kFromRows>{to, out.w, out.c, tile.columns, outputs.count(),
+                                                           work.products + q, work.taps.pixels});
+      else
+        run_vectorised(TransposeRow<A, S, Turn::kFromRows>{to, out.c, out.w, g.out_channels, tile.columns,
+                                                           work.products + q * g.out_channels, g.out_channels});
     });
+  }
+
+  // Products [pixel, output], or [output, pixel] with stored weights, begin with the bias.
+  void start_products(int64_t count, const S* bias, const Outputs& outputs, const Workspace& work) const {
+    const auto start = [&](int64_t o) { return bias ? static_cast<A>(bias[o]) : A(0); };
+    if (stored) {
+      for (int64_t o = outputs.first; o < outputs.last; ++o)
+        std::fill_n(work.products + (o - outputs.first) * work.taps.pixels, count, start(o));
+      return;
+    }
+    for (int64_t o = 0; o < g.out_channels; ++o) work.products[o] = start(o);
+    for (int64_t q = 1; q < count; ++q) std::copy_n(work.products, g.out_channels, work.products + q * g.out_channels);
   }
 
   Rows<A> input_rows() const {
@@ -100,7 +148,7 @@ struct Forward {
     point_taps(tile, groups * g.taps(), work.pixels, work.taps, in, first_image, zeros, 4, work.taps.value);
   }
 
-  void run_block(const Tile& tile, const Block& b, const Window& window, const Workspace& work) const {
+  void fill_block(const Tile& tile, const Block& b, const Window& window, const Workspace& work) const {
     const ColumnLayout layout(g, b, work.taps.pixels);
     const int64_t count = tile.count();
     const View<const S> input = view<const S>(a.input);
@@ -126,8 +174,15 @@ struct Forward {
                                          g.out_channels,
                                          work.columns});
         else
-          run_vectorised(FillRun<A>{
-              {work.taps, plane, from - origin}, count, to - from, g.taps(), columns, layout.tap, layout.pixel});
+          run_vectorised(FillRun<A>{{work.taps, plane, from - origin},
+                                    count,
+                                    to - from,
+                                    g.taps(),
+                                    columns,
+                                    layout.tap,
+                                    layout.pixel,
+                                    work.ahead.lines,
+                                    from == b.first ? work.ahead.count : 0});
       }
     };
     if (at_once == 0) fill(b.first, b.first + b.count, -1);
@@ -139,16 +194,40 @@ struct Forward {
       }
       fill(first, first + channels, direct ? 0 : first);
     }
-    if (b.depthwise) {
-      if (at_once == 0) add_depthwise(count, b, layout, work);
-      return;
-    }
+    if (b.depthwise && at_once == 0) add_depthwise(count, b, layout, work);
+  }
+
+  void multiply_block(const Tile& tile, const Block& b, const Workspace& work) const {
+    if (b.depthwise) return;
+    const ColumnLayout layout(g, b, work.taps.pixels);
+    const int64_t count = tile.count();
     for (int64_t i = 0; i < b.groups; ++i) {
       const int64_t channels = b.group_channels(), outputs = g.group_outputs();
       product::multiply<A>({count, outputs, channels, g.taps()},
                            {work.columns + i * channels, layout.pixel, 1, layout.tap}, weights.of(b, i),
                            {work.products + (b.group + i) * outputs, g.out_channels, weights.width}, true);
     }
+  }
+
+  // products[output, pixel] += weights as stored . columns in panels of pixels
+  void multiply_stored(int64_t count, const Block& b, const Outputs& outputs, const Workspace& work) const {
+    const ColumnLayout layout(g, b, work.taps.pixels);
+    const int64_t width = weights.width, panel = g.taps() * b.count * width;
+    const bool inside = stored.order == StoredWeights<const A>::kTapsInside;
+    const int64_t tap = (inside ? 1 : b.count) * width, channel = (inside ? g.taps() : 1) * width;
+    for (int64_t first = 0; first < count; first += width)
+      for (int64_t k = 0; k < g.taps(); ++k)
+        run_vectorised(TransposeRow<A, A, Turn::kFromRows>{
+            work.turned + first / width * panel + k * tap, channel, 1, b.count, std::min(width, count - first),
+            work.columns + k * layout.tap + first * layout.pixel, layout.pixel});
+    // Outputs of a group beside outputs of the next: a share of them may lie in several.
+    const int64_t group_outputs = g.group_outputs(), from = std::max(outputs.first, b.group * group_outputs);
+    const int64_t to = std::min(outputs.last, (b.group + 1) * group_outputs);
+    if (from >= to) return;
+    product::multiply<A>({to - from, count, stored.depth(g.taps(), b.count), stored.segments(g.taps())},
+                         {stored.at(from, b.first - b.group * g.group_channels()), stored.output, 1, stored.tap},
+                         {work.turned, panel, width, tap},
+                         {work.products + (from - outputs.first) * work.taps.pixels, work.taps.pixels, width}, true);
   }
 
   void add_depthwise(int64_t count, const Block& b, const ColumnLayout& layout, const Workspace& work) const {
@@ -163,12 +242,25 @@ struct Forward {
 template <typename S, typename F>
 void forward(const ConvArguments& a, const ConvGeometry& g, const Tensor& output) {
   using A = Accumulate<S>;
-  const int64_t size = ForwardWeights<A>{g, nullptr}.size();
-  const Tensor packed = torch::stable::new_empty(a.input, {size}, scalar_type_of<A>());
-  const ForwardWeights<A> weights{g, static_cast<A*>(packed.data_ptr())};
-  pack_forward(weights, view<const S>(a.weight));
+  const std::vector<Block> blocks = make_blocks(g, 64);
+  int64_t size = 0;
+  for (const Block& b : blocks) size += ForwardWeights<A>{g, nullptr}.size(b);
+  StoredWeights<const A> stored;
+  if constexpr (std::is_same_v<S, A>)
+    if (blocks.front().groups == 1 && !is_depthwise(g)) stored = StoredWeights<const A>(g, a.weight);
+  // Taps outside would be read in short pieces.
+  if (stored.order == StoredWeights<const A>::kTapsOutside) stored = {};
+  const ForwardWeights<A> weights{g, stored ? nullptr : thread_scratch<A, -2>(size)};
+  if (!stored) pack_forward(weights, blocks, view<const S>(a.weight));
   const Tensor zeros = torch::stable::new_zeros(a.input, {g.channels}, scalar_type_of<A>());
-  Forward<S, F>{a, g, output, is_rows<S>(a.input), make_blocks(g, 64), weights, static_cast<const A*>(zeros.data_ptr())}
+  Forward<S, F>{a,
+                g,
+                output,
+                is_rows<S>(a.input) && g.channels <= 64,
+                blocks,
+                weights,
+                static_cast<const A*>(zeros.data_ptr()),
+                stored}
       .run();
 }
 

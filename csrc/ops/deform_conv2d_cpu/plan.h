@@ -75,18 +75,22 @@ struct Tile {
   int64_t count() const { return images * rows * columns; }
 };
 
-// How output pixels are cut into tiles: several small images, or squarish pieces of one.
+// Where the input is read in place, long tiles share what they read with the next. Through windows, squarish tiles read
+// least.
+constexpr int64_t columns_in_place = 64, columns_of_window = 32;
+
+// How output pixels are cut into tiles: several small images, or pieces of one.
 struct Tiling {
   int64_t images, height, width;
   int64_t parts_n, parts_y, parts_x;
 
-  Tiling(const ConvGeometry& g, int64_t images_, int64_t most_pixels)
+  Tiling(const ConvGeometry& g, int64_t images_, int64_t most_pixels, int64_t most_columns)
       : images(images_), height(g.out_height), width(g.out_width) {
     const int64_t pixels = g.out_pixels();
     parts_n = divide_up(images, std::max<int64_t>(1, most_pixels / pixels));
     parts_x = parts_y = 1;
     if (pixels <= most_pixels) return;
-    parts_x = std::min(width, divide_up(width, std::min<int64_t>(16, most_pixels)));
+    parts_x = std::min(width, divide_up(width, std::min(most_columns, most_pixels)));
     parts_y = divide_up(height, std::max<int64_t>(1, most_pixels / divide_up(width, parts_x)));
   }
   int64_t size() const { return parts_n * parts_y * parts_x; }

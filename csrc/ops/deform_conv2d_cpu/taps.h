@@ -89,7 +89,8 @@ void load_displacement(const Tile& tile, int64_t image, int64_t first, int64_t p
     std::fill(taps.mask, taps.mask + planes * taps.pixels, A(1));
 }
 
-template <typename A>
+// `Slopes`: with what the backward needs; `Bounded`: with the window on the map that holds all corners.
+template <typename A, bool Slopes, bool Bounded>
 struct FindTaps {
   ConvGeometry g;
   int64_t count, offset_groups;
@@ -98,12 +99,19 @@ struct FindTaps {
   Window* window;
 
   DCN_HOST_DEVICE void operator()() const {
-    Index top = INT32_MAX, left = INT32_MAX, bottom = -1, right = -1;
+    Index top = INT32_MAX, left = INT32_MAX, bottom = -2, right = -2;
     int64_t plane = 0;
     for (int64_t og = 0; og < offset_groups; ++og)
       for (int64_t ky = 0; ky < g.kernel_h; ++ky)
         for (int64_t kx = 0; kx < g.kernel_w; ++kx, ++plane) find(plane, ky, kx, top, left, bottom, right);
-    *window = bottom < top || right < left ? Window{} : Window{top, left, bottom - top + 1, right - left + 1};
+    if (!Bounded || bottom < top) return;
+    // From the first to the last corner on the map.
+    const auto inside = [](int64_t first, int64_t last, int64_t size, int64_t& start, int64_t& count) {
+      start = std::max<int64_t>(first, 0);
+      count = std::min(last + 1, size - 1) - start + 1;
+    };
+    inside(top, bottom, g.height, window->y, window->height);
+    inside(left, right, g.width, window->x, window->width);
   }
 
   DCN_HOST_DEVICE void find(int64_t plane, int64_t ky, int64_t kx, Index& top, Index& left, Index& bottom,
@@ -113,8 +121,7 @@ struct FindTaps {
     const Index *start_y = pixels.y, *start_x = pixels.x;
     Index *y0 = taps.y0 + at, *x0 = taps.x0 + at, *corners = taps.corners + at;
     A *w0 = taps.weight[0] + at, *w1 = taps.weight[1] + at, *w2 = taps.weight[2] + at, *w3 = taps.weight[3] + at;
-    A *ly = taps.ly ? taps.ly + at : nullptr, *lx = taps.lx ? taps.lx + at : nullptr;
-    const Index height = static_cast<Index>(g.height), width = static_cast<Index>(g.width);
+    A *ly = Slopes ? taps.ly + at : nullptr, *lx = Slopes ? taps.lx + at : nullptr;
     Index t = top, l = left, b = bottom, r = right;
 #pragma omp simd reduction(min : t, l) reduction(max : b, r)
     for (int64_t q = 0; q < count; ++q) {
@@ -132,26 +139,33 @@ struct FindTaps {
       y0[q] = s.y0;
       x0[q] = s.x0;
       corners[q] = static_cast<Index>(s.corners) | r0 << 4 | r1 << 5 | r2 << 6 | r3 << 7;
-      const bool any = s.corners != 0;
-      const Index y_low = s.y0 < 0 ? 0 : s.y0, x_low = s.x0 < 0 ? 0 : s.x0;
-      const Index y_high = s.y0 + 1 < height ? s.y0 + 1 : height - 1, x_high = s.x0 + 1 < width ? s.x0 + 1 : width - 1;
-      const Index y_least = any ? y_low : INT32_MAX, x_least = any ? x_low : INT32_MAX;
-      const Index y_most = any ? y_high : -1, x_most = any ? x_high : -1;
-      t = y_least < t ? y_least : t;
-      l = x_least < l ? x_least : l;
-      b = y_most > b ? y_most : b;
-      r = x_most > r ? x_most : r;
+      if constexpr (Slopes) {
+        ly[q] = s.ly;
+        lx[q] = s.lx;
+      }
+      if constexpr (Bounded) {
+        const Index low_y = s.corners ? s.y0 : INT32_MAX, low_x = s.corners ? s.x0 : INT32_MAX;
+        const Index high_y = s.corners ? s.y0 : -2, high_x = s.corners ? s.x0 : -2;
+        t = low_y < t ? low_y : t;
+        l = low_x < l ? low_x : l;
+        b = high_y > b ? high_y : b;
+        r = high_x > r ? high_x : r;
+      }
     }
     top = t, left = l, bottom = b, right = r;
-    if (ly == nullptr) return;
-#pragma omp simd
-    for (int64_t q = 0; q < count; ++q) {
-      const Sample<A, Index> s = g.sample<A, Index>(start_y[q], start_x[q], ky, kx, dy[q], dx[q]);
-      ly[q] = s.ly;
-      lx[q] = s.lx;
-    }
   }
 };
+
+template <bool Slopes, typename A>
+Window find_taps(const ConvGeometry& g, int64_t count, int64_t offset_groups, const TilePixels& pixels,
+                 const Taps<A>& taps, bool bounded) {
+  Window window;
+  if (bounded)
+    run_vectorised(FindTaps<A, Slopes, true>{g, count, offset_groups, pixels, taps, &window});
+  else
+    run_vectorised(FindTaps<A, Slopes, false>{g, count, offset_groups, pixels, taps, &window});
+  return window;
+}
 
 // Where pixel (n, y, x) of the map begins in some rows of channels: start + n * image + y * row + x * pixel, in bytes.
 struct Addresses {

@@ -6,7 +6,36 @@
 
 namespace dcn::tiles {
 
-// For the forward: [group][panel of outputs][tap][channel][output of the panel]. Depthwise: [tap][channel].
+// Weights used as they are stored. With few pixels, packing them would cost more than anything that is done
+// with them.
+template <typename A>
+struct StoredWeights {
+  enum Order { kNot, kTapsInside, kTapsOutside };  // OIHW, OHWI
+  Order order = kNot;
+  A* data = nullptr;
+  int64_t output = 0, tap = 0, channel = 0;  // strides
+
+  explicit operator bool() const { return order != kNot; }
+  A* at(int64_t o, int64_t c) const { return data + o * output + c * channel; }
+  // How taps and channels of a block follow each other: `segments` of `depth`, each without a gap.
+  int64_t segments(int64_t taps) const { return order == kTapsInside ? 1 : taps; }
+  int64_t depth(int64_t taps, int64_t channels) const { return order == kTapsInside ? taps * channels : channels; }
+
+  StoredWeights() = default;
+  StoredWeights(const ConvGeometry& g, const Tensor& weight)
+      : data(static_cast<A*>(weight.data_ptr())), output(g.taps() * g.group_channels()) {
+    const int64_t channels = g.group_channels();
+    // Whole vectors of channels; what lies behind the last belongs to somebody else.
+    if (channels % 16 != 0 || 4 * g.batch * g.out_pixels() > g.group_outputs()) return;
+    if (is_stored(weight, {output, g.taps(), g.kernel_w, 1}))
+      order = kTapsInside, tap = 1, channel = g.taps();
+    else if (is_stored(weight, {output, 1, g.kernel_w * channels, channels}))
+      order = kTapsOutside, tap = channels, channel = 1;
+  }
+};
+
+// For the forward: [block][group][panel of outputs][tap][channel][output of the panel], so that what a product reads
+// lies together. Depthwise: [tap][channel].
 template <typename A>
 struct ForwardWeights {
   const ConvGeometry& g;
@@ -14,13 +43,13 @@ struct ForwardWeights {
   int64_t width = product::panel_width<A>();
 
   int64_t panels() const { return divide_up(g.group_outputs(), width); }
-  int64_t panel_size() const { return g.taps() * g.group_channels() * width; }
-  int64_t size() const { return is_depthwise(g) ? g.taps() * g.channels : g.groups * panels() * panel_size(); }
+  int64_t panel_size(const Block& b) const { return g.taps() * b.group_channels() * width; }
+  int64_t size(const Block& b) const { return b.depthwise ? g.taps() * b.count : b.groups * panels() * panel_size(b); }
+  // Where a block's weights start: all before it are as large per channel.
+  int64_t start(const Block& b) const { return b.first * (b.depthwise ? 1 : panels() * width) * g.taps(); }
   // The weights of a block's i-th group, as the right side of a product over its taps and channels.
   product::Right<A> of(const Block& b, int64_t i) const {
-    const int64_t channel = i == 0 ? b.first - b.group * g.group_channels() : 0;
-    return {data + (b.group + i) * panels() * panel_size() + channel * width, panel_size(), width,
-            g.group_channels() * width};
+    return {data + start(b) + i * panels() * panel_size(b), panel_size(b), width, b.group_channels() * width};
   }
 };
 
@@ -50,37 +79,40 @@ struct PackPanel {
   }
 
 #if defined(DCN_QUADS)
-  // Channels and taps of an output lie together, taps innermost: read in that order.
+  // Channels and taps of an output lie together, taps innermost: read in that order, in pieces of two cache lines.
   DCN_HOST_DEVICE void pack_taps_inside() const {
+    constexpr int64_t piece = 144;
     const int64_t taps = kernel_h * kernel_w, depth = channels * taps;
-    for (int64_t o = 0; o < outputs; o += 4) {
-      const int64_t rows = outputs - o < 4 ? outputs - o : 4;
-      A* to = panel + o;
-      int64_t tap = 0;
-      for (int64_t m = 0; m < depth; m += 4) {
-        const int64_t count = depth - m < 4 ? depth - m : 4;
-        Quad q[4] = {};
-        for (int64_t i = 0; i < rows; ++i) {
-          const S* const from = weight + (o + i) * output_stride + m;
-          if (count == 4)
-            q[i] = *reinterpret_cast<const StoredQuad*>(from);
-          else
-            for (int64_t j = 0; j < count; ++j) q[i][j] = from[j];
-        }
-        transpose_quads(q);
-        for (int64_t j = 0; j < count; ++j) {
-          *reinterpret_cast<StoredQuad*>(to) = q[j];
-          to += channels * width;
-          if (++tap == taps) tap = 0, to -= depth * width - width;
+    for (int64_t first = 0; first < depth; first += piece)
+      for (int64_t o = 0; o < outputs; o += 4) {
+        const int64_t rows = outputs - o < 4 ? outputs - o : 4;
+        const int64_t last = first + piece < depth ? first + piece : depth;
+        int64_t tap = first % taps;
+        A* to = panel + (tap * channels + first / taps) * width + o;
+        for (int64_t m = first; m < last; m += 4) {
+          const int64_t count = last - m < 4 ? last - m : 4;
+          Quad q[4] = {};
+          for (int64_t i = 0; i < rows; ++i) {
+            const S* const from = weight + (o + i) * output_stride + m;
+            if (count == 4)
+              q[i] = *reinterpret_cast<const StoredQuad*>(from);
+            else
+              for (int64_t j = 0; j < count; ++j) q[i][j] = from[j];
+          }
+          transpose_quads(q);
+          for (int64_t j = 0; j < count; ++j) {
+            *reinterpret_cast<StoredQuad*>(to) = q[j];
+            to += channels * width;
+            if (++tap == taps) tap = 0, to -= depth * width - width;
+          }
         }
       }
-    }
   }
 #endif
 };
 
 template <typename A, typename S>
-void pack_forward(const ForwardWeights<A>& packed, const View<const S>& weight) {
+void pack_forward(const ForwardWeights<A>& packed, const std::vector<Block>& blocks, const View<const S>& weight) {
   const ConvGeometry& g = packed.g;
   if (is_depthwise(g)) {
     for (int64_t k = 0; k < g.taps(); ++k)
@@ -88,13 +120,19 @@ void pack_forward(const ForwardWeights<A>& packed, const View<const S>& weight) 
         packed.data[k * g.channels + c] = static_cast<A>(weight.at(c, 0, k / g.kernel_w, k % g.kernel_w));
     return;
   }
-  torch::stable::parallel_for(0, g.groups * packed.panels(), 1, [&](int64_t begin, int64_t end) {
+  const int64_t panels = packed.panels();
+  // Part of a group, or as many whole groups as in the first block.
+  const int64_t most_groups = blocks.front().groups, tasks = most_groups * panels;
+  torch::stable::parallel_for(0, static_cast<int64_t>(blocks.size()) * tasks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i % packed.panels() * packed.width;
-      run_vectorised(PackPanel<A, S>{&weight.at(i / packed.panels() * g.group_outputs() + first, 0, 0, 0), weight.n,
-                                     weight.c, weight.h, weight.w, std::min(packed.width, g.group_outputs() - first),
-                                     g.group_channels(), g.kernel_h, g.kernel_w, packed.data + i * packed.panel_size(),
-                                     packed.width});
+      const Block& b = blocks[i / tasks];
+      const int64_t group = i / panels % most_groups, first = i % panels * packed.width;
+      if (group >= b.groups) continue;
+      const int64_t channel = b.groups > 1 ? 0 : b.first - b.group * g.group_channels();
+      run_vectorised(PackPanel<A, S>{
+          &weight.at((b.group + group) * g.group_outputs() + first, channel, 0, 0), weight.n, weight.c, weight.h,
+          weight.w, std::min(packed.width, g.group_outputs() - first), b.group_channels(), g.kernel_h, g.kernel_w,
+          packed.data + packed.start(b) + (group * panels + i % panels) * packed.panel_size(b), packed.width});
     }
   });
 }
@@ -144,11 +182,14 @@ struct TurnOutput {
       return;
     }
     constexpr Turn direction = Pack ? Turn::kToRows : Turn::kFromRows;
+    // Rows of taps that follow each other evenly are one row.
+    const bool even = y_stride == kernel_w * x_stride;
+    const int64_t rows = even ? 1 : kernel_h, columns = even ? taps : kernel_w;
     for (int64_t p = 0; p < panels; ++p)
-      for (int64_t y = 0; y < kernel_h; ++y) {
+      for (int64_t y = 0; y < rows; ++y) {
         const int64_t first = p * width, count = channels - first < width ? channels - first : width;
         TransposeRow<A, S, direction>{
-            weight + first * channel_stride + y * y_stride,   channel_stride,     x_stride, count, kernel_w,
+            weight + first * channel_stride + y * y_stride,   channel_stride,     x_stride, count, columns,
             panel + (y * kernel_w * panels + p) * panel_size, panels * panel_size}();
       }
   }
