@@ -40,6 +40,7 @@ template <typename A>
 struct RoiFrame {
   int64_t image;
   A start[2], size[2];
+  A bin[2], samples[2], step[2];  // size of a bin, how many samples it has, how far they lie apart
 };
 
 // The samples of one bin along one axis.
@@ -50,15 +51,13 @@ struct BinAxis {
   A low, high, last;     // within [low, high] a sample is on the map; the centre of the last pixel
   A samples;             // what the average is over
 
-  struct Place {
-    A position;  // moved onto the map
-    bool read;   // is on the map, or NaN: a diverged offset shows
-    bool moves;  // the value changes with the position: not so beyond the centres of the outer pixels
-  };
-  DCN_HOST_DEVICE Place at(int64_t i) const {
-    const A p = first + rounded_product(static_cast<A>(i) + phase, step);
-    return {p < 0 ? A(0) : (p > last ? last : p), !(p < low || p > high), !(p < 0 || p >= last)};
-  }
+  DCN_HOST_DEVICE A at(int64_t i) const { return first + distance(i); }
+  DCN_HOST_DEVICE A distance(int64_t i) const { return rounded_product(static_cast<A>(i) + phase, step); }
+  // Of a sample at p: where it is moved on the map; whether it is on it, or NaN: a diverged offset shows; whether its
+  // value changes with p: not so beyond the centres of the outer pixels.
+  DCN_HOST_DEVICE A on_map(A p) const { return p < 0 ? A(0) : (p > last ? last : p); }
+  DCN_HOST_DEVICE bool reads(A p) const { return !((p < low) | (p > high)); }
+  DCN_HOST_DEVICE bool moves(A p) const { return !((p < 0) | (p >= last)); }
 };
 
 struct RoiGeometry {
@@ -72,6 +71,7 @@ struct RoiGeometry {
   bool aligned;  // kAlign: half a pixel to the left, and no least size
 
   DCN_HOST_DEVICE int64_t bins() const { return out_height * out_width; }
+  DCN_HOST_DEVICE int64_t parts() const { return part_height * part_width; }
   DCN_HOST_DEVICE int64_t class_outputs() const { return outputs / classes; }
   DCN_HOST_DEVICE int64_t extent(int axis) const { return axis == 0 ? height : width; }
   DCN_HOST_DEVICE int64_t bins_along(int axis) const { return axis == 0 ? out_height : out_width; }
@@ -82,6 +82,9 @@ struct RoiGeometry {
   DCN_HOST_DEVICE int64_t cell_of(int64_t bin_y, int64_t bin_x) const {
     return group_of(bin_y, 0) * groups + group_of(bin_x, 1);
   }
+  DCN_HOST_DEVICE int64_t part_index(int64_t bin_y, int64_t bin_x) const {
+    return part_of(bin_y, 0) * part_width + part_of(bin_x, 1);
+  }
   DCN_HOST_DEVICE int64_t first_bin(int64_t part, int axis) const {
     return (part * bins_along(axis) + parts_along(axis) - 1) / parts_along(axis);
   }
@@ -91,7 +94,7 @@ struct RoiGeometry {
   // `roi`: batch index, x1, y1, x2, y2.
   template <typename A>
   DCN_HOST_DEVICE RoiFrame<A> frame(const A* roi) const {
-    RoiFrame<A> f{-1, {0, 0}, {0, 0}};
+    RoiFrame<A> f{-1, {0, 0}, {0, 0}, {0, 0}, {0, 0}, {0, 0}};
     const A lower[2] = {roi[2], roi[1]}, upper[2] = {roi[4], roi[3]};
     bool sound = roi[0] >= 0 && roi[0] <= static_cast<A>(batch);
     for (int axis = 0; axis < 2; ++axis)  // infinity - infinity is not 0
@@ -113,42 +116,38 @@ struct RoiGeometry {
         f.size[axis] = (rounded_product(std::round(upper[axis]) + 1, scale) - half) - f.start[axis];
         if (f.size[axis] < A(0.1)) f.size[axis] = A(0.1);
       }
+      f.bin[axis] = f.size[axis] / static_cast<A>(bins_along(axis));
+      f.samples[axis] = grid > 0 ? static_cast<A>(grid) : std::ceil(f.bin[axis]);
+      f.step[axis] = f.bin[axis] / f.samples[axis];
     }
     return f;
   }
 
-  // One axis of bin `bin` of a region that has moved by `offset` (in units of offset_scale * size).
+  // Where the samples of bin `bin` start that has moved by `offset` (in units of offset_scale * size).
+  template <typename A>
+  DCN_HOST_DEVICE A start(const RoiFrame<A>& f, int64_t bin, A offset, int which) const {
+    return f.start[which] + rounded_product(static_cast<A>(bin), f.bin[which]) +
+           rounded_product(static_cast<A>(offset_scale) * f.size[which], offset);
+  }
+
+  // What all bins of a region share along an axis, with kAlign and kPart.
+  template <typename A>
+  DCN_HOST_DEVICE BinAxis<A> shared_axis(const RoiFrame<A>& f, int which) const {
+    const A n = static_cast<A>(extent(which));
+    if (rule == RoiRule::kPart) return {0, f.step[which], 0, 0, grid, A(-0.5), n - A(0.5), n - 1, 0};
+    return {0, f.step[which], A(0.5), 0, grid, -1, n, n - 1, f.samples[which]};
+  }
+
+  // One axis of bin `bin`.
   template <typename A>
   DCN_HOST_DEVICE BinAxis<A> axis(const RoiFrame<A>& f, int64_t bin, A offset, int which) const {
-    const A size = f.size[which], start = f.start[which];
-    const A step = size / static_cast<A>(bins_along(which)), n = static_cast<A>(extent(which));
-    BinAxis<A> axis{0, 1, 0, 0, 0, 0, n - 1, n - 1, 0};
-    if (rule == RoiRule::kPixels) {
-      // Divided last, which nothing fuses with: whole edges stay whole, the end of the last bin is the region's.
-      const A bins = static_cast<A>(bins_along(which));
-      const A low = std::floor(start + rounded_product(static_cast<A>(bin), size) / bins);
-      const A high = std::ceil(start + rounded_product(static_cast<A>(bin + 1), size) / bins);
-      axis.begin = static_cast<int64_t>(low < 0 ? A(0) : (low > n ? n : low));
-      axis.end = static_cast<int64_t>(high < 0 ? A(0) : (high > n ? n : high));
-      axis.samples = axis.end > axis.begin ? static_cast<A>(axis.end - axis.begin) : A(0);
-      return axis;
-    }
-    axis.first = start + rounded_product(static_cast<A>(bin), step) +
-                 rounded_product(static_cast<A>(offset_scale) * size, offset);
+    if (rule == RoiRule::kPixels) return pixels(f, bin, which);
+    BinAxis<A> axis = shared_axis(f, which);
+    axis.first = start(f, bin, offset, which);
     if (rule == RoiRule::kPart) {
-      axis.step = step / static_cast<A>(grid);
-      axis.end = grid;
-      axis.low = A(-0.5);
-      axis.high = n - A(0.5);
-      for (int64_t i = 0; i < grid; ++i) axis.samples += axis.at(i).read ? A(1) : A(0);
+      for (int64_t i = 0; i < grid; ++i) axis.samples += axis.reads(axis.at(i)) ? A(1) : A(0);
       return axis;
     }
-    axis.samples = grid > 0 ? static_cast<A>(grid) : std::ceil(step);
-    axis.step = step / axis.samples;
-    axis.phase = A(0.5);
-    axis.low = -1;
-    axis.high = n;
-    axis.end = grid;
     if (grid > 0 || !(axis.samples > 0)) return axis;
     // A region may be far larger than the map: only some of its samples can lie on it, and no more than two a pixel.
     axis.begin = index((axis.low - axis.first) / axis.step - 2, axis.samples);
@@ -159,6 +158,18 @@ struct RoiGeometry {
   }
 
  private:
+  template <typename A>
+  DCN_HOST_DEVICE BinAxis<A> pixels(const RoiFrame<A>& f, int64_t bin, int which) const {
+    // Divided last, which nothing fuses with: whole edges stay whole, the end of the last bin is the region's.
+    const A size = f.size[which], n = static_cast<A>(extent(which)), bins = static_cast<A>(bins_along(which));
+    const A low = std::floor(f.start[which] + rounded_product(static_cast<A>(bin), size) / bins);
+    const A high = std::ceil(f.start[which] + rounded_product(static_cast<A>(bin + 1), size) / bins);
+    BinAxis<A> axis{0, 1, 0, 0, 0, 0, n - 1, n - 1, 0};
+    axis.begin = static_cast<int64_t>(low < 0 ? A(0) : (low > n ? n : low));
+    axis.end = static_cast<int64_t>(high < 0 ? A(0) : (high > n ? n : high));
+    axis.samples = axis.end > axis.begin ? static_cast<A>(axis.end - axis.begin) : A(0);
+    return axis;
+  }
   // `value` as an index from 0 to `end`. Compared before it is converted: it may be huge or NaN.
   template <typename A>
   DCN_HOST_DEVICE static int64_t index(A value, A end) {
@@ -172,19 +183,27 @@ template <typename A>
 struct RoiBin {
   int64_t image, cell;  // image < 0: not to be read
   BinAxis<A> y, x;
-  A share;           // what each sample adds: 1 / number of samples, 0 where there are none
+  A share;           // what each sample adds
   A size_y, size_x;  // derivative of a position by its offset
 };
+
+// 1 / number of a bin's samples, 0 where there are none.
+template <typename A>
+DCN_HOST_DEVICE A sample_share(A along_y, A along_x) {
+  const A count = along_y * along_x;
+  return count > 0 ? 1 / count : A(0);
+}
 
 // Calls f(sample, y moves, x moves) for each sample of a bin that is on the map.
 template <typename A, typename F>
 DCN_HOST_DEVICE void for_each_sample(const RoiGeometry& g, const RoiBin<A>& bin, const F& f) {
   for (int64_t i = bin.y.begin; i < bin.y.end; ++i) {
-    const auto y = bin.y.at(i);
-    if (!y.read) continue;
+    const A y = bin.y.at(i);
+    if (!bin.y.reads(y)) continue;
     for (int64_t j = bin.x.begin; j < bin.x.end; ++j) {
-      const auto x = bin.x.at(j);
-      if (x.read) f(make_sample<A>(y.position, x.position, g.height, g.width), y.moves, x.moves);
+      const A x = bin.x.at(j);
+      if (!bin.x.reads(x)) continue;
+      f(make_sample<A>(bin.y.on_map(y), bin.x.on_map(x), g.height, g.width), bin.y.moves(y), bin.x.moves(x));
     }
   }
 }
@@ -195,24 +214,26 @@ struct RoiPlaces {
   RoiGeometry g;
   const A *rois, *offset, *mask;  // [R, 5], [R, 2 classes, parts], [R, classes, parts]; the last two may be null
 
-  DCN_HOST_DEVICE int64_t at(int64_t r, int64_t plane, int64_t planes, int64_t bin_y, int64_t bin_x) const {
-    return ((r * planes + plane) * g.part_height + g.part_of(bin_y, 0)) * g.part_width + g.part_of(bin_x, 1);
+  // Offset (0 without) of bins of `part` along an axis, and what they are multiplied with (1 without).
+  DCN_HOST_DEVICE A displacement(int64_t r, int64_t c, int64_t part, int axis) const {
+    return offset ? offset[((r * g.classes + c) * 2 + axis) * g.parts() + part] : A(0);
   }
-  DCN_HOST_DEVICE RoiBin<A> bin(const RoiFrame<A>& f, int64_t r, int64_t c, int64_t bin_y, int64_t bin_x) const {
-    RoiBin<A> b{f.image, g.cell_of(bin_y, bin_x), {}, {}, 0, 0, 0};
-    if (f.image < 0) return b;
-    const A dy = offset ? offset[at(r, 2 * c, 2 * g.classes, bin_y, bin_x)] : A(0);
-    const A dx = offset ? offset[at(r, 2 * c + 1, 2 * g.classes, bin_y, bin_x)] : A(0);
-    b.y = g.axis(f, bin_y, dy, 0);
-    b.x = g.axis(f, bin_x, dx, 1);
-    const A count = b.y.samples * b.x.samples;
-    b.share = count > 0 ? 1 / count : A(0);
-    b.size_y = static_cast<A>(g.offset_scale) * f.size[0];
-    b.size_x = static_cast<A>(g.offset_scale) * f.size[1];
-    return b;
+  DCN_HOST_DEVICE A modulation(int64_t r, int64_t c, int64_t part) const {
+    return mask ? mask[(r * g.classes + c) * g.parts() + part] : A(1);
   }
   DCN_HOST_DEVICE A modulation(int64_t r, int64_t c, int64_t bin_y, int64_t bin_x) const {
-    return mask ? mask[at(r, c, g.classes, bin_y, bin_x)] : A(1);
+    return modulation(r, c, g.part_index(bin_y, bin_x));
+  }
+  // Derivative of a position by its offset.
+  DCN_HOST_DEVICE A size(const RoiFrame<A>& f, int axis) const { return static_cast<A>(g.offset_scale) * f.size[axis]; }
+  DCN_HOST_DEVICE RoiBin<A> bin(const RoiFrame<A>& f, int64_t r, int64_t c, int64_t bin_y, int64_t bin_x) const {
+    RoiBin<A> b{f.image, g.cell_of(bin_y, bin_x), {}, {}, 0, size(f, 0), size(f, 1)};
+    if (f.image < 0) return b;
+    const int64_t part = g.part_index(bin_y, bin_x);
+    b.y = g.axis(f, bin_y, displacement(r, c, part, 0), 0);
+    b.x = g.axis(f, bin_x, displacement(r, c, part, 1), 1);
+    b.share = sample_share(b.y.samples, b.x.samples);
+    return b;
   }
 };
 

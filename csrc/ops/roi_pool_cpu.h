@@ -2,147 +2,21 @@
 // scatter over channels, so that no thread adds to what another adds to.
 #pragma once
 
-#include <vector>
+#include "roi_rows.h"
 
-#include "image_rows.h"
-#include "roi_pool.h"
+namespace dcn::tiles::regions {
 
-namespace dcn::tiles {
-
-// Channels of a bin in the rows: [cell * D + class * D / classes, + D / classes).
-DCN_HOST_DEVICE int64_t first_channel(const RoiGeometry& g, int64_t cell, int64_t c) {
-  return cell * g.outputs + c * g.class_outputs();
-}
-
-// pooled[bin, d] = mask * mean of the bin's samples, for one region.
+// What all regions of a call share.
 template <typename A>
-struct PoolRegion {
+struct RegionsOfCall {
   RoiPlaces<A> where;
-  int64_t r;
-  RoiFrame<A> frame;
-  Rows<const A> image;  // its own
-  const A* zeros;
-  A* pooled;
-
-  DCN_HOST_DEVICE void operator()() const {
-    const RoiGeometry& g = where.g;
-    A* sums = pooled;
-    for (int64_t y = 0; y < g.out_height; ++y)
-      for (int64_t x = 0; x < g.out_width; ++x)
-        for (int64_t c = 0; c < g.classes; ++c, sums += g.class_outputs()) {
-          const RoiBin<A> bin = where.bin(frame, r, c, y, x);
-          const int64_t count = g.class_outputs(), first = first_channel(g, bin.cell, c);
-          for (int64_t d = 0; d < count; ++d) sums[d] = 0;
-          for_each_sample(g, bin,
-                          [&](const Sample<A>& s, bool, bool) DCN_INLINE_LAMBDA { add(s, first, count, sums); });
-          const A m = where.modulation(r, c, y, x);
-          for (int64_t d = 0; d < count; ++d) sums[d] = m * (sums[d] * bin.share);
-        }
-  }
-  // A corner that is not to be read points at zeros, so that 0 * inf cannot arise.
-  DCN_HOST_DEVICE void add(const Sample<A>& s, int64_t first, int64_t count, A* __restrict sums) const {
-    A w[4];
-    const A* from[4];
-    for (int corner = 0; corner < 4; ++corner) {
-      w[corner] = s.has(corner) ? s.weight(corner) : s.origin();
-      from[corner] = s.has(corner) && w[corner] != 0 ? image.at(0, s.row(corner), s.column(corner)) + first : zeros;
-    }
-    const A *p0 = from[0], *p1 = from[1], *p2 = from[2], *p3 = from[3];
-    const A w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
-#pragma omp simd
-    for (int64_t d = 0; d < count; ++d) sums[d] += w0 * p0[d] + w1 * p1[d] + w2 * p2[d] + w3 * p3[d];
-  }
-};
-
-// The adjoint of PoolRegion, for the channels [first, last) of the rows.
-template <typename A>
-struct ScatterRegion {
-  RoiPlaces<A> where;
-  int64_t r;
-  RoiFrame<A> frame;
-  Rows<A> image;
-  int64_t first, last;
-  const A* grad;  // [bins, D]
-  A* scaled;      // room for D
-
-  DCN_HOST_DEVICE void operator()() const {
-    const RoiGeometry& g = where.g;
-    for (int64_t y = 0; y < g.out_height; ++y)
-      for (int64_t x = 0; x < g.out_width; ++x)
-        for (int64_t c = 0; c < g.classes; ++c) {
-          const int64_t cell = g.cell_of(y, x), start = first_channel(g, cell, c), end = start + g.class_outputs();
-          const int64_t from = start > first ? start : first, to = end < last ? end : last;
-          if (from >= to) continue;
-          const RoiBin<A> bin = where.bin(frame, r, c, y, x);
-          const A factor = where.modulation(r, c, y, x) * bin.share;
-          const A* const of_bin = grad + (y * g.out_width + x) * g.outputs + (from - cell * g.outputs);
-          for (int64_t d = 0; d < to - from; ++d) scaled[d] = factor * of_bin[d];
-          for_each_sample(g, bin, [&](const Sample<A>& s, bool, bool) DCN_INLINE_LAMBDA {
-            for (int corner = 0; corner < 4; ++corner)
-              if (s.has(corner) && s.weight(corner) != 0)
-                add(s.weight(corner), to - from, image.at(0, s.row(corner), s.column(corner)) + from);
-          });
-        }
-  }
-  DCN_HOST_DEVICE void add(A w, int64_t count, A* __restrict to) const {
-#pragma omp simd
-    for (int64_t d = 0; d < count; ++d) to[d] += w * scaled[d];
-  }
-};
-
-// Gradients of a region's offset and mask: dot products of the output's gradient with the corners of each sample.
-template <typename A>
-struct RegionPartGradient {
-  RoiPlaces<A> where;
-  int64_t r;
-  RoiFrame<A> frame;
-  Rows<const A> image;
-  const A* grad;               // [bins, D]
-  A *grad_offset, *grad_mask;  // of this region; either may be null
-
-  DCN_HOST_DEVICE void operator()() const {
-    const RoiGeometry& g = where.g;
-    const int64_t parts = g.part_height * g.part_width;
-    for (int64_t i = 0; grad_offset && i < 2 * g.classes * parts; ++i) grad_offset[i] = 0;
-    for (int64_t i = 0; grad_mask && i < g.classes * parts; ++i) grad_mask[i] = 0;
-    for (int64_t y = 0; y < g.out_height; ++y)
-      for (int64_t x = 0; x < g.out_width; ++x)
-        for (int64_t c = 0; c < g.classes; ++c) {
-          const RoiBin<A> bin = where.bin(frame, r, c, y, x);
-          const int64_t count = g.class_outputs(), first = first_channel(g, bin.cell, c);
-          const A* const of_bin = grad + (y * g.out_width + x) * g.outputs + c * count;
-          BinGradient<A> sum;
-          for_each_sample(g, bin, [&](const Sample<A>& s, bool y_moves, bool x_moves) DCN_INLINE_LAMBDA {
-            const auto corner = [&](int64_t row, int64_t column)
-                                    DCN_INLINE_LAMBDA { return dot(of_bin, image.at(0, row, column) + first, count); };
-            sum.add(interpolate_gradient(s, corner), y_moves, x_moves);
-          });
-          const A m = where.modulation(r, c, y, x);
-          const int64_t part = g.part_of(y, 0) * g.part_width + g.part_of(x, 1);
-          if (grad_offset) {
-            grad_offset[2 * c * parts + part] += m * (sum.dy * (bin.share * bin.size_y));
-            grad_offset[(2 * c + 1) * parts + part] += m * (sum.dx * (bin.share * bin.size_x));
-          }
-          if (grad_mask) grad_mask[c * parts + part] += sum.value * bin.share;
-        }
-  }
-  DCN_HOST_DEVICE static A dot(const A* a, const A* b, int64_t count) {
-    A sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t d = 0; d < count; ++d) sum += a[d] * b[d];
-    return sum;
-  }
-};
-
-// Regions in the order of their images; those that name none come last.
-template <typename A>
-struct RegionList {
+  BinTable table;
   std::vector<RoiFrame<A>> frames;  // by region
-  std::vector<int64_t> order;
-  std::vector<int64_t> starts;  // image n has order[starts[n]] to order[starts[n + 1] - 1]
+  std::vector<int64_t> order;       // of their images; those that name none come last
+  std::vector<int64_t> starts;      // image n has order[starts[n]] to order[starts[n + 1] - 1]
 
-  explicit RegionList(const RoiPlaces<A>& where)
-      : frames(where.g.rois), order(where.g.rois), starts(where.g.batch + 2) {
+  explicit RegionsOfCall(const RoiPlaces<A>& places)
+      : where(places), table(places.g), frames(places.g.rois), order(places.g.rois), starts(places.g.batch + 2) {
     const int64_t none = where.g.batch;
     const auto image = [&](int64_t r) { return frames[r].image < 0 ? none : frames[r].image; };
     for (int64_t r = 0; r < where.g.rois; ++r) {
@@ -153,52 +27,169 @@ struct RegionList {
     std::vector<int64_t> next(starts);
     for (int64_t r = 0; r < where.g.rois; ++r) order[next[image(r)]++] = r;
   }
+
+  // Calls f(class, bin, its taps, where it lies) for the bins of a region.
+  template <typename F>
+  DCN_HOST_DEVICE void for_each_bin(const RegionTaps<A>& taps, const F& f) const {
+    for (int64_t bin = 0; bin < where.g.bins(); ++bin)
+      for (int64_t c = 0; c < where.g.classes; ++c) f(c, bin, taps.bin(c, bin, table.bins[bin]), table.bins[bin]);
+  }
 };
 
-// One region of the result between [D, P_h, P_w] of any type and layout and [P_h, P_w, D] in the type of sums.
-template <Turn Direction, typename A, typename S>
-void transpose_region(const RoiGeometry& g, const View<S>& result, int64_t r, A* rows) {
-  for (int64_t y = 0; y < g.out_height; ++y)
-    run_vectorised(TransposeRow<A, S, Direction>{&result.at(r, 0, y, 0), result.c, result.w, g.outputs, g.out_width,
-                                                 rows + y * g.out_width * g.outputs, g.outputs});
+template <typename A>
+struct FindTaps {
+  const RegionsOfCall<A>& regions;
+  int64_t r;
+  RegionTaps<A>& taps;
+  DCN_HOST_DEVICE void operator()() const { taps.find(regions.where, regions.table, regions.frames[r], r); }
+};
+
+// pooled[bin, d] = mask * mean of the bin's samples, for one region.
+template <typename A>
+struct PoolRegion {
+  const RegionsOfCall<A>& regions;
+  int64_t r;
+  CellRows<const A> rows;  // of its image
+  RegionTaps<A>& taps;
+  PooledRows<A> pooled;
+
+  DCN_HOST_DEVICE void operator()() const {
+    const RoiPlaces<A>& where = regions.where;
+    const int64_t count = where.g.class_outputs();
+    taps.find(where, regions.table, regions.frames[r], r);
+    regions.for_each_bin(
+        taps, [&](int64_t c, int64_t index, const BinTaps<A>& bin, const BinTable::Entry& entry) DCN_INLINE_LAMBDA {
+          A* const sums = pooled.at(index) + c * count;
+          sum_pixels(bin, rows.at(0, entry.cell) + c * count, rows.h, rows.w, count, sums,
+                     where.modulation(r, c, entry.part) * bin.share());
+          if (bin.value_origin() != 0)
+            for (int64_t d = 0; d < count; ++d) sums[d] = bin.value_origin();
+        });
+  }
+};
+
+// The adjoint of PoolRegion, for the channels [first, last) of the rows.
+template <typename A>
+struct ScatterRegion {
+  const RegionsOfCall<A>& regions;
+  int64_t r;
+  CellRows<A> rows;
+  const RegionTaps<A>& taps;
+  PooledRows<const A> grad;
+  int64_t first, last;
+
+  DCN_HOST_DEVICE void operator()() const {
+    const RoiPlaces<A>& where = regions.where;
+    const int64_t count = where.g.class_outputs();
+    regions.for_each_bin(
+        taps, [&](int64_t c, int64_t index, const BinTaps<A>& bin, const BinTable::Entry& entry) DCN_INLINE_LAMBDA {
+          const int64_t start = entry.cell * where.g.outputs + c * count, end = start + count;
+          const int64_t from = (start > first ? start : first) - start, to = (end < last ? end : last) - start;
+          if (from >= to) return;
+          scatter_pixels(bin, rows.at(0, entry.cell) + c * count + from, rows.h, rows.w, to - from,
+                         grad.at(index) + c * count + from, where.modulation(r, c, entry.part) * bin.share());
+        });
+  }
+};
+
+// Gradients of a region's offset and mask.
+template <typename A>
+struct RegionPartGradient {
+  const RegionsOfCall<A>& regions;
+  int64_t r;
+  CellRows<const A> rows;
+  const RegionTaps<A>& taps;
+  PooledRows<const A> grad;
+  A *grad_offset, *grad_mask;  // of all regions; either may be null
+
+  DCN_HOST_DEVICE void operator()() const {
+    const RoiPlaces<A>& where = regions.where;
+    const RoiGeometry& g = where.g;
+    const int64_t count = g.class_outputs(), parts = g.parts();
+    A* const offsets = grad_offset ? grad_offset + 2 * r * g.classes * parts : nullptr;
+    A* const masks = grad_mask ? grad_mask + r * g.classes * parts : nullptr;
+    for (int64_t i = 0; offsets && i < 2 * g.classes * parts; ++i) offsets[i] = 0;
+    for (int64_t i = 0; masks && i < g.classes * parts; ++i) masks[i] = 0;
+    const A size_y = where.size(regions.frames[r], 0), size_x = where.size(regions.frames[r], 1);
+    regions.for_each_bin(
+        taps, [&](int64_t c, int64_t index, const BinTaps<A>& bin, const BinTable::Entry& entry) DCN_INLINE_LAMBDA {
+          const Gradient<A> sum =
+              bin_gradient(bin, rows.at(0, entry.cell) + c * count, rows.h, rows.w, count, grad.at(index) + c * count);
+          const A share = bin.share(), m = where.modulation(r, c, entry.part);
+          if (offsets) {
+            offsets[2 * c * parts + entry.part] += m * (sum.dy * (share * size_y));
+            offsets[(2 * c + 1) * parts + entry.part] += m * (sum.dx * (share * size_x));
+          }
+          if (masks) masks[c * parts + entry.part] += sum.value * share;
+        });
+  }
+};
+
+// Maps as rows of channels: where they lie, if they lie so, else in a buffer that holds `held` of them.
+template <typename S>
+bool is_cells(const RoiGeometry& g, const Tensor& t) {
+  return g.groups == 1 && is_rows<S>(t);
+}
+
+template <typename S, typename A>
+CellRows<A> rows_in_place(const View<S>& images, int64_t image) {
+  return {reinterpret_cast<A*>(images.data) + image * images.n, images.n, 0, images.h, images.w};
+}
+
+template <typename S>
+CellRows<const Accumulate<S>> input_cells(const RoiGeometry& g, bool direct, const View<const S>& input, int64_t image,
+                                          int64_t images, const Tensor& buffer) {
+  using A = Accumulate<S>;
+  if (direct) return rows_in_place<const S, const A>(input, image);
+  const CellRows<A> rows = dense_cells(g, static_cast<A*>(buffer.data_ptr()));
+  transpose_cells<Turn::kToRows>(g, input, image, images, rows);
+  return {rows.data, rows.n, rows.cell, rows.h, rows.w};
 }
 
 template <typename S>
 void roi_forward(const RoiArguments& a, const RoiPlaces<Accumulate<S>>& where, const Tensor& output) {
   using A = Accumulate<S>;
   const RoiGeometry& g = where.g;
-  const RegionList<A> regions(where);
+  const RegionsOfCall<A> regions(where);
   const View<const S> input = view<const S>(a.input);
   const View<S> out = view<S>(output);
   const ImageSize size{g.channels, g.height, g.width};
-  const int64_t cells = g.groups * g.groups, pooled_size = g.bins() * g.outputs;
-  const bool direct = cells == 1 && is_rows<S>(a.input);
+  const bool direct = is_cells<S>(g, a.input), direct_output = is_pooled_rows<S>(g, output);
+  const int64_t stride = direct_output ? g.outputs : pooled_stride(g);
   const int64_t held = direct ? g.batch : images_at_a_time<A>(size, g.batch);
   const Tensor buffer = torch::stable::new_empty(a.input, {direct ? 0 : held * size.elements()}, scalar_type_of<A>());
-  const Tensor zero_row = torch::stable::new_zeros(a.input, {g.outputs}, scalar_type_of<A>());
   for (int64_t image = 0; image < g.batch; image += held) {
     const int64_t images = std::min(held, g.batch - image);
     const int64_t begin = regions.starts[image], end = regions.starts[image + images];
     if (begin == end) continue;
-    const Rows<const A> rows = input_rows(direct, input, size, image, images, buffer, cells);
+    const CellRows<const A> rows = input_cells(g, direct, input, image, images, buffer);
     torch::stable::parallel_for(begin, end, 1, [&](int64_t first, int64_t last) {
-      A* const pooled = thread_scratch<A, 0>(pooled_size);
+      RegionTaps<A> taps;
+      A* const scratch = thread_scratch<A, 0>(direct_output ? 0 : g.bins() * stride);
       for (int64_t i = first; i < last; ++i) {
         const int64_t r = regions.order[i];
-        const RoiFrame<A>& frame = regions.frames[r];
-        run_vectorised(PoolRegion<A>{where,
-                                     r,
-                                     frame,
-                                     {rows.at(frame.image - image, 0, 0), rows.n, rows.h, rows.w},
-                                     static_cast<const A*>(zero_row.data_ptr()),
-                                     pooled});
-        transpose_region<Turn::kFromRows>(g, out, r, pooled);
+        const PooledRows<A> pooled{direct_output ? reinterpret_cast<A*>(&out.at(r, 0, 0, 0)) : scratch, stride};
+        CellRows<const A> own = rows;
+        own.data = rows.at(regions.frames[r].image - image, 0);
+        run_vectorised(PoolRegion<A>{regions, r, own, taps, pooled});
+        if (!direct_output) transpose_region<Turn::kFromRows>(g, out, r, pooled);
       }
     });
   }
-  const std::vector<A> refused(pooled_size, static_cast<A>(NAN));
+  std::vector<A> refused(g.outputs * g.bins(), static_cast<A>(NAN));
   for (int64_t i = regions.starts[g.batch]; i < g.rois; ++i)
-    transpose_region<Turn::kFromRows>(g, out, regions.order[i], const_cast<A*>(refused.data()));
+    transpose_region<Turn::kFromRows>(g, out, regions.order[i], PooledRows<A>{refused.data(), g.outputs});
+}
+
+// Regions whose gradients and taps are held at a time between finding them, shared out by region, and scattering,
+// shared out by channel: as many as fit into the caches.
+template <typename A>
+int64_t regions_at_a_time(const RoiGeometry& g, bool displaced, int64_t threads) {
+  constexpr int64_t budget = 512 << 10;
+  const int64_t ranges = displaced ? 2 * g.classes * g.bins() : g.out_height + g.out_width;
+  const int64_t bytes = g.bins() * pooled_stride(g) * static_cast<int64_t>(sizeof(A)) +
+                        ranges * 4 * static_cast<int64_t>(2 * sizeof(Index) + 2 * sizeof(A));
+  return threads * std::max<int64_t>(1, budget / bytes);
 }
 
 template <typename S>
@@ -206,15 +197,13 @@ Tensor roi_backward(const Tensor& grad_output, const RoiArguments& a, const RoiP
                     int64_t needs, const PartGradients<Accumulate<S>>& parts) {
   using A = Accumulate<S>;
   const RoiGeometry& g = where.g;
-  const RegionList<A> regions(where);
+  const RegionsOfCall<A> regions(where);
   const bool scatter = needs & kRoiInput, displaced = needs & (kRoiOffset | kRoiMask);
   const View<const S> input = view<const S>(a.input), grad_out = view<const S>(grad_output);
   const ImageSize size{g.channels, g.height, g.width};
-  const int64_t cells = g.groups * g.groups, pooled_size = g.bins() * g.outputs;
-  const int64_t part_count = g.classes * g.part_height * g.part_width;
 
   Tensor grad_input = new_roi_gradient(a.input, scatter, scalar_type_of<S>());
-  const bool direct = cells == 1 && is_rows<S>(a.input), direct_grad = scatter && cells == 1 && is_rows<S>(grad_input);
+  const bool direct = is_cells<S>(g, a.input), direct_grad = scatter && is_cells<S>(g, grad_input);
   const bool staged = (displaced && !direct) || (scatter && !direct_grad);
   const int64_t held = staged ? images_at_a_time<A>(size, g.batch) : g.batch;
   const auto buffer = [&](bool wanted) {
@@ -222,61 +211,76 @@ Tensor roi_backward(const Tensor& grad_output, const RoiArguments& a, const RoiP
   };
   const Tensor input_buffer = buffer(displaced && !direct);
   Tensor grad_buffer = buffer(scatter && !direct_grad);
-  if (scatter) torch::stable::zero_(grad_input);
+  if (direct_grad) torch::stable::zero_(grad_input);
+
+  // A lane owns channels, of whole cells where there are enough of them: regions overlap, and nobody else may add to
+  // the same numbers.
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t unit = g.groups * g.groups >= threads && g.groups > 1 ? g.outputs : 16;
+  const int64_t lanes = std::min<int64_t>(threads, divide_up(g.channels, unit));
+  const int64_t lane_channels = divide_up(divide_up(g.channels, lanes), unit) * unit;
+
+  const bool direct_rows = is_pooled_rows<S>(g, grad_output);
+  const int64_t stride = direct_rows ? g.outputs : pooled_stride(g), pooled_size = g.bins() * stride;
+  const int64_t at_once = std::min(g.rois, regions_at_a_time<A>(g, where.offset, threads));
+  std::vector<RegionTaps<A>> taps(at_once);
+  const Tensor grad_rows =
+      torch::stable::new_empty(a.input, {direct_rows ? 0 : at_once * pooled_size}, scalar_type_of<A>());
 
   for (int64_t image = 0; image < g.batch; image += held) {
     const int64_t images = std::min(held, g.batch - image);
     const int64_t begin = regions.starts[image], end = regions.starts[image + images];
-    if (begin == end) continue;
-    if (displaced) {
-      const Rows<const A> rows = input_rows(direct, input, size, image, images, input_buffer, cells);
-      torch::stable::parallel_for(begin, end, 1, [&](int64_t first, int64_t last) {
-        A* const grad = thread_scratch<A, 0>(pooled_size);
+    CellRows<const A> values{};
+    CellRows<A> rows{};
+    if (displaced && begin < end) values = input_cells(g, direct, input, image, images, input_buffer);
+    if (direct_grad) {
+      rows = rows_in_place<S, A>(view<S>(grad_input), image);
+    } else if (scatter) {
+      torch::stable::zero_(grad_buffer);
+      rows = dense_cells(g, static_cast<A*>(grad_buffer.data_ptr()));
+    }
+    for (int64_t start = begin; start < end; start += at_once) {
+      const int64_t stop = std::min(end, start + at_once);
+      const auto grad_of = [&](int64_t i) -> PooledRows<A> {
+        if (direct_rows)
+          return {const_cast<A*>(reinterpret_cast<const A*>(&grad_out.at(regions.order[i], 0, 0, 0))), stride};
+        return {static_cast<A*>(grad_rows.data_ptr()) + (i - start) * pooled_size, stride};
+      };
+      torch::stable::parallel_for(start, stop, 1, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) {
           const int64_t r = regions.order[i];
-          const RoiFrame<A>& frame = regions.frames[r];
-          transpose_region<Turn::kToRows>(g, grad_out, r, grad);
-          run_vectorised(RegionPartGradient<A>{where,
-                                               r,
-                                               frame,
-                                               {rows.at(frame.image - image, 0, 0), rows.n, rows.h, rows.w},
-                                               grad,
-                                               parts.offset_data ? parts.offset_data + r * 2 * part_count : nullptr,
-                                               parts.mask_data ? parts.mask_data + r * part_count : nullptr});
+          const PooledRows<A> grad = grad_of(i);
+          if (!direct_rows) transpose_region<Turn::kToRows>(g, grad_out, r, grad);
+          run_vectorised(FindTaps<A>{regions, r, taps[i - start]});
+          if (!displaced) continue;
+          CellRows<const A> own = values;
+          own.data = values.at(regions.frames[r].image - image, 0);
+          run_vectorised(RegionPartGradient<A>{
+              regions, r, own, taps[i - start], {grad.data, stride}, parts.offset_data, parts.mask_data});
+        }
+      });
+      if (!scatter) continue;
+      const int64_t first_image = regions.frames[regions.order[start]].image;
+      const int64_t last_image = regions.frames[regions.order[stop - 1]].image;
+      torch::stable::parallel_for(0, (last_image - first_image + 1) * lanes, 1, [&](int64_t first, int64_t last) {
+        for (int64_t task = first; task < last; ++task) {
+          const int64_t n = first_image + task / lanes, channel = task % lanes * lane_channels;
+          CellRows<A> own = rows;
+          own.data = rows.at(n - image, 0);
+          for (int64_t i = std::max(start, regions.starts[n]); i < std::min(stop, regions.starts[n + 1]); ++i)
+            run_vectorised(ScatterRegion<A>{regions,
+                                            regions.order[i],
+                                            own,
+                                            taps[i - start],
+                                            {grad_of(i).data, stride},
+                                            channel,
+                                            std::min(g.channels, channel + lane_channels)});
         }
       });
     }
-    if (!scatter) continue;
-    const View<S> grad_view = view<S>(grad_input);
-    Rows<A> rows{reinterpret_cast<A*>(grad_view.data) + image * grad_view.n, grad_view.n, grad_view.h, grad_view.w};
-    if (!direct_grad) {
-      torch::stable::zero_(grad_buffer);
-      rows = dense_rows(size, static_cast<A*>(grad_buffer.data_ptr()));
-    }
-    // A lane owns channels of an image: regions overlap, and nobody else may add to the same numbers.
-    const int64_t lanes = std::min<int64_t>(torch::stable::get_num_threads(), divide_up(g.channels, 16));
-    const int64_t lane_channels = divide_up(divide_up(g.channels, lanes), 16) * 16;
-    torch::stable::parallel_for(0, images * lanes, 1, [&](int64_t first, int64_t last) {
-      A* const grad = thread_scratch<A, 0>(pooled_size);
-      A* const scaled = thread_scratch<A, 1>(g.outputs);
-      for (int64_t task = first; task < last; ++task) {
-        const int64_t n = image + task / lanes, channel = task % lanes * lane_channels;
-        for (int64_t i = regions.starts[n]; i < regions.starts[n + 1]; ++i) {
-          const int64_t r = regions.order[i];
-          transpose_region<Turn::kToRows>(g, grad_out, r, grad);
-          run_vectorised(ScatterRegion<A>{where,
-                                          r,
-                                          regions.frames[r],
-                                          {rows.at(n - image, 0, 0), rows.n, rows.h, rows.w},
-                                          channel,
-                                          std::min(g.channels, channel + lane_channels),
-                                          grad,
-                                          scaled});
-        }
-      }
-    });
-    if (!direct_grad) transpose_images<Turn::kFromRows>(size, grad_view, image, images, rows, cells);
+    if (scatter && !direct_grad) transpose_cells<Turn::kFromRows>(g, view<S>(grad_input), image, images, rows);
   }
+  const int64_t part_count = g.classes * g.parts();
   for (int64_t i = regions.starts[g.batch]; i < g.rois; ++i) {
     const int64_t r = regions.order[i];
     if (parts.offset_data) std::fill_n(parts.offset_data + r * 2 * part_count, 2 * part_count, static_cast<A>(NAN));
@@ -285,4 +289,4 @@ Tensor roi_backward(const Tensor& grad_output, const RoiArguments& a, const RoiP
   return grad_input;
 }
 
-}  // namespace dcn::tiles
+}  // namespace dcn::tiles::regions

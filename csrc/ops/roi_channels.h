@@ -1,0 +1,157 @@
+// Channels of RoI pooling in vectors: blocks of channels, sums over the pixels of a bin and their adjoint, and images
+// and results between planes and rows.
+#pragma once
+
+#include <utility>
+
+#include "image_rows.h"
+#include "roi_taps.h"
+
+namespace dcn::tiles::regions {
+
+template <int N>
+using Width = std::integral_constant<int, N>;
+
+// Vectors run over the inner of two loops: without this GCC may merge iterations of the outer one, which undoes them.
+DCN_HOST_DEVICE void keep_iterations_apart() {
+#if defined(__GNUC__)
+  __asm__("");
+#endif
+}
+
+// Calls f(width, first, done) for blocks of `N` channels that cover [begin, end). The last one begins early where it
+// would reach beyond: its first `done` channels have been covered before.
+template <int N, typename F>
+DCN_HOST_DEVICE void for_each_block_of(int64_t begin, int64_t end, const F& f) {
+  for (; begin + N <= end; begin += N) f(Width<N>{}, begin, 0);
+  if (begin < end) f(Width<N>{}, end - N, N - static_cast<int>(end - begin));
+}
+
+// The same for [0, count) with the widest blocks that fit, up to 16.
+template <typename F>
+DCN_HOST_DEVICE void for_each_block(int64_t count, const F& f) {
+  if (count >= 16) return for_each_block_of<16>(0, count, f);
+  if (count >= 8) return for_each_block_of<8>(0, count, f);
+  if (count >= 4) return for_each_block_of<4>(0, count, f);
+  for_each_block_of<1>(0, count, f);
+}
+
+// And with blocks of 64 first: sums of so many stay in registers.
+template <typename F>
+DCN_HOST_DEVICE void for_each_wide_block(int64_t count, const F& f) {
+  const int64_t wide = count / 64 * 64;
+  for_each_block_of<64>(0, wide, f);
+  if (wide == 0) return for_each_block(count, f);
+  for_each_block_of<16>(wide, count, f);
+}
+
+// Calls f(where it lies, weight) for the pixels of a bin that have weight: what has none is not read, so 0 * inf cannot
+// arise.
+template <typename A, typename F>
+DCN_HOST_DEVICE void for_each_pixel(const BinTaps<A>& bin, int64_t row_stride, int64_t column_stride, const F& f) {
+  for (int64_t i = 0; i < bin.y.count; ++i) {
+    const int64_t row = bin.y.at[i * bin.y.stride] * row_stride;
+    const A wy = bin.y.weight[i * bin.y.stride];
+    for (int64_t j = 0; j < bin.x.count; ++j) {
+      keep_iterations_apart();
+      const A w = wy * bin.x.weight[j * bin.x.stride];
+      if (w != 0) f(row + bin.x.at[j * bin.x.stride] * column_stride, w);
+    }
+  }
+}
+
+// sums = factor * sum of weight * pixel
+template <typename A>
+DCN_HOST_DEVICE void sum_pixels(const BinTaps<A>& bin, const A* image, int64_t row_stride, int64_t column_stride,
+                                int64_t count, A* sums, A factor) {
+  for_each_wide_block(count, [&](auto width, int64_t d, int) DCN_INLINE_LAMBDA {
+    constexpr int n = decltype(width)::value;
+    A block[n];
+#pragma omp simd
+    for (int l = 0; l < n; ++l) block[l] = A(0);
+    for_each_pixel(bin, row_stride, column_stride, [&](int64_t at, A w) DCN_INLINE_LAMBDA {
+      const A* const pixel = image + at + d;
+#pragma omp simd
+      for (int l = 0; l < n; ++l) block[l] += w * pixel[l];
+    });
+#pragma omp simd
+    for (int l = 0; l < n; ++l) sums[d + l] = block[l] * factor;
+  });
+}
+
+// pixel += weight * factor * grad, the adjoint of sum_pixels.
+template <typename A>
+DCN_HOST_DEVICE void scatter_pixels(const BinTaps<A>& bin, A* image, int64_t row_stride, int64_t column_stride,
+                                    int64_t count, const A* grad, A factor) {
+  for_each_wide_block(count, [&](auto width, int64_t d, int done) DCN_INLINE_LAMBDA {
+    constexpr int n = decltype(width)::value;
+    A block[n];
+#pragma omp simd
+    for (int l = 0; l < n; ++l) block[l] = l < done ? A(0) : factor * grad[d + l];
+    for_each_pixel(bin, row_stride, column_stride, [&](int64_t at, A w) DCN_INLINE_LAMBDA {
+      A* const pixel = image + at + d;
+#pragma omp simd
+      for (int l = 0; l < n; ++l) pixel[l] += w * block[l];
+    });
+  });
+}
+
+// The value of a bin and its derivatives by the position of its samples, each summed over channels with `grad`. N
+// channels at a time, and across them at the end.
+template <int N, typename A>
+DCN_HOST_DEVICE Gradient<A> bin_gradient(const BinTaps<A>& bin, const A* image, int64_t row_stride,
+                                         int64_t column_stride, int64_t count, const A* grad) {
+  const int64_t whole = count / N * N, rest = count - N;
+  A tail[N], value[N], dy[N], dx[N];
+#pragma omp simd
+  for (int l = 0; l < N; ++l) {
+    tail[l] = rest + l < whole ? A(0) : grad[rest + l];
+    value[l] = dy[l] = dx[l] = 0;
+  }
+  for (int64_t i = 0; i < bin.y.count; ++i)
+    for (int64_t j = 0; j < bin.x.count; ++j) {
+      const int64_t row = i * bin.y.stride, column = j * bin.x.stride;
+      const A* const pixel = image + bin.y.at[row] * row_stride + bin.x.at[column] * column_stride;
+      A dots[N];
+#pragma omp simd
+      for (int l = 0; l < N; ++l) dots[l] = 0;
+      for (int64_t d = 0; d < whole; d += N) {
+        keep_iterations_apart();
+#pragma omp simd
+        for (int l = 0; l < N; ++l) dots[l] += grad[d + l] * pixel[d + l];
+      }
+      if (whole < count)
+#pragma omp simd
+        for (int l = 0; l < N; ++l) dots[l] += tail[l] * pixel[rest + l];
+      const A w = bin.y.weight[row] * bin.x.weight[column];
+      const A wy = bin.y.slope[row] * bin.x.weight[column], wx = bin.y.weight[row] * bin.x.slope[column];
+      // What no sample reads must not be multiplied with 0: it may be infinite.
+      if (w != 0)
+#pragma omp simd
+        for (int l = 0; l < N; ++l) value[l] += w * dots[l];
+      if (bin.y.moves[row])
+#pragma omp simd
+        for (int l = 0; l < N; ++l) dy[l] += wy * dots[l];
+      if (bin.x.moves[column])
+#pragma omp simd
+        for (int l = 0; l < N; ++l) dx[l] += wx * dots[l];
+    }
+  Gradient<A> sum{bin.value_origin(), bin.dy_origin(), bin.dx_origin()};
+  for (int l = 0; l < N; ++l) {
+    sum.value += value[l];
+    sum.dy += dy[l];
+    sum.dx += dx[l];
+  }
+  return sum;
+}
+
+template <typename A>
+DCN_HOST_DEVICE Gradient<A> bin_gradient(const BinTaps<A>& bin, const A* image, int64_t row_stride,
+                                         int64_t column_stride, int64_t count, const A* grad) {
+  if (count >= 16) return bin_gradient<16>(bin, image, row_stride, column_stride, count, grad);
+  if (count >= 8) return bin_gradient<8>(bin, image, row_stride, column_stride, count, grad);
+  if (count >= 4) return bin_gradient<4>(bin, image, row_stride, column_stride, count, grad);
+  return bin_gradient<1>(bin, image, row_stride, column_stride, count, grad);
+}
+
+}  // namespace dcn::tiles::regions

@@ -1,0 +1,128 @@
+// Images and results of RoI pooling on the CPU as rows of channels: what a bin reads lies together.
+#pragma once
+
+#include "roi_channels.h"
+#include "roi_pool.h"
+
+namespace dcn::tiles::regions {
+
+// Pixels between planes (any type, channel c at c * plane_stride) and rows of channels, 16 by 16: whole cache lines on
+// both sides. TransposeRow is for every other layout.
+template <Turn Direction, typename A, typename S>
+struct TransposePlanes {
+  S* planes;
+  int64_t plane_stride, pixel_stride, channels, pixels;
+  A* rows;
+  int64_t row_stride;
+
+  DCN_HOST_DEVICE void operator()() const {
+    if (pixel_stride != 1)
+      return TransposeRow<A, S, Direction>{planes, plane_stride, pixel_stride, channels, pixels, rows, row_stride}();
+    for_each_block(channels, [&](auto width, int64_t first, int) DCN_INLINE_LAMBDA {
+      transpose(first, std::make_index_sequence<decltype(width)::value>{});
+    });
+  }
+
+ private:
+  static constexpr bool to_rows = Direction == Turn::kToRows;
+
+  DCN_HOST_DEVICE static void move(S& pixel, A& value) {
+    if constexpr (to_rows)
+      value = static_cast<A>(pixel);
+    else
+      pixel = static_cast<S>(value);
+  }
+  // The channels are written out (`C...`): the compiler makes shuffles of that.
+  template <size_t... C>
+  DCN_HOST_DEVICE void transpose(int64_t first, std::index_sequence<C...>) const {
+    constexpr int n = sizeof...(C);
+    S* const from = planes + first * plane_stride;
+    A* const to = rows + first;
+    int64_t done = 0;
+    for (; done + 16 <= pixels; done += 16) {
+      A tile[16 * n];
+      if constexpr (!to_rows) copy_tile<n>(to + done * row_stride, tile);
+#pragma omp simd
+      for (int i = 0; i < 16; ++i) (move(from[C * plane_stride + done + i], tile[i * n + C]), ...);
+      if constexpr (to_rows) copy_tile<n>(to + done * row_stride, tile);
+    }
+    for (; done < pixels; ++done) (move(from[C * plane_stride + done], to[done * row_stride + C]), ...);
+  }
+  template <int N>
+  DCN_HOST_DEVICE void copy_tile(A* to, A* tile) const {
+    for (int i = 0; i < 16; ++i)
+#pragma omp simd
+      for (int c = 0; c < N; ++c)
+        if constexpr (to_rows)
+          to[i * row_stride + c] = tile[i * N + c];
+        else
+          tile[i * N + c] = to[i * row_stride + c];
+  }
+};
+
+// Images by group of channels: channel d * cells + cell of pixel (y, x) lies at data + cell * this->cell + y * h + x *
+// w
+// + d. One group, where pooling is not position-sensitive.
+template <typename A>
+struct CellRows {
+  A* data;
+  int64_t n, cell, h, w;
+  DCN_HOST_DEVICE A* at(int64_t in, int64_t ic) const { return data + in * n + ic * cell; }
+};
+
+template <typename A>
+CellRows<A> dense_cells(const RoiGeometry& g, A* data) {
+  const int64_t plane = g.height * g.width;
+  return {data, g.channels * plane, g.outputs * plane, g.width * g.outputs, g.outputs};
+}
+
+// Between images of any type and layout and dense_cells.
+template <Turn Direction, typename A, typename S>
+void transpose_cells(const RoiGeometry& g, const View<S>& images, int64_t first_image, int64_t count,
+                     const CellRows<A>& rows) {
+  const int64_t cells = g.groups * g.groups;
+  // Planes without gaps are cut as is convenient, others at the end of each line.
+  const bool whole = images.w == 1 && images.h == g.width;
+  const int64_t pixels = whole ? g.height * g.width : g.width,
+                length = whole ? std::min(pixels, std::max<int64_t>(16, 8192 / g.outputs)) : pixels;
+  const int64_t pieces = whole ? divide_up(pixels, length) : g.height;
+  torch::stable::parallel_for(0, count * cells * pieces, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i / pieces / cells, cell = i / pieces % cells, start = i % pieces * length;
+      const int64_t y = start / g.width, x = start % g.width;
+      run_vectorised(TransposePlanes<Direction, A, S>{&images.at(first_image + n, cell, y, x), images.c * cells,
+                                                      images.w, g.outputs, std::min(length, g.height * g.width - start),
+                                                      rows.at(n, cell) + y * rows.h + x * rows.w, rows.w});
+    }
+  });
+}
+
+// One region of a result (or of its gradient) between [D, P_h, P_w] of any type and layout and [P_h P_w, D] in the type
+// of sums.
+template <typename A>
+struct PooledRows {
+  A* data;
+  int64_t stride;  // from bin to bin
+  DCN_HOST_DEVICE A* at(int64_t bin) const { return data + bin * stride; }
+};
+
+// Whether a region's rows can be read and written where they lie.
+template <typename S>
+bool is_pooled_rows(const RoiGeometry& g, const Tensor& result) {
+  return std::is_same_v<S, Accumulate<S>> &&
+         is_stored(result, {result.stride(0), 1, g.out_width * g.outputs, g.outputs});
+}
+
+// An odd number of cache lines: the rows of a block of channels do not all fall into the same few sets.
+inline int64_t pooled_stride(const RoiGeometry& g) { return (divide_up(g.outputs, 16) | 1) * 16; }
+
+template <Turn Direction, typename A, typename S>
+void transpose_region(const RoiGeometry& g, const View<S>& result, int64_t r, const PooledRows<A>& rows) {
+  const bool whole = result.w == 1 && result.h == g.out_width;
+  const int64_t lines = whole ? 1 : g.out_height, length = g.bins() / lines;
+  for (int64_t y = 0; y < lines; ++y)
+    run_vectorised(TransposePlanes<Direction, A, S>{&result.at(r, 0, y, 0), result.c, result.w, g.outputs, length,
+                                                    rows.at(y * length), rows.stride});
+}
+
+}  // namespace dcn::tiles::regions
