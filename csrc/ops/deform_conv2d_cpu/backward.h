@@ -42,7 +42,7 @@ struct Backward {
   bool dots() const { return needs & (kOffset | kMask); }
   bool scatter() const { return needs & kInput; }
   bool uses_windows() const { return !direct() || (scatter() && !grad_is_rows); }
-  bool direct() const { return is_rows<S>(a.input); }
+  bool direct() const { return reads_in_place<S>(g, a.input); }
 
   // Everything that a thread needs for a tile of `pixels`.
   struct Workspace {
@@ -139,7 +139,7 @@ struct Backward {
         first_group = b.first_offset_group(), groups = b.offset_groups();
         load_displacement(tile, image, first_group * g.taps(), groups * g.taps(), displacement<S, F>(a), work.taps);
         window = find_taps<true>(g, count, groups, work.pixels, work.taps, uses_windows());
-        for (A* dot : work.taps.dot) std::fill_n(dot, groups * g.taps() * capacity, A(0));
+        std::fill_n(work.taps.dot, 4 * groups * g.taps() * capacity, A(0));
       }
       if (stored)
         run_stored(lane, tile, b, image, window, work, accumulate);
@@ -349,9 +349,9 @@ void backward(const Tensor& grad_output, const ConvArguments& a, const ConvGeome
   const auto data = [](const Tensor& t) { return static_cast<A*>(t.data_ptr()); };
 
   // Enough blocks for the threads as long as each keeps two vectors' worth of channels.
-  std::vector<Block> blocks = make_blocks(g, 64);
+  std::vector<Block> blocks = make_blocks(g, block_channels);
   if (static_cast<int64_t>(blocks.size()) < threads)
-    blocks = make_blocks(g, std::clamp<int64_t>(divide_up(g.channels, threads), 32, 64));
+    blocks = make_blocks(g, std::clamp<int64_t>(divide_up(g.channels, threads), 32, block_channels));
   BackwardWeights<A> weights{g, nullptr};
   const int64_t weight_size = weights.size(blocks);
   StoredWeights<const A> stored;
@@ -378,7 +378,7 @@ void backward(const Tensor& grad_output, const ConvArguments& a, const ConvGeome
   const int64_t held = staged ? images_at_a_time<A>(size, g.batch) : g.batch;
   const Tensor staging = zeroed({staged ? held * size.elements() : 0});
   const Rows<A> staging_rows = dense_rows(size, data(staging));
-  job.grad_is_rows = staged || (job.scatter() && is_rows<S>(grad_input));
+  job.grad_is_rows = staged || (job.scatter() && reads_in_place<S>(g, grad_input));
   if (staged)
     job.grad_input = {staging_rows.data, staging_rows.n, 1, staging_rows.h, staging_rows.w};
   else if (job.scatter()) {

@@ -242,7 +242,7 @@ struct Forward {
 template <typename S, typename F>
 void forward(const ConvArguments& a, const ConvGeometry& g, const Tensor& output) {
   using A = Accumulate<S>;
-  const std::vector<Block> blocks = make_blocks(g, 64);
+  const std::vector<Block> blocks = make_blocks(g, block_channels);
   int64_t size = 0;
   for (const Block& b : blocks) size += ForwardWeights<A>{g, nullptr}.size(b);
   StoredWeights<const A> stored;
@@ -253,14 +253,8 @@ void forward(const ConvArguments& a, const ConvGeometry& g, const Tensor& output
   const ForwardWeights<A> weights{g, stored ? nullptr : thread_scratch<A, -2>(size)};
   if (!stored) pack_forward(weights, blocks, view<const S>(a.weight));
   const Tensor zeros = torch::stable::new_zeros(a.input, {g.channels}, scalar_type_of<A>());
-  Forward<S, F>{a,
-                g,
-                output,
-                is_rows<S>(a.input) && g.channels <= 64,
-                blocks,
-                weights,
-                static_cast<const A*>(zeros.data_ptr()),
-                stored}
+  Forward<S, F>{
+      a, g, output, reads_in_place<S>(g, a.input), blocks, weights, static_cast<const A*>(zeros.data_ptr()), stored}
       .run();
 }
 

@@ -28,6 +28,16 @@ struct Block {
   int64_t offset_groups() const { return runs.back().offset_group + 1 - runs.front().offset_group; }
 };
 
+// Four vectors of AVX-512: enough for long products, little enough for the columns of many pixels.
+constexpr int64_t block_channels = 64;
+
+// Whether rows of channels are used where they lie. Where a block is only part of a pixel, its channels lie so far
+// apart that they fill few sets of the cache: a window, which holds nothing else, is then worth its copy.
+template <typename S>
+bool reads_in_place(const ConvGeometry& g, const Tensor& image) {
+  return is_rows<S>(image) && g.channels <= block_channels;
+}
+
 inline bool is_depthwise(const ConvGeometry& g) { return g.group_channels() == 1 && g.group_outputs() == 1; }
 
 inline std::vector<Block> make_blocks(const ConvGeometry& g, int64_t most_channels) {

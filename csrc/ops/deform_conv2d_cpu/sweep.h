@@ -7,6 +7,29 @@
 
 namespace dcn::tiles {
 
+// Sums of four vectors' lanes, in a tree: left to itself, the compiler adds lane after lane.
+template <typename A, int64_t Lanes>
+DCN_HOST_DEVICE void add_lanes(const A (&parts)[4][Lanes], A* sums) {
+#if defined(DCN_QUADS)
+  if constexpr (std::is_same_v<A, float> && Lanes == 16) {
+    Quad q[4];
+    for (int c = 0; c < 4; ++c) {
+      const StoredQuad* const part = reinterpret_cast<const StoredQuad*>(parts[c]);
+      q[c] = (part[0] + part[1]) + (part[2] + part[3]);
+    }
+    transpose_quads(q);
+    StoredQuad* const to = reinterpret_cast<StoredQuad*>(sums);
+    *to = *to + ((q[0] + q[1]) + (q[2] + q[3]));
+    return;
+  }
+#endif
+  for (int c = 0; c < 4; ++c) {
+    A sum = 0;
+    for (int64_t i = 0; i < Lanes; ++i) sum += parts[c][i];
+    sums[c] += sum;
+  }
+}
+
 // dots: dot[c] += gradient of the columns . corner c
 // scatter: gradient of the input at corner c += weight c * gradient of the columns
 // columns: gradient of the columns := sum over c of weight c * corner c
@@ -23,37 +46,37 @@ DCN_HOST_DEVICE void sweep_taps(const RunTaps<A>& run, int64_t at, int64_t count
   };
   A *g0 = grad(0), *g1 = grad(1), *g2 = grad(2), *g3 = grad(3);
   const A w0 = taps.weight[0][at], w1 = taps.weight[1][at], w2 = taps.weight[2][at], w3 = taps.weight[3][at];
-  A d0 = 0, d1 = 0, d2 = 0, d3 = 0;
+  constexpr int64_t lanes = 16;
+  A d[4][lanes] = {};
   const int64_t channels = N ? N : count;
-  // Corners of one sample are different rows, or all the same sink: the order of its additions does not matter.
-#pragma omp simd reduction(+ : d0, d1, d2, d3)
-  for (int64_t c = 0; c < channels; ++c) {
-    const A slope = Dots || Scatter ? columns[c] : A(0);
-    if constexpr (Dots) {
-      d0 += slope * v0[c];
-      d1 += slope * v1[c];
-      d2 += slope * v2[c];
-      d3 += slope * v3[c];
-    }
-    if constexpr (Columns) {
-      if constexpr (Whole)
-        columns[c] = w0 * u0[c] + w1 * u1[c] + w2 * u2[c] + w3 * u3[c];
-      else
-        columns[c] = w0 * v0[c] + w1 * v1[c] + w2 * v2[c] + w3 * v3[c];
-    }
-    if constexpr (Scatter) {
-      g0[c] += w0 * slope;
-      g1[c] += w1 * slope;
-      g2[c] += w2 * slope;
-      g3[c] += w3 * slope;
+  for (int64_t first = 0; first < channels; first += lanes) {
+    const int64_t some = N || channels - first > lanes ? lanes : channels - first;
+    // Corners of one sample are different rows, or all the same sink: the order of its additions does not matter.
+#pragma omp simd
+    for (int64_t i = 0; i < some; ++i) {
+      const int64_t c = first + i;
+      const A slope = Dots || Scatter ? columns[c] : A(0);
+      if constexpr (Dots) {
+        d[0][i] += slope * v0[c];
+        d[1][i] += slope * v1[c];
+        d[2][i] += slope * v2[c];
+        d[3][i] += slope * v3[c];
+      }
+      if constexpr (Columns) {
+        if constexpr (Whole)
+          columns[c] = w0 * u0[c] + w1 * u1[c] + w2 * u2[c] + w3 * u3[c];
+        else
+          columns[c] = w0 * v0[c] + w1 * v1[c] + w2 * v2[c] + w3 * v3[c];
+      }
+      if constexpr (Scatter) {
+        g0[c] += w0 * slope;
+        g1[c] += w1 * slope;
+        g2[c] += w2 * slope;
+        g3[c] += w3 * slope;
+      }
     }
   }
-  if constexpr (Dots) {
-    taps.dot[0][at] += d0;
-    taps.dot[1][at] += d1;
-    taps.dot[2][at] += d2;
-    taps.dot[3][at] += d3;
-  }
+  if constexpr (Dots) add_lanes(d, taps.dot + 4 * at);
 }
 
 template <typename A, bool Dots, bool Scatter, bool Columns>
@@ -122,7 +145,7 @@ struct GatherSweep {
             const int64_t y = taps.y0[at] + (c >> 1), x = taps.x0[at] + (c & 1);
             const bool read = taps.corners[at] >> (4 + c) & 1;
             const A value = taps.corners[at] >> c & 1 ? static_cast<A>(input.at(image + n, channel + i, y, x)) : A(0);
-            if (dots) taps.dot[c][at] += slope * value;
+            if (dots) taps.dot[4 * at + c] += slope * value;
             sum += read ? taps.weight[c][at] * value : taps.weight[c][at];
             if (read && grad_input.data) grad_input.at(grad_image + n, channel + i, y, x) += taps.weight[c][at] * slope;
           }
@@ -142,7 +165,7 @@ struct FinishDots {
   DCN_HOST_DEVICE void operator()() const {
     for (int64_t i = 0; i < planes; ++i) {
       const int64_t at = i * taps.pixels;
-      const A *d0 = taps.dot[0] + at, *d1 = taps.dot[1] + at, *d2 = taps.dot[2] + at, *d3 = taps.dot[3] + at;
+      const A* const dots = taps.dot + 4 * at;
       const A *ly = taps.ly + at, *lx = taps.lx + at, *modulation = taps.mask + at;
       const Index* corners = taps.corners + at;
       A *to_y = offset + 2 * at, *to_x = to_y + taps.pixels, *to_value = mask + at;
@@ -151,13 +174,19 @@ struct FinishDots {
         const Sample<A, Index> s{0, 0, ly[q], lx[q], static_cast<unsigned>(corners[q])};
         const A m = modulation[q], none = s.origin();
         const Index bits = corners[q];
-        const A f0 = bits & 16 ? s.weight(0) * d0[q] : A(0), f1 = bits & 32 ? s.weight(1) * d1[q] : A(0);
-        const A f2 = bits & 64 ? s.weight(2) * d2[q] : A(0), f3 = bits & 128 ? s.weight(3) * d3[q] : A(0);
+        const A f0 = bits & 16 ? s.weight(0) * dots[4 * q + 0] : A(0),
+                f1 = bits & 32 ? s.weight(1) * dots[4 * q + 1] : A(0);
+        const A f2 = bits & 64 ? s.weight(2) * dots[4 * q + 2] : A(0),
+                f3 = bits & 128 ? s.weight(3) * dots[4 * q + 3] : A(0);
         // Slopes of corners off the map are left out, not multiplied by 0: they may be NaN.
-        const A y0 = bits & 1 ? s.weight_dy(0) * d0[q] : A(0), y1 = bits & 2 ? s.weight_dy(1) * d1[q] : A(0);
-        const A y2 = bits & 4 ? s.weight_dy(2) * d2[q] : A(0), y3 = bits & 8 ? s.weight_dy(3) * d3[q] : A(0);
-        const A x0 = bits & 1 ? s.weight_dx(0) * d0[q] : A(0), x1 = bits & 2 ? s.weight_dx(1) * d1[q] : A(0);
-        const A x2 = bits & 4 ? s.weight_dx(2) * d2[q] : A(0), x3 = bits & 8 ? s.weight_dx(3) * d3[q] : A(0);
+        const A y0 = bits & 1 ? s.weight_dy(0) * dots[4 * q + 0] : A(0),
+                y1 = bits & 2 ? s.weight_dy(1) * dots[4 * q + 1] : A(0);
+        const A y2 = bits & 4 ? s.weight_dy(2) * dots[4 * q + 2] : A(0),
+                y3 = bits & 8 ? s.weight_dy(3) * dots[4 * q + 3] : A(0);
+        const A x0 = bits & 1 ? s.weight_dx(0) * dots[4 * q + 0] : A(0),
+                x1 = bits & 2 ? s.weight_dx(1) * dots[4 * q + 1] : A(0);
+        const A x2 = bits & 4 ? s.weight_dx(2) * dots[4 * q + 2] : A(0),
+                x3 = bits & 8 ? s.weight_dx(3) * dots[4 * q + 3] : A(0);
         to_y[q] += m * (none + y0 + y1 + y2 + y3);
         to_x[q] += m * (none + x0 + x1 + x2 + x3);
         to_value[q] += none + f0 + f1 + f2 + f3;

@@ -52,7 +52,7 @@ struct Taps {
   int64_t* value[4];         // addresses of the corners' channels; a row of zeros for what is not read
   A *ly = nullptr, *lx = nullptr;
   int64_t* grad[4] = {};  // addresses in the gradient of the input; a row that nobody reads
-  A* dot[4] = {};         // gradient of the columns . corner
+  A* dot = nullptr;       // [plane, pixel, corner]: gradient of the columns . corner
 
   Taps(Scratch& scratch, int64_t planes, int64_t pixels_, bool backward) : pixels(pixels_) {
     const int64_t count = planes * pixels;
@@ -67,7 +67,7 @@ struct Taps {
     ly = scratch.take<A>(count);
     lx = scratch.take<A>(count);
     for (int c = 0; c < 4; ++c) grad[c] = scratch.take<int64_t>(count);
-    for (int c = 0; c < 4; ++c) dot[c] = scratch.take<A>(count);
+    dot = scratch.take<A>(4 * count);
   }
 };
 
