@@ -5,21 +5,32 @@ import torch
 
 import dcn_plugin  # noqa: F401  (registers operators, models and layers)
 
+# What may run at most on the CPU (csrc/runtime/cpu.h).
+PORTABLE, TUNED = 0, 4
+
 
 def _devices() -> list:
-    devices = [pytest.param(("cpu", False), id="cpu"), pytest.param(("cpu", True), id="cpu_portable")]
+    devices = [pytest.param(("cpu", TUNED), id="cpu"), pytest.param(("cpu", PORTABLE), id="cpu_portable")]
     if torch.cuda.is_available():
-        devices.append(pytest.param(("cuda", False), id="cuda", marks=[pytest.mark.cuda]))
+        devices.append(pytest.param(("cuda", TUNED), id="cuda", marks=[pytest.mark.cuda]))
     return devices
 
 
 @pytest.fixture(params=_devices())
 def device(request):
     """Each device, and on the CPU both the tuned kernels and the portable bodies, whose arithmetic is CUDA's."""
-    name, portable = request.param
-    before = torch.ops.dcn_plugin._set_portable(portable)
+    name, path = request.param
+    before = torch.ops.dcn_plugin._set_cpu_path(path)
     yield name
-    torch.ops.dcn_plugin._set_portable(before)
+    torch.ops.dcn_plugin._set_cpu_path(before)
+
+
+@pytest.fixture(params=[pytest.param(1, id="baseline"), pytest.param(3, id="v3"), pytest.param(TUNED, id="v4")])
+def vectors(request):
+    """The tuned path with the vectors of older processors, too; on one that lacks the newer, the same again."""
+    before = torch.ops.dcn_plugin._set_cpu_path(request.param)
+    yield
+    torch.ops.dcn_plugin._set_cpu_path(before)
 
 
 @pytest.fixture(params=[1, 2])

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 
@@ -24,11 +25,14 @@ struct Cpu {
     });
   }
 
-  // Tests hold the tuned paths against the portable ones, whose arithmetic is CUDA's.
-  static std::atomic<bool>& portable() {
-    static std::atomic<bool> on{false};
-    return on;
+  // What may run at most: 0 the portable path, 1 the tuned one for every processor of its kind, 3 and 4 with the
+  // vectors of x86-64-v3 and v4. Tests hold all of them against the same truth, the portable one being CUDA's
+  // arithmetic.
+  static std::atomic<int>& most_path() {
+    static std::atomic<int> path{4};
+    return path;
   }
+  static bool portable() { return most_path() == 0; }
 
   // out = a @ b, or out += a @ b. Straight to the CPU kernel: safe in worker threads, where it runs on one core.
   static void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate = false) {
@@ -68,7 +72,7 @@ inline int x86_level() {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return 3;
     return 1;
   }();
-  return level;
+  return std::min<int>(level, Cpu::most_path().load(std::memory_order_relaxed));
 }
 
 template <typename Body>

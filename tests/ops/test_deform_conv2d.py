@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES, assert_close, deform_conv2d_arguments, run
+from conftest import PORTABLE, TUNED
 
 from dcn_plugin import reference
 from dcn_plugin.ops import deform_conv2d
@@ -95,8 +96,8 @@ def test_hostile_positions_never_read_out_of_bounds(device):
         assert_close(actual[name], expected[name], torch.float32, name)
 
 
-@pytest.mark.parametrize("portable", [False, True])
-def test_more_than_2_to_the_31_elements(portable):
+@pytest.mark.parametrize("path", [PORTABLE, TUNED])
+def test_more_than_2_to_the_31_elements(path):
     # Untouched pages cost nothing: only what is written and read becomes real memory.
     side = 46400
     image = torch.empty(1, 1, side, side)
@@ -106,11 +107,11 @@ def test_more_than_2_to_the_31_elements(portable):
         for x in range(2):
             image[0, 0, y * stride : y * stride + 2, x * stride : x * stride + 2] = 1.0 + 2 * y + x
     arguments = dict(offset=torch.full((1, 2, 2, 2), 0.5), weight=torch.ones(1, 1, 1, 1), stride=stride)
-    before = torch.ops.dcn_plugin._set_portable(portable)
+    before = torch.ops.dcn_plugin._set_cpu_path(path)
     try:
         out = deform_conv2d(image, **arguments)
     finally:
-        torch.ops.dcn_plugin._set_portable(before)
+        torch.ops.dcn_plugin._set_cpu_path(before)
     assert torch.equal(out, torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]))
 
 

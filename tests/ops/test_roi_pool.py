@@ -17,6 +17,7 @@ from cases import (
     run,
     tensors,
 )
+from conftest import PORTABLE, TUNED
 
 from dcn_plugin import reference
 from dcn_plugin.ops import deform_ps_roi_pool, deform_roi_pool, ps_roi_pool
@@ -452,19 +453,19 @@ def test_no_gradient_flows_to_regions(device):
     assert CONSTANT == ("rois",)
 
 
-@pytest.mark.parametrize("portable", [False, True])
-def test_more_than_2_to_the_31_elements(portable):
+@pytest.mark.parametrize("path", [PORTABLE, TUNED])
+def test_more_than_2_to_the_31_elements(path):
     # Untouched pages cost nothing: only what is written and read becomes real memory. channels_last is read in place.
     side = 46400
     image = torch.empty(1, 1, side, side)
     assert image.numel() > 2**31
     image[0, 0, -4:, -4:] = 7.0
     rois = torch.tensor([[0.0, side - 3, side - 3, side - 1, side - 1]])
-    before = torch.ops.dcn_plugin._set_portable(portable)
+    before = torch.ops.dcn_plugin._set_cpu_path(path)
     try:
         out = deform_roi_pool(image, rois, output_size=2, sampling_ratio=2)
     finally:
-        torch.ops.dcn_plugin._set_portable(before)
+        torch.ops.dcn_plugin._set_cpu_path(before)
     assert torch.equal(out, torch.full((1, 1, 2, 2), 7.0))
 
 

@@ -61,7 +61,8 @@ struct FillRun {
   }
 };
 
-// products[pixel, channel] += sum_k weight[k, channel] * columns[k, channel]: without columns.
+// products[pixel, channel] += sum_k weight[k, channel] * columns[k, channel]: without columns, the sums of some
+// channels staying in a vector for all taps.
 template <typename A>
 struct DepthwiseRun {
   RunTaps<A> run;
@@ -70,21 +71,34 @@ struct DepthwiseRun {
   int64_t weight_stride;
   A* products;
   int64_t pixel_stride;
-  A* column;  // room for the channels
 
   DCN_HOST_DEVICE void operator()() const {
-    with_channels(channels, [&](auto n) DCN_INLINE_LAMBDA {
-      const int64_t length = n.value ? n.value : channels;
-      for (int64_t q = 0; q < count; ++q) {
-        A* const out = products + q * pixel_stride;
-        for (int64_t k = 0; k < kernel; ++k) {
-          const A* const w = weight + k * weight_stride;
-          sample_run<n.value>(run, run.at(k, q), channels, column);
-#pragma omp simd
-          for (int64_t c = 0; c < length; ++c) out[c] += w[c] * column[c];
-        }
+    constexpr int64_t lanes = 16;
+    for (int64_t q = 0; q < count; ++q)
+      for (int64_t first = 0; first < channels; first += lanes) {
+        if (channels - first >= lanes)
+          add<lanes>(q, first, lanes);
+        else
+          add<0>(q, first, channels - first);
       }
-    });
+  }
+  template <int64_t N>
+  DCN_HOST_DEVICE void add(int64_t q, int64_t first, int64_t some) const {
+    const int64_t length = N ? N : some;
+    A sums[N ? N : 16] = {};
+    for (int64_t k = 0; k < kernel; ++k) {
+      const int64_t at = run.at(k, q);
+      const A *c0 = run.value(0, at) + first, *c1 = run.value(1, at) + first;
+      const A *c2 = run.value(2, at) + first, *c3 = run.value(3, at) + first;
+      const A w0 = run.taps.weight[0][at], w1 = run.taps.weight[1][at];
+      const A w2 = run.taps.weight[2][at], w3 = run.taps.weight[3][at];
+      const A* const w = weight + k * weight_stride + first;
+#pragma omp simd
+      for (int64_t c = 0; c < length; ++c) sums[c] += w[c] * (w0 * c0[c] + w1 * c1[c] + w2 * c2[c] + w3 * c3[c]);
+    }
+    A* const out = products + q * pixel_stride + first;
+#pragma omp simd
+    for (int64_t c = 0; c < length; ++c) out[c] += sums[c];
   }
 };
 

@@ -171,8 +171,7 @@ struct Forward {
                                          weights.data + from,
                                          g.channels,
                                          work.products + from,
-                                         g.out_channels,
-                                         work.columns});
+                                         g.out_channels});
         else
           run_vectorised(FillRun<A>{{work.taps, plane, from - origin},
                                     count,
