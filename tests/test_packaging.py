@@ -81,7 +81,9 @@ def test_tested_versions_are_exact_and_above_the_floors(python):
     wanted = [*project["dependencies"], *PYPROJECT["build-system"]["requires"]]
     # Tools, and the peers of the benchmarks, are not part of what works together.
     apart = ("dev", "benchmark")
-    wanted += [need for extra, needs in project["optional-dependencies"].items() if extra not in apart for need in needs]
+    wanted += [
+        need for extra, needs in project["optional-dependencies"].items() if extra not in apart for need in needs
+    ]
     for need in map(Requirement, wanted):
         if need.name != "dcn_plugin":
             assert need.name in pins, f"{need.name} is not in the group tested"
