@@ -4,6 +4,7 @@
     python benchmarks/run.py --quick      # two shapes of each family, one thread, under a minute
     python benchmarks/run.py --family deform_conv2d --shape "offset groups" --threads 1
     python benchmarks/run.py --dtype bfloat16 --offset-std 2
+    python benchmarks/run.py --family deform_conv2d --threads 1 --instructions avx2
     python benchmarks/run.py --device cuda
 
 Families: deform_conv2d (against conv2d, torchvision and, where it is installed, onnxruntime), half_types (bfloat16 and
@@ -18,8 +19,10 @@ is counted. Prints as it goes; writes JSON (everything) and Markdown (the table)
 
 import argparse
 import json
+import os
 import re
 import shlex
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -101,6 +104,11 @@ def main() -> None:
         "--dtype", choices=DTYPES, help="of our operators and conv2d (default: cpu float32, cuda bfloat16)"
     )
     parser.add_argument("--offset-std", type=float, default=1.0, help="standard deviation of the offsets in pixels")
+    parser.add_argument(
+        "--instructions",
+        choices=["avx2"],
+        help="what our operators and torch may use at most (onnxruntime does not ask)",
+    )
     parser.add_argument("--shape", default="", help="only shapes with this text in their name")
     parser.add_argument("--quick", action="store_true", help="two shapes of each family, one thread, under a minute")
     parser.add_argument("--rounds", type=int, default=15, help="at most so many rounds")
@@ -109,6 +117,12 @@ def main() -> None:
         "--out", type=Path, default=Path(__file__).parent / "results", help="folder of JSON and Markdown"
     )
     args = parser.parse_args()
+    if args.instructions:
+        limits = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+        if not limits.items() <= os.environ.items():
+            # Libraries look at these when they are loaded.
+            os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **limits})
+        torch.ops.dcn_plugin._set_cpu_path(3)
     cuda = args.device == "cuda"
     dtype = DTYPES[args.dtype or ("bfloat16" if cuda else "float32")]
     setting = Setting(args.device, dtype, args.offset_std, args.rounds, 0.2 if args.quick else 1.5)

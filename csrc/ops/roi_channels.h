@@ -12,13 +12,6 @@ namespace dcn::tiles::regions {
 template <int N>
 using Width = std::integral_constant<int, N>;
 
-// Vectors run over the inner of two loops: without this GCC may merge iterations of the outer one, which undoes them.
-DCN_HOST_DEVICE void keep_iterations_apart() {
-#if defined(__GNUC__)
-  __asm__("");
-#endif
-}
-
 // Calls f(width, first, done) for blocks of `N` channels that cover [begin, end). The last one begins early where it
 // would reach beyond: its first `done` channels have been covered before.
 template <int N, typename F>

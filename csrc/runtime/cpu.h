@@ -88,6 +88,13 @@ void run_vectorised(const Body& body) {
 }
 #endif
 
+// Vectors run over the inner of two loops: without this GCC may merge iterations of the outer one, which undoes them.
+DCN_HOST_DEVICE void keep_iterations_apart() {
+#if defined(__GNUC__)
+  __asm__("");
+#endif
+}
+
 DCN_HOST_DEVICE void prefetch([[maybe_unused]] const void* address) {
 #if defined(__GNUC__)
   __builtin_prefetch(address);

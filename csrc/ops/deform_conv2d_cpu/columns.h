@@ -87,6 +87,7 @@ struct DepthwiseRun {
     const int64_t length = N ? N : some;
     A sums[N ? N : 16] = {};
     for (int64_t k = 0; k < kernel; ++k) {
+      keep_iterations_apart();
       const int64_t at = run.at(k, q);
       const A *c0 = run.value(0, at) + first, *c1 = run.value(1, at) + first;
       const A *c2 = run.value(2, at) + first, *c3 = run.value(3, at) + first;
