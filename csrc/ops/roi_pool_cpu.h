@@ -60,7 +60,7 @@ struct PoolRegion {
     regions.for_each_bin(
         taps, [&](int64_t c, int64_t index, const BinTaps<A>& bin, const BinTable::Entry& entry) DCN_INLINE_LAMBDA {
           A* const sums = pooled.at(index) + c * count;
-          sum_pixels(bin, rows.at(0, entry.cell) + c * count, rows.h, rows.w, count, sums,
+          sum_pixels(bin, rows.at(entry.cell) + c * count, rows.h, rows.w, count, sums,
                      where.modulation(r, c, entry.part) * bin.share());
           if (bin.value_origin() != 0)
             for (int64_t d = 0; d < count; ++d) sums[d] = bin.value_origin();
@@ -86,7 +86,7 @@ struct ScatterRegion {
           const int64_t start = entry.cell * where.g.outputs + c * count, end = start + count;
           const int64_t from = (start > first ? start : first) - start, to = (end < last ? end : last) - start;
           if (from >= to) return;
-          scatter_pixels(bin, rows.at(0, entry.cell) + c * count + from, rows.h, rows.w, to - from,
+          scatter_pixels(bin, rows.at(entry.cell) + c * count + from, rows.h, rows.w, to - from,
                          grad.at(index) + c * count + from, where.modulation(r, c, entry.part) * bin.share());
         });
   }
@@ -114,7 +114,7 @@ struct RegionPartGradient {
     regions.for_each_bin(
         taps, [&](int64_t c, int64_t index, const BinTaps<A>& bin, const BinTable::Entry& entry) DCN_INLINE_LAMBDA {
           const Gradient<A> sum =
-              bin_gradient(bin, rows.at(0, entry.cell) + c * count, rows.h, rows.w, count, grad.at(index) + c * count);
+              bin_gradient(bin, rows.at(entry.cell) + c * count, rows.h, rows.w, count, grad.at(index) + c * count);
           const A share = bin.share(), m = where.modulation(r, c, entry.part);
           if (offsets) {
             offsets[2 * c * parts + entry.part] += m * (sum.dy * (share * size_y));
@@ -169,28 +169,50 @@ void roi_forward(const RoiArguments& a, const RoiPlaces<Accumulate<S>>& where, c
       for (int64_t i = first; i < last; ++i) {
         const int64_t r = regions.order[i];
         const PooledRows<A> pooled{direct_output ? reinterpret_cast<A*>(&out.at(r, 0, 0, 0)) : scratch, stride};
-        CellRows<const A> own = rows;
-        own.data = rows.at(regions.frames[r].image - image, 0);
-        run_vectorised(PoolRegion<A>{regions, r, own, taps, pooled});
-        if (!direct_output) transpose_region<Turn::kFromRows>(g, out, r, pooled);
+        run_vectorised(PoolRegion<A>{regions, r, rows.of(regions.frames[r].image - image), taps, pooled});
+        if (!direct_output) transpose_region<Turn::kFromRows>(g, out, r, 0, g.outputs, pooled);
       }
     });
   }
   std::vector<A> refused(g.outputs * g.bins(), static_cast<A>(NAN));
   for (int64_t i = regions.starts[g.batch]; i < g.rois; ++i)
-    transpose_region<Turn::kFromRows>(g, out, regions.order[i], PooledRows<A>{refused.data(), g.outputs});
+    transpose_region<Turn::kFromRows>(g, out, regions.order[i], 0, g.outputs, PooledRows<A>{refused.data(), g.outputs});
 }
 
-// Regions whose gradients and taps are held at a time between finding them, shared out by region, and scattering,
-// shared out by channel: as many as fit into the caches.
-template <typename A>
-int64_t regions_at_a_time(const RoiGeometry& g, bool displaced, int64_t threads) {
-  constexpr int64_t budget = 512 << 10;
-  const int64_t ranges = displaced ? 2 * g.classes * g.bins() : g.out_height + g.out_width;
-  const int64_t bytes = g.bins() * pooled_stride(g) * static_cast<int64_t>(sizeof(A)) +
-                        ranges * 4 * static_cast<int64_t>(2 * sizeof(Index) + 2 * sizeof(A));
-  return threads * std::max<int64_t>(1, budget / bytes);
-}
+// The gradient of a region's result as rows, and where its bins read.
+template <typename S>
+class RegionGradient {
+ public:
+  using A = Accumulate<S>;
+  RegionGradient(const RegionsOfCall<A>& regions, const Tensor& grad_output)
+      : regions_(regions),
+        result_(view<const S>(grad_output)),
+        direct_(is_pooled_rows<S>(regions.where.g, grad_output)),
+        stride_(direct_ ? regions.where.g.outputs : pooled_stride(regions.where.g)) {}
+
+  // For the channels [first, last) alone.
+  void find(int64_t r, int64_t first, int64_t last) {
+    const RoiGeometry& g = regions_.where.g;
+    run_vectorised(FindTaps<A>{regions_, r, taps_});
+    if (direct_) {
+      rows_ = reinterpret_cast<const A*>(&result_.at(r, 0, 0, 0));
+    } else {
+      const PooledRows<A> rows{thread_scratch<A, 0>(g.bins() * stride_), stride_};
+      transpose_region<Turn::kToRows>(g, result_, r, first, last, rows);
+      rows_ = rows.data;
+    }
+  }
+  const RegionTaps<A>& taps() const { return taps_; }
+  PooledRows<const A> rows() const { return {rows_, stride_}; }
+
+ private:
+  const RegionsOfCall<A>& regions_;
+  View<const S> result_;
+  bool direct_;
+  int64_t stride_;
+  RegionTaps<A> taps_;
+  const A* rows_ = nullptr;
+};
 
 template <typename S>
 Tensor roi_backward(const Tensor& grad_output, const RoiArguments& a, const RoiPlaces<Accumulate<S>>& where,
@@ -199,7 +221,7 @@ Tensor roi_backward(const Tensor& grad_output, const RoiArguments& a, const RoiP
   const RoiGeometry& g = where.g;
   const RegionsOfCall<A> regions(where);
   const bool scatter = needs & kRoiInput, displaced = needs & (kRoiOffset | kRoiMask);
-  const View<const S> input = view<const S>(a.input), grad_out = view<const S>(grad_output);
+  const View<const S> input = view<const S>(a.input);
   const ImageSize size{g.channels, g.height, g.width};
 
   Tensor grad_input = new_roi_gradient(a.input, scatter, scalar_type_of<S>());
@@ -213,19 +235,13 @@ Tensor roi_backward(const Tensor& grad_output, const RoiArguments& a, const RoiP
   Tensor grad_buffer = buffer(scatter && !direct_grad);
   if (direct_grad) torch::stable::zero_(grad_input);
 
-  // A lane owns channels, of whole cells where there are enough of them: regions overlap, and nobody else may add to
-  // the same numbers.
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t unit = g.groups * g.groups >= threads && g.groups > 1 ? g.outputs : 16;
+  // A lane owns channels of an image, those of whole cells where there are enough: regions overlap, and nobody else may
+  // add to the same numbers.
+  const int64_t threads = torch::stable::get_num_threads(), cells = g.groups * g.groups;
+  const int64_t unit = cells > 1 && cells >= threads ? g.outputs : 16;
   const int64_t lanes = std::min<int64_t>(threads, divide_up(g.channels, unit));
   const int64_t lane_channels = divide_up(divide_up(g.channels, lanes), unit) * unit;
-
-  const bool direct_rows = is_pooled_rows<S>(g, grad_output);
-  const int64_t stride = direct_rows ? g.outputs : pooled_stride(g), pooled_size = g.bins() * stride;
-  const int64_t at_once = std::min(g.rois, regions_at_a_time<A>(g, where.offset, threads));
-  std::vector<RegionTaps<A>> taps(at_once);
-  const Tensor grad_rows =
-      torch::stable::new_empty(a.input, {direct_rows ? 0 : at_once * pooled_size}, scalar_type_of<A>());
+  const bool together = threads == 1;
 
   for (int64_t image = 0; image < g.batch; image += held) {
     const int64_t images = std::min(held, g.batch - image);
@@ -239,45 +255,35 @@ Tensor roi_backward(const Tensor& grad_output, const RoiArguments& a, const RoiP
       torch::stable::zero_(grad_buffer);
       rows = dense_cells(g, static_cast<A*>(grad_buffer.data_ptr()));
     }
-    for (int64_t start = begin; start < end; start += at_once) {
-      const int64_t stop = std::min(end, start + at_once);
-      const auto grad_of = [&](int64_t i) -> PooledRows<A> {
-        if (direct_rows)
-          return {const_cast<A*>(reinterpret_cast<const A*>(&grad_out.at(regions.order[i], 0, 0, 0))), stride};
-        return {static_cast<A*>(grad_rows.data_ptr()) + (i - start) * pooled_size, stride};
-      };
-      torch::stable::parallel_for(start, stop, 1, [&](int64_t first, int64_t last) {
+    const auto add_parts = [&](int64_t r, const RegionGradient<S>& grad) {
+      run_vectorised(RegionPartGradient<A>{regions, r, values.of(regions.frames[r].image - image), grad.taps(),
+                                           grad.rows(), parts.offset_data, parts.mask_data});
+    };
+    // One thread does everything while it has the region at hand; several share out the regions here, and then lanes.
+    if (displaced && !together)
+      torch::stable::parallel_for(begin, end, 1, [&](int64_t first, int64_t last) {
+        RegionGradient<S> grad(regions, grad_output);
         for (int64_t i = first; i < last; ++i) {
-          const int64_t r = regions.order[i];
-          const PooledRows<A> grad = grad_of(i);
-          if (!direct_rows) transpose_region<Turn::kToRows>(g, grad_out, r, grad);
-          run_vectorised(FindTaps<A>{regions, r, taps[i - start]});
-          if (!displaced) continue;
-          CellRows<const A> own = values;
-          own.data = values.at(regions.frames[r].image - image, 0);
-          run_vectorised(RegionPartGradient<A>{
-              regions, r, own, taps[i - start], {grad.data, stride}, parts.offset_data, parts.mask_data});
+          grad.find(regions.order[i], 0, g.outputs);
+          add_parts(regions.order[i], grad);
         }
       });
-      if (!scatter) continue;
-      const int64_t first_image = regions.frames[regions.order[start]].image;
-      const int64_t last_image = regions.frames[regions.order[stop - 1]].image;
-      torch::stable::parallel_for(0, (last_image - first_image + 1) * lanes, 1, [&](int64_t first, int64_t last) {
+    if (scatter || together)
+      torch::stable::parallel_for(0, images * lanes, 1, [&](int64_t first, int64_t last) {
+        RegionGradient<S> grad(regions, grad_output);
         for (int64_t task = first; task < last; ++task) {
-          const int64_t n = first_image + task / lanes, channel = task % lanes * lane_channels;
-          CellRows<A> own = rows;
-          own.data = rows.at(n - image, 0);
-          for (int64_t i = std::max(start, regions.starts[n]); i < std::min(stop, regions.starts[n + 1]); ++i)
-            run_vectorised(ScatterRegion<A>{regions,
-                                            regions.order[i],
-                                            own,
-                                            taps[i - start],
-                                            {grad_of(i).data, stride},
-                                            channel,
-                                            std::min(g.channels, channel + lane_channels)});
+          const int64_t n = image + task / lanes, channel = task % lanes * lane_channels;
+          const int64_t end_channel = std::min(g.channels, channel + lane_channels);
+          for (int64_t i = regions.starts[n]; i < regions.starts[n + 1]; ++i) {
+            const int64_t r = regions.order[i];
+            grad.find(r, cells == 1 ? channel : 0, cells == 1 ? end_channel : g.outputs);
+            if (displaced && together) add_parts(r, grad);
+            if (scatter)
+              run_vectorised(
+                  ScatterRegion<A>{regions, r, rows.of(n - image), grad.taps(), grad.rows(), channel, end_channel});
+          }
         }
       });
-    }
     if (scatter && !direct_grad) transpose_cells<Turn::kFromRows>(g, view<S>(grad_input), image, images, rows);
   }
   const int64_t part_count = g.classes * g.parts();

@@ -67,7 +67,8 @@ template <typename A>
 struct CellRows {
   A* data;
   int64_t n, cell, h, w;
-  DCN_HOST_DEVICE A* at(int64_t in, int64_t ic) const { return data + in * n + ic * cell; }
+  DCN_HOST_DEVICE A* at(int64_t ic) const { return data + ic * cell; }
+  DCN_HOST_DEVICE CellRows of(int64_t in) const { return {data + in * n, n, cell, h, w}; }
 };
 
 template <typename A>
@@ -92,7 +93,7 @@ void transpose_cells(const RoiGeometry& g, const View<S>& images, int64_t first_
       const int64_t y = start / g.width, x = start % g.width;
       run_vectorised(TransposePlanes<Direction, A, S>{&images.at(first_image + n, cell, y, x), images.c * cells,
                                                       images.w, g.outputs, std::min(length, g.height * g.width - start),
-                                                      rows.at(n, cell) + y * rows.h + x * rows.w, rows.w});
+                                                      rows.of(n).at(cell) + y * rows.h + x * rows.w, rows.w});
     }
   });
 }
@@ -116,13 +117,15 @@ bool is_pooled_rows(const RoiGeometry& g, const Tensor& result) {
 // An odd number of cache lines: the rows of a block of channels do not all fall into the same few sets.
 inline int64_t pooled_stride(const RoiGeometry& g) { return (divide_up(g.outputs, 16) | 1) * 16; }
 
+// The channels [first, last) of them.
 template <Turn Direction, typename A, typename S>
-void transpose_region(const RoiGeometry& g, const View<S>& result, int64_t r, const PooledRows<A>& rows) {
+void transpose_region(const RoiGeometry& g, const View<S>& result, int64_t r, int64_t first, int64_t last,
+                      const PooledRows<A>& rows) {
   const bool whole = result.w == 1 && result.h == g.out_width;
   const int64_t lines = whole ? 1 : g.out_height, length = g.bins() / lines;
   for (int64_t y = 0; y < lines; ++y)
-    run_vectorised(TransposePlanes<Direction, A, S>{&result.at(r, 0, y, 0), result.c, result.w, g.outputs, length,
-                                                    rows.at(y * length), rows.stride});
+    run_vectorised(TransposePlanes<Direction, A, S>{&result.at(r, first, y, 0), result.c, result.w, last - first,
+                                                    length, rows.at(y * length) + first, rows.stride});
 }
 
 }  // namespace dcn::tiles::regions

@@ -44,7 +44,7 @@ struct BinTaps {
 
  private:
   DCN_HOST_DEVICE A origin(Along of_y, Along of_x) const {
-    const bool broken = (y.is(kBroken) & x.is(of_x)) | (x.is(kBroken) & y.is(of_y));
+    const bool broken = (y.is(kBroken) && x.is(of_x)) || (x.is(kBroken) && y.is(of_y));
     return broken ? static_cast<A>(NAN) : A(0);
   }
 };

@@ -315,6 +315,38 @@ def test_random_geometries_equal_the_reference(seed, device):
             assert_close(value, expected[name], torch.float64, f"{case.name}: {name}")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("samples", [1, 4, 8, 9, 13])
+@pytest.mark.parametrize("channels", [1, 3, 4, 5, 8, 11, 16, 21, 64, 65, 79, 130])
+def test_every_width_of_vectors_takes_any_number_of_channels_and_samples(channels, samples, dtype, vectors):
+    """Blocks of 64, 16, 8, 4 channels and what is left of them; few samples, found bin by bin, and many."""
+    torch.manual_seed(channels)
+    common = dict(regions=3, bins=(3, 2), spread=1.0)
+    for case, make in (
+        (ALIGN, deform_roi_pool_arguments((2, channels, 9, 11), sampling_ratio=samples, **common)),
+        (PART, deform_ps_roi_pool_arguments(
+            (1, channels * 4, 7, 9), output_dim=channels, samples_per_part=samples, parts=(2, 2), **common,
+        )),
+    ):  # fmt: skip
+        arguments = make()
+        expected = run(case.reference, arguments)
+        for name, value in run(case.function, convert(arguments, dtype=dtype)).items():
+            assert_close(value, expected[name], dtype, f"{case.name}: {name}")
+
+
+@pytest.mark.parametrize("case", [ALIGN, PART], ids=lambda c: c.name)
+@pytest.mark.parametrize("offset", [0.0, 0.3])
+def test_an_offset_that_is_not_a_number_does_not_spoil_the_gradients_of_others(case, offset, device):
+    """It shows in the gradient of its own part alone."""
+    arguments = case.make(case.full, device=device)
+    arguments["offset"] = torch.full_like(arguments["offset"], offset)
+    arguments["offset"][0, 0, 0, 0] = torch.nan
+    actual, expected = run(case.function, arguments), run(case.reference, arguments)
+    broken = actual["grad_offset"].isnan()
+    assert broken[0, :, 0, 0].any() and not broken[1:].any()
+    assert_close(actual["grad_offset"][1:], expected["grad_offset"][1:], torch.float64)
+
+
 # -- regions that are not sound -------------------------------------------------------------------------------------
 
 UNSOUND = [
