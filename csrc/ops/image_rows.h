@@ -162,19 +162,15 @@ struct TransposeRow {
 #endif
 };
 
-// Images between any layout and rows. With `cells` > 1 the rows hold channel d * cells + cell at cell * (C / cells) +
-// d: what a position-sensitive bin reads lies together.
+// Images between any layout and rows.
 template <Turn Direction, typename A, typename S>
 void transpose_images(const ImageSize& size, const View<S>& images, int64_t first_image, int64_t count,
-                      const Rows<A>& rows, int64_t cells = 1) {
-  const int64_t per_cell = size.channels / cells;
+                      const Rows<A>& rows) {
   torch::stable::parallel_for(0, count * size.height, 4, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / size.height, y = i % size.height;
-      for (int64_t cell = 0; cell < cells; ++cell)
-        run_vectorised(TransposeRow<A, S, Direction>{&images.at(first_image + n, cell, y, 0), images.c * cells,
-                                                     images.w, per_cell, size.width, rows.at(n, y, 0) + cell * per_cell,
-                                                     rows.w});
+      run_vectorised(TransposeRow<A, S, Direction>{&images.at(first_image + n, 0, y, 0), images.c, images.w,
+                                                   size.channels, size.width, rows.at(n, y, 0), rows.w});
     }
   });
 }
@@ -182,17 +178,6 @@ void transpose_images(const ImageSize& size, const View<S>& images, int64_t firs
 template <typename A>
 Rows<A> dense_rows(const ImageSize& size, A* data) {
   return {data, size.elements(), size.width * size.channels, size.channels};
-}
-
-// Images as rows of channels: as they lie in memory where that is `direct`, else brought into `buffer`.
-template <typename S>
-Rows<const Accumulate<S>> input_rows(bool direct, const View<const S>& input, const ImageSize& size, int64_t image,
-                                     int64_t images, const Tensor& buffer, int64_t cells = 1) {
-  using A = Accumulate<S>;
-  if (direct) return {reinterpret_cast<const A*>(input.data) + image * input.n, input.n, input.h, input.w};
-  const Rows<A> rows = dense_rows(size, static_cast<A*>(buffer.data_ptr()));
-  transpose_images<Turn::kToRows>(size, input, image, images, rows, cells);
-  return {rows.data, rows.n, rows.h, rows.w};
 }
 
 // How many of `batch` images are held as rows at a time.
