@@ -6,7 +6,7 @@ from the floor up.
 
 Environment:
     DCN_PLUGIN_CUDA        ``auto`` (default: the CUDA library is built when there is a usable nvcc), ``1``, ``0``
-    TORCH_CUDA_ARCH_LIST   e.g. ``"8.0;9.0+PTX"``; the default covers every architecture from 7.5 up that nvcc knows
+    TORCH_CUDA_ARCH_LIST   e.g. ``"8.0;9.0+PTX"``; the default covers every GPU from 7.5 up that nvcc knows
     CUDA_HOME              toolkit to use; by default the nvcc on PATH
     CXX, CXXFLAGS, LDFLAGS, NVCC_FLAGS   compiler and additional flags
     MAX_JOBS               parallel compilations
@@ -34,7 +34,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 TORCH_FLOOR = (2, 11)
-CUDA_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+# Machine code also runs on later minors of its major: 8.0's on 8.6, 8.7 and 8.9, 10.0's on 10.3, 12.0's on 12.1.
+CUDA_ARCHS = ("7.5", "8.0", "9.0", "10.0", "11.0", "12.0")
 STANDARD = "-std=c++17"
 
 

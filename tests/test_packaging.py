@@ -92,8 +92,8 @@ def test_tested_versions_are_exact_and_above_the_floors(python):
 
 def test_architectures(setup_py):
     gencode = setup_py["gencode"]
-    listed, flags = gencode("", ["75", "80", "86", "89", "90", "100", "103", "120", "121"])
-    assert listed == ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX"]
+    listed, flags = gencode("", ["75", "80", "86", "89", "90", "100", "103", "110", "120", "121"])
+    assert listed == ["7.5", "8.0", "9.0", "10.0", "11.0", "12.0+PTX"]
     assert (
         flags[0] == "-gencode=arch=compute_75,code=sm_75" and flags[-1] == "-gencode=arch=compute_120,code=compute_120"
     )
