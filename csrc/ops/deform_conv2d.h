@@ -15,8 +15,8 @@ struct ConvArguments {
   std::optional<Tensor> bias, mask;
 };
 
-// Bits of `needs` in the backward.
-enum Needs : int64_t { kInput = 1, kOffset = 2, kWeight = 4, kMask = 8 };
+// Bits of `needs` in the backward. kOrdered: no sums whose order may vary.
+enum Needs : int64_t { kInput = 1, kOffset = 2, kWeight = 4, kMask = 8, kOrdered = 1 << 8 };
 
 // The memory safety of everything that follows rests on this; friendlier messages come from Python.
 inline ConvGeometry check_deform_conv2d(const ConvArguments& a, const std::vector<int64_t>& stride,
