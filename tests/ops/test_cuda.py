@@ -1,0 +1,396 @@
+"""What only a GPU shows: real sizes on both sets of kernels, sums in a fixed order, graphs, streams, devices, failures.
+
+The contracts (test_contracts.py) run on CUDA too, on small shapes and in any order; this adds what they leave out.
+"""
+
+import fcntl
+import os
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from cases import (
+    CASES,
+    OpCase,
+    assert_close,
+    convert,
+    deform_conv2d_arguments,
+    deform_ps_roi_pool_arguments,
+    deform_roi_pool_arguments,
+    leaves,
+    ps_roi_pool_arguments,
+    run,
+)
+
+import dcn_plugin
+from dcn_plugin import ops
+
+# cuBLAS adds in a fixed order only with a workspace of fixed size, and looks at this once, when it is first used.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+CONV, ALIGN, PART, PIXELS = CASES
+# By their names `-k "not kernels_fused"` chooses.
+KERNELS = {"kernels_plain": 0, "kernels_fused": 1}
+# Of values, and of positions (offset, mask, regions) beside them.
+TYPES = {
+    "float64": (torch.float64, torch.float64),
+    "float32": (torch.float32, torch.float32),
+    "float16": (torch.float16, torch.float16),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "float16-float32": (torch.float16, torch.float32),
+    "bfloat16-float32": (torch.bfloat16, torch.float32),
+}
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+_conv, _part = deform_conv2d_arguments, deform_ps_roi_pool_arguments
+PROBLEMS = {
+    "c64": (CONV, _conv((3, 64, 24, 20), out=64)),
+    "c128-to-96": (CONV, _conv((2, 128, 15, 13), out=96)),
+    "c256": (CONV, _conv((4, 256, 14, 14), out=256, bias=False)),
+    "c512": (CONV, _conv((3, 512, 7, 7), out=512, spread=1.0)),
+    "c72-to-40": (CONV, _conv((1, 72, 11, 9), out=40, mask=False)),
+    "stride-dilation": (CONV, _conv((2, 64, 19, 22), out=128, stride=2, dilation=2, padding=(2, 1, 0, 3))),
+    "offset-groups": (CONV, _conv((2, 128, 13, 17), out=64, offset_groups=4)),
+    "groups": (CONV, _conv((2, 128, 12, 10), out=192, groups=4, offset_groups=2)),
+    "depthwise": (CONV, _conv((2, 64, 14, 15), out=64, groups=64, offset_groups=4)),
+    "kernel-5x3": (CONV, _conv((2, 32, 12, 11), out=48, kernel=(5, 3), padding=(2, 1))),
+    "pointwise": (CONV, _conv((2, 192, 9, 16), out=64, kernel=(1, 1), padding=0)),
+    "far": (CONV, _conv((2, 64, 12, 12), out=64, spread=25.0)),
+    "small-conv": (CONV, _conv((1, 64, 9, 7), out=64)),
+    "roi": (ALIGN, deform_roi_pool_arguments((2, 256, 20, 24), regions=40, bins=(7, 7))),
+    "roi-adaptive": (ALIGN, deform_roi_pool_arguments((2, 64, 20, 24), regions=40, bins=(7, 7), sampling_ratio=0)),
+    "small-roi": (ALIGN, deform_roi_pool_arguments((2, 24, 9, 8), regions=9)),
+    "ps": (PART, _part((2, 10 * 49, 20, 24), regions=40, output_dim=10, group_size=7, bins=(7, 7), classes=5)),
+    "small-ps": (PART, _part((2, 24, 9, 8), regions=9, output_dim=6, classes=2)),
+    "pixels": (PIXELS, ps_roi_pool_arguments((2, 10 * 49, 20, 24), 40, output_dim=10, group_size=7, bins=(7, 7))),
+    "small-pixels": (PIXELS, ps_roi_pool_arguments((2, 24, 9, 8), regions=9, output_dim=6)),
+}
+ONE_EACH = ["c64", "roi-adaptive", "ps", "pixels"]
+# A tensor of 256 channels and this side has more than 2^31 elements; a corner of it is compared with the CPU.
+SIDE, CORNER = 2900, 40
+each_problem = pytest.mark.parametrize("problem", PROBLEMS)
+one_of_each = pytest.mark.parametrize("problem", ONE_EACH)
+each_types = pytest.mark.parametrize("types", TYPES)
+each_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+@pytest.fixture(params=KERNELS)
+def kernels(request):
+    before = torch.ops.dcn_plugin._set_cuda_kernels(KERNELS[request.param])
+    yield request.param
+    torch.ops.dcn_plugin._set_cuda_kernels(before)
+
+
+@pytest.fixture(params=[False, True], ids=["any_order", "fixed_order"])
+def fixed_order(request):
+    torch.use_deterministic_algorithms(request.param)
+    yield request.param
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def errors_belong_to_the_test_that_made_them():
+    yield
+    torch.cuda.synchronize()
+
+
+@cache
+def given(problem: str, types: str, seed: int = 0) -> tuple[dict, torch.Tensor, dict]:
+    """Arguments and a gradient of the result on the CPU, and what the CPU makes of them in full precision."""
+    case, make = PROBLEMS[problem]
+    torch.manual_seed(seed)
+    exact = make()
+    if case is CONV:
+        # Near whole pixels, where the derivative jumps, rounding would decide on the side.
+        exact["offset"] = away_from_pixels(exact["offset"])
+    value, position = TYPES[types]
+    arguments = {
+        k: v.to(position if k in case.float32_beside_half else value) if isinstance(v, torch.Tensor) else v
+        for k, v in exact.items()
+    }
+    # Rounded regions put samples just on the border of those that count; float32 then decides as on the GPU.
+    truth = convert(arguments, dtype=torch.float64 if case is CONV or value == torch.float64 else torch.float32)
+    grad = torch.randn(case.function(**truth).shape).to(value)
+    return arguments, grad, run(case.function, truth, grad)
+
+
+def away_from_pixels(offset: torch.Tensor) -> torch.Tensor:
+    return offset.floor() + 0.1 + 0.8 * (offset - offset.floor())
+
+
+def laid_out(arguments: dict, layout: str, device: str) -> dict:
+    """All images on the device in this layout; as memory of their own, where that changes nothing too."""
+    return {
+        k: v.to(device).clone(memory_format=LAYOUTS[layout] if v.dim() == 4 else torch.preserve_format)
+        if isinstance(v, torch.Tensor)
+        else v
+        for k, v in arguments.items()
+    }
+
+
+def require_equal(found: dict, expected: dict, types: str, device: str) -> None:
+    for name, value in found.items():
+        assert value.device.type == torch.device(device).type
+        assert_close(value, expected[name], TYPES[types][0], name)
+
+
+def check_against_cpu(problem: str, types: str, layout: str, device: str, times: int = 1) -> None:
+    """Value and gradients are the CPU's; several ``times`` give equal bits."""
+    arguments, grad, expected = given(problem, types)
+    on = laid_out({**arguments, "grad": grad}, layout, device)
+    grad = on.pop("grad")
+    first = run(PROBLEMS[problem][0].function, on, grad)
+    require_equal(first, expected, types, device)
+    for _ in range(times - 1):
+        for name, value in run(PROBLEMS[problem][0].function, on, grad).items():
+            assert torch.equal(value, first[name]), f"{name} differs between two runs"
+
+
+@each_problem
+@each_types
+@each_layout
+def test_real_sizes_equal_the_cpu(problem, types, layout, kernels):
+    check_against_cpu(problem, types, layout, "cuda")
+
+
+@each_problem
+@each_types
+@each_layout
+@pytest.mark.parametrize("fixed_order", [True], indirect=True, ids=["fixed_order"])
+def test_a_fixed_order_gives_equal_bits(problem, types, layout, kernels, fixed_order):
+    check_against_cpu(problem, types, layout, "cuda", times=3)
+
+
+@pytest.mark.parametrize(
+    ("case", "config"), [(c, k) for c in CASES for k in c.configs], ids=lambda v: v if isinstance(v, str) else v.name
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("fixed_order", [True], indirect=True, ids=["fixed_order"])
+def test_every_configuration_in_a_fixed_order(case, config, dtype, kernels, fixed_order):
+    check_configuration(case, config, dtype, "cuda")
+
+
+def check_configuration(case: OpCase, config: str, dtype: torch.dtype, device: str) -> None:
+    arguments = case.make(config, dtype, device)
+    expected = run(case.function, convert(arguments, dtype=torch.float64, device="cpu"))
+    first, second = run(case.function, arguments), run(case.function, arguments)
+    for name, value in first.items():
+        assert_close(value, expected[name], dtype, name)
+        assert torch.equal(value, second[name]), f"{name} differs between two runs"
+
+
+def test_the_setting_decides_which_kernel_runs(kernels):
+    check_against_cpu("c256", "bfloat16", "channels_last", "cuda")
+    used = ops.kernels_used()["deform_conv2d"]
+    # The fused ones need the tensor cores of 8.0 and up.
+    fused = kernels == "kernels_fused" and torch.cuda.get_device_capability() >= (8, 0)
+    assert used.startswith("fused") == fused, used
+
+
+@one_of_each
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_autocast_gives_half_results_near_those_of_float32(problem, half, kernels):
+    check_autocast(problem, half, "cuda")
+
+
+def check_autocast(problem: str, half: torch.dtype, device: str) -> None:
+    arguments, grad, expected = given(problem, "float32")
+    on = leaves(laid_out(arguments, "channels_last", device))
+    with torch.autocast(device, half):
+        out = PROBLEMS[problem][0].function(**on)
+    assert out.dtype == half
+    assert_close(out, expected["out"], half)
+    out.backward(grad.to(out))
+    for name in (k for k in expected if k != "out"):
+        value = on[name.removeprefix("grad_")].grad
+        assert value.dtype == torch.float32
+        assert_close(value, expected[name], half, name)
+
+
+# -- graphs, streams, devices -----------------------------------------------------------------------------------------
+
+
+class Slots:
+    """Arguments in fixed memory, whose values can be exchanged; ``run`` computes from what is there."""
+
+    def __init__(self, problem: str, types: str, device: str):
+        self.problem, self.types, self.device = problem, types, device
+        arguments, grad, _ = given(problem, types)
+        self.arguments = laid_out({**arguments, "grad": grad}, "channels_last", device)
+        self.tensors = {k: v for k, v in self.arguments.items() if isinstance(v, torch.Tensor)}
+        self.grad = self.arguments.pop("grad")
+        # Poison: what runs before the values are there gives NaN.
+        for value in self.tensors.values():
+            value.fill_(torch.nan)
+
+    def source(self, seed: int) -> dict[str, torch.Tensor]:
+        arguments, grad, _ = given(self.problem, self.types, seed)
+        return {k: v.to(self.device) for k, v in {**arguments, "grad": grad}.items() if isinstance(v, torch.Tensor)}
+
+    def fill(self, source: dict[str, torch.Tensor]) -> None:
+        for name, value in source.items():
+            self.tensors[name].copy_(value)
+
+    def run(self) -> dict[str, torch.Tensor]:
+        return run(PROBLEMS[self.problem][0].function, self.arguments, self.grad)
+
+    def check(self, found: dict[str, torch.Tensor], seed: int) -> None:
+        require_equal(found, given(self.problem, self.types, seed)[2], self.types, self.device)
+
+
+def warm_up(slots: Slots, stream: torch.cuda.Stream) -> None:
+    """Libraries create what they need at the first call on a stream, which may not be recorded and may synchronise."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        slots.run()
+        slots.run()
+    torch.cuda.synchronize()
+
+
+@one_of_each
+@pytest.mark.parametrize("types", ["float32", "bfloat16"])
+def test_a_recorded_graph_computes_from_new_values(problem, types, kernels, fixed_order):
+    slots, stream = Slots(problem, types, "cuda"), torch.cuda.Stream()
+    warm_up(slots, stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        results = slots.run()
+    for seed in (1, 2, 1):
+        slots.fill(slots.source(seed))
+        graph.replay()
+        slots.check(results, seed)
+
+
+@one_of_each
+@pytest.mark.parametrize("types", ["float32", "bfloat16"])
+def test_everything_runs_on_the_current_stream(problem, types, kernels, fixed_order):
+    slots, stream = Slots(problem, types, "cuda"), torch.cuda.Stream()
+    warm_up(slots, stream)
+    source = slots.source(1)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        # About a tenth of a second in which only NaN is there for those who do not wait.
+        torch.cuda._sleep(200_000_000)
+        slots.fill(source)
+        results = slots.run()
+    stream.synchronize()
+    slots.check(results, 1)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@one_of_each
+def test_a_device_that_is_not_the_current_one(problem, kernels, fixed_order):
+    assert torch.cuda.current_device() == 0
+    arguments, grad, expected = given(problem, "float32")
+    found = run(PROBLEMS[problem][0].function, laid_out(arguments, "NCHW", "cuda:1"), grad.to("cuda:1"))
+    torch.cuda.synchronize(1)
+    assert {value.device.index for value in found.values()} == {1} and torch.cuda.current_device() == 0
+    require_equal(found, expected, "float32", "cuda:1")
+
+
+FAILING = """
+import os, sys, torch, dcn_plugin
+from cases import CASES
+case = CASES[int(sys.argv[1])]
+arguments = case.make(case.full, torch.float32, "cuda")
+case.function(**arguments)  # afterwards all memory is there, and only launches are left that can fail
+try:
+    torch.zeros(4, device="cuda")[torch.tensor([99], device="cuda")]
+    torch.cuda.synchronize()
+except RuntimeError:
+    pass
+else:
+    sys.exit("the device did not fail")
+try:
+    case.function(**arguments)
+except RuntimeError as error:
+    print("raised:", error, flush=True)
+os._exit(0)  # what frees memory on a failed device may abort
+"""
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=[case.name for case in CASES])
+def test_a_launch_that_fails_raises(case):
+    """In a process of its own: a device that has failed stays so until its process ends."""
+    paths = [Path(dcn_plugin.__file__).parents[1], Path(__file__).parents[1]]
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING, str(case)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 and "raised: " in done.stdout, done.stdout + done.stderr[-4000:]
+
+
+# -- more than 2^31 elements ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def much_memory():
+    """48 GiB of the GPU's, for one process at a time of those that test side by side."""
+    with open(Path(tempfile.gettempdir(), "dcn_plugin-gpu-memory.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        free = torch.cuda.mem_get_info()[0]
+        if free < 48 * 2**30:
+            pytest.skip(f"needs 48 GiB of free memory on the GPU, there are {free / 2**30:.0f}")
+        yield
+        torch.cuda.empty_cache()
+
+
+@each_layout
+@pytest.mark.parametrize("what", ["input", "output", *(case.name for case in CASES[1:])])
+def test_more_than_2_to_the_31_elements(what, layout, kernels, much_memory):
+    check_far_corner(what, layout, "cuda", SIDE)
+
+
+def check_far_corner(what: str, layout: str, device: str, side: int) -> None:
+    """The last rows and columns of a large map, in value and gradient, against the CPU's on that corner alone."""
+    torch.manual_seed(0)
+    case = next((case for case in CASES if case.name == what), CONV)
+    channels, outputs = (64, 256) if what == "output" else (256, 32)
+    image = torch.empty(
+        (1, channels, side, side), dtype=torch.bfloat16, device=device, memory_format=LAYOUTS[layout]
+    ).normal_()
+    if case is CONV:
+        offset = away_from_pixels(torch.rand(1, 18, side, side, device=device) * 2 - 1).bfloat16()
+        weight = torch.randn(outputs, channels, 3, 3, device=device).bfloat16() / 64
+        arguments = {"input": image, "offset": offset, "weight": weight, "padding": 1}
+        corner = {k: v[..., -CORNER:, -CORNER:] if k in ("input", "offset") else v for k, v in arguments.items()}
+    else:
+        how = dict(shape=(1, channels, 1, 1), regions=3, bins=(2, 2), spatial_scale=1.0)
+        parts = dict(output_dim=64, group_size=2)
+        made = {
+            ALIGN.name: lambda: deform_roi_pool_arguments(spread=0.5, **how),
+            PART.name: lambda: _part(spread=0.5, **parts, **how),
+            PIXELS.name: lambda: ps_roi_pool_arguments(**parts, **how),
+        }[what]()()
+        made = convert(made, dtype=torch.float32, device=device)
+        low, high = CORNER * (0.4 + 0.1 * torch.rand(3, 2)), CORNER * (0.7 + 0.2 * torch.rand(3, 2))
+        near = torch.cat([torch.zeros(3, 1), low, high], 1).to(device)
+        far = near + torch.tensor([0.0] + [side - CORNER] * 4, device=device)
+        arguments = {**made, "input": image, "rois": far}
+        corner = {**made, "input": image[..., -CORNER:, -CORNER:], "rois": near}
+    truth = leaves(convert(corner, dtype=torch.float64, device="cpu"))
+    expected = case.function(**truth)
+    on = {
+        k: v.detach().requires_grad_(k == "input") if isinstance(v, torch.Tensor) else v for k, v in arguments.items()
+    }
+    out = case.function(**on)
+    grad = torch.zeros_like(out)
+    # Of a convolution only what does not reach over the corner's inner edges.
+    last = (..., slice(-CORNER // 2, None), slice(-CORNER // 2, None)) if case is CONV else (...,)
+    grad[last] = torch.randn(expected[last].shape).to(grad)
+    assert_close(out[last], expected[last], torch.bfloat16, "out")
+    (found,) = torch.autograd.grad(out, [on["input"]], grad)
+    del out
+    probe = torch.zeros_like(expected)
+    probe[last] = grad[last].double().cpu()
+    (wanted,) = torch.autograd.grad(expected, [truth["input"]], probe)
+    assert_close(found[..., -CORNER:, -CORNER:], wanted, torch.bfloat16, "grad_input")
+    assert not found[..., :-CORNER, :].any() and not found[..., :-CORNER].any()
