@@ -4,7 +4,8 @@ from .. import _extension
 
 _extension.load()
 
-from .deform_conv2d import deform_conv2d  # noqa: E402  (registrations refer to schemas that the library defines)
+from ._kernels import kernels_used  # noqa: E402  (registrations refer to schemas that the library defines)
+from .deform_conv2d import deform_conv2d  # noqa: E402
 from .roi_pool import deform_ps_roi_pool, deform_roi_pool, ps_roi_pool  # noqa: E402
 
-__all__ = ["deform_conv2d", "deform_ps_roi_pool", "deform_roi_pool", "ps_roi_pool"]
+__all__ = ["deform_conv2d", "deform_ps_roi_pool", "deform_roi_pool", "kernels_used", "ps_roi_pool"]

@@ -1,0 +1,246 @@
+// Fused forward: a block of threads samples columns of a tile of output pixels into shared memory, tap by tap, and
+// multiplies them with the weights on tensor cores. Columns exist in shared memory alone.
+#pragma once
+
+#include "product.h"
+#include "samples.h"
+
+namespace dcn {
+
+// Terms of the sum are ordered (tap, channel of the group), as channels_last weights are, and taken 64 at a time: a
+// step. `Shape` is [pixels, outputs] of a tile. While tensor cores work on a step, the corners of the next are on their
+// way.
+template <typename S, typename Shape>
+struct FusedForward {
+  static constexpr int kThreads = Shape::kThreads, kBlocksPerMultiprocessor = 2;
+  static constexpr int kPixels = Shape::kRows, kOutputs = Shape::kColumns, kStages = 2, kPieces = 8;
+  // A thread fetches so many pieces of the next step at once; each needs 16 registers until it is combined.
+  static constexpr int kTogether = Shape::kTilesAcross > 4 ? 1 : 2, kTurns = kPixels * kPieces / kThreads / kTogether;
+  static constexpr int kColumnBytes = kPixels * 128, kWeightBytes = kOutputs * 128;
+  static constexpr int kOperandBytes = kStages * (kColumnBytes + kWeightBytes);
+  static constexpr int kRecords = kPixels * kSamplesPerPixel;
+  static constexpr int kSharedBytes = kOperandBytes + kRecords * 24 + kPixels * static_cast<int>(sizeof(TilePixel));
+
+  Sampler<S> sampler;
+  const S* weight;  // [O, taps, C / groups]
+  const S* bias;    // may be null
+  View<S> output;
+  bool whole_pieces;  // outputs lie together, and in whole 16-byte pieces
+
+  DCN_HOST_DEVICE int64_t output_tiles() const { return (sampler.g.group_outputs() + kOutputs - 1) / kOutputs; }
+  DCN_HOST_DEVICE int64_t blocks() const {
+    const ConvGeometry& g = sampler.g;
+    return (g.batch * g.out_pixels() + kPixels - 1) / kPixels * g.groups * output_tiles();
+  }
+
+  template <typename Block>
+  struct Tile {
+    const FusedForward& k;
+    Block& block;
+    int64_t pixel0;                                    // of this block
+    int group, output0;                                // of this block, the latter within the group
+    int channel_pieces, offset_groups, offset_group0;  // of the group; the offset groups that it meets
+
+    DCN_DEVICE SharedTile<S, kPieces> columns(int stage) const {
+      return {reinterpret_cast<Eight<S>*>(block.shared() + stage * kColumnBytes)};
+    }
+    DCN_DEVICE SharedTile<S, kPieces> weights(int stage) const {
+      return {reinterpret_cast<Eight<S>*>(block.shared() + kStages * kColumnBytes + stage * kWeightBytes)};
+    }
+    // Apart, so that neighbouring threads read neighbouring words.
+    DCN_DEVICE float (*sample_weights() const)[4] {
+      return reinterpret_cast<float (*)[4]>(block.shared() + kOperandBytes);
+    }
+    DCN_DEVICE int64_t* sample_places() const {
+      return reinterpret_cast<int64_t*>(block.shared() + kOperandBytes + kRecords * 16);
+    }
+    DCN_DEVICE TilePixel* pixels() const {
+      return reinterpret_cast<TilePixel*>(block.shared() + kOperandBytes + kRecords * 24);
+    }
+
+    DCN_DEVICE void find_pixels() const {
+      for (int i = block.thread(); i < kPixels; i += kThreads) pixels()[i] = k.sampler.pixel(pixel0 + i);
+      block.sync();
+    }
+
+    // Samples of taps [tap0, tap1), for every offset group that this group of the convolution meets.
+    DCN_DEVICE void find_samples(int tap0, int tap1) const {
+      const int taps = static_cast<int>(k.sampler.g.taps());
+      for (int i = block.thread(); i < kPixels * (tap1 - tap0) * offset_groups; i += kThreads) {
+        const int pixel = i % kPixels, which = i / kPixels;
+        const int tap = tap0 + which / offset_groups;
+        const int64_t offset_group = offset_group0 + which % offset_groups;
+        const SampleRecord r = k.sampler.record(pixels()[pixel], offset_group * taps + tap);
+        DCN_UNROLL
+        for (int c = 0; c < 4; ++c) sample_weights()[i][c] = r.weight[c];
+        sample_places()[i] = r.where;
+      }
+      block.sync();
+    }
+
+    // Rows of the weights, pieces [first, first + 8) of them; those from `end` on are zeros.
+    DCN_DEVICE void copy_weights(int stage, int first, int end) const {
+      const ConvGeometry& g = k.sampler.g;
+      const int64_t depth = g.taps() * g.group_channels();
+      const int p = block.thread() % kPieces, row0 = block.thread() / kPieces;
+      const int rows = first + p < end ? static_cast<int>(g.group_outputs()) - output0 : 0;
+      const S* from = k.weight + (group * g.group_outputs() + output0 + row0) * depth + 8 * (first + p);
+      DCN_UNROLL
+      for (int row = row0; row < row0 + kOutputs; row += 32, from += 32 * depth)
+        block.copy_async(weights(stage).at(row, p), row < rows ? from : k.weight, row < rows);
+      block.commit_copies();
+    }
+
+    // The pieces of columns that are on their way into a stage.
+    struct Corners {
+      Eight<S> v[kTogether][4];
+    };
+
+    // Neighbouring threads take neighbouring channels where those lie together, else neighbouring pixels.
+    DCN_DEVICE int piece_of_thread() const {
+      return k.sampler.channels_together() ? block.thread() % kPieces : block.thread() / 32;
+    }
+    DCN_DEVICE int pixel_of_thread(int i) const {
+      return 32 * i + (k.sampler.channels_together() ? block.thread() / kPieces : block.thread() % 32);
+    }
+    // A piece of the columns: its sample among those of a pixel (-1 from `end` on), and its first channel.
+    struct Piece {
+      int sample, channel;
+    };
+    DCN_DEVICE Piece piece(int number, int tap0, int end) const {
+      if (number >= end) return {-1, 0};
+      const ConvGeometry& g = k.sampler.g;
+      const int tap = number / channel_pieces;
+      const int channel = group * static_cast<int>(g.group_channels()) + 8 * (number - tap * channel_pieces);
+      return {(tap - tap0) * offset_groups + channel / static_cast<int>(g.offset_group_channels()) - offset_group0,
+              channel};
+    }
+    DCN_DEVICE void fetch(Corners& corners, int turn, const Piece& p) const {
+      if (!k.sampler.channels_together()) return;
+      DCN_UNROLL
+      for (int i = 0; i < kTogether; ++i) {
+        const int pixel = pixel_of_thread(turn * kTogether + i);
+        k.sampler.fetch(corners.v[i], p.sample < 0 ? 0 : sample_places()[p.sample * kPixels + pixel], p.channel);
+      }
+    }
+    DCN_DEVICE void store(const Corners& corners, int stage, int turn, const Piece& p) const {
+      DCN_UNROLL
+      for (int i = 0; i < kTogether; ++i) {
+        const int pixel = pixel_of_thread(turn * kTogether + i), sample = p.sample * kPixels + pixel;
+        Eight<S> found = zeros<S>();
+        if (p.sample >= 0)
+          found = k.sampler.channels_together()
+                      ? combine(corners.v[i], sample_weights()[sample])
+                      : k.sampler.interpolate_apart(sample_places()[sample], sample_weights()[sample], p.channel);
+        *columns(stage).at(pixel, piece_of_thread()) = found;
+      }
+    }
+
+    DCN_DEVICE void add_taps(ProductSums<Shape>& sums, int tap0, int tap1) const {
+      const int end = tap1 * channel_pieces;
+      int first = tap0 * channel_pieces;
+      Piece mine = piece(first + piece_of_thread(), tap0, end);
+      Corners corners;
+      copy_weights(0, first, end);
+      DCN_KEEP_LOOP
+      for (int turn = 0; turn < kTurns; ++turn) {
+        fetch(corners, turn, mine);
+        store(corners, 0, turn, mine);
+      }
+      block.template wait_for_copies<0>();
+      block.sync();
+      for (int stage = 0; first < end; first += kPieces, stage ^= 1) {
+        const bool more = first + kPieces < end;
+        if (more) {
+          copy_weights(stage ^ 1, first + kPieces, end);
+          mine = piece(first + kPieces + piece_of_thread(), tap0, end);
+        }
+        // Not unrolled: addresses of all turns at once would not fit into registers.
+        DCN_KEEP_LOOP
+        for (int turn = 0; turn < kTurns; ++turn) {
+          if (more) fetch(corners, turn, mine);
+          DCN_UNROLL
+          for (int step = 0; step < 4 / kTurns; ++step)
+            sums.template add<Summed::kAlongRows, Summed::kAlongRows>(block, columns(stage), weights(stage),
+                                                                      turn * (4 / kTurns) + step);
+          if (more) store(corners, stage ^ 1, turn, mine);
+        }
+        block.template wait_for_copies<0>();
+        block.sync();
+      }
+    }
+
+    // Through shared memory, so that neighbouring threads write neighbouring values, whatever the layout.
+    DCN_DEVICE void write(const ProductSums<Shape>& sums) const {
+      const ConvGeometry& g = k.sampler.g;
+      const bool along_outputs = k.output.c == 1;
+      // Eight more than needed: neighbouring rows begin in other banks.
+      const int stride = 8 + (along_outputs ? kOutputs : kPixels);
+      S* const staged = reinterpret_cast<S*>(block.shared());
+      if (along_outputs)
+        sums.for_each_pair(block.thread(), [&](int pixel, int o, float first, float second) {
+          const uint32_t both = pack<S>(first, second);
+          std::memcpy(staged + pixel * stride + o, &both, sizeof(both));
+        });
+      else
+        sums.for_each_pair(block.thread(), [&](int pixel, int o, float first, float second) {
+          staged[o * stride + pixel] = static_cast<S>(first);
+          staged[(o + 1) * stride + pixel] = static_cast<S>(second);
+        });
+      block.sync();
+      const int64_t outputs = g.group_outputs() - output0, out0 = group * g.group_outputs() + output0;
+      if (along_outputs && k.whole_pieces) {
+        for (int i = block.thread(); i < kPixels * kOutputs / 8; i += kThreads) {
+          const int pixel = i / (kOutputs / 8), o = i % (kOutputs / 8) * 8;
+          const TilePixel p = pixels()[pixel];
+          if (p.n >= 0 && o < outputs)
+            *reinterpret_cast<Eight<S>*>(&k.output.at(p.n, out0 + o, p.y, p.x)) =
+                *reinterpret_cast<const Eight<S>*>(staged + pixel * stride + o);
+        }
+        return;
+      }
+      for (int i = block.thread(); i < kPixels * kOutputs; i += kThreads) {
+        const int pixel = along_outputs ? i / kOutputs : i % kPixels, o = along_outputs ? i % kOutputs : i / kPixels;
+        const TilePixel p = pixels()[pixel];
+        if (p.n >= 0 && o < outputs)
+          k.output.at(p.n, out0 + o, p.y, p.x) = staged[along_outputs ? pixel * stride + o : o * stride + pixel];
+      }
+    }
+    DCN_DEVICE float bias_of(int o) const {
+      const int outputs = static_cast<int>(k.sampler.g.group_outputs());
+      return k.bias && output0 + o < outputs ? static_cast<float>(k.bias[group * outputs + output0 + o]) : 0.0f;
+    }
+  };
+
+  template <typename Block>
+  DCN_DEVICE void operator()(Block& block) const {
+    const ConvGeometry& g = sampler.g;
+    // Blocks of the same pixels are neighbours: they read the same input.
+    const int64_t across = g.groups * output_tiles();
+    const int i = static_cast<int>(block.index() % across), tiles = static_cast<int>(output_tiles());
+    const int group = i / tiles, group_channels = static_cast<int>(g.group_channels());
+    const int offset_group_channels = static_cast<int>(g.offset_group_channels());
+    const int first = group * group_channels / offset_group_channels;
+    const int last = ((group + 1) * group_channels - 1) / offset_group_channels;
+    const Tile<Block> tile{*this,
+                           block,
+                           block.index() / across * kPixels,
+                           group,
+                           i % tiles * kOutputs,
+                           group_channels / 8,
+                           last - first + 1,
+                           first};
+    ProductSums<Shape> sums;
+    sums.start(tile.block.thread(), [&](int o) { return tile.bias_of(o); });
+    tile.find_pixels();
+    const int taps = static_cast<int>(g.taps()), together = kSamplesPerPixel / tile.offset_groups;
+    for (int tap = 0; tap < taps; tap += together) {
+      const int end = tap + together < taps ? tap + together : taps;
+      tile.find_samples(tap, end);
+      tile.add_taps(sums, tap, end);
+    }
+    tile.write(sums);
+  }
+};
+
+}  // namespace dcn

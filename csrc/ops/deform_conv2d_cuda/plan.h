@@ -1,0 +1,67 @@
+// Which calls the fused kernels serve; the plain ones serve all.
+#pragma once
+
+#include "../deform_conv2d.h"
+#include "samples.h"
+
+namespace dcn {
+
+// Whether eight channels of any pixel are one aligned 16-byte access.
+inline bool has_whole_pieces(const Tensor& t) {
+  if (t.stride(1) != 1 || reinterpret_cast<uintptr_t>(t.data_ptr()) % 16) return false;
+  for (int d : {0, 2, 3})
+    if (t.size(d) > 1 && t.stride(d) % 8) return false;
+  return true;
+}
+
+// How many offset groups a group of the convolution meets at most.
+inline int64_t offset_groups_of_group(const ConvGeometry& g) {
+  const int64_t group = g.group_channels(), offset_group = g.offset_group_channels();
+  if (group % offset_group == 0) return group / offset_group;
+  return offset_group % group == 0 ? 1 : group / offset_group + 2;
+}
+
+// Rows and columns of positions fit into int, with room.
+inline bool has_int_positions(const ConvGeometry& g) {
+  constexpr int64_t most = 1 << 29;
+  return g.height < most && g.width < most && g.pad_top < most && g.pad_left < most &&
+         g.out_height * g.stride_h + g.kernel_h * g.dilation_h < most &&
+         g.out_width * g.stride_w + g.kernel_w * g.dilation_w < most && g.out_pixels() < 2 * most;
+}
+
+// Half types, channels in whole pieces of eight, samples of a pixel that fit into shared memory.
+inline bool can_fuse(const ConvArguments& a, const ConvGeometry& g) {
+  const ScalarType type = a.input.scalar_type();
+  return (type == ScalarType::Half || type == ScalarType::BFloat16) && g.group_channels() % 8 == 0 &&
+         g.offset_group_channels() % 8 == 0 && offset_groups_of_group(g) <= kSamplesPerPixel && has_int_positions(g) &&
+         (a.input.stride(1) != 1 || has_whole_pieces(a.input)) && g.batch * g.out_pixels() > 0;
+}
+
+template <typename S>
+EitherView<S> either_view(const Tensor& t) {
+  EitherView<S> v{};
+  if (t.scalar_type() == ScalarType::Float)
+    v.full = view<const float>(t);
+  else
+    v.half = view<const S>(t);
+  return v;
+}
+
+template <typename S>
+Sampler<S> sampler(const ConvArguments& a, const ConvGeometry& g) {
+  return {g, view<const S>(a.input), either_view<S>(a.offset), a.mask ? either_view<S>(*a.mask) : EitherView<S>{}};
+}
+
+// Weights as [O, taps, C / groups]: as they are if they are channels_last.
+inline Tensor taps_first(const Tensor& weight) {
+  return torch::stable::contiguous(weight, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+// Calls f(S{}) with the half type of a tensor.
+template <typename F>
+auto dispatch_half(ScalarType type, const F& f) {
+  if (type == ScalarType::Half) return f(Half{});
+  return f(BFloat16{});
+}
+
+}  // namespace dcn

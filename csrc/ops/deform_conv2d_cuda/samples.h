@@ -1,0 +1,120 @@
+// Where a tile of output pixels reads, kept in shared memory: pixels, and for each sample four corner weights with the
+// mask in them and the place of the first corner.
+#pragma once
+
+#include "../../runtime/gpu_values.h"
+#include "../deform_conv2d_body.h"
+
+namespace dcn {
+
+// Offsets or mask: float, or the type of the input.
+template <typename S>
+struct EitherView {
+  View<const S> half;  // data may be null
+  View<const float> full;
+
+  DCN_DEVICE bool given() const { return half.data || full.data; }
+  DCN_DEVICE float at(int64_t n, int64_t c, int64_t y, int64_t x) const {
+    return full.data ? full.at(n, c, y, x) : static_cast<float>(half.at(n, c, y, x));
+  }
+};
+
+struct TilePixel {
+  int64_t n;  // -1: beyond the last pixel
+  int y, x;
+};
+
+// Pixels and samples of a tile are at most so many that they fit beside the operands of the products.
+constexpr int kSamplesPerPixel = 9;
+
+struct SampleRecord {
+  float weight[4];  // mask * bilinear, 0 for corners that are not read
+  int64_t where;    // 16 * (place of the first corner from the start of the input) + bit c: corner c is read
+};
+
+template <typename S>
+struct Sampler {
+  ConvGeometry g;
+  View<const S> input;
+  EitherView<S> offset, mask;
+
+  DCN_DEVICE TilePixel pixel(int64_t flat) const {
+    if (flat >= g.batch * g.out_pixels()) return {-1, 0, 0};
+    const int64_t n = flat / g.out_pixels();
+    const int rest = static_cast<int>(flat - n * g.out_pixels()), width = static_cast<int>(g.out_width);
+    return {n, rest / width, rest % width};
+  }
+
+  DCN_DEVICE float modulation(const TilePixel& p, int64_t plane) const {
+    return mask.given() ? mask.at(p.n, plane, p.y, p.x) : 1.0f;
+  }
+
+  // `plane` = offset group * taps + tap
+  DCN_DEVICE Sample<float, int> sample(const TilePixel& p, int64_t plane) const {
+    const int tap = static_cast<int>(plane % g.taps()), width = static_cast<int>(g.kernel_w);
+    return g.sample<float, int>(static_cast<int>(g.start_y(p.y)), static_cast<int>(g.start_x(p.x)), tap / width,
+                                tap % width, offset.at(p.n, 2 * plane, p.y, p.x),
+                                offset.at(p.n, 2 * plane + 1, p.y, p.x));
+  }
+
+  DCN_DEVICE SampleRecord record(const TilePixel& p, int64_t plane) const {
+    SampleRecord r{{0, 0, 0, 0}, 0};
+    if (p.n < 0) return r;
+    const Sample<float, int> s = sample(p, plane);
+    const float m = modulation(p, plane);
+    int64_t read = 0;
+    DCN_UNROLL
+    for (int c = 0; c < 4; ++c) {
+      const float w = s.weight(c);
+      if (!s.has(c) || w == 0) continue;
+      r.weight[c] = m * w;
+      read |= 1 << c;
+    }
+    if (read) {
+      r.where = (p.n * input.n + s.y0 * input.h + s.x0 * input.w) * 16 + read;
+    } else {
+      // 0; NaN for NaN positions and infinite masks, which then shows by way of the image's first pixel.
+      r.weight[0] = m * s.origin();
+      r.where = p.n * input.n * 16 + (r.weight[0] != 0 ? 1 : 0);
+    }
+    return r;
+  }
+
+  DCN_DEVICE bool channels_together() const { return input.c == 1; }
+
+  // Where corner c lies from the first one.
+  DCN_DEVICE int64_t corner_step(int c) const { return (c & 2 ? input.h : 0) + (c & 1 ? input.w : 0); }
+
+  // Eight channels, which lie together, of the four corners; zeros for those that are not read.
+  DCN_DEVICE void fetch(Eight<S> (&corners)[4], int64_t where, int channel) const {
+    const S* const first = input.data + (where >> 4) + channel;
+    DCN_UNROLL
+    for (int c = 0; c < 4; ++c)
+      corners[c] = where >> c & 1 ? *reinterpret_cast<const Eight<S>*>(first + corner_step(c)) : zeros<S>();
+  }
+
+  // Eight channels that lie apart, interpolated at once.
+  DCN_DEVICE Eight<S> interpolate_apart(int64_t where, const float (&weight)[4], int channel) const {
+    const S* const first = input.data + (where >> 4) + channel * input.c;
+    float sums[8];
+    DCN_UNROLL
+    for (int i = 0; i < 8; ++i) sums[i] = 0;
+    for (int c = 0; c < 4; ++c) {
+      if (!(where >> c & 1)) continue;
+      const S* const from = first + corner_step(c);
+      DCN_UNROLL
+      for (int i = 0; i < 8; ++i) sums[i] += weight[c] * static_cast<float>(from[i * input.c]);
+    }
+    return pack<S>(sums);
+  }
+};
+
+template <typename S>
+DCN_DEVICE Eight<S> combine(const Eight<S> (&corners)[4], const float (&weight)[4]) {
+  float sums[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+  DCN_UNROLL
+  for (int c = 0; c < 4; ++c) add_scaled(sums, weight[c], corners[c]);
+  return pack<S>(sums);
+}
+
+}  // namespace dcn

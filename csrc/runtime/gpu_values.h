@@ -1,0 +1,88 @@
+// Half values as a GPU moves them: eight at a time between memory and registers, two to a register. Host and device.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "../core/sampling.h"
+
+// What a kernel calls: on the device compiled for it alone, since barriers and matrix products exist only there. The
+// tests compile the same source for the host, with an emulated thread block (tests/emulation).
+#if defined(__CUDACC__)
+#define DCN_DEVICE __device__ __forceinline__
+#define DCN_UNROLL _Pragma("unroll")
+#define DCN_KEEP_LOOP _Pragma("unroll 1")
+#else
+#define DCN_DEVICE inline
+#define DCN_UNROLL
+#define DCN_KEEP_LOOP
+#endif
+
+namespace dcn {
+
+// One 16-byte access. In words, since a compiler gives each of eight short values a register.
+template <typename S>
+struct alignas(16) Eight {
+  uint32_t words[4];
+};
+
+template <typename S>
+DCN_DEVICE Eight<S> zeros() {
+  return {{0, 0, 0, 0}};
+}
+
+// The value at the lower address of two, and the other.
+template <typename S>
+DCN_DEVICE void unpack(uint32_t both, float& low, float& high) {
+  if constexpr (std::is_same_v<S, torch::headeronly::BFloat16>) {
+    const uint32_t bits[2] = {both << 16, both & 0xffff0000u};
+    std::memcpy(&low, &bits[0], sizeof(low));
+    std::memcpy(&high, &bits[1], sizeof(high));
+  } else {
+    S pair[2];
+    std::memcpy(pair, &both, sizeof(pair));
+    low = static_cast<float>(pair[0]), high = static_cast<float>(pair[1]);
+  }
+}
+
+// sums += weight * values
+template <typename S>
+DCN_DEVICE void add_scaled(float (&sums)[8], float weight, const Eight<S>& values) {
+  DCN_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    float low, high;
+    unpack<S>(values.words[i], low, high);
+    sums[2 * i] += weight * low;
+    sums[2 * i + 1] += weight * high;
+  }
+}
+
+// Rounds two sums to S, `low` at the lower address.
+template <typename S>
+DCN_DEVICE uint32_t pack(float low, float high) {
+  uint32_t both;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<S, torch::headeronly::BFloat16>)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+#else
+  const S pair[2] = {static_cast<S>(low), static_cast<S>(high)};
+  std::memcpy(&both, pair, sizeof(both));
+#endif
+  return both;
+}
+
+template <typename S>
+DCN_DEVICE Eight<S> pack(const float (&sums)[8]) {
+  Eight<S> e;
+  DCN_UNROLL
+  for (int i = 0; i < 4; ++i) e.words[i] = pack<S>(sums[2 * i], sums[2 * i + 1]);
+  return e;
+}
+
+}  // namespace dcn

@@ -1,0 +1,225 @@
+// A block of a GPU's threads on the CPU: the interface of csrc/runtime/cuda_block.cuh, by the PTX manual's word.
+// Barriers and matrix operations make a thread wait for the others; in between, threads run in the order of the
+// schedule, and asynchronous copies arrive as early or as late as the rules allow.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <deque>
+
+#include "fibers.h"
+#include "runtime/gpu_values.h"
+
+namespace emulation {
+
+struct Schedule {
+  Order order = Order::kUp;
+  bool late_copies = false;
+  bool blocks_backwards = false;
+  unsigned seed = 1;
+};
+
+struct Copy {
+  void* to;
+  const void* from;
+  bool wanted;
+  void run() const { wanted ? std::memcpy(to, from, 16) : std::memset(to, 0, 16); }
+};
+
+// What the threads of a block, or of a warp, share when they act together.
+struct Meeting {
+  int members = 0, arrived = 0;
+};
+
+using Words = std::array<uint32_t, 4>;
+
+struct LaneData {
+  const void* row;
+  Words a;
+  std::array<uint32_t, 2> b;
+  std::array<float, 4> sums;
+  uint32_t word;
+};
+
+class BlockState {
+ public:
+  BlockState(int threads, int shared_bytes, const Schedule& schedule)
+      : schedule(schedule),
+        fibers(threads, schedule.order, schedule.seed),
+        copies(threads),
+        lanes(threads),
+        turn(threads, 0),
+        shared(new unsigned char[shared_bytes + 128]),
+        size(shared_bytes) {
+    whole.members = threads;
+    warps.resize(threads / 32);
+    for (Meeting& w : warps) w.members = 32;
+  }
+  unsigned char* shared_begin() {
+    return reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(shared.get()) + 127) & ~uintptr_t(127));
+  }
+
+  Schedule schedule;
+  Fibers fibers;
+  Meeting whole;
+  std::vector<Meeting> warps;
+  std::vector<std::deque<std::vector<Copy>>> copies;
+  std::vector<std::array<LaneData, 2>> lanes;
+  std::vector<int> turn;
+  std::unique_ptr<unsigned char[]> shared;
+  int size;
+  int64_t index = 0;
+};
+
+class Block {
+ public:
+  Block(BlockState& state, int thread) : s_(state), thread_(thread) { pending().emplace_back(); }
+
+  int64_t index() const { return s_.index; }
+  int thread() const { return thread_; }
+  unsigned char* shared() const { return s_.shared_begin(); }
+
+  void sync() {
+    meet(s_.whole, 0, [] {});
+  }
+  void sync_warp() {
+    meet(warp(), first(), [] {});
+  }
+
+  float from_lane_above(float value, int distance) {
+    uint32_t word;
+    std::memcpy(&word, &value, 4);
+    word = exchange(word, distance);
+    std::memcpy(&value, &word, 4);
+    return value;
+  }
+  int from_lane_above(int value, int distance) {
+    return static_cast<int>(exchange(static_cast<uint32_t>(value), distance));
+  }
+
+  void copy_async(void* to, const void* from, bool wanted) {
+    const Copy copy{to, from, wanted};
+    if (s_.schedule.late_copies)
+      pending().back().push_back(copy);
+    else
+      copy.run();
+  }
+  void commit_copies() { pending().emplace_back(); }
+  template <int Pending>
+  void wait_for_copies() {
+    while (pending().size() > Pending + 1) {
+      for (const Copy& copy : pending().front()) copy.run();
+      pending().pop_front();
+    }
+  }
+
+  void load_matrices(uint32_t (&m)[4], const void* row) { load(m, row, false); }
+  void load_matrices_transposed(uint32_t (&m)[4], const void* row) { load(m, row, true); }
+
+  template <typename S>
+  void multiply(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    LaneData& mine = lane(thread_ % 32);
+    std::copy(a, a + 4, mine.a.begin());
+    mine.b = {b0, b1};
+    std::copy(sums, sums + 4, mine.sums.begin());
+    meet(warp(), first(), [&] { multiply_warp<S>(); });
+    std::copy(mine.sums.begin(), mine.sums.end(), sums);
+    next_turn();
+  }
+
+ private:
+  int first() const { return thread_ / 32 * 32; }
+  Meeting& warp() { return s_.warps[thread_ / 32]; }
+  std::deque<std::vector<Copy>>& pending() { return s_.copies[thread_]; }
+  // Two sets in turns: a thread that is ahead writes to the one that nobody reads any more.
+  LaneData& lane(int i) { return s_.lanes[first() + i][s_.turn[thread_] & 1]; }
+  void next_turn() { ++s_.turn[thread_]; }
+
+  // Waits for all members; the last to come does `act` first.
+  template <typename F>
+  void meet(Meeting& m, int first_member, const F& act) {
+    if (++m.arrived < m.members) {
+      s_.fibers.sleep();
+      return;
+    }
+    m.arrived = 0;
+    act();
+    for (int i = 0; i < m.members; ++i) s_.fibers.wake(first_member + i);
+    s_.fibers.pause();
+  }
+
+  uint32_t exchange(uint32_t word, int distance) {
+    lane(thread_ % 32).word = word;
+    sync_warp();
+    const int from = thread_ % 8 + distance < 8 ? thread_ % 32 + distance : thread_ % 32;
+    const uint32_t found = lane(from).word;
+    next_turn();
+    return found;
+  }
+
+  void load(uint32_t (&m)[4], const void* row, bool transposed) {
+    lane(thread_ % 32).row = row;
+    // Shared memory is read when all are there, which is the latest that hardware may.
+    sync_warp();
+    const int l = thread_ % 32;
+    for (int i = 0; i < 4; ++i) {
+      uint16_t pair[2];
+      for (int e = 0; e < 2; ++e) {
+        const int r = transposed ? l % 4 * 2 + e : l / 4, c = transposed ? l / 4 : l % 4 * 2 + e;
+        const auto* from = static_cast<const unsigned char*>(lane(8 * i + r).row);
+        if (from < s_.shared_begin() || from + 16 > s_.shared_begin() + s_.size ||
+            reinterpret_cast<uintptr_t>(from) % 16) {
+          std::fprintf(stderr, "emulated block: a matrix row lies outside shared memory or is not aligned\n");
+          std::abort();
+        }
+        std::memcpy(&pair[e], from + 2 * c, 2);
+      }
+      std::memcpy(&m[i], pair, 4);
+    }
+    next_turn();
+  }
+
+  // Layout of the fragments: PTX ISA, mma.m16n8k16 for 16-bit types.
+  template <typename S>
+  void multiply_warp() {
+    float a[16][16], b[16][8];
+    const auto value = [](uint32_t word, int e) {
+      S pair[2];
+      std::memcpy(pair, &word, 4);
+      return static_cast<float>(pair[e]);
+    };
+    for (int l = 0; l < 32; ++l) {
+      const LaneData& of = lane(l);
+      for (int e = 0; e < 2; ++e) {
+        const int c = l % 4 * 2 + e;
+        for (int w = 0; w < 4; ++w) a[l / 4 + (w & 1) * 8][c + (w >> 1) * 8] = value(of.a[w], e);
+        for (int w = 0; w < 2; ++w) b[c + w * 8][l / 4] = value(of.b[w], e);
+      }
+    }
+    for (int l = 0; l < 32; ++l)
+      for (int e = 0; e < 4; ++e) {
+        const int r = l / 4 + (e >> 1) * 8, c = l % 4 * 2 + (e & 1);
+        for (int k = 0; k < 16; ++k) lane(l).sums[e] += a[r][k] * b[k][c];
+      }
+  }
+
+  BlockState& s_;
+  int thread_;
+};
+
+template <typename Kernel>
+void run_grid(const Kernel& kernel, int64_t blocks, const Schedule& schedule) {
+  BlockState state(Kernel::kThreads, Kernel::kSharedBytes, schedule);
+  for (int64_t i = 0; i < blocks; ++i) {
+    state.index = schedule.blocks_backwards ? blocks - 1 - i : i;
+    // What a block finds in shared memory is anything; here it is NaN in every type.
+    std::memset(state.shared_begin(), 0xff, Kernel::kSharedBytes);
+    for (auto& copies : state.copies) copies.clear();
+    state.fibers.run([&](int thread) {
+      Block block(state, thread);
+      kernel(block);
+    });
+  }
+}
+
+}  // namespace emulation

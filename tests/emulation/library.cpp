@@ -1,0 +1,63 @@
+// The GPU's operators on CPU tensors: everything of csrc/ops/deform_conv2d_cuda but CUDA itself, in an emulated block
+// of threads. Compiled and loaded by the tests.
+#include "block.h"
+#include "ops/deform_conv2d_cuda/operator.h"
+#include "runtime/cpu.h"
+#include "runtime/kernel_choice.h"
+
+namespace emulation {
+
+struct Settings {
+  int64_t multiprocessors = 4;
+  Schedule schedule;
+};
+
+inline Settings& settings() {
+  static Settings s;
+  return s;
+}
+
+struct Device : dcn::Cpu {
+  struct Guard {
+    explicit Guard(const dcn::Tensor&) {}
+  };
+  static int64_t multiprocessors(const dcn::Tensor&) { return settings().multiprocessors; }
+  static bool fuses(const dcn::Tensor&) { return dcn::wants_fused_kernels(); }
+  template <typename Kernel>
+  static bool launch(const Kernel& kernel, int64_t blocks, const dcn::Tensor&) {
+    // The least that a processor from sm_80 on grants a block.
+    static_assert(Kernel::kSharedBytes <= 99 << 10);
+    run_grid(kernel, blocks, settings().schedule);
+    return true;
+  }
+};
+
+int64_t set_schedule(int64_t order, bool late_copies, bool blocks_backwards, int64_t multiprocessors) {
+  settings() = {multiprocessors, {static_cast<Order>(order), late_copies, blocks_backwards, 1}};
+  return order;
+}
+
+std::string kernels_used() { return dcn::kernels_used(); }
+
+}  // namespace emulation
+
+STABLE_TORCH_LIBRARY(dcn_plugin_emulated, m) {
+  m.def(
+      "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias, Tensor? mask, SymInt[] stride, "
+      "SymInt[] padding, SymInt[] dilation) -> Tensor");
+  m.def(
+      "deform_conv2d_backward(Tensor grad_output, Tensor input, Tensor offset, Tensor weight, Tensor? mask, "
+      "SymInt[] stride, SymInt[] padding, SymInt[] dilation, int needs) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("set_schedule(int order, bool late_copies, bool blocks_backwards, int multiprocessors) -> int");
+  m.def("kernels_used() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dcn_plugin_emulated, CPU, m) {
+  m.impl("deform_conv2d", TORCH_BOX(&dcn::deform_conv2d<dcn::GpuDeformConv2d<emulation::Device>>));
+  m.impl("deform_conv2d_backward", TORCH_BOX(&dcn::deform_conv2d_backward<dcn::GpuDeformConv2d<emulation::Device>>));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dcn_plugin_emulated, CompositeExplicitAutograd, m) {
+  m.impl("set_schedule", TORCH_BOX(&emulation::set_schedule));
+  m.impl("kernels_used", TORCH_BOX(&emulation::kernels_used));
+}
