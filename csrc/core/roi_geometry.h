@@ -43,6 +43,11 @@ struct RoiFrame {
   A bin[2], samples[2], step[2];  // size of a bin, how many samples it has, how far they lie apart
 };
 
+// Pixels [first, last).
+struct Span {
+  int64_t first, last;
+};
+
 // The samples of one bin along one axis.
 template <typename A>
 struct BinAxis {
@@ -58,6 +63,35 @@ struct BinAxis {
   DCN_HOST_DEVICE A on_map(A p) const { return p < 0 ? A(0) : (p > last ? last : p); }
   DCN_HOST_DEVICE bool reads(A p) const { return !((p < low) | (p > high)); }
   DCN_HOST_DEVICE bool moves(A p) const { return !((p < 0) | (p >= last)); }
+
+  // What the samples may read of an axis of n pixels; a NaN position reads none.
+  DCN_HOST_DEVICE Span span(int64_t n) const {
+    const A from = at(begin), to = at(end - 1);
+    if (begin >= end || !(from <= high && to >= low)) return {0, 0};
+    const int64_t beyond = static_cast<int64_t>(on_map(to)) + 2;
+    return {static_cast<int64_t>(on_map(from)), beyond < n ? beyond : n};
+  }
+  // The same axis with the samples that read these pixels alone; the others do not. Not for NaN positions.
+  DCN_HOST_DEVICE BinAxis reading(const Span& pixels) const {
+    BinAxis axis = *this;
+    axis.begin = first_from(pixels.first - 1);
+    axis.end = first_from(pixels.last);
+    return axis;
+  }
+
+ private:
+  // The first sample on `pixel` or beyond: positions never fall with i.
+  DCN_HOST_DEVICE int64_t first_from(int64_t pixel) const {
+    int64_t from = begin, to = end;
+    while (from < to) {
+      const int64_t middle = from + (to - from) / 2;
+      if (static_cast<int64_t>(on_map(at(middle))) < pixel)
+        from = middle + 1;
+      else
+        to = middle;
+    }
+    return from;
+  }
 };
 
 struct RoiGeometry {
@@ -76,7 +110,7 @@ struct RoiGeometry {
   DCN_HOST_DEVICE int64_t extent(int axis) const { return axis == 0 ? height : width; }
   DCN_HOST_DEVICE int64_t bins_along(int axis) const { return axis == 0 ? out_height : out_width; }
   DCN_HOST_DEVICE int64_t parts_along(int axis) const { return axis == 0 ? part_height : part_width; }
-  // Which part, or group, a bin lies in; and the first bin that does not lie before a part.
+  // Which part, or group, a bin lies in; and the first bin that does not lie before a part, or group.
   DCN_HOST_DEVICE int64_t part_of(int64_t bin, int axis) const { return bin * parts_along(axis) / bins_along(axis); }
   DCN_HOST_DEVICE int64_t group_of(int64_t bin, int axis) const { return bin * groups / bins_along(axis); }
   DCN_HOST_DEVICE int64_t cell_of(int64_t bin_y, int64_t bin_x) const {
@@ -85,9 +119,8 @@ struct RoiGeometry {
   DCN_HOST_DEVICE int64_t part_index(int64_t bin_y, int64_t bin_x) const {
     return part_of(bin_y, 0) * part_width + part_of(bin_x, 1);
   }
-  DCN_HOST_DEVICE int64_t first_bin(int64_t part, int axis) const {
-    return (part * bins_along(axis) + parts_along(axis) - 1) / parts_along(axis);
-  }
+  DCN_HOST_DEVICE int64_t first_bin(int64_t part, int axis) const { return first_bin(part, parts_along(axis), axis); }
+  DCN_HOST_DEVICE int64_t first_bin_of_group(int64_t group, int axis) const { return first_bin(group, groups, axis); }
   // The channel that output d reads in a bin of group cell (g_y * groups + g_x).
   DCN_HOST_DEVICE int64_t channel(int64_t d, int64_t cell) const { return d * groups * groups + cell; }
 
@@ -158,6 +191,9 @@ struct RoiGeometry {
   }
 
  private:
+  DCN_HOST_DEVICE int64_t first_bin(int64_t part, int64_t parts, int axis) const {
+    return (part * bins_along(axis) + parts - 1) / parts;
+  }
   template <typename A>
   DCN_HOST_DEVICE BinAxis<A> pixels(const RoiFrame<A>& f, int64_t bin, int which) const {
     // Divided last, which nothing fuses with: whole edges stay whole, the end of the last bin is the region's.

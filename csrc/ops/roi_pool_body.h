@@ -8,15 +8,25 @@
 
 namespace dcn {
 
-// Number i of the result, [R, D, P_h, P_w], whose output d belongs to class c.
+// Whether a step along the channels is shorter in memory than one along a row. Elements then follow the channels, so
+// that threads side by side read side by side.
+template <typename S>
+DCN_HOST_DEVICE bool is_by_channel(const View<S>& v) {
+  return v.c < v.w;
+}
+
+// Number i of the result, [R, D, P_h, P_w], or [R, P_h, P_w, D] by channel. Its output d belongs to class c.
 struct PooledElement {
   int64_t r, d, c, y, x;
-  DCN_HOST_DEVICE PooledElement(const RoiGeometry& g, int64_t i)
-      : r(i / g.bins() / g.outputs),
-        d(i / g.bins() % g.outputs),
-        c(d / g.class_outputs()),
-        y(i / g.out_width % g.out_height),
-        x(i % g.out_width) {}
+  DCN_HOST_DEVICE PooledElement(const RoiGeometry& g, bool by_channel, int64_t i) {
+    const int64_t each = g.outputs * g.bins(), rest = i % each;
+    const int64_t bin = by_channel ? rest / g.outputs : rest % g.bins();
+    r = i / each;
+    d = by_channel ? rest % g.outputs : rest / g.bins();
+    c = d / g.class_outputs();
+    y = bin / g.out_width;
+    x = bin % g.out_width;
+  }
 };
 
 // output[r, d, bin] = mask * mean of the bin's samples
@@ -29,7 +39,7 @@ struct PoolBins {
   DCN_HOST_DEVICE int64_t size() const { return where.g.rois * where.g.outputs * where.g.bins(); }
   DCN_HOST_DEVICE void operator()(int64_t i) const {
     const RoiGeometry& g = where.g;
-    const PooledElement e(g, i);
+    const PooledElement e(g, is_by_channel(input), i);
     const RoiBin<A> bin = where.bin(g.frame(where.rois + 5 * e.r), e.r, e.c, e.y, e.x);
     if (bin.image < 0) {
       output.at(e.r, e.d, e.y, e.x) = static_cast<S>(static_cast<A>(NAN));
@@ -55,7 +65,7 @@ struct ScatterBins {
   DCN_HOST_DEVICE int64_t size() const { return where.g.rois * where.g.outputs * where.g.bins(); }
   DCN_HOST_DEVICE void operator()(int64_t i) const {
     const RoiGeometry& g = where.g;
-    const PooledElement e(g, i);
+    const PooledElement e(g, is_by_channel(grad_input), i);
     const RoiBin<A> bin = where.bin(g.frame(where.rois + 5 * e.r), e.r, e.c, e.y, e.x);
     if (bin.image < 0) return;
     const int64_t channel = g.channel(e.d, bin.cell);
@@ -66,6 +76,108 @@ struct ScatterBins {
         const A w = s.weight(corner);
         if (s.has(corner) && w != 0)
           atomic_add(&grad_input.at(bin.image, channel, s.row(corner), s.column(corner)), w * grad);
+      }
+    });
+  }
+};
+
+// Where samples may read: rows, counted through all images, and columns.
+struct Extent {
+  Span rows, columns;
+
+  DCN_HOST_DEVICE bool empty() const { return rows.first >= rows.last || columns.first >= columns.last; }
+  DCN_HOST_DEVICE bool meets(int64_t row, const Span& pixels) const {
+    return row >= rows.first && row < rows.last && pixels.first < columns.last && pixels.last > columns.first;
+  }
+};
+
+// That of each bin, [R, classes, bins].
+template <typename A>
+struct FindBinExtents {
+  RoiPlaces<A> where;
+  Extent* bins;
+
+  DCN_HOST_DEVICE int64_t size() const { return where.g.rois * where.g.classes * where.g.bins(); }
+  DCN_HOST_DEVICE void operator()(int64_t i) const {
+    const RoiGeometry& g = where.g;
+    const int64_t index = i % g.bins(), c = i / g.bins() % g.classes, r = i / g.bins() / g.classes;
+    const RoiBin<A> bin = where.bin(g.frame(where.rois + 5 * r), r, c, index / g.out_width, index % g.out_width);
+    if (bin.image < 0) {
+      bins[i] = {{0, 0}, {0, 0}};
+      return;
+    }
+    const Span rows = bin.y.span(g.height);
+    const int64_t top = bin.image * g.height;
+    bins[i] = {{top + rows.first, top + rows.last}, bin.x.span(g.width)};
+  }
+};
+
+// That of each region, around those of its bins.
+struct FindRegionExtents {
+  int64_t rois, bins_of_region;
+  const Extent* bins;
+  Extent* regions;
+
+  DCN_HOST_DEVICE int64_t size() const { return rois; }
+  DCN_HOST_DEVICE void operator()(int64_t r) const {
+    Extent all{{0, 0}, {0, 0}};
+    for (int64_t i = r * bins_of_region; i < (r + 1) * bins_of_region; ++i) {
+      if (bins[i].empty()) continue;
+      all = all.empty() ? bins[i] : Extent{around(all.rows, bins[i].rows), around(all.columns, bins[i].columns)};
+    }
+    regions[r] = all;
+  }
+
+ private:
+  DCN_HOST_DEVICE static Span around(const Span& a, const Span& b) {
+    return {a.first < b.first ? a.first : b.first, a.last > b.last ? a.last : b.last};
+  }
+};
+
+// What ScatterBins adds, always added in the same order: an element owns some pixels in a row of a channel, and takes
+// from all bins that read them. By channel: threads side by side then meet the same bins.
+template <typename A, typename S>
+struct GatherBins {
+  RoiPlaces<A> where;
+  View<const S> grad_output;
+  View<A> grad_input;
+  const Extent *regions, *bins;
+
+  // Fewer would be work for more threads, each of which passes over as many regions and bins.
+  static constexpr int64_t columns = 16;
+
+  DCN_HOST_DEVICE int64_t strips() const { return (where.g.width + columns - 1) / columns; }
+  DCN_HOST_DEVICE int64_t size() const { return where.g.batch * where.g.height * strips() * where.g.channels; }
+  DCN_HOST_DEVICE void operator()(int64_t i) const {
+    const RoiGeometry& g = where.g;
+    const int64_t channel = i % g.channels, strip = i / g.channels % strips(), row = i / g.channels / strips();
+    const Span pixels{strip * columns, (strip + 1) * columns};
+    const int64_t cells = g.groups * g.groups, d = channel / cells, c = d / g.class_outputs();
+    const int64_t group_y = channel % cells / g.groups, group_x = channel % g.groups;
+    const Span across{g.first_bin_of_group(group_x, 1), g.first_bin_of_group(group_x + 1, 1)};
+    const Span down{g.first_bin_of_group(group_y, 0), g.first_bin_of_group(group_y + 1, 0)};
+    for (int64_t r = 0; r < g.rois; ++r) {
+      if (!regions[r].meets(row, pixels)) continue;
+      const RoiFrame<A> frame = g.frame(where.rois + 5 * r);
+      const Extent* const of_class = bins + (r * g.classes + c) * g.bins();
+      for (int64_t y = down.first; y < down.last; ++y)
+        for (int64_t x = across.first; x < across.last; ++x)
+          if (of_class[y * g.out_width + x].meets(row, pixels))
+            add(where.bin(frame, r, c, y, x), channel, row % g.height, pixels,
+                static_cast<A>(grad_output.at(r, d, y, x)) * where.modulation(r, c, y, x));
+    }
+  }
+
+ private:
+  DCN_HOST_DEVICE void add(RoiBin<A> bin, int64_t channel, int64_t row, const Span& pixels, A grad) const {
+    bin.y = bin.y.reading({row, row + 1});
+    bin.x = bin.x.reading(pixels);
+    for_each_sample(where.g, bin, [&](const Sample<A>& s, bool, bool) {
+      for (int corner = 0; corner < 4; ++corner) {
+        const int64_t column = s.column(corner);
+        const A w = s.weight(corner);
+        if (s.has(corner) && w != 0 && s.row(corner) == row && column >= pixels.first && column < pixels.last)
+          grad_input.at(bin.image, channel, row, column) += w * (grad * bin.share);
       }
     });
   }
@@ -84,24 +196,25 @@ struct BinGradient {
   }
 };
 
-// Gradients of offset and mask [R, (2) classes, parts]: sums over the bins of a part and the outputs of a class. One
-// element: a part of a class of a region.
+// What a slice of the outputs of a class adds to the gradients of offset and mask: sums over the bins of a part and
+// over the outputs slice, slice + slices, ... One element: a slice, and a part of a class of a region.
 template <typename A, typename S>
 struct PartGradient {
   RoiPlaces<A> where;
   View<const S> input, grad_output;
-  A *grad_offset, *grad_mask;  // dense; either may be null
+  int64_t slices;
+  BinGradient<A>* sums;  // [slices, R, classes, parts]
 
-  DCN_HOST_DEVICE int64_t size() const {
-    return where.g.rois * where.g.classes * where.g.part_height * where.g.part_width;
-  }
+  DCN_HOST_DEVICE int64_t places() const { return where.g.rois * where.g.classes * where.g.parts(); }
+  DCN_HOST_DEVICE int64_t size() const { return slices * places(); }
   DCN_HOST_DEVICE void operator()(int64_t i) const {
     const RoiGeometry& g = where.g;
-    const int64_t parts = g.part_height * g.part_width, part = i % parts;
-    const int64_t c = i / parts % g.classes, r = i / parts / g.classes;
+    const bool by_channel = is_by_channel(input);
+    const int64_t slice = by_channel ? i % slices : i / places(), place = by_channel ? i / slices : i % places();
+    const int64_t part = place % g.parts(), c = place / g.parts() % g.classes, r = place / g.parts() / g.classes;
     const int64_t part_y = part / g.part_width, part_x = part % g.part_width;
     const RoiFrame<A> frame = g.frame(where.rois + 5 * r);
-    A value = 0, dy = 0, dx = 0;
+    BinGradient<A> total;
     for (int64_t y = g.first_bin(part_y, 0); y < g.first_bin(part_y + 1, 0); ++y)
       for (int64_t x = g.first_bin(part_x, 1); x < g.first_bin(part_x + 1, 1); ++x) {
         const RoiBin<A> bin = where.bin(frame, r, c, y, x);
@@ -112,7 +225,7 @@ struct PartGradient {
         } else {
           for_each_sample(g, bin, [&](const Sample<A>& s, bool y_moves, bool x_moves) {
             Gradient<A> all{0, 0, 0};
-            for (int64_t d = c * g.class_outputs(); d < (c + 1) * g.class_outputs(); ++d) {
+            for (int64_t d = c * g.class_outputs() + slice; d < (c + 1) * g.class_outputs(); d += slices) {
               const int64_t channel = g.channel(d, bin.cell);
               const A grad = static_cast<A>(grad_output.at(r, d, y, x));
               const Gradient<A> one = interpolate_gradient(s, [&](int64_t row, int64_t column) {
@@ -128,15 +241,36 @@ struct PartGradient {
           sum.dy *= bin.share * bin.size_y;
           sum.dx *= bin.share * bin.size_x;
         }
-        value += sum.value;
-        dy += m * sum.dy;
-        dx += m * sum.dx;
+        total.value += sum.value;
+        total.dy += m * sum.dy;
+        total.dx += m * sum.dx;
       }
-    if (grad_offset) {
-      grad_offset[(r * g.classes + c) * 2 * parts + part] = dy;
-      grad_offset[((r * g.classes + c) * 2 + 1) * parts + part] = dx;
+    sums[slice * places() + place] = total;
+  }
+};
+
+// Gradients of offset and mask [R, (2) classes, parts] from their slices. One element: a part of a class of a region.
+template <typename A>
+struct AddSlices {
+  int64_t places, parts, slices;
+  const BinGradient<A>* sums;
+  A *grad_offset, *grad_mask;  // dense; either may be null
+
+  DCN_HOST_DEVICE int64_t size() const { return places; }
+  DCN_HOST_DEVICE void operator()(int64_t i) const {
+    BinGradient<A> total;
+    for (int64_t slice = 0; slice < slices; ++slice) {
+      const BinGradient<A> sum = sums[slice * places + i];
+      total.value += sum.value;
+      total.dy += sum.dy;
+      total.dx += sum.dx;
     }
-    if (grad_mask) grad_mask[i] = value;
+    if (grad_offset) {
+      A* const both = grad_offset + i / parts * 2 * parts + i % parts;
+      both[0] = total.dy;
+      both[parts] = total.dx;
+    }
+    if (grad_mask) grad_mask[i] = total.value;
   }
 };
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,9 @@ from torch import Tensor
 from ._layout import new_image
 
 _lib = torch.library.Library("dcn_plugin", "IMPL")
+
+# Bit of ``needs`` beyond those of gradients: no sums whose order may vary (kOrdered in csrc/ops).
+ORDERED = 1 << 8
 
 
 def register(
@@ -28,7 +30,8 @@ def register(
     """Complete the compiled operator ``name`` and return it.
 
     Its schema has ``tensors``, then ``options``; ``<name>_backward`` takes the output's gradient, the tensors without
-    those of ``closed_form``, the options and ``needs``, whose bit i asks for the gradient of ``gradients[i]``.
+    those of ``closed_form``, the options and ``needs``, whose bit i asks for the gradient of ``gradients[i]`` and whose
+    bit ``ORDERED`` is torch's deterministic mode.
 
     Args:
         name: of the operator in ``torch.ops.dcn_plugin``.
@@ -72,8 +75,8 @@ def register(
         needs = sum(wants[g] << i for i, g in enumerate(gradients))
         found: dict[str, Tensor] = {}
         if needs:
-            if grad_output.is_cuda and wants[tensors[0]]:
-                _alert_not_deterministic(name)
+            if torch.are_deterministic_algorithms_enabled():
+                needs |= ORDERED
             result = backward_op(grad_output, *ctx.saved_tensors, *ctx.options, needs)
             found = dict(zip(gradients, (result,) if single else result, strict=True))
         for t, formula in closed_form.items():
@@ -124,16 +127,3 @@ def register(
     _lib.impl(name, autocast("cuda"), "AutocastCUDA")
     _lib.impl(name, autocast("cpu"), "AutocastCPU")
     return op
-
-
-def _alert_not_deterministic(name: str) -> None:
-    """Say what torch's own operators say when they add atomically (``torch.use_deterministic_algorithms``)."""
-    if not torch.are_deterministic_algorithms_enabled():
-        return
-    message = (
-        f"{name}'s gradient by its input has no deterministic implementation on CUDA; it has one on the CPU, and "
-        "torch.use_deterministic_algorithms(True, warn_only=True) lets it pass"
-    )
-    if not torch.is_deterministic_algorithms_warn_only_enabled():
-        raise RuntimeError(message)
-    warnings.warn(message, UserWarning, stacklevel=2)

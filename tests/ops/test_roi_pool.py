@@ -539,20 +539,6 @@ def test_equal_bits_on_any_number_of_threads(case):
             assert torch.equal(value, other[name]), name
 
 
-@each_pool
-def test_deterministic_mode_is_respected(case, device):
-    arguments = case.make(case.full, device=device)
-    torch.use_deterministic_algorithms(True)
-    try:
-        if device == "cuda":
-            with pytest.raises(RuntimeError, match=f"{case.op}'s gradient.*deterministic"):
-                run(case.function, arguments)
-        else:
-            run(case.function, arguments)
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 # -- errors ---------------------------------------------------------------------------------------------------------
 
 
