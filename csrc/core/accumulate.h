@@ -20,4 +20,15 @@ DCN_HOST_DEVICE void atomic_add(A* address, A value) {
 #endif
 }
 
+// Adds to a count and returns what it was before.
+DCN_HOST_DEVICE int32_t fetch_add(int32_t* address, int32_t value) {
+#if defined(__CUDA_ARCH__)
+  return atomicAdd(address, value);
+#elif defined(__GNUC__)
+  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+#else
+#error "fetch_add needs a compiler with __atomic builtins"
+#endif
+}
+
 }  // namespace dcn

@@ -3,10 +3,11 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <tuple>
 
 #include "../runtime/tensor.h"
-#include "deform_conv2d_body.h"
+#include "deform_conv2d_index.h"
 
 namespace dcn {
 
@@ -114,12 +115,31 @@ Displacement<Accumulate<S>, F> displacement(const ConvArguments& a) {
   return {view<const F>(a.offset), a.mask ? view<const F>(*a.mask) : View<const F>{}};
 }
 
-// Pixel ranges whose columns fit the device's budget.
+// Pixel ranges whose columns, and whatever else has `more` bytes per pixel and tap, fit the device's budget.
 template <typename M, typename Device>
-int64_t range_size(const ConvGeometry& g) {
+int64_t range_size(const ConvGeometry& g, int64_t more = 0) {
   const int64_t total = g.batch * g.out_pixels();
-  const int64_t fitting = Device::column_bytes / static_cast<int64_t>(sizeof(M)) / (g.channels * g.taps());
-  return std::max<int64_t>(1, std::min(total, std::max<int64_t>(fitting, 64)));
+  const int64_t bytes = (g.channels * static_cast<int64_t>(sizeof(M)) + more) * g.taps();
+  return std::max<int64_t>(1, std::min(total, std::max<int64_t>(Device::column_bytes / bytes, 64)));
+}
+
+// Ranges of the backward: whole images where they fit, else parts of one image. Every range visits all pixels of its
+// images for the input's gradient, so an image has at most 16 parts, whatever its size.
+template <typename M, typename A, typename Device>
+int64_t gradient_range_size(const ConvGeometry& g) {
+  const int64_t pixels = g.out_pixels();
+  const int64_t fitting = range_size<M, Device>(g, g.offset_groups * sizeof(IndexEntry<A>));
+  // The index counts samples in 32 bits.
+  const int64_t countable = std::numeric_limits<int32_t>::max() / (g.offset_groups * g.taps());
+  check(countable > 0, "deform_conv2d_backward: an output pixel has 2^31 samples or more");
+  if (fitting < pixels) {
+    const int64_t parts = std::min<int64_t>((pixels + fitting - 1) / fitting, 16);
+    return std::min((pixels + parts - 1) / parts, countable);
+  }
+  // Maps may be much larger than the output.
+  const int64_t cells = g.offset_groups * (g.height + 1) * (g.width + 1);
+  const int64_t maps = Device::column_bytes / static_cast<int64_t>(2 * sizeof(int32_t)) / cells;
+  return std::min(std::max<int64_t>(1, std::min(fitting / pixels, maps)) * pixels, countable);
 }
 
 // Gradients of input, offset, weight, mask; an empty tensor for what `needs` does not ask for.
@@ -176,6 +196,29 @@ Tensor deform_conv2d_portable(const ConvArguments& a, const ConvGeometry& g) {
   return output;
 }
 
+// An index with its memory.
+template <typename A>
+struct BuiltIndex {
+  Tensor begin, entries;
+  InputIndex<A> index;
+};
+
+// Of the samples of `range`, which may be any; their number must fit 32 bits. Nothing is read back on the host.
+template <typename Device, typename A, typename F>
+BuiltIndex<A> build_input_index(const ConvGeometry& g, const PixelRange& range, const Displacement<A, F>& where,
+                                const Tensor& like) {
+  InputIndex<A> index(g, range);
+  Tensor begin = torch::stable::new_zeros(like, {index.cells() + 1}, ScalarType::Int);
+  Device::for_each(CountSamples<A, F>{index, where, static_cast<int32_t*>(begin.data_ptr())}, like);
+  begin = Device::running_sum(begin);
+  const Tensor entries = torch::stable::new_empty(like, {4 * index.samples()}, scalar_type_of<A>());
+  index.begin = static_cast<int32_t*>(begin.data_ptr());
+  index.entries = static_cast<IndexEntry<A>*>(entries.data_ptr());
+  Device::for_each(FillIndex<A, F>{index, where}, like);
+  Device::for_each(SortCells<A>{index}, like);
+  return {begin, entries, index};
+}
+
 template <typename Device>
 ConvGradients deform_conv2d_backward_portable(const Tensor& grad_output, const ConvArguments& a, const ConvGeometry& g,
                                               int64_t needs) {
@@ -184,7 +227,7 @@ ConvGradients deform_conv2d_backward_portable(const Tensor& grad_output, const C
     using F = decltype(f);
     using A = Accumulate<S>;
     using M = typename Device::template Product<S>;
-    const int64_t total = g.batch * g.out_pixels(), step = range_size<M, Device>(g);
+    const int64_t total = g.batch * g.out_pixels(), step = gradient_range_size<M, A, Device>(g);
     const int64_t depth = g.group_channels() * g.taps(), outputs = g.group_outputs();
     const bool displaced = needs & (kOffset | kMask);
 
@@ -200,8 +243,9 @@ ConvGradients deform_conv2d_backward_portable(const Tensor& grad_output, const C
     const M* const kernel = static_cast<const M*>(weight.data_ptr());
     const Displacement<A, F> where = displacement<S, F>(a);
 
-    for (int64_t first = 0; first < total; first += step) {
-      const PixelRange range{first, std::min(step, total - first)};
+    for (PixelRange range{0, 0}; range.first < total; range.first += range.count) {
+      const int64_t left = step < g.out_pixels() ? g.out_pixels() - range.first % g.out_pixels() : total - range.first;
+      range.count = std::min(step, left);
       Device::for_each(GatherGradOutput<S, M>{g, range, view<const S>(grad_output), grad}, a.input);
       const auto grad_of = [&](int64_t i) {
         return matrix(grad + i * outputs * range.count, outputs, range.count, range.count, 1, a.input);
@@ -215,8 +259,10 @@ ConvGradients deform_conv2d_backward_portable(const Tensor& grad_output, const C
                                                             needs & kOffset ? view<F>(grad_offset) : View<F>{},
                                                             needs & kMask ? view<F>(grad_mask) : View<F>{}},
                            a.input);
-        if (needs & kInput)
-          Device::for_each(ScatterInputGradient<A, F, M>{g, range, where, column, view<A>(grad_input)}, a.input);
+        if (needs & kInput) {
+          const BuiltIndex<A> built = build_input_index<Device>(g, range, where, a.input);
+          Device::for_each(GatherInputGradient<A, M>{built.index, column, view<A>(grad_input)}, a.input);
+        }
       }
       if (needs & kWeight) {
         Device::for_each(FillColumns<A, S, F, M>{g, range, view<const S>(a.input), where, column}, a.input);

@@ -3,7 +3,6 @@
 // proves the arithmetic of the GPU.
 #pragma once
 
-#include "../core/accumulate.h"
 #include "../core/geometry.h"
 #include "../core/view.h"
 
@@ -123,31 +122,6 @@ struct DisplacementGradient {
       grad_offset.at(p.n, 2 * plane + 1, p.y, p.x) = static_cast<F>(m * dx);
     }
     if (grad_mask.data) grad_mask.at(p.n, plane, p.y, p.x) = static_cast<F>(value);
-  }
-};
-
-// grad_input[n, c, corner] += weight_corner * mask * grad_columns: the adjoint of FillColumns.
-template <typename A, typename F, typename M>
-struct ScatterInputGradient {
-  ConvGeometry g;
-  PixelRange range;
-  Displacement<A, F> where;
-  const M* grad_columns;
-  View<A> grad_input;
-
-  DCN_HOST_DEVICE int64_t size() const { return g.channels * range.count; }
-  DCN_HOST_DEVICE void operator()(int64_t i) const {
-    const int64_t c = i / range.count, q = i % range.count;
-    const Pixel p(g, range.first + q);
-    const int64_t og = c / g.offset_group_channels();
-    for (int64_t k = 0; k < g.taps(); ++k) {
-      const Sample<A> s = where.sample(g, p, og, k);
-      const A grad = where.modulation(g, p, og, k) * static_cast<A>(grad_columns[(c * g.taps() + k) * range.count + q]);
-      for (int corner = 0; corner < 4; ++corner) {
-        const A w = s.weight(corner);
-        if (s.has(corner) && w != 0) atomic_add(&grad_input.at(p.n, c, s.row(corner), s.column(corner)), w * grad);
-      }
-    }
   }
 };
 

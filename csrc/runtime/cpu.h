@@ -40,6 +40,14 @@ struct Cpu {
                                       ? aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0)
                                       : aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
   }
+
+  // sums[i] = counts[0] + ... + counts[i], in the type of the counts.
+  static Tensor running_sum(const Tensor& counts) {
+    AtenTensorHandle sums = nullptr;
+    int32_t type = aoti_torch_dtype_int32();
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_cumsum(counts.get(), 0, &type, &sums));
+    return Tensor(sums);
+  }
 };
 
 #if defined(__GNUC__) && defined(__x86_64__)

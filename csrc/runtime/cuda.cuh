@@ -43,6 +43,14 @@ struct Cuda {
                                       ? aoti_torch_cuda_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0)
                                       : aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
   }
+
+  // sums[i] = counts[0] + ... + counts[i], in the type of the counts.
+  static Tensor running_sum(const Tensor& counts) {
+    AtenTensorHandle sums = nullptr;
+    int32_t type = aoti_torch_dtype_int32();
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_cumsum(counts.get(), 0, &type, &sums));
+    return Tensor(sums);
+  }
 };
 
 }  // namespace dcn
