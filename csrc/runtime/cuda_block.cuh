@@ -26,6 +26,9 @@ class CudaBlock {
   DCN_DEVICE float from_lane_above(float value, int distance) { return __shfl_down_sync(~0u, value, distance, 8); }
   DCN_DEVICE int from_lane_above(int value, int distance) { return __shfl_down_sync(~0u, value, distance, 8); }
 
+  // The value of the lane below within eight lanes; the first one's own.
+  DCN_DEVICE int from_lane_below(int value) { return __shfl_up_sync(~0u, value, 1, 8); }
+
 #if __CUDA_ARCH__ >= 800
   // Starts a copy of 16 bytes into shared memory, zeros where it is not `wanted`; the source is then not read.
   DCN_DEVICE void copy_async(void* to, const void* from, bool wanted) {

@@ -31,13 +31,13 @@ struct alignas(16) Eight {
 };
 
 template <typename S>
-DCN_DEVICE Eight<S> zeros() {
+DCN_HOST_DEVICE Eight<S> zeros() {
   return {{0, 0, 0, 0}};
 }
 
 // The value at the lower address of two, and the other.
 template <typename S>
-DCN_DEVICE void unpack(uint32_t both, float& low, float& high) {
+DCN_HOST_DEVICE void unpack(uint32_t both, float& low, float& high) {
   if constexpr (std::is_same_v<S, torch::headeronly::BFloat16>) {
     const uint32_t bits[2] = {both << 16, both & 0xffff0000u};
     std::memcpy(&low, &bits[0], sizeof(low));
@@ -51,7 +51,7 @@ DCN_DEVICE void unpack(uint32_t both, float& low, float& high) {
 
 // sums += weight * values
 template <typename S>
-DCN_DEVICE void add_scaled(float (&sums)[8], float weight, const Eight<S>& values) {
+DCN_HOST_DEVICE void add_scaled(float (&sums)[8], float weight, const Eight<S>& values) {
   DCN_UNROLL
   for (int i = 0; i < 4; ++i) {
     float low, high;
@@ -61,9 +61,22 @@ DCN_DEVICE void add_scaled(float (&sums)[8], float weight, const Eight<S>& value
   }
 }
 
+template <typename S>
+DCN_HOST_DEVICE float dot(const float (&a)[8], const Eight<S>& b) {
+  float sum = 0;
+  DCN_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    float low, high;
+    unpack<S>(b.words[i], low, high);
+    sum += a[2 * i] * low;
+    sum += a[2 * i + 1] * high;
+  }
+  return sum;
+}
+
 // Rounds two sums to S, `low` at the lower address.
 template <typename S>
-DCN_DEVICE uint32_t pack(float low, float high) {
+DCN_HOST_DEVICE uint32_t pack(float low, float high) {
   uint32_t both;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   if constexpr (std::is_same_v<S, torch::headeronly::BFloat16>)
@@ -78,7 +91,7 @@ DCN_DEVICE uint32_t pack(float low, float high) {
 }
 
 template <typename S>
-DCN_DEVICE Eight<S> pack(const float (&sums)[8]) {
+DCN_HOST_DEVICE Eight<S> pack(const float (&sums)[8]) {
   Eight<S> e;
   DCN_UNROLL
   for (int i = 0; i < 4; ++i) e.words[i] = pack<S>(sums[2 * i], sums[2 * i + 1]);

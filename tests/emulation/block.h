@@ -89,12 +89,15 @@ class Block {
   float from_lane_above(float value, int distance) {
     uint32_t word;
     std::memcpy(&word, &value, 4);
-    word = exchange(word, distance);
+    word = exchange(word, thread_ % 8 + distance < 8 ? distance : 0);
     std::memcpy(&value, &word, 4);
     return value;
   }
   int from_lane_above(int value, int distance) {
-    return static_cast<int>(exchange(static_cast<uint32_t>(value), distance));
+    return static_cast<int>(exchange(static_cast<uint32_t>(value), thread_ % 8 + distance < 8 ? distance : 0));
+  }
+  int from_lane_below(int value) {
+    return static_cast<int>(exchange(static_cast<uint32_t>(value), thread_ % 8 ? -1 : 0));
   }
 
   void copy_async(void* to, const void* from, bool wanted) {
@@ -148,11 +151,11 @@ class Block {
     s_.fibers.pause();
   }
 
+  // The word of the lane that lies so far above.
   uint32_t exchange(uint32_t word, int distance) {
     lane(thread_ % 32).word = word;
     sync_warp();
-    const int from = thread_ % 8 + distance < 8 ? thread_ % 32 + distance : thread_ % 32;
-    const uint32_t found = lane(from).word;
+    const uint32_t found = lane(thread_ % 32 + distance).word;
     next_turn();
     return found;
   }

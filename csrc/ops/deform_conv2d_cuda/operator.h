@@ -3,8 +3,11 @@
 #pragma once
 
 #include "../../runtime/kernel_log.h"
+#include "column_gradient.h"
 #include "forward.h"
+#include "input_gradient.h"
 #include "plan.h"
+#include "weight_gradient.h"
 
 namespace dcn {
 
@@ -21,6 +24,8 @@ struct GpuDeformConv2d {
   static ConvGradients backward(const Tensor& grad_output, const ConvArguments& a, const ConvGeometry& g,
                                 int64_t needs) {
     const typename Device::Guard guard(a.input);
+    if (Device::fuses(a.input) && can_fuse(a, g) && can_fuse_backward(g))
+      if (const std::optional<ConvGradients> gradients = fused_backward(grad_output, a, g, needs)) return *gradients;
     note_kernel("deform_conv2d_backward", "plain");
     return deform_conv2d_backward_portable<Device>(grad_output, a, g, needs);
   }
@@ -55,6 +60,81 @@ struct GpuDeformConv2d {
       note_kernel("deform_conv2d", "fused ", Shape::kRows, "x", Shape::kColumns);
       return output;
     });
+  }
+
+  static std::optional<ConvGradients> fused_backward(const Tensor& grad_output, const ConvArguments& a,
+                                                     const ConvGeometry& g, int64_t needs) {
+    return dispatch_deform_conv2d(a, [&](auto s, auto f) -> std::optional<ConvGradients> {
+      using S = decltype(s);
+      if constexpr (sizeof(S) == 2) {
+        const ConvGradients gradients = new_gradients(a, needs, a.input.scalar_type());
+        const auto& [grad_input, grad_offset, grad_weight, grad_mask] = gradients;
+        const bool whole_pieces = has_whole_pieces(grad_output) && g.group_outputs() % 8 == 0;
+        const OutputGradient<S> from{view<const S>(grad_output), whole_pieces, static_cast<int>(g.group_outputs())};
+        if ((needs & (kInput | kOffset | kMask)) &&
+            !fused_columns<S, decltype(f)>(from, a, g, needs, grad_input, grad_offset, grad_mask))
+          return std::nullopt;
+        if ((needs & kWeight) &&
+            !(g.group_outputs() > 64 ? fused_weight<S, ProductShape<4, 2, 8>>(from, a, g, grad_weight)
+                                     : fused_weight<S, ProductShape<2, 4, 4>>(from, a, g, grad_weight)))
+          return std::nullopt;
+        note_kernel("deform_conv2d_backward", "fused");
+        return gradients;
+      } else {
+        return std::nullopt;  // can_fuse has ruled it out
+      }
+    });
+  }
+
+  // Gradients of offset and mask, and by way of the columns' gradient that of the input, some images at a time.
+  template <typename S, typename F>
+  static bool fused_columns(const OutputGradient<S>& from, const ConvArguments& a, const ConvGeometry& g, int64_t needs,
+                            const Tensor& grad_input, const Tensor& grad_offset, const Tensor& grad_mask) {
+    const Tensor weight = taps_first(a.weight);
+    const int64_t step = images_together(g) * g.out_pixels(), total = g.batch * g.out_pixels();
+    const Tensor columns =
+        torch::stable::new_empty(a.input, {needs & kInput ? g.taps() * std::min(step, total) * g.channels : 0});
+    if (reinterpret_cast<uintptr_t>(weight.data_ptr()) % 16) return false;
+    for (PixelRange range{0, 0}; range.first < total; range.first += range.count) {
+      range.count = std::min(step, total - range.first);
+      FusedColumnGradient<S> kernel{sampler<S>(a, g),
+                                    range,
+                                    from,
+                                    static_cast<const S*>(weight.data_ptr()),
+                                    needs & kInput ? static_cast<S*>(columns.data_ptr()) : nullptr,
+                                    write_either<S>(grad_offset, needs & kOffset),
+                                    write_either<S>(grad_mask, needs & kMask),
+                                    static_cast<int>(kSamplesPerPixel / g.offset_groups)};
+      kernel.taps_together = std::min(kernel.taps_together, static_cast<int>(g.taps()));
+      // Taps are independent, so that small maps are shared out by them too.
+      while (kernel.taps_together > 1 && kernel.blocks() < 2 * Device::multiprocessors(a.input))
+        kernel.taps_together = (kernel.taps_together + 2) / 3;
+      if (!Device::launch(kernel, kernel.blocks(), a.input)) return false;
+      if (!(needs & kInput)) continue;
+      const BuiltIndex<float> built = build_input_index<Device>(g, range, displacement<S, F>(a), a.input);
+      Device::for_each(
+          GatherPieces<S>{built.index, kernel.grad_columns, view<S>(grad_input), has_whole_pieces(grad_input)},
+          a.input);
+    }
+    return true;
+  }
+
+  template <typename S, typename Shape>
+  static bool fused_weight(const OutputGradient<S>& from, const ConvArguments& a, const ConvGeometry& g,
+                           const Tensor& grad_weight) {
+    FusedWeightGradient<S, Shape> kernel{sampler<S>(a, g), from, nullptr, 1, 0};
+    // As many shares of the pixels as keep the device busy, each of at least four steps.
+    const int64_t total = g.batch * g.out_pixels(), steps = (total + kernel.kPixels - 1) / kernel.kPixels;
+    const int64_t busy = (4 * Device::multiprocessors(a.input) + kernel.tiles() - 1) / kernel.tiles();
+    const int64_t wanted = std::max<int64_t>(1, std::min(busy, steps / 4));
+    kernel.pixels_of_share = (steps + wanted - 1) / wanted * kernel.kPixels;
+    kernel.shares = (total + kernel.pixels_of_share - 1) / kernel.pixels_of_share;
+    const Tensor sums =
+        torch::stable::new_empty(a.input, {kernel.shares * g.out_channels * kernel.depth()}, ScalarType::Float);
+    kernel.sums = static_cast<float*>(sums.data_ptr());
+    if (!Device::launch(kernel, kernel.blocks(), a.input)) return false;
+    Device::for_each(AddWeightShares<S>{g, kernel.shares, kernel.sums, view<S>(grad_weight)}, a.input);
+    return true;
   }
 };
 

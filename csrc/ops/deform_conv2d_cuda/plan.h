@@ -37,19 +37,36 @@ inline bool can_fuse(const ConvArguments& a, const ConvGeometry& g) {
          (a.input.stride(1) != 1 || has_whole_pieces(a.input)) && g.batch * g.out_pixels() > 0;
 }
 
+// The backward keeps the samples of all offset groups, and counts those of an image in 32 bits.
+inline bool can_fuse_backward(const ConvGeometry& g) {
+  return g.offset_groups <= kSamplesPerPixel &&
+         g.out_pixels() <= std::numeric_limits<int32_t>::max() / (g.offset_groups * g.taps());
+}
+
+// Images whose columns' gradient is in memory at a time: about as much as a large GPU's L2 holds, so that most of it is
+// read back from there.
+inline int64_t images_together(const ConvGeometry& g) {
+  constexpr int64_t bytes = 64 << 20;
+  const int64_t countable = std::numeric_limits<int32_t>::max() / (g.offset_groups * g.taps()) / g.out_pixels();
+  return std::max<int64_t>(1, std::min(bytes / (2 * g.taps() * g.out_pixels() * g.channels), countable));
+}
+
+// In the type that the tensor has; without data for one that is not asked for.
 template <typename S>
-EitherView<S> either_view(const Tensor& t) {
-  EitherView<S> v{};
-  if (t.scalar_type() == ScalarType::Float)
-    v.full = view<const float>(t);
-  else
-    v.half = view<const S>(t);
-  return v;
+ReadEither<S> read_either(const Tensor& t) {
+  if (t.scalar_type() == ScalarType::Float) return {{}, view<const float>(t)};
+  return {view<const S>(t), {}};
+}
+template <typename S>
+WriteEither<S> write_either(const Tensor& t, bool wanted) {
+  if (!wanted) return {};
+  if (t.scalar_type() == ScalarType::Float) return {{}, view<float>(t)};
+  return {view<S>(t), {}};
 }
 
 template <typename S>
 Sampler<S> sampler(const ConvArguments& a, const ConvGeometry& g) {
-  return {g, view<const S>(a.input), either_view<S>(a.offset), a.mask ? either_view<S>(*a.mask) : EitherView<S>{}};
+  return {g, view<const S>(a.input), read_either<S>(a.offset), a.mask ? read_either<S>(*a.mask) : ReadEither<S>{}};
 }
 
 // Weights as [O, taps, C / groups]: as they are if they are channels_last.

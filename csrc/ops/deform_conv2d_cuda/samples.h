@@ -7,24 +7,34 @@
 
 namespace dcn {
 
-// Offsets or mask: float, or the type of the input.
-template <typename S>
+// Offsets or mask, or their gradients: float, or the type of the input.
+template <typename Half, typename Full>
 struct EitherView {
-  View<const S> half;  // data may be null
-  View<const float> full;
+  View<Half> half;  // of the two one has data, or none
+  View<Full> full;
 
   DCN_DEVICE bool given() const { return half.data || full.data; }
   DCN_DEVICE float at(int64_t n, int64_t c, int64_t y, int64_t x) const {
     return full.data ? full.at(n, c, y, x) : static_cast<float>(half.at(n, c, y, x));
   }
+  DCN_DEVICE void set(int64_t n, int64_t c, int64_t y, int64_t x, float value) const {
+    if (full.data)
+      full.at(n, c, y, x) = value;
+    else
+      half.at(n, c, y, x) = static_cast<Half>(value);
+  }
 };
+template <typename S>
+using ReadEither = EitherView<const S, const float>;
+template <typename S>
+using WriteEither = EitherView<S, float>;
 
 struct TilePixel {
   int64_t n;  // -1: beyond the last pixel
   int y, x;
 };
 
-// Pixels and samples of a tile are at most so many that they fit beside the operands of the products.
+// A block keeps so many samples of a pixel at a time: as many as fit into shared memory beside the operands.
 constexpr int kSamplesPerPixel = 9;
 
 struct SampleRecord {
@@ -36,7 +46,7 @@ template <typename S>
 struct Sampler {
   ConvGeometry g;
   View<const S> input;
-  EitherView<S> offset, mask;
+  ReadEither<S> offset, mask;
 
   DCN_DEVICE TilePixel pixel(int64_t flat) const {
     if (flat >= g.batch * g.out_pixels()) return {-1, 0, 0};
@@ -80,6 +90,13 @@ struct Sampler {
     return r;
   }
 
+  // The same without weights, and with all corners on the map, as derivatives need them.
+  DCN_DEVICE int64_t place(const TilePixel& p, int64_t plane) const {
+    if (p.n < 0) return 0;
+    const Sample<float, int> s = sample(p, plane);
+    return (p.n * input.n + s.y0 * input.h + s.x0 * input.w) * 16 + s.corners;
+  }
+
   DCN_DEVICE bool channels_together() const { return input.c == 1; }
 
   // Where corner c lies from the first one.
@@ -91,6 +108,23 @@ struct Sampler {
     DCN_UNROLL
     for (int c = 0; c < 4; ++c)
       corners[c] = where >> c & 1 ? *reinterpret_cast<const Eight<S>*>(first + corner_step(c)) : zeros<S>();
+  }
+
+  // sums[c] = sum over eight channels of grad * corner c, 0 for corners that are not on the map.
+  DCN_DEVICE void multiply_corners(float (&sums)[4], int64_t where, int channel, const float (&grad)[8]) const {
+    const S* const first = input.data + (where >> 4) + channel * input.c;
+    DCN_UNROLL
+    for (int c = 0; c < 4; ++c) {
+      sums[c] = 0;
+      if (!(where >> c & 1)) continue;
+      const S* const from = first + corner_step(c);
+      if (channels_together()) {
+        sums[c] = dot(grad, *reinterpret_cast<const Eight<S>*>(from));
+      } else {
+        DCN_UNROLL
+        for (int i = 0; i < 8; ++i) sums[c] += grad[i] * static_cast<float>(from[i * input.c]);
+      }
+    }
   }
 
   // Eight channels that lie apart, interpolated at once.

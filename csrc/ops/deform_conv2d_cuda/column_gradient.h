@@ -1,0 +1,210 @@
+// Fused backward, first part: the gradient of the columns on tensor cores, and from it the gradients of offset and
+// mask. The gradient of the columns goes to memory for the part that sums it into the input's gradient
+// (input_gradient.h).
+#pragma once
+
+#include "gradient_tile.h"
+
+namespace dcn {
+
+// A block has 64 pixels and some taps; 128 columns (taps and channels of a group) at a time are multiplied,
+// grad_columns = grad_output * weight, and then taken apart: a thread has eight channels of one sample, whose products
+// with each of the four corners, summed over the channels of an offset group, hold both gradients.
+template <typename S>
+struct FusedColumnGradient {
+  using Shape = ProductShape<2, 4, 4>;
+  static constexpr int kThreads = Shape::kThreads, kBlocksPerMultiprocessor = 2, kStages = 2;
+  static constexpr int kPixels = Shape::kRows, kColumns = Shape::kColumns, kPieces = kColumns / 8;
+  static constexpr int kOutputs = 64;  // terms of the sum in a stage
+  static constexpr int kGradientBytes = kPixels * kOutputs * 2, kWeightBytes = kOutputs * kColumns * 2;
+  static constexpr int kOperandBytes = kStages * (kGradientBytes + kWeightBytes);
+  // Four more than a row's columns: the rows that fragments write at once then begin in other banks.
+  static constexpr int kStagedRow = kColumns + 4;
+  static_assert(kPixels * kStagedRow * 4 <= kOperandBytes);
+  static constexpr int kRecords = kPixels * kSamplesPerPixel;
+  static constexpr int kSharedBytes = kOperandBytes + kRecords * 24 + kPixels * static_cast<int>(sizeof(TilePixel));
+
+  Sampler<S> sampler;
+  PixelRange range;
+  OutputGradient<S> grad_output;
+  const S* weight;  // [O, taps, C / groups]
+  S* grad_columns;  // [taps, range.count, C], or null
+  WriteEither<S> grad_offset, grad_mask;
+  int taps_together;
+
+  DCN_HOST_DEVICE int64_t tap_blocks() const { return (sampler.g.taps() + taps_together - 1) / taps_together; }
+  DCN_HOST_DEVICE int64_t blocks() const { return (range.count + kPixels - 1) / kPixels * tap_blocks(); }
+  DCN_DEVICE bool displaced() const { return grad_offset.given() || grad_mask.given(); }
+
+  template <typename Block>
+  struct Tile {
+    const FusedColumnGradient& k;
+    Block& block;
+    int64_t pixel0;  // within the range
+    int tap0, tap1, channel_pieces;
+
+    DCN_DEVICE SharedTile<S, kOutputs / 8> gradient(int stage) const {
+      return {reinterpret_cast<Eight<S>*>(block.shared() + stage * kGradientBytes)};
+    }
+    DCN_DEVICE SharedTile<S, kPieces> weights(int stage) const {
+      return {reinterpret_cast<Eight<S>*>(block.shared() + kStages * kGradientBytes + stage * kWeightBytes)};
+    }
+    // In the operands' place, once they are multiplied.
+    DCN_DEVICE float* staged() const { return reinterpret_cast<float*>(block.shared()); }
+    // Sums of products with the corners of a sample.
+    DCN_DEVICE float (*corner_sums() const)[4] {
+      return reinterpret_cast<float (*)[4]>(block.shared() + kOperandBytes);
+    }
+    DCN_DEVICE int64_t* sample_places() const {
+      return reinterpret_cast<int64_t*>(block.shared() + kOperandBytes + kRecords * 16);
+    }
+    DCN_DEVICE TilePixel* pixels() const {
+      return reinterpret_cast<TilePixel*>(block.shared() + kOperandBytes + kRecords * 24);
+    }
+    DCN_DEVICE int taps() const { return static_cast<int>(k.sampler.g.taps()); }
+    DCN_DEVICE int offset_groups() const { return static_cast<int>(k.sampler.g.offset_groups); }
+
+    // Record of a sample: (tap, offset group), then pixels.
+    DCN_DEVICE int record(int tap, int offset_group, int pixel) const {
+      return ((tap - tap0) * offset_groups() + offset_group) * kPixels + pixel;
+    }
+
+    DCN_DEVICE void find_samples() const {
+      for (int i = block.thread(); i < kPixels; i += kThreads)
+        pixels()[i] = pixel0 + i < k.range.count ? k.sampler.pixel(k.range.first + pixel0 + i) : TilePixel{-1, 0, 0};
+      block.sync();
+      for (int i = block.thread(); i < (tap1 - tap0) * offset_groups() * kPixels; i += kThreads) {
+        const int which = i / kPixels, offset_group = which % offset_groups(), tap = tap0 + which / offset_groups();
+        sample_places()[i] = k.sampler.place(pixels()[i % kPixels], offset_group * taps() + tap);
+        DCN_UNROLL
+        for (int c = 0; c < 4; ++c) corner_sums()[i][c] = 0;
+      }
+      block.sync();
+    }
+
+    DCN_DEVICE void copy_operands(int stage, int group, int output0, int piece0) const {
+      const int outputs = k.grad_output.group_outputs, end = tap1 * channel_pieces;
+      const int64_t depth = static_cast<int64_t>(taps()) * channel_pieces * 8;
+      k.grad_output.template copy<kThreads>(block, gradient(stage), pixels(), kPixels, group, output0);
+      const int p = block.thread() % kPieces;
+      for (int row = block.thread() / kPieces; row < kOutputs; row += kThreads / kPieces) {
+        const bool wanted = output0 + row < outputs && piece0 + p < end;
+        const S* const from =
+            k.weight + (static_cast<int64_t>(group) * outputs + output0 + row) * depth + 8 * (piece0 + p);
+        block.copy_async(weights(stage).at(row, p), wanted ? from : k.weight, wanted);
+      }
+      block.commit_copies();
+    }
+
+    // Columns [8 piece0, 8 piece0 + 128) of a group for the pixels of this block.
+    DCN_DEVICE void multiply(int group, int piece0) const {
+      ProductSums<Shape> sums;
+      sums.start(block.thread(), [](int) { return 0.0f; });
+      copy_operands(0, group, 0, piece0);
+      block.template wait_for_copies<0>();
+      block.sync();
+      for (int output0 = 0, stage = 0; output0 < k.grad_output.group_outputs; output0 += kOutputs, stage ^= 1) {
+        if (output0 + kOutputs < k.grad_output.group_outputs)
+          copy_operands(stage ^ 1, group, output0 + kOutputs, piece0);
+        DCN_UNROLL
+        for (int step = 0; step < kOutputs / 16; ++step)
+          sums.template add<Summed::kAlongRows, Summed::kAcrossRows>(block, gradient(stage), weights(stage), step);
+        block.template wait_for_copies<0>();
+        block.sync();
+      }
+      sums.for_each_pair(block.thread(), [&](int pixel, int column, float first, float second) {
+        float* const to = staged() + pixel * kStagedRow + column;
+        to[0] = first, to[1] = second;
+      });
+      block.sync();
+    }
+
+    DCN_DEVICE void take_apart(int group, int piece0) const {
+      const ConvGeometry& g = k.sampler.g;
+      const int end = tap1 * channel_pieces;
+      DCN_KEEP_LOOP
+      for (int i = block.thread(); i < kPixels * kPieces; i += kThreads) {
+        // Eight neighbouring threads have one pixel and neighbouring pieces.
+        const int half = i / (kPixels * 8), pixel = i / 8 % kPixels, p = 8 * half + i % 8, piece = piece0 + p;
+        const bool there = piece < end && pixels()[pixel].n >= 0;
+        const int tap = there ? piece / channel_pieces : tap0, c = 8 * (there ? piece % channel_pieces : 0);
+        const int channel = group * channel_pieces * 8 + c;
+        float grad[8];
+        DCN_UNROLL
+        for (int e = 0; e < 8; ++e) grad[e] = staged()[pixel * kStagedRow + 8 * p + e];
+        if (there && k.grad_columns)
+          *reinterpret_cast<Eight<S>*>(k.grad_columns + (tap * k.range.count + pixel0 + pixel) * g.channels + channel) =
+              pack<S>(grad);
+        if (k.displaced()) {
+          const int sample = record(tap, channel / static_cast<int>(g.offset_group_channels()), pixel);
+          add_to_sample(there ? sample : -1, there ? sample_places()[sample] : 0, channel, grad);
+        }
+      }
+      block.sync();
+    }
+
+    // Sums over the run of threads that have the same sample, whose first thread adds it to the record. Each record has
+    // one such thread at a time: threads of one warp take turns, other warps have other pixels.
+    DCN_DEVICE void add_to_sample(int sample, int64_t place, int channel, const float (&grad)[8]) const {
+      float sums[4];
+      k.sampler.multiply_corners(sums, place, channel, grad);
+      DCN_UNROLL
+      for (int distance = 1; distance < 8; distance *= 2) {
+        const bool same = block.from_lane_above(sample, distance) == sample && block.thread() % 8 + distance < 8;
+        DCN_UNROLL
+        for (int c = 0; c < 4; ++c) {
+          const float above = block.from_lane_above(sums[c], distance);
+          if (same) sums[c] += above;
+        }
+      }
+      const int below = block.from_lane_below(sample);
+      if (sample >= 0 && (block.thread() % 8 == 0 || below != sample)) {
+        DCN_UNROLL
+        for (int c = 0; c < 4; ++c) corner_sums()[sample][c] += sums[c];
+      }
+      block.sync_warp();
+    }
+
+    DCN_DEVICE void write() const {
+      for (int i = block.thread(); i < (tap1 - tap0) * offset_groups() * kPixels; i += kThreads) {
+        const TilePixel p = pixels()[i % kPixels];
+        if (p.n < 0) continue;
+        const int which = i / kPixels;
+        const int plane = which % offset_groups() * taps() + tap0 + which / offset_groups();
+        const Sample<float, int> s = k.sampler.sample(p, plane);
+        float value = s.origin(), dy = s.origin(), dx = s.origin();
+        DCN_UNROLL
+        for (int c = 0; c < 4; ++c) {
+          if (!s.has(c)) continue;
+          const float sum = corner_sums()[i][c], w = s.weight(c);
+          if (w != 0) value += w * sum;
+          dy += s.weight_dy(c) * sum;
+          dx += s.weight_dx(c) * sum;
+        }
+        if (k.grad_mask.given()) k.grad_mask.set(p.n, plane, p.y, p.x, value);
+        if (!k.grad_offset.given()) continue;
+        const float m = k.sampler.modulation(p, plane);
+        k.grad_offset.set(p.n, 2 * plane, p.y, p.x, m * dy);
+        k.grad_offset.set(p.n, 2 * plane + 1, p.y, p.x, m * dx);
+      }
+    }
+  };
+
+  template <typename Block>
+  DCN_DEVICE void operator()(Block& block) const {
+    const ConvGeometry& g = sampler.g;
+    const int taps = static_cast<int>(g.taps()), tap0 = static_cast<int>(block.index() % tap_blocks()) * taps_together;
+    const int tap1 = tap0 + taps_together < taps ? tap0 + taps_together : taps;
+    const Tile<Block> tile{*this, block, block.index() / tap_blocks() * kPixels,
+                           tap0,  tap1,  static_cast<int>(g.group_channels() / 8)};
+    tile.find_samples();
+    for (int group = 0; group < g.groups; ++group)
+      for (int piece = tap0 * tile.channel_pieces; piece < tap1 * tile.channel_pieces; piece += kPieces) {
+        tile.multiply(group, piece);
+        tile.take_apart(group, piece);
+      }
+    if (displaced()) tile.write();
+  }
+};
+
+}  // namespace dcn

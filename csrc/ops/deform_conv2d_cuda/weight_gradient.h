@@ -1,0 +1,201 @@
+// Fused backward, second part: the gradient of the weights on tensor cores. Columns are sampled again into shared
+// memory.
+#pragma once
+
+#include "gradient_tile.h"
+
+namespace dcn {
+
+// grad_weight = grad_output^T * columns, a sum over pixels. A block has a tile of outputs by 128 columns (taps and
+// channels of a group) and a share of the pixels, 64 at a time; the shares' sums are added in order by
+// AddWeightShares, so the result is the same every time. `Shape` is [outputs, columns].
+template <typename S, typename Shape>
+struct FusedWeightGradient {
+  static constexpr int kThreads = Shape::kThreads, kBlocksPerMultiprocessor = 2, kStages = 2;
+  static constexpr int kOutputs = Shape::kRows, kColumns = Shape::kColumns, kPieces = kColumns / 8, kPixels = 64;
+  static constexpr int kTurns = kPixels * kPieces / kThreads;
+  static constexpr int kGradientBytes = kPixels * kOutputs * 2, kColumnBytes = kPixels * kColumns * 2;
+  static constexpr int kOperandBytes = kStages * (kGradientBytes + kColumnBytes);
+  // A piece may have a sample of its own.
+  static constexpr int kRecords = kPixels * kPieces;
+  static constexpr int kSharedBytes =
+      kOperandBytes + kRecords * 24 + kStages * kPixels * static_cast<int>(sizeof(TilePixel));
+
+  Sampler<S> sampler;
+  OutputGradient<S> grad_output;
+  float* sums;  // [shares, O, taps, C / groups]
+  int64_t shares, pixels_of_share;
+
+  DCN_HOST_DEVICE int64_t depth() const { return sampler.g.taps() * sampler.g.group_channels(); }
+  DCN_HOST_DEVICE int64_t output_tiles() const { return (sampler.g.group_outputs() + kOutputs - 1) / kOutputs; }
+  DCN_HOST_DEVICE int64_t column_tiles() const { return (depth() + kColumns - 1) / kColumns; }
+  DCN_HOST_DEVICE int64_t tiles() const { return sampler.g.groups * output_tiles() * column_tiles(); }
+  DCN_HOST_DEVICE int64_t blocks() const { return shares * tiles(); }
+
+  template <typename Block>
+  struct Tile {
+    const FusedWeightGradient& k;
+    Block& block;
+    int64_t first, end;                  // pixels of this block's share
+    int group, output0, piece0, pieces;  // the last: of all columns of the group
+    int channel_pieces;
+
+    DCN_DEVICE SharedTile<S, kOutputs / 8> gradient(int stage) const {
+      return {reinterpret_cast<Eight<S>*>(block.shared() + stage * kGradientBytes)};
+    }
+    DCN_DEVICE SharedTile<S, kPieces> columns(int stage) const {
+      return {reinterpret_cast<Eight<S>*>(block.shared() + kStages * kGradientBytes + stage * kColumnBytes)};
+    }
+    DCN_DEVICE float (*sample_weights() const)[4] {
+      return reinterpret_cast<float (*)[4]>(block.shared() + kOperandBytes);
+    }
+    DCN_DEVICE int64_t* sample_places() const {
+      return reinterpret_cast<int64_t*>(block.shared() + kOperandBytes + kRecords * 16);
+    }
+    DCN_DEVICE TilePixel* pixels(int stage) const {
+      return reinterpret_cast<TilePixel*>(block.shared() + kOperandBytes + kRecords * 24) + stage * kPixels;
+    }
+
+    // A piece of the columns: the first of this tile that has the same sample, and what it reads.
+    struct Piece {
+      int head, tap, channel, offset_group;
+    };
+    DCN_DEVICE Piece piece(int p) const {
+      const ConvGeometry& g = k.sampler.g;
+      const int number = piece0 + p;
+      if (number >= pieces) return {-1, 0, 0, 0};
+      const int tap = number / channel_pieces, channel = 8 * (number % channel_pieces + group * channel_pieces);
+      const int offset_group_channels = static_cast<int>(g.offset_group_channels());
+      const int offset_group = channel / offset_group_channels;
+      // Where tap and offset group begin within the group.
+      const int begin = offset_group * (offset_group_channels / 8) - group * channel_pieces;
+      const int head = tap * channel_pieces + (begin > 0 ? begin : 0) - piece0;
+      return {head > 0 ? head : 0, tap, channel, offset_group};
+    }
+
+    // Pixels and gradients of a step, and the samples of its columns.
+    DCN_DEVICE void prepare(int stage, int64_t pixel0) const {
+      for (int i = block.thread(); i < kPixels; i += kThreads)
+        pixels(stage)[i] = pixel0 + i < end ? k.sampler.pixel(pixel0 + i) : TilePixel{-1, 0, 0};
+      block.sync();
+      k.grad_output.template copy<kThreads>(block, gradient(stage), pixels(stage), kPixels, group, output0);
+      block.commit_copies();
+      for (int i = block.thread(); i < kRecords; i += kThreads) {
+        const Piece p = piece(i / kPixels);
+        if (p.head != i / kPixels) continue;
+        const SampleRecord r =
+            k.sampler.record(pixels(stage)[i % kPixels], p.offset_group * k.sampler.g.taps() + p.tap);
+        DCN_UNROLL
+        for (int c = 0; c < 4; ++c) sample_weights()[i][c] = r.weight[c];
+        sample_places()[i] = r.where;
+      }
+      block.sync();
+    }
+
+    // Neighbouring threads take neighbouring channels where those lie together, else neighbouring pixels.
+    DCN_DEVICE int piece_of_thread(int turn) const {
+      const int i = turn * kThreads + block.thread();
+      return k.sampler.channels_together() ? i % kPieces : i / kPixels;
+    }
+    DCN_DEVICE int pixel_of_thread(int turn) const {
+      const int i = turn * kThreads + block.thread();
+      return k.sampler.channels_together() ? i / kPieces : i % kPixels;
+    }
+    DCN_DEVICE void fetch(Eight<S> (&corners)[4], int turn) const {
+      const Piece p = piece(piece_of_thread(turn));
+      if (k.sampler.channels_together())
+        k.sampler.fetch(corners, p.head < 0 ? 0 : sample_places()[p.head * kPixels + pixel_of_thread(turn)], p.channel);
+    }
+    DCN_DEVICE void store(const Eight<S> (&corners)[4], int stage, int turn) const {
+      const Piece p = piece(piece_of_thread(turn));
+      const int sample = p.head * kPixels + pixel_of_thread(turn);
+      Eight<S> found = zeros<S>();
+      if (p.head >= 0)
+        found = k.sampler.channels_together()
+                    ? combine(corners, sample_weights()[sample])
+                    : k.sampler.interpolate_apart(sample_places()[sample], sample_weights()[sample], p.channel);
+      *columns(stage).at(pixel_of_thread(turn), piece_of_thread(turn)) = found;
+    }
+
+    DCN_DEVICE void add_pixels(ProductSums<Shape>& sums) const {
+      Eight<S> corners[4];
+      prepare(0, first);
+      DCN_KEEP_LOOP
+      for (int turn = 0; turn < kTurns; ++turn) {
+        fetch(corners, turn);
+        store(corners, 0, turn);
+      }
+      block.template wait_for_copies<0>();
+      block.sync();
+      int stage = 0;
+      for (int64_t pixel = first; pixel < end; pixel += kPixels, stage ^= 1) {
+        const bool more = pixel + kPixels < end;
+        if (more) prepare(stage ^ 1, pixel + kPixels);
+        DCN_KEEP_LOOP
+        for (int turn = 0; turn < kTurns; ++turn) {
+          if (more) fetch(corners, turn);
+          DCN_UNROLL
+          for (int step = 0; step < 4 / kTurns; ++step)
+            sums.template add<Summed::kAcrossRows, Summed::kAcrossRows>(block, gradient(stage), columns(stage),
+                                                                        turn * (4 / kTurns) + step);
+          if (more) store(corners, stage ^ 1, turn);
+        }
+        block.template wait_for_copies<0>();
+        block.sync();
+      }
+    }
+
+    DCN_DEVICE void write(const ProductSums<Shape>& found, int64_t share) const {
+      const int64_t outputs = k.sampler.g.group_outputs(), depth = k.depth();
+      const int rows = static_cast<int>(outputs) - output0, columns_left = 8 * (pieces - piece0);
+      float* const to = k.sums + (share * k.sampler.g.out_channels + group * outputs + output0) * depth + 8 * piece0;
+      found.for_each_pair(block.thread(), [&](int o, int column, float first, float second) {
+        if (o >= rows || column >= columns_left) return;
+        to[o * depth + column] = first;
+        to[o * depth + column + 1] = second;
+      });
+    }
+  };
+
+  template <typename Block>
+  DCN_DEVICE void operator()(Block& block) const {
+    const ConvGeometry& g = sampler.g;
+    // Blocks of the same pixels are neighbours.
+    const int64_t share = block.index() / tiles(), total = g.batch * g.out_pixels();
+    const int tile = static_cast<int>(block.index() % tiles());
+    const int column_tile = tile % static_cast<int>(column_tiles()), row_tile = tile / static_cast<int>(column_tiles());
+    const int64_t first = share * pixels_of_share, end = first + pixels_of_share;
+    const Tile<Block> here{*this,
+                           block,
+                           first,
+                           end < total ? end : total,
+                           row_tile / static_cast<int>(output_tiles()),
+                           row_tile % static_cast<int>(output_tiles()) * kOutputs,
+                           column_tile * kPieces,
+                           static_cast<int>(depth() / 8),
+                           static_cast<int>(g.group_channels() / 8)};
+    ProductSums<Shape> found;
+    found.start(block.thread(), [](int) { return 0.0f; });
+    here.add_pixels(found);
+    here.write(found, share);
+  }
+};
+
+// grad_weight[o, c, tap] = the sum of the shares, in order.
+template <typename S>
+struct AddWeightShares {
+  ConvGeometry g;
+  int64_t shares;
+  const float* sums;  // [shares, O, taps, C / groups]
+  View<S> grad_weight;
+
+  DCN_HOST_DEVICE int64_t size() const { return g.out_channels * g.taps() * g.group_channels(); }
+  DCN_HOST_DEVICE void operator()(int64_t i) const {
+    float sum = 0;
+    for (int64_t s = 0; s < shares; ++s) sum += sums[s * size() + i];
+    const int64_t c = i % g.group_channels(), tap = i / g.group_channels() % g.taps();
+    grad_weight.at(i / g.group_channels() / g.taps(), c, tap / g.kernel_w, tap % g.kernel_w) = static_cast<S>(sum);
+  }
+};
+
+}  // namespace dcn
