@@ -32,7 +32,7 @@ struct FusedColumnGradient {
   WriteEither<S> grad_offset, grad_mask;
   int taps_together;
 
-  DCN_HOST_DEVICE int64_t tap_blocks() const { return (sampler.g.taps() + taps_together - 1) / taps_together; }
+  DCN_HOST_DEVICE int tap_blocks() const { return (sampler.sizes.taps + taps_together - 1) / taps_together; }
   DCN_HOST_DEVICE int64_t blocks() const { return (range.count + kPixels - 1) / kPixels * tap_blocks(); }
   DCN_DEVICE bool displaced() const { return grad_offset.given() || grad_mask.given(); }
 
@@ -41,7 +41,7 @@ struct FusedColumnGradient {
     const FusedColumnGradient& k;
     Block& block;
     int64_t pixel0;  // within the range
-    int tap0, tap1, channel_pieces;
+    int tap0, tap1;
 
     DCN_DEVICE SharedTile<S, kOutputs / 8> gradient(int stage) const {
       return {reinterpret_cast<Eight<S>*>(block.shared() + stage * kGradientBytes)};
@@ -61,8 +61,9 @@ struct FusedColumnGradient {
     DCN_DEVICE TilePixel* pixels() const {
       return reinterpret_cast<TilePixel*>(block.shared() + kOperandBytes + kRecords * 24);
     }
-    DCN_DEVICE int taps() const { return static_cast<int>(k.sampler.g.taps()); }
-    DCN_DEVICE int offset_groups() const { return static_cast<int>(k.sampler.g.offset_groups); }
+    DCN_DEVICE int taps() const { return k.sampler.sizes.taps; }
+    DCN_DEVICE int offset_groups() const { return k.sampler.sizes.offset_groups; }
+    DCN_DEVICE int channel_pieces() const { return k.sampler.sizes.pieces(); }
 
     // Record of a sample: (tap, offset group), then pixels.
     DCN_DEVICE int record(int tap, int offset_group, int pixel) const {
@@ -83,8 +84,8 @@ struct FusedColumnGradient {
     }
 
     DCN_DEVICE void copy_operands(int stage, int group, int output0, int piece0) const {
-      const int outputs = k.grad_output.group_outputs, end = tap1 * channel_pieces;
-      const int64_t depth = static_cast<int64_t>(taps()) * channel_pieces * 8;
+      const int outputs = k.grad_output.group_outputs, end = tap1 * channel_pieces();
+      const int64_t depth = k.sampler.sizes.depth;
       k.grad_output.template copy<kThreads>(block, gradient(stage), pixels(), kPixels, group, output0);
       const int p = block.thread() % kPieces;
       for (int row = block.thread() / kPieces; row < kOutputs; row += kThreads / kPieces) {
@@ -120,23 +121,22 @@ struct FusedColumnGradient {
     }
 
     DCN_DEVICE void take_apart(int group, int piece0) const {
-      const ConvGeometry& g = k.sampler.g;
-      const int end = tap1 * channel_pieces;
+      const int end = tap1 * channel_pieces();
       DCN_KEEP_LOOP
       for (int i = block.thread(); i < kPixels * kPieces; i += kThreads) {
         // Eight neighbouring threads have one pixel and neighbouring pieces.
         const int half = i / (kPixels * 8), pixel = i / 8 % kPixels, p = 8 * half + i % 8, piece = piece0 + p;
         const bool there = piece < end && pixels()[pixel].n >= 0;
-        const int tap = there ? piece / channel_pieces : tap0, c = 8 * (there ? piece % channel_pieces : 0);
-        const int channel = group * channel_pieces * 8 + c;
+        const int tap = there ? piece / channel_pieces() : tap0, c = 8 * (there ? piece % channel_pieces() : 0);
+        const int channel = group * channel_pieces() * 8 + c;
         float grad[8];
         DCN_UNROLL
         for (int e = 0; e < 8; ++e) grad[e] = staged()[pixel * kStagedRow + 8 * p + e];
         if (there && k.grad_columns)
-          *reinterpret_cast<Eight<S>*>(k.grad_columns + (tap * k.range.count + pixel0 + pixel) * g.channels + channel) =
-              pack<S>(grad);
+          *reinterpret_cast<Eight<S>*>(k.grad_columns + (tap * k.range.count + pixel0 + pixel) * k.sampler.g.channels +
+                                       channel) = pack<S>(grad);
         if (k.displaced()) {
-          const int sample = record(tap, channel / static_cast<int>(g.offset_group_channels()), pixel);
+          const int sample = record(tap, channel / k.sampler.sizes.offset_group_channels, pixel);
           add_to_sample(there ? sample : -1, there ? sample_places()[sample] : 0, channel, grad);
         }
       }
@@ -192,14 +192,12 @@ struct FusedColumnGradient {
 
   template <typename Block>
   DCN_DEVICE void operator()(Block& block) const {
-    const ConvGeometry& g = sampler.g;
-    const int taps = static_cast<int>(g.taps()), tap0 = static_cast<int>(block.index() % tap_blocks()) * taps_together;
+    const int taps = sampler.sizes.taps, tap0 = static_cast<int>(block.index() % tap_blocks()) * taps_together;
     const int tap1 = tap0 + taps_together < taps ? tap0 + taps_together : taps;
-    const Tile<Block> tile{*this, block, block.index() / tap_blocks() * kPixels,
-                           tap0,  tap1,  static_cast<int>(g.group_channels() / 8)};
+    const Tile<Block> tile{*this, block, block.index() / tap_blocks() * kPixels, tap0, tap1};
     tile.find_samples();
-    for (int group = 0; group < g.groups; ++group)
-      for (int piece = tap0 * tile.channel_pieces; piece < tap1 * tile.channel_pieces; piece += kPieces) {
+    for (int group = 0; group < sampler.sizes.groups; ++group)
+      for (int piece = tap0 * tile.channel_pieces(); piece < tap1 * tile.channel_pieces(); piece += kPieces) {
         tile.multiply(group, piece);
         tile.take_apart(group, piece);
       }

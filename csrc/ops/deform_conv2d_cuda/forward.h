@@ -27,19 +27,18 @@ struct FusedForward {
   View<S> output;
   bool whole_pieces;  // outputs lie together, and in whole 16-byte pieces
 
-  DCN_HOST_DEVICE int64_t output_tiles() const { return (sampler.g.group_outputs() + kOutputs - 1) / kOutputs; }
+  DCN_HOST_DEVICE int output_tiles() const { return (sampler.sizes.group_outputs + kOutputs - 1) / kOutputs; }
   DCN_HOST_DEVICE int64_t blocks() const {
-    const ConvGeometry& g = sampler.g;
-    return (g.batch * g.out_pixels() + kPixels - 1) / kPixels * g.groups * output_tiles();
+    return (sampler.sizes.pixels + kPixels - 1) / kPixels * sampler.sizes.groups * output_tiles();
   }
 
   template <typename Block>
   struct Tile {
     const FusedForward& k;
     Block& block;
-    int64_t pixel0;                                    // of this block
-    int group, output0;                                // of this block, the latter within the group
-    int channel_pieces, offset_groups, offset_group0;  // of the group; the offset groups that it meets
+    int64_t pixel0;                    // of this block
+    int group, output0;                // of this block, the latter within the group
+    int offset_groups, offset_group0;  // that the group meets
 
     DCN_DEVICE SharedTile<S, kPieces> columns(int stage) const {
       return {reinterpret_cast<Eight<S>*>(block.shared() + stage * kColumnBytes)};
@@ -65,12 +64,11 @@ struct FusedForward {
 
     // Samples of taps [tap0, tap1), for every offset group that this group of the convolution meets.
     DCN_DEVICE void find_samples(int tap0, int tap1) const {
-      const int taps = static_cast<int>(k.sampler.g.taps());
       for (int i = block.thread(); i < kPixels * (tap1 - tap0) * offset_groups; i += kThreads) {
         const int pixel = i % kPixels, which = i / kPixels;
         const int tap = tap0 + which / offset_groups;
-        const int64_t offset_group = offset_group0 + which % offset_groups;
-        const SampleRecord r = k.sampler.record(pixels()[pixel], offset_group * taps + tap);
+        const int offset_group = offset_group0 + which % offset_groups;
+        const SampleRecord r = k.sampler.record(pixels()[pixel], offset_group * k.sampler.sizes.taps + tap);
         DCN_UNROLL
         for (int c = 0; c < 4; ++c) sample_weights()[i][c] = r.weight[c];
         sample_places()[i] = r.where;
@@ -80,13 +78,13 @@ struct FusedForward {
 
     // Rows of the weights, pieces [first, first + 8) of them; those from `end` on are zeros.
     DCN_DEVICE void copy_weights(int stage, int first, int end) const {
-      const ConvGeometry& g = k.sampler.g;
-      const int64_t depth = g.taps() * g.group_channels();
+      const ConvSizes& z = k.sampler.sizes;
       const int p = block.thread() % kPieces, row0 = block.thread() / kPieces;
-      const int rows = first + p < end ? static_cast<int>(g.group_outputs()) - output0 : 0;
-      const S* from = k.weight + (group * g.group_outputs() + output0 + row0) * depth + 8 * (first + p);
+      const int rows = first + p < end ? z.group_outputs - output0 : 0;
+      const S* from =
+          k.weight + static_cast<int64_t>(group * z.group_outputs + output0 + row0) * z.depth + 8 * (first + p);
       DCN_UNROLL
-      for (int row = row0; row < row0 + kOutputs; row += 32, from += 32 * depth)
+      for (int row = row0; row < row0 + kOutputs; row += 32, from += int64_t{32} * z.depth)
         block.copy_async(weights(stage).at(row, p), row < rows ? from : k.weight, row < rows);
       block.commit_copies();
     }
@@ -109,11 +107,9 @@ struct FusedForward {
     };
     DCN_DEVICE Piece piece(int number, int tap0, int end) const {
       if (number >= end) return {-1, 0};
-      const ConvGeometry& g = k.sampler.g;
-      const int tap = number / channel_pieces;
-      const int channel = group * static_cast<int>(g.group_channels()) + 8 * (number - tap * channel_pieces);
-      return {(tap - tap0) * offset_groups + channel / static_cast<int>(g.offset_group_channels()) - offset_group0,
-              channel};
+      const ConvSizes& z = k.sampler.sizes;
+      const int tap = number / z.pieces(), channel = group * z.group_channels + 8 * (number - tap * z.pieces());
+      return {(tap - tap0) * offset_groups + channel / z.offset_group_channels - offset_group0, channel};
     }
     DCN_DEVICE void fetch(Corners& corners, int turn, const Piece& p) const {
       if (!k.sampler.channels_together()) return;
@@ -137,8 +133,8 @@ struct FusedForward {
     }
 
     DCN_DEVICE void add_taps(ProductSums<Shape>& sums, int tap0, int tap1) const {
-      const int end = tap1 * channel_pieces;
-      int first = tap0 * channel_pieces;
+      const int end = tap1 * k.sampler.sizes.pieces();
+      int first = tap0 * k.sampler.sizes.pieces();
       Piece mine = piece(first + piece_of_thread(), tap0, end);
       Corners corners;
       copy_weights(0, first, end);
@@ -172,7 +168,7 @@ struct FusedForward {
 
     // Through shared memory, so that neighbouring threads write neighbouring values, whatever the layout.
     DCN_DEVICE void write(const ProductSums<Shape>& sums) const {
-      const ConvGeometry& g = k.sampler.g;
+      const ConvSizes& z = k.sampler.sizes;
       const bool along_outputs = k.output.c == 1;
       // Eight more than needed: neighbouring rows begin in other banks.
       const int stride = 8 + (along_outputs ? kOutputs : kPixels);
@@ -188,7 +184,7 @@ struct FusedForward {
           staged[(o + 1) * stride + pixel] = static_cast<S>(second);
         });
       block.sync();
-      const int64_t outputs = g.group_outputs() - output0, out0 = group * g.group_outputs() + output0;
+      const int outputs = z.group_outputs - output0, out0 = group * z.group_outputs + output0;
       if (along_outputs && k.whole_pieces) {
         for (int i = block.thread(); i < kPixels * kOutputs / 8; i += kThreads) {
           const int pixel = i / (kOutputs / 8), o = i % (kOutputs / 8) * 8;
@@ -207,33 +203,25 @@ struct FusedForward {
       }
     }
     DCN_DEVICE float bias_of(int o) const {
-      const int outputs = static_cast<int>(k.sampler.g.group_outputs());
+      const int outputs = k.sampler.sizes.group_outputs;
       return k.bias && output0 + o < outputs ? static_cast<float>(k.bias[group * outputs + output0 + o]) : 0.0f;
     }
   };
 
   template <typename Block>
   DCN_DEVICE void operator()(Block& block) const {
-    const ConvGeometry& g = sampler.g;
+    const ConvSizes& z = sampler.sizes;
     // Blocks of the same pixels are neighbours: they read the same input.
-    const int64_t across = g.groups * output_tiles();
-    const int i = static_cast<int>(block.index() % across), tiles = static_cast<int>(output_tiles());
-    const int group = i / tiles, group_channels = static_cast<int>(g.group_channels());
-    const int offset_group_channels = static_cast<int>(g.offset_group_channels());
-    const int first = group * group_channels / offset_group_channels;
-    const int last = ((group + 1) * group_channels - 1) / offset_group_channels;
-    const Tile<Block> tile{*this,
-                           block,
-                           block.index() / across * kPixels,
-                           group,
-                           i % tiles * kOutputs,
-                           group_channels / 8,
-                           last - first + 1,
-                           first};
+    const int across = z.groups * output_tiles(), i = static_cast<int>(block.index() % across);
+    const int group = i / output_tiles();
+    const int first = group * z.group_channels / z.offset_group_channels;
+    const int last = ((group + 1) * z.group_channels - 1) / z.offset_group_channels;
+    const Tile<Block> tile{
+        *this, block, block.index() / across * kPixels, group, i % output_tiles() * kOutputs, last - first + 1, first};
     ProductSums<Shape> sums;
     sums.start(tile.block.thread(), [&](int o) { return tile.bias_of(o); });
     tile.find_pixels();
-    const int taps = static_cast<int>(g.taps()), together = kSamplesPerPixel / tile.offset_groups;
+    const int taps = z.taps, together = kSamplesPerPixel / tile.offset_groups;
     for (int tap = 0; tap < taps; tap += together) {
       const int end = tap + together < taps ? tap + together : taps;
       tile.find_samples(tap, end);

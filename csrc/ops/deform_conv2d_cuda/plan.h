@@ -34,7 +34,9 @@ inline bool can_fuse(const ConvArguments& a, const ConvGeometry& g) {
   const ScalarType type = a.input.scalar_type();
   return (type == ScalarType::Half || type == ScalarType::BFloat16) && g.group_channels() % 8 == 0 &&
          g.offset_group_channels() % 8 == 0 && offset_groups_of_group(g) <= kSamplesPerPixel && has_int_positions(g) &&
-         (a.input.stride(1) != 1 || has_whole_pieces(a.input)) && g.batch * g.out_pixels() > 0;
+         (a.input.stride(1) != 1 || has_whole_pieces(a.input)) && g.batch * g.out_pixels() > 0 &&
+         g.channels <= (1 << 24) && g.out_channels <= (1 << 24) &&
+         g.taps() * g.group_channels() <= std::numeric_limits<int>::max() / 2;
 }
 
 // The backward keeps the samples of all offset groups, and counts those of an image in 32 bits.
@@ -66,7 +68,8 @@ WriteEither<S> write_either(const Tensor& t, bool wanted) {
 
 template <typename S>
 Sampler<S> sampler(const ConvArguments& a, const ConvGeometry& g) {
-  return {g, view<const S>(a.input), read_either<S>(a.offset), a.mask ? read_either<S>(*a.mask) : ReadEither<S>{}};
+  return {g, ConvSizes(g), view<const S>(a.input), read_either<S>(a.offset),
+          a.mask ? read_either<S>(*a.mask) : ReadEither<S>{}};
 }
 
 // Weights as [O, taps, C / groups]: as they are if they are channels_last.

@@ -42,32 +42,56 @@ struct SampleRecord {
   int64_t where;    // 16 * (place of the first corner from the start of the input) + bit c: corner c is read
 };
 
+// What kernels ask of the geometry all the time, found once on the host: it divides, in 64 bits, for most of this.
+struct ConvSizes {
+  int taps, kernel_w, out_width;
+  int groups, group_channels, group_outputs, depth;  // depth = taps * group_channels
+  int offset_groups, offset_group_channels;
+  int64_t out_pixels, pixels;  // of an image, of the batch
+
+  explicit ConvSizes(const ConvGeometry& g)
+      : taps(static_cast<int>(g.taps())),
+        kernel_w(static_cast<int>(g.kernel_w)),
+        out_width(static_cast<int>(g.out_width)),
+        groups(static_cast<int>(g.groups)),
+        group_channels(static_cast<int>(g.group_channels())),
+        group_outputs(static_cast<int>(g.group_outputs())),
+        depth(taps * group_channels),
+        offset_groups(static_cast<int>(g.offset_groups)),
+        offset_group_channels(static_cast<int>(g.offset_group_channels())),
+        out_pixels(g.out_pixels()),
+        pixels(g.batch * out_pixels) {}
+
+  DCN_HOST_DEVICE int pieces() const { return group_channels / 8; }  // of eight channels, in a group
+};
+
 template <typename S>
 struct Sampler {
   ConvGeometry g;
+  ConvSizes sizes;
   View<const S> input;
   ReadEither<S> offset, mask;
 
   DCN_DEVICE TilePixel pixel(int64_t flat) const {
-    if (flat >= g.batch * g.out_pixels()) return {-1, 0, 0};
-    const int64_t n = flat / g.out_pixels();
-    const int rest = static_cast<int>(flat - n * g.out_pixels()), width = static_cast<int>(g.out_width);
-    return {n, rest / width, rest % width};
+    if (flat >= sizes.pixels) return {-1, 0, 0};
+    const int64_t n = flat / sizes.out_pixels;
+    const int rest = static_cast<int>(flat - n * sizes.out_pixels);
+    return {n, rest / sizes.out_width, rest % sizes.out_width};
   }
 
-  DCN_DEVICE float modulation(const TilePixel& p, int64_t plane) const {
+  DCN_DEVICE float modulation(const TilePixel& p, int plane) const {
     return mask.given() ? mask.at(p.n, plane, p.y, p.x) : 1.0f;
   }
 
   // `plane` = offset group * taps + tap
-  DCN_DEVICE Sample<float, int> sample(const TilePixel& p, int64_t plane) const {
-    const int tap = static_cast<int>(plane % g.taps()), width = static_cast<int>(g.kernel_w);
+  DCN_DEVICE Sample<float, int> sample(const TilePixel& p, int plane) const {
+    const int tap = plane % sizes.taps, width = sizes.kernel_w;
     return g.sample<float, int>(static_cast<int>(g.start_y(p.y)), static_cast<int>(g.start_x(p.x)), tap / width,
                                 tap % width, offset.at(p.n, 2 * plane, p.y, p.x),
                                 offset.at(p.n, 2 * plane + 1, p.y, p.x));
   }
 
-  DCN_DEVICE SampleRecord record(const TilePixel& p, int64_t plane) const {
+  DCN_DEVICE SampleRecord record(const TilePixel& p, int plane) const {
     SampleRecord r{{0, 0, 0, 0}, 0};
     if (p.n < 0) return r;
     const Sample<float, int> s = sample(p, plane);
@@ -91,7 +115,7 @@ struct Sampler {
   }
 
   // The same without weights, and with all corners on the map, as derivatives need them.
-  DCN_DEVICE int64_t place(const TilePixel& p, int64_t plane) const {
+  DCN_DEVICE int64_t place(const TilePixel& p, int plane) const {
     if (p.n < 0) return 0;
     const Sample<float, int> s = sample(p, plane);
     return (p.n * input.n + s.y0 * input.h + s.x0 * input.w) * 16 + s.corners;
@@ -133,6 +157,7 @@ struct Sampler {
     float sums[8];
     DCN_UNROLL
     for (int i = 0; i < 8; ++i) sums[i] = 0;
+    DCN_KEEP_LOOP
     for (int c = 0; c < 4; ++c) {
       if (!(where >> c & 1)) continue;
       const S* const from = first + corner_step(c);

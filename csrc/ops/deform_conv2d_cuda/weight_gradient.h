@@ -26,10 +26,9 @@ struct FusedWeightGradient {
   float* sums;  // [shares, O, taps, C / groups]
   int64_t shares, pixels_of_share;
 
-  DCN_HOST_DEVICE int64_t depth() const { return sampler.g.taps() * sampler.g.group_channels(); }
-  DCN_HOST_DEVICE int64_t output_tiles() const { return (sampler.g.group_outputs() + kOutputs - 1) / kOutputs; }
-  DCN_HOST_DEVICE int64_t column_tiles() const { return (depth() + kColumns - 1) / kColumns; }
-  DCN_HOST_DEVICE int64_t tiles() const { return sampler.g.groups * output_tiles() * column_tiles(); }
+  DCN_HOST_DEVICE int output_tiles() const { return (sampler.sizes.group_outputs + kOutputs - 1) / kOutputs; }
+  DCN_HOST_DEVICE int column_tiles() const { return (sampler.sizes.depth + kColumns - 1) / kColumns; }
+  DCN_HOST_DEVICE int tiles() const { return sampler.sizes.groups * output_tiles() * column_tiles(); }
   DCN_HOST_DEVICE int64_t blocks() const { return shares * tiles(); }
 
   template <typename Block>
@@ -38,7 +37,6 @@ struct FusedWeightGradient {
     Block& block;
     int64_t first, end;                  // pixels of this block's share
     int group, output0, piece0, pieces;  // the last: of all columns of the group
-    int channel_pieces;
 
     DCN_DEVICE SharedTile<S, kOutputs / 8> gradient(int stage) const {
       return {reinterpret_cast<Eight<S>*>(block.shared() + stage * kGradientBytes)};
@@ -61,11 +59,11 @@ struct FusedWeightGradient {
       int head, tap, channel, offset_group;
     };
     DCN_DEVICE Piece piece(int p) const {
-      const ConvGeometry& g = k.sampler.g;
       const int number = piece0 + p;
       if (number >= pieces) return {-1, 0, 0, 0};
+      const int channel_pieces = k.sampler.sizes.pieces(),
+                offset_group_channels = k.sampler.sizes.offset_group_channels;
       const int tap = number / channel_pieces, channel = 8 * (number % channel_pieces + group * channel_pieces);
-      const int offset_group_channels = static_cast<int>(g.offset_group_channels());
       const int offset_group = channel / offset_group_channels;
       // Where tap and offset group begin within the group.
       const int begin = offset_group * (offset_group_channels / 8) - group * channel_pieces;
@@ -84,7 +82,7 @@ struct FusedWeightGradient {
         const Piece p = piece(i / kPixels);
         if (p.head != i / kPixels) continue;
         const SampleRecord r =
-            k.sampler.record(pixels(stage)[i % kPixels], p.offset_group * k.sampler.g.taps() + p.tap);
+            k.sampler.record(pixels(stage)[i % kPixels], p.offset_group * k.sampler.sizes.taps + p.tap);
         DCN_UNROLL
         for (int c = 0; c < 4; ++c) sample_weights()[i][c] = r.weight[c];
         sample_places()[i] = r.where;
@@ -146,8 +144,9 @@ struct FusedWeightGradient {
     }
 
     DCN_DEVICE void write(const ProductSums<Shape>& found, int64_t share) const {
-      const int64_t outputs = k.sampler.g.group_outputs(), depth = k.depth();
-      const int rows = static_cast<int>(outputs) - output0, columns_left = 8 * (pieces - piece0);
+      const int outputs = k.sampler.sizes.group_outputs;
+      const int64_t depth = k.sampler.sizes.depth;
+      const int rows = outputs - output0, columns_left = 8 * (pieces - piece0);
       float* const to = k.sums + (share * k.sampler.g.out_channels + group * outputs + output0) * depth + 8 * piece0;
       found.for_each_pair(block.thread(), [&](int o, int column, float first, float second) {
         if (o >= rows || column >= columns_left) return;
@@ -159,21 +158,17 @@ struct FusedWeightGradient {
 
   template <typename Block>
   DCN_DEVICE void operator()(Block& block) const {
-    const ConvGeometry& g = sampler.g;
     // Blocks of the same pixels are neighbours.
-    const int64_t share = block.index() / tiles(), total = g.batch * g.out_pixels();
-    const int tile = static_cast<int>(block.index() % tiles());
-    const int column_tile = tile % static_cast<int>(column_tiles()), row_tile = tile / static_cast<int>(column_tiles());
-    const int64_t first = share * pixels_of_share, end = first + pixels_of_share;
+    const int64_t share = block.index() / tiles(), first = share * pixels_of_share, end = first + pixels_of_share;
+    const int tile = static_cast<int>(block.index() % tiles()), row_tile = tile / column_tiles();
     const Tile<Block> here{*this,
                            block,
                            first,
-                           end < total ? end : total,
-                           row_tile / static_cast<int>(output_tiles()),
-                           row_tile % static_cast<int>(output_tiles()) * kOutputs,
-                           column_tile * kPieces,
-                           static_cast<int>(depth() / 8),
-                           static_cast<int>(g.group_channels() / 8)};
+                           end < sampler.sizes.pixels ? end : sampler.sizes.pixels,
+                           row_tile / output_tiles(),
+                           row_tile % output_tiles() * kOutputs,
+                           tile % column_tiles() * kPieces,
+                           sampler.sizes.depth / 8};
     ProductSums<Shape> found;
     found.start(block.thread(), [](int) { return 0.0f; });
     here.add_pixels(found);
