@@ -1,11 +1,13 @@
 """deform_conv2d against the plain convolution, torchvision's operator and onnxruntime's."""
 
+import math
 from typing import NamedTuple
 
 import onnx_peer
 import torch
 import torch.nn.functional as F
 import torchvision
+from gpu import FUSED, PLAIN, Work
 from harness import (
     LAYOUTS,
     OURS,
@@ -25,16 +27,35 @@ from torch import Tensor
 from dcn_plugin.ops import deform_conv2d
 
 NAME = "deform_conv2d"
-COLUMNS = """`/ conv2d` is our time over that of the plain convolution
-with the same weights in the faster of the two layouts, `/ same layout` over that in our layout; `torchvision /` and
-`onnxruntime /` are their times (float32, NCHW) over ours. `MiB` is the peak memory of a call above its arguments and
-results."""
+_CONV2D = """`/ conv2d` is our time over that of the plain convolution
+with the same weights in"""
+_MEMORY = "`MiB` is the peak memory of a call above its arguments and"
+COLUMNS = {
+    "cpu": f"""{_CONV2D} the faster of the two layouts, `/ same layout` over that in our layout; `torchvision /` and
+`onnxruntime /` are their times (float32, NCHW) over ours. {_MEMORY}
+results.""",
+    "cuda": f"""{_CONV2D} channels_last (cuDNN's choice of several algorithms); `torchvision /`
+and `torchvision float16 /` are its times (NCHW; float32, and float16 whose positions are rounded to half) over ours,
+`plain /` that of our plain kernels. {_MEMORY} results.""",
+}
 TORCHVISION: Contestant = ("torchvision", "NCHW")
-CONTESTANTS: list[Contestant] = [
-    *((name, layout) for name in (OURS, "conv2d") for layout in LAYOUTS),
-    TORCHVISION,
-    ("onnxruntime", "NCHW"),
-]
+# What does not follow the type of the run: onnxruntime and torchvision have no bfloat16.
+TYPES = {"torchvision": torch.float32, "onnxruntime": torch.float32, "torchvision float16": torch.float16}
+KERNELS = {OURS: FUSED, "plain": PLAIN}
+COPIES = 4
+CONTESTANTS: dict[str, list[Contestant]] = {
+    "cpu": [
+        *((name, layout) for name in (OURS, "conv2d") for layout in LAYOUTS),
+        TORCHVISION,
+        ("onnxruntime", "NCHW"),
+    ],
+    "cuda": [
+        *((name, layout) for name in (OURS, "plain") for layout in LAYOUTS),
+        ("conv2d", "channels_last"),
+        TORCHVISION,
+        ("torchvision float16", "NCHW"),
+    ],
+}
 
 
 class Shape(NamedTuple):
@@ -59,58 +80,94 @@ class Shape(NamedTuple):
         return text
 
 
-SHAPES = [
-    *(Shape(n, c, s, s) for c, s in ((64, 56), (128, 28), (256, 14), (512, 7)) for n in (1, 2, 8)),
-    Shape(2, 128, 56, 56, stride=2),
-    Shape(2, 512, 14, 14, stride=2),
-    Shape(1, 256, 100, 152),
-    *(Shape(2, c, s, s, offset_groups=4) for c, s in ((64, 56), (128, 28), (256, 14))),
-    *(Shape(2, c, s, s, groups=c // 16, offset_groups=c // 16) for c, s in ((64, 56), (128, 28))),
-    # As in DCNv3: a weight for each channel, offsets for each 16 of them.
-    *(Shape(2, c, s, s, groups=c, offset_groups=c // 16) for c, s in ((64, 56), (128, 28), (256, 14))),
-    Shape(2, 128, 28, 28, groups=128),
-    Shape(2, 64, 28, 28, kernel=7),
-    Shape(2, 3, 56, 56, outputs=64),
-    Shape(2, 20, 56, 56),
-]
-QUICK = [Shape(2, 64, 56, 56), Shape(2, 256, 14, 14)]
+_STAGES = ((64, 56), (128, 28), (256, 14), (512, 7))
+SHAPES = {
+    "cpu": [
+        *(Shape(n, c, s, s) for c, s in _STAGES for n in (1, 2, 8)),
+        Shape(2, 128, 56, 56, stride=2),
+        Shape(2, 512, 14, 14, stride=2),
+        Shape(1, 256, 100, 152),
+        *(Shape(2, c, s, s, offset_groups=4) for c, s in _STAGES[:3]),
+        *(Shape(2, c, s, s, groups=c // 16, offset_groups=c // 16) for c, s in _STAGES[:2]),
+        # As in DCNv3: a weight for each channel, offsets for each 16 of them.
+        *(Shape(2, c, s, s, groups=c, offset_groups=c // 16) for c, s in _STAGES[:3]),
+        Shape(2, 128, 28, 28, groups=128),
+        Shape(2, 64, 28, 28, kernel=7),
+        Shape(2, 3, 56, 56, outputs=64),
+        Shape(2, 20, 56, 56),
+    ],
+    # What matters most comes first: a run may be stopped.
+    "cuda": [
+        *(Shape(64, c, s, s) for c, s in _STAGES),
+        Shape(16, 256, 100, 152),
+        *(Shape(32, c, s, s, offset_groups=4) for c, s in _STAGES[1:3]),
+        Shape(32, 128, 28, 28, groups=128, offset_groups=8),
+        *(Shape(32, c, s, s) for c, s in _STAGES),
+        *(Shape(1, c, s, s) for c, s in _STAGES[::2]),
+        Shape(1, 256, 100, 152),
+        Shape(32, 128, 56, 56, stride=2),
+        Shape(32, 64, 56, 56, groups=64, offset_groups=4),
+        Shape(256, 256, 14, 14),
+    ],
+}
+QUICK = {"cpu": [Shape(2, 64, 56, 56), Shape(2, 256, 14, 14)], "cuda": SHAPES["cuda"][:4:2]}
 
 
 def about(setting: Setting) -> str:
     return f"modulated, 3x3 where not said otherwise, offsets N(0, {setting.offset_std:g}^2)"
 
 
+def sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Of the arguments, and of a gradient of the result."""
+    taps, outputs = shape.kernel**2, shape.outputs or shape.channels
+    out = ((shape.height - 1) // shape.stride + 1, (shape.width - 1) // shape.stride + 1)
+    return {
+        "input": (shape.batch, shape.channels, shape.height, shape.width),
+        "offset": (shape.batch, 2 * taps * shape.offset_groups, *out),
+        "weight": (outputs, shape.channels // shape.groups, shape.kernel, shape.kernel),
+        "mask": (shape.batch, taps * shape.offset_groups, *out),
+        "grad": (shape.batch, outputs, *out),
+    }
+
+
+def work(shape: Shape, task: str, itemsize: int) -> Work:
+    """Two operations for each weight and output pixel; the backward makes two such products."""
+    size = sizes(shape)
+    numbers = {name: math.prod(of) for name, of in size.items()}
+    result = numbers.pop("grad")
+    arguments = sum(numbers.values())
+    forward = Work(NAME, 2 * result * math.prod(size["weight"][1:]), itemsize * (arguments + result))
+    return forward if task == "forward" else forward.with_backward(itemsize * arguments)
+
+
 def problem(shape: Shape, setting: Setting, layout: str, through: torch.dtype) -> dict[str, Tensor]:
     """Arguments, and a gradient of the result, of the same values for all types that hold those of ``through``."""
     torch.manual_seed(0)
-    taps, outputs = shape.kernel**2, shape.outputs or shape.channels
-    out = ((shape.height - 1) // shape.stride + 1, (shape.width - 1) // shape.stride + 1)
-    inputs = shape.channels // shape.groups
+    size, on = sizes(shape), dict(device=setting.device)
     values = {
-        "input": torch.randn(shape.batch, shape.channels, shape.height, shape.width),
-        "offset": torch.randn(shape.batch, 2 * taps * shape.offset_groups, *out) * setting.offset_std,
-        "weight": torch.randn(outputs, inputs, shape.kernel, shape.kernel) / (taps * inputs) ** 0.5,
-        "mask": torch.rand(shape.batch, taps * shape.offset_groups, *out),
-        "grad": torch.randn(shape.batch, outputs, *out),
+        "input": torch.randn(size["input"], **on),
+        "offset": torch.randn(size["offset"], **on) * setting.offset_std,
+        "weight": torch.randn(size["weight"], **on) / math.prod(size["weight"][1:]) ** 0.5,
+        "mask": torch.rand(size["mask"], **on),
+        "grad": torch.randn(size["grad"], **on),
     }
     # Half types hold many whole offsets. There the derivative is one-sided, and at -1 torchvision takes another side.
     rounded = values["offset"].to(through)
     values["offset"] = rounded + 0.25 * (rounded == rounded.round())
-    on = {name: value.to(through).to(setting.device, setting.dtype) for name, value in values.items()}
+    values = {name: value.to(through).to(setting.dtype) for name, value in values.items()}
     for name in ("input", "weight", "grad"):
-        on[name] = on[name].contiguous(memory_format=LAYOUTS[layout])
-    return on
+        values[name] = values[name].contiguous(memory_format=LAYOUTS[layout])
+    return values
 
 
 def make(shape: Shape, setting: Setting, name: str, layout: str, through: torch.dtype | None = None) -> dict[str, Call]:
-    """The calls of a contestant; none where it is not installed. The peers' operators have float32."""
-    dtype = setting.dtype if name in (OURS, "conv2d") else torch.float32
-    t = problem(shape, setting._replace(dtype=dtype), layout, through or setting.dtype)
+    """The calls of a contestant; none where it is not installed."""
+    t = problem(shape, setting._replace(dtype=TYPES.get(name, setting.dtype)), layout, through or setting.dtype)
     how = dict(stride=shape.stride, padding=shape.kernel // 2)
     if name == "onnxruntime":
         call = onnx_peer.deform_conv(t, **how) if setting.device == "cpu" else None
         return {"forward": lambda: [call()]} if call else {}
-    operator = deform_conv2d if name == OURS else torchvision.ops.deform_conv2d
+    operator = torchvision.ops.deform_conv2d if name.startswith("torchvision") else deform_conv2d
     arguments = [t[of].requires_grad_() for of in ("input", "weight", "offset", "mask")]
     input, weight, offset, mask = arguments
     if name == "conv2d":
@@ -119,7 +176,8 @@ def make(shape: Shape, setting: Setting, name: str, layout: str, through: torch.
 
 
 def verify(shape: Shape, setting: Setting, made: dict[Contestant, dict[str, Call]]) -> None:
-    require_agreement(shape, made, (OURS, "onnxruntime"), TORCHVISION, 1e-5 if exact(setting) else 3e-2)
+    # Not torchvision's float16: it rounds the positions themselves to half, and so takes other pixels.
+    require_agreement(shape, made, (OURS, "plain", "onnxruntime"), TORCHVISION, 1e-5 if exact(setting) else 3e-2)
 
 
 def extras(shape: Shape, setting: Setting, call: Call, layout: str, task: str) -> dict:
@@ -129,12 +187,13 @@ def extras(shape: Shape, setting: Setting, call: Call, layout: str, task: str) -
 def figures(row: dict) -> dict[str, str]:
     """What the table shows of a row, after shape, layout and task."""
     here = row[OURS][row["layout"]]
+    peers = ("torchvision", "torchvision float16", "plain") if "gpu" in row else ("torchvision", "onnxruntime")
+    same = {} if "gpu" in row else {"/ same layout": f"{row['conv2d'][row['layout']]['ratio']:.2f}"}
     return {
         "ms": f"{here['ms']:.2f}",
         "/ conv2d": f"{best(row, 'conv2d')['ratio']:.2f}",
-        "/ same layout": f"{row['conv2d'][row['layout']]['ratio']:.2f}",
-        "torchvision /": times_ours(row, "torchvision"),
-        "onnxruntime /": times_ours(row, "onnxruntime"),
+        **same,
+        **{f"{name} /": times_ours(row, name) for name in peers},
         "spread": f"{here['spread']:.0%}",
         "MiB": mib(row, OURS),
         "torchvision MiB": mib(row, "torchvision"),

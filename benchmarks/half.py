@@ -5,12 +5,15 @@ import torch
 from harness import LAYOUTS, OURS, Call, Contestant, Setting, require_agreement
 
 NAME = "half_types"
-COLUMNS = """`bfloat16 /` and `float16 /` are the time in that type (all
+# On a GPU all families run in half types, and --dtype chooses another.
+COLUMNS = {
+    "cpu": """`bfloat16 /` and `float16 /` are the time in that type (all
 arguments in it) over the time in float32."""
+}
 TYPES = {OURS: torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CONTESTANTS: list[Contestant] = [(name, layout) for name in TYPES for layout in LAYOUTS]
-SHAPES = [conv.Shape(2, c, s, s) for c, s in ((64, 56), (128, 28), (256, 14), (512, 7))]
-QUICK = SHAPES[::2]
+CONTESTANTS: dict[str, list[Contestant]] = {"cpu": [(name, layout) for name in TYPES for layout in LAYOUTS]}
+SHAPES = {"cpu": [conv.Shape(2, c, s, s) for c, s in ((64, 56), (128, 28), (256, 14), (512, 7))]}
+QUICK = {"cpu": SHAPES["cpu"][::2]}
 
 
 def about(setting: Setting) -> str:

@@ -11,12 +11,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from datetime import date
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import gpu
 import memory
 import torch
 from torch import Tensor
@@ -43,17 +44,13 @@ class Setting(NamedTuple):
     offset_std: float
     rounds: int
     seconds: float
+    kernels: str = gpu.FUSED
 
 
-def clock(call: Callable[[], object], device: str) -> float:
+def clock(call: Callable[[], object]) -> float:
     """Milliseconds of one call."""
-    if device == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
+    if isinstance(call, gpu.Rotating):
+        return call.clock()
     now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     begin = now()
     call()
@@ -65,7 +62,7 @@ def measure(calls: dict[Contestant, Call], setting: Setting) -> dict[Contestant,
     times: dict[Contestant, Times] = {key: {} for key in calls}
     turns = {}
     for key, call in calls.items():
-        fit = int(1e3 * setting.seconds / clock(call, setting.device))
+        fit = int(1e3 * setting.seconds / clock(call))
         turns[key] = max(FEWEST, min(setting.rounds, fit))
     most = max(turns.values())
     for number in range(most):
@@ -73,7 +70,7 @@ def measure(calls: dict[Contestant, Call], setting: Setting) -> dict[Contestant,
             if (number + 1) * turns[key] // most > number * turns[key] // most:
                 if key[0] == OWN_THREADS and torch.get_num_threads() > 1:
                     time.sleep(REST)
-                times[key][number] = clock(call, setting.device)
+                times[key][number] = clock(call)
     return times
 
 
@@ -92,16 +89,37 @@ def compared(times: dict[Contestant, Times], layout: str) -> dict[str, dict[str,
     return found
 
 
+def kernels(family: ModuleType, setting: Setting, name: str) -> str:
+    """Which CUDA kernels of ours a contestant takes."""
+    return family.KERNELS.get(name, gpu.PLAIN) if setting.kernels == gpu.FUSED else gpu.PLAIN
+
+
+def calls_of(family: ModuleType, shape: tuple, setting: Setting, key: Contestant) -> dict[str, Call]:
+    """The calls of a contestant by task."""
+    if setting.device != "cuda":
+        return family.make(shape, setting, *key)
+    make = partial(family.make, shape, setting, *key)
+    return gpu.rotating(make, family.COPIES, kernels(family, setting, key[0]))
+
+
 def rows_for(family: ModuleType, shape: tuple, setting: Setting) -> list[dict]:
     """Check the contestants of a family against one another on a shape, then time them: a row per task and layout."""
-    made = {key: calls for key in family.CONTESTANTS if (calls := family.make(shape, setting, *key))}
+    made = {
+        key: calls for key in family.CONTESTANTS[setting.device] if (calls := calls_of(family, shape, setting, key))
+    }
     family.verify(shape, setting, made)
     rows = []
-    for task in made[OURS, "NCHW"]:
+    layouts = [layout for layout in LAYOUTS if (OURS, layout) in made]
+    for task in made[OURS, layouts[0]]:
         times = measure({key: calls[task] for key, calls in made.items() if task in calls}, setting)
-        for layout in LAYOUTS:
+        for layout in layouts:
             row = {"shape": str(shape), "layout": layout, "task": task, **compared(times, layout)}
-            rows.append({**row, **family.extras(shape, setting, made[OURS, layout][task], layout, task)})
+            call = made[OURS, layout][task]
+            if isinstance(call, gpu.Rotating):
+                work = family.work(shape, task, setting.dtype.itemsize)
+                row["gpu"] = gpu.facts(work, row[OURS][layout]["ms"], gpu.ceilings(), call.host_ms())
+                row["kernels"] = gpu.kernels_of(call, work.operator, task)
+            rows.append({**row, **family.extras(shape, setting, call, layout, task)})
     return rows
 
 
@@ -145,7 +163,10 @@ def exact(setting: Setting) -> bool:
 
 
 def call_of(family: str, shape: tuple, setting: Setting, key: Contestant, task: str) -> Call:
-    return importlib.import_module(family).make(shape, setting, *key)[task]
+    module = importlib.import_module(family)
+    if setting.device == "cuda":
+        gpu.choose(kernels(module, setting, key[0]))
+    return module.make(shape, setting, *key)[task]
 
 
 @cache
@@ -176,19 +197,22 @@ def mib(row: dict, name: str) -> str:
     return "-" if peak is None else f"{peak:.1f}"
 
 
-def describe(device: str) -> dict[str, str]:
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        cpuinfo = Path("/proc/cpuinfo")
-        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    installed = {dist.name for dist in metadata.distributions()}
-    packages = [p for p in ("torch", "torchvision", "timm", "onnxruntime") if p in installed]
+def _describe_cpu() -> dict[str, str]:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     return {
         "device": name,
         "cores": str(os.cpu_count()),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def describe(device: str) -> dict[str, str]:
+    installed = {dist.name for dist in metadata.distributions()}
+    packages = [p for p in ("torch", "torchvision", "timm", "onnxruntime") if p in installed]
+    return {
+        **(gpu.describe() if device == "cuda" else _describe_cpu()),
         "date": str(date.today()),
         **{package: metadata.version(package) for package in packages},
         OURS: dcn_plugin.__version__,

@@ -1,9 +1,11 @@
 """RoI pooling against torchvision's roi_align and ps_roi_align, which pool without deformation."""
 
+import math
 from typing import NamedTuple
 
 import torch
 import torchvision
+from gpu import FUSED, Work
 from harness import (
     LAYOUTS,
     OURS,
@@ -24,12 +26,16 @@ from torch import Tensor
 from dcn_plugin import ops, reference
 
 NAME = "roi_pool"
-COLUMNS = """`ms` is ours with offsets, `plain ms` without;
+_COLUMNS = """`ms` is ours with offsets, `plain ms` without;
 `torchvision /` is the time of torchvision's operator without deformation (float32, NCHW; `roi_align`, for PS
 `ps_roi_align`) over ours with offsets, and over ours without. `MiB` is the peak memory of a call above its arguments
 and results."""
+COLUMNS = {"cpu": _COLUMNS, "cuda": _COLUMNS}
 TORCHVISION: Contestant = ("torchvision", "NCHW")
-CONTESTANTS: list[Contestant] = [*((name, layout) for name in (OURS, "plain") for layout in LAYOUTS), TORCHVISION]
+KERNELS = {OURS: FUSED, "plain": FUSED}
+COPIES = 4
+_CONTESTANTS: list[Contestant] = [*((name, layout) for name in (OURS, "plain") for layout in LAYOUTS), TORCHVISION]
+CONTESTANTS = {"cpu": _CONTESTANTS, "cuda": _CONTESTANTS}
 
 
 class Shape(NamedTuple):
@@ -49,14 +55,25 @@ class Shape(NamedTuple):
         return f"{kind}{self.batch}x{self.channels}x{self.height}x{self.width}, {self.regions} regions, {grid}"
 
 
-SHAPES = [
-    Shape(2, 256, 50, 68, 512),
-    Shape(2, 256, 50, 68, 1000),
-    Shape(2, 256, 50, 68, 512, samples=0),
-    Shape(8, 64, 32, 32, 512),
-    Shape(1, 21, 38, 50, 300, samples=4, position_sensitive=True),
-]
-QUICK = [Shape(2, 64, 32, 32, 128), Shape(1, 8, 38, 50, 100, samples=4, position_sensitive=True)]
+SHAPES = {
+    "cpu": [
+        Shape(2, 256, 50, 68, 512),
+        Shape(2, 256, 50, 68, 1000),
+        Shape(2, 256, 50, 68, 512, samples=0),
+        Shape(8, 64, 32, 32, 512),
+        Shape(1, 21, 38, 50, 300, samples=4, position_sensitive=True),
+    ],
+    "cuda": [
+        Shape(16, 256, 50, 68, 8192),
+        Shape(16, 256, 50, 68, 8192, samples=0),
+        Shape(8, 21, 38, 50, 2400, samples=4, position_sensitive=True),
+        Shape(2, 256, 50, 68, 1000),
+    ],
+}
+QUICK = {
+    "cpu": [Shape(2, 64, 32, 32, 128), Shape(1, 8, 38, 50, 100, samples=4, position_sensitive=True)],
+    "cuda": SHAPES["cuda"][::2],
+}
 SCALE, BINS = 1 / 16, 7
 # So many regions are compared with the reference.
 CHECKED = 8
@@ -66,22 +83,41 @@ def about(setting: Setting) -> str:
     return f"7x7 bins, stride 16, regions of 20 to 320 pixels, offsets N(0, {setting.offset_std:g}^2)"
 
 
+def sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Of the arguments that have the type of the map, and of a gradient of the result."""
+    channels = shape.channels * (BINS**2 if shape.position_sensitive else 1)
+    return {
+        "input": (shape.batch, channels, shape.height, shape.width),
+        "offset": (shape.regions, 2, BINS, BINS),
+        "grad": (shape.regions, shape.channels, BINS, BINS),
+    }
+
+
+def work(shape: Shape, task: str, itemsize: int) -> Work:
+    """The whole map counts as read, and its gradient as written, whichever part the regions cover."""
+    numbers = {name: itemsize * math.prod(size) for name, size in sizes(shape).items()}
+    result, gradients = numbers.pop("grad"), sum(numbers.values())
+    operator = "deform_ps_roi_pool" if shape.position_sensitive else "deform_roi_pool"
+    forward = Work(operator, traffic=gradients + shape.regions * 5 * torch.float32.itemsize + result)
+    return forward if task == "forward" else forward.with_backward(gradients)
+
+
 def problem(shape: Shape, setting: Setting, layout: str, through: torch.dtype) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    channels = shape.channels * (BINS**2 if shape.position_sensitive else 1)
-    corner = torch.rand(shape.regions, 2) * torch.tensor([shape.width / SCALE - 320, shape.height / SCALE - 320])
-    size = 20 + 300 * torch.rand(shape.regions, 2)
-    image = torch.randint(shape.batch, (shape.regions, 1)).float()
+    count, on = sizes(shape), dict(device=setting.device)
+    farthest = torch.tensor([shape.width / SCALE - 320, shape.height / SCALE - 320], **on)
+    corner = torch.rand(shape.regions, 2, **on) * farthest
+    size = 20 + 300 * torch.rand(shape.regions, 2, **on)
+    image = torch.randint(shape.batch, (shape.regions, 1), **on).float()
     values = {
-        "input": torch.randn(shape.batch, channels, shape.height, shape.width),
-        "offset": torch.randn(shape.regions, 2, BINS, BINS) * setting.offset_std,
-        "grad": torch.randn(shape.regions, shape.channels, BINS, BINS),
+        "input": torch.randn(count["input"], **on),
+        "offset": torch.randn(count["offset"], **on) * setting.offset_std,
+        "grad": torch.randn(count["grad"], **on),
     }
-    on = {name: value.to(through).to(setting.device, setting.dtype) for name, value in values.items()}
+    values = {name: value.to(through).to(setting.dtype) for name, value in values.items()}
     for name in ("input", "grad"):
-        on[name] = on[name].contiguous(memory_format=LAYOUTS[layout])
-    rois = torch.cat([image, corner.clamp(min=0), corner.clamp(min=0) + size], 1).to(setting.device)
-    return {**on, "rois": rois}
+        values[name] = values[name].contiguous(memory_format=LAYOUTS[layout])
+    return {**values, "rois": torch.cat([image, corner.clamp(min=0), corner.clamp(min=0) + size], 1)}
 
 
 def make(shape: Shape, setting: Setting, name: str, layout: str) -> dict[str, Call]:

@@ -62,7 +62,7 @@ tests() { # NAME SECONDS KERNELS OTHERS
 sanitizer() { # TOOL OPTIONS...
     local tool=$1
     local unfit='Device not supported|before first instrumented API call|nable to attach|Failed to (attach|connect)'
-    local found='^========= +(Invalid|Misaligned|Error|ERROR|Warning|Race|Potential)|^FAILED'
+    local found='^========= +(Invalid|Misaligned|Out-of-range|(Error|Warning): (Race|Potential))|^FAILED'
     shift
     if ! command -v compute-sanitizer >/dev/null; then
         note "$tool" skipped "compute-sanitizer is not on PATH"

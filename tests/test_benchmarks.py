@@ -1,4 +1,7 @@
-"""The benchmarks measure what they say: memory that is known, rounds that alternate, results that are compared."""
+"""The benchmarks measure what they say: memory that is known, rounds that alternate, results that are compared.
+
+Of what is for a GPU alone, the arithmetic and the tables are tested, and that the arguments rotate.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,16 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.utils.flop_counter import FlopCounterMode
 
 import dcn_plugin
 
@@ -54,7 +61,7 @@ def test_all_take_turns_and_slow_ones_have_fewer_rounds(benchmark, monkeypatch):
     order: list[str] = []
     speed = {"dcn_plugin": 10, "fast": 1, "slow": 400}
 
-    def clock(call, device: str) -> float:
+    def clock(call) -> float:
         order.append(call())
         return speed[order[-1]]
 
@@ -78,6 +85,142 @@ def test_what_differs_is_not_timed(benchmark):
     for wrong in (off, truth * float("nan")):
         with pytest.raises(SystemExit, match="these: result 1"):
             harness.require_equal("these", [truth, wrong], [truth, truth], 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options", [{}, dict(outputs=6, stride=2), dict(groups=4, offset_groups=2), dict(kernel=5, groups=8)], ids=str
+)
+def test_the_work_of_a_convolution(benchmark, options, dtype):
+    conv, harness = benchmark("conv"), benchmark("harness")
+    shape = conv.Shape(2, 8, 9, 11, **options)
+    setting = harness.Setting("cpu", dtype, 1.0, 1, 1.0)
+    tensors = conv.problem(shape, setting, "NCHW", dtype)
+    size = {name: t.numel() * t.element_size() for name, t in tensors.items()}
+    arguments = sum(size[name] for name in ("input", "offset", "weight", "mask"))
+    with FlopCounterMode(display=False) as counter:
+        conv.make(shape, setting, "conv2d", "NCHW")["forward"]()
+    flops = counter.get_total_flops()
+    for task, operations, traffic in (
+        ("forward", flops, arguments + size["grad"]),
+        # The forward, then the backward: arguments and gradient of the result in, gradients of all arguments out.
+        ("forward+backward", 3 * flops, arguments + size["grad"] + arguments + size["grad"] + arguments),
+    ):
+        assert conv.work(shape, task, dtype.itemsize) == ("deform_conv2d", operations, traffic, 0)
+
+
+@pytest.mark.parametrize("position_sensitive", [False, True])
+def test_the_work_of_pooling(benchmark, position_sensitive):
+    roi, harness = benchmark("roi"), benchmark("harness")
+    shape = roi.Shape(2, 4, 30, 40, 9, position_sensitive=position_sensitive)
+    setting = harness.Setting("cpu", torch.bfloat16, 1.0, 1, 1.0)
+    tensors = roi.problem(shape, setting, "NCHW", torch.bfloat16)
+    size = {name: t.numel() * t.element_size() for name, t in tensors.items()}
+    operator = "deform_ps_roi_pool" if position_sensitive else "deform_roi_pool"
+    once = sum(size.values())
+    assert roi.work(shape, "forward", 2) == (operator, 0, once, 0)
+    assert roi.work(shape, "forward+backward", 2) == (operator, 0, 2 * once + size["input"] + size["offset"], 0)
+
+
+def test_a_table_of_a_gpu(benchmark):
+    gpu, run, conv = benchmark("gpu"), benchmark("run"), benchmark("conv")
+    tops = {"tflop_s": 800.0, "gb_s": 4000.0}
+    facts = gpu.facts(gpu.Work("deform_conv2d", operations=10**12, traffic=2 * 10**9), 2.5, tops, 0.125)
+    assert facts == {"host_ms": 0.125, "tflop_s": 400.0, "of_product": 0.5, "gb_s": 800.0, "of_copy": 0.2}
+    assert gpu.facts(gpu.Work("x", images=64), 50.0, tops, 1.0) == {"host_ms": 1.0, "images_s": 1280.0}
+
+    def took(ms: float, layout: str = "channels_last") -> dict:
+        return {layout: {"ms": ms, "spread": 0.01, "rounds": 15, "ratio": 2.5 / ms}}
+
+    row = {
+        "shape": "64x256x14x14", "layout": "channels_last", "task": "forward", "gpu": facts,
+        "kernels": {"deform_conv2d": "fused 64x256"}, "memory": {"dcn_plugin": 0.5, "torchvision": 1000.0},
+        "dcn_plugin": took(2.5), "plain": took(10.0), "conv2d": took(2.0),
+        "torchvision": took(20.0, "NCHW"), "torchvision float16": took(15.0, "NCHW"),
+    }  # fmt: skip
+    about = {"device": "a GPU", "multiprocessors": "132", "memory": "140 GiB", "date": "2026-01-01", "torch": "2.11.0"}
+    table = run.markdown(
+        {"about": about, "ceilings": tops, "command": "run", "dtype": "bfloat16", "what": "x", "rows": {"GPU": [row]}},
+        conv,
+    )
+    *_, head, _, last = table.splitlines()
+    cells = dict(zip(head.split(" | "), last.split(" | "), strict=True))
+    assert cells == {
+        "| shape": "| 64x256x14x14", "layout": "channels_last", "task": "forward", "ms": "2.500", "/ conv2d": "1.25",
+        "torchvision /": "8.0x", "torchvision float16 /": "6.0x", "plain /": "4.0x", "spread": "1%", "MiB": "0.5",
+        "torchvision MiB": "1000.0", "TFLOP/s": "400.0", "of product": "50%", "GB/s": "800", "of copy": "20%",
+        "host ms": "0.125", "kernels |": "fused 64x256 |",
+    }  # fmt: skip
+    assert "moves 4000 GB/s" in table and "does 800 TFLOP/s" in table and "132 multiprocessors, 140 GiB" in table
+
+
+def test_calls_on_a_gpu_take_turns_through_copies_of_their_arguments(benchmark, monkeypatch):
+    gpu = benchmark("gpu")
+    monkeypatch.setenv("DCN_PLUGIN_CUDA_KERNELS", "plain")
+    held, called = [0], []
+
+    def make(size: int):
+        def made() -> dict:
+            held[0] += size
+            number = held[0] // size
+            return {"forward": lambda: called.append((number, os.environ["DCN_PLUGIN_CUDA_KERNELS"])) or []}
+
+        return made
+
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: held[0])
+    for size, copies in ((gpu.COLD // 6, 7), (gpu.COLD, 4), (1, gpu.MOST_COPIES)):
+        held[0] = 0
+        task = gpu.rotating(make(size), 4, gpu.FUSED)["forward"]
+        called.clear()
+        for _ in range(copies + 2):
+            task()
+        assert called == [(1 + i % copies, "fused") for i in range(copies + 2)]
+
+
+def test_a_shape_that_fails_is_left_out(benchmark, monkeypatch, tmp_path, capsys):
+    run, conv, harness = benchmark("run"), benchmark("conv"), benchmark("harness")
+    setting = harness.Setting("cpu", torch.float32, 1.0, rounds=3, seconds=0.01)
+    good, bad = conv.Shape(1, 4, 6, 6), conv.Shape(1, 4, 7, 7)
+    monkeypatch.setattr(conv, "extras", lambda *_: {"memory": {"dcn_plugin": None, "torchvision": None}})
+    really = harness.rows_for
+
+    def rows_for(family, shape, setting):
+        if shape == bad:
+            raise RuntimeError("out of something")
+        return really(family, shape, setting)
+
+    monkeypatch.setattr(run, "rows_for", rows_for)
+    threads = torch.get_num_threads()
+    try:
+        status = run.run(conv, [bad, good], Namespace(device="cpu"), setting, "run", [1], tmp_path / "table")
+        assert status == 1 and "left out: 1x4x7x7: out of something" in capsys.readouterr().out
+        rows = json.loads((tmp_path / "table.json").read_text())["rows"]["1 thread"]
+        assert {row["shape"] for row in rows} == {"1x4x6x6"} and "1x4x6x6" in (tmp_path / "table.md").read_text()
+        assert run.run(conv, [good], Namespace(device="cpu"), setting, "run", [1], tmp_path / "table") == 0
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_share_of_our_operators_on_a_gpu(benchmark):
+    """Time of the kernels below our operators, also where one of ours calls itself, over all time."""
+    pytest.importorskip("timm")
+    models = benchmark("models")
+
+    def event(name: str, parent=None, own: float = 0, total: float = 0, device=DeviceType.CPU):
+        times = dict(self_device_time_total=own, device_time_total=total)
+        return SimpleNamespace(name=name, cpu_parent=parent, device_type=device, **times)
+
+    outer = event("dcn_plugin::deform_conv2d", total=30)
+    inner = event("dcn_plugin::deform_conv2d", outer, own=10, total=30)
+    node = event("autograd::engine::evaluate_function", total=45)
+    events = [
+        outer, inner, event("aten::mm", inner, own=20, total=20),
+        node, event("dcn_plugin::deform_conv2d_backward", node, own=45, total=45),
+        event("aten::cudnn_convolution", own=25, total=25),
+        event("a kernel of a stream", own=100, total=100, device=DeviceType.CUDA),
+    ]  # fmt: skip
+    assert models.share(SimpleNamespace(events=lambda: events), "cuda") == 0.75
+    assert models.share(SimpleNamespace(events=lambda: []), "cuda") is None
 
 
 def test_a_run_writes_a_table_and_its_figures(tmp_path):

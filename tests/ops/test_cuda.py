@@ -35,8 +35,6 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 CONV, ALIGN, PART, PIXELS = CASES
-# By their names `-k "not kernels_fused"` chooses.
-KERNELS = {"kernels_plain": 0, "kernels_fused": 1}
 # Of values, and of positions (offset, mask, regions) beside them.
 TYPES = {
     "float64": (torch.float64, torch.float64),
@@ -79,11 +77,11 @@ each_types = pytest.mark.parametrize("types", TYPES)
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
-@pytest.fixture(params=KERNELS)
-def kernels(request):
-    before = torch.ops.dcn_plugin._set_cuda_kernels(KERNELS[request.param])
-    yield request.param
-    torch.ops.dcn_plugin._set_cuda_kernels(before)
+# Other tests have these words in their names: `-k "not kernels_fused"` means this parameter.
+@pytest.fixture(params=["plain", "fused"], ids=lambda name: f"kernels_{name}")
+def kernels(request, monkeypatch):
+    monkeypatch.setenv("DCN_PLUGIN_CUDA_KERNELS", request.param)
+    return request.param
 
 
 @pytest.fixture(params=[False, True], ids=["any_order", "fixed_order"])
@@ -188,7 +186,7 @@ def test_the_setting_decides_which_kernel_runs(kernels):
     check_against_cpu("c256", "bfloat16", "channels_last", "cuda")
     used = ops.kernels_used()["deform_conv2d"]
     # The fused ones need the tensor cores of 8.0 and up.
-    fused = kernels == "kernels_fused" and torch.cuda.get_device_capability() >= (8, 0)
+    fused = kernels == "fused" and torch.cuda.get_device_capability() >= (8, 0)
     assert used.startswith("fused") == fused, used
 
 
