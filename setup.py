@@ -244,6 +244,19 @@ class NinjaFile:
         return output
 
 
+def build_folder(torch: Torch) -> Path:
+    """Where objects outlive pip's temporary folders, so that `pip install -e .` compiles only what has changed.
+
+    One folder per torch: environments that share a checkout do not undo each other's work.
+    """
+    name = f"{sys.platform}-{platform.machine()}-torch{torch.version}"
+    return ROOT / "build" / re.sub(r"[^\w.+-]", "_", name)
+
+
+def compile_jobs() -> int:
+    return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+
+
 def environment_flags(name: str) -> list[str]:
     return shlex.split(os.environ.get(name, ""))
 
@@ -331,12 +344,8 @@ class BuildLibraries(build_ext):
         torch, compiler = requirements()
         ninja = find_ninja()
         nvcc = find_cuda(torch, compiler)
-        # Objects outlive pip's temporary folders, so that `pip install -e .` compiles only what has changed. One
-        # folder per torch: environments that share a checkout do not undo each other's work.
-        name = f"{sys.platform}-{platform.machine()}-torch{torch.version}"
-        folder = ROOT / "build" / re.sub(r"[^\w.+-]", "_", name)
+        folder, jobs = build_folder(torch), compile_jobs()
         folder.mkdir(parents=True, exist_ok=True)
-        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         libraries = write_ninja(folder, torch, compiler, nvcc, jobs)
         info = build_info(self.distribution.get_version(), torch, compiler, nvcc, len(libraries) == 2)
         if isinstance(nvcc, str):

@@ -1,0 +1,50 @@
+"""The CUDA kernels compile for every architecture of the default list, and take no more there than they may."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def check(budget: Path) -> subprocess.CompletedProcess:
+    command = ["bash", "scripts/cuda_compile_check.sh", str(budget)]
+    environment = dict(os.environ, PYTHON=sys.executable)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs a source checkout")
+def test_kernels_keep_within_their_budgets(tmp_path):
+    setup = runpy.run_path(str(ROOT / "setup.py"), run_name="setup_py")
+    nvcc = setup["Nvcc"].find(setup["Torch"].find(), setup["Compiler"].find())
+    if isinstance(nvcc, str):
+        pytest.skip(nvcc)
+    done = check(ROOT / "csrc/cuda_budget.json")
+    if "cuobjdump cannot be found" in done.stderr:
+        pytest.skip("cuobjdump is neither on PATH nor beside nvcc or torch")
+    assert done.returncode == 0, done.stderr[-4000:]
+    head, _, *rows = done.stdout.splitlines()
+    columns = head.strip("| ").split(" | ")
+    assert columns[0] == "kernel" and columns[-2:] == ["stack", "shared"] and len(columns) > 3
+    kernels = {row.strip("| ").split(" | ")[0]: row.strip("| ").split(" | ")[1:] for row in rows}
+    filling = kernels["run_body<FillColumns<float, float, float, float>>"]
+    assert len(filling) == len(columns) - 1 and all(16 < int(registers) < 256 for registers in filling[:-2])
+
+    # What is too much, what has no budget and what is not there any more is named.
+    strict = tmp_path / "budget.json"
+    most = {"^run_body<FillColumns<float, float": 10, "^run_body<StoreOutput<": 255, "no such kernel": 255}
+    budgets = [{"kernel": kernel, "registers": registers, "stack": 0} for kernel, registers in most.items()]
+    strict.write_text(json.dumps({"budgets": budgets}))
+    done = check(strict)
+    assert done.returncode == 1
+    said = done.stderr
+    assert f"FillColumns<float, float, float, float>> takes {filling[0]} (registers) on {columns[1]}, over its" in said
+    assert "StoreOutput" not in said
+    assert "run_body<FillColumns<float, Half, Half, Half>> has no entry" in said
+    assert "the entry 'no such kernel' is for no kernel" in said
