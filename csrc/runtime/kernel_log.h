@@ -19,7 +19,7 @@ inline KernelLog& kernel_log() {
 }
 
 template <typename... Parts>
-void note_kernel(const char* op, const Parts&... parts) {
+void note_kernel(const std::string& op, const Parts&... parts) {
   std::ostringstream text;
   (text << ... << parts);
   KernelLog& log = kernel_log();

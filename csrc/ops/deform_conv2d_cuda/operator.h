@@ -129,8 +129,8 @@ struct GpuDeformConv2d {
     const int64_t wanted = std::max<int64_t>(1, std::min(busy, steps / 4));
     kernel.pixels_of_share = (steps + wanted - 1) / wanted * kernel.kPixels;
     kernel.shares = (total + kernel.pixels_of_share - 1) / kernel.pixels_of_share;
-    const Tensor sums = torch::stable::new_empty(
-        a.input, {kernel.shares * g.out_channels * kernel.sampler.sizes.depth}, ScalarType::Float);
+    const Tensor sums = torch::stable::new_empty(a.input, {kernel.shares * g.out_channels * kernel.sampler.sizes.depth},
+                                                 ScalarType::Float);
     kernel.sums = static_cast<float*>(sums.data_ptr());
     if (!Device::launch(kernel, kernel.blocks(), a.input)) return false;
     Device::for_each(AddWeightShares<S>{g, kernel.shares, kernel.sums, view<S>(grad_weight)}, a.input);
