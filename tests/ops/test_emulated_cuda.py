@@ -1,6 +1,7 @@
 """The fused CUDA kernels of deform_conv2d, thread block by thread block on the CPU, against the reference."""
 
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -15,9 +16,8 @@ from dcn_plugin import reference
 from dcn_plugin.ops._layout import new_image
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-LAYOUTS = pytest.mark.parametrize(
-    "layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"]
-)
+FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+LAYOUTS = pytest.mark.parametrize("layout", FORMATS.values(), ids=FORMATS)
 # Rounding of one value, of products of rounded values.
 LIMITS = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
 # Order of threads (up, down, random), whether copies arrive as late as they may, whether blocks run backwards.
@@ -127,6 +127,32 @@ def test_results_and_gradients(form, dtype, layout):
     how["offset_dtype"] = how.get("offset_dtype", torch.float32) or dtype
     ran = Problem(**how).check()
     assert ran["deform_conv2d"].startswith("fused ") and ran["deform_conv2d_backward"] == "fused"
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_calls(seed):
+    """Sizes that nobody chose: groups, offset groups, kernels, strides, paddings and layouts at random."""
+    draw = random.Random(seed)
+    groups, pieces = draw.choice([1, 1, 2, 3]), draw.choice([1, 2, 3, 5, 9])
+    whole = groups * pieces
+    kernel, dilation, stride = draw.choice([1, 2, 3, 3, 4]), draw.choice([1, 1, 2]), draw.choice([1, 1, 2, 3])
+    schedule(draw.choice(list(SCHEDULES)), draw.choice([FEW, 3, MANY]))
+    problem = Problem(
+        (draw.randint(1, 3), 8 * whole, draw.randint(4, 12), draw.randint(4, 12)),
+        groups * draw.randint(1, 90),
+        kernel,
+        stride,
+        [(kernel - 1) * dilation // 2 + draw.randint(0, 2) for _ in range(4)],
+        dilation,
+        groups,
+        draw.choice([d for d in range(1, 10) if whole % d == 0]),
+        mask=draw.random() < 0.7,
+        bias=draw.random() < 0.7,
+        spread=draw.choice([0.0, 1.0, 4.0]),
+        dtype=draw.choice(list(LIMITS)),
+        layout=draw.choice(list(FORMATS.values())),
+    )
+    assert problem.check()["deform_conv2d"].startswith("fused ")
 
 
 @pytest.mark.parametrize(
@@ -253,7 +279,7 @@ def test_under_sanitizers():
         UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1",
     )
     environment[emulation.FLAGS] = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
-    chosen = "results_and_gradients or every_tile or not_finite or views or emulated_depthwise"
+    chosen = "results_and_gradients or random_calls or every_tile or not_finite or views or emulated_depthwise"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", chosen]
     tests = sorted(map(str, Path(__file__).parent.glob("test_emulated_*.py")))
     done = subprocess.run([*command, *tests], cwd=emulation.ROOT, env=environment, capture_output=True, text=True)
