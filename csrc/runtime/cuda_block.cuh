@@ -93,6 +93,9 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerMultiproce
 
 // The device with blocks of threads: what the fused kernels need beyond a body per element.
 struct CudaBlocks : Cuda {
+  // About as much as the L2 of a large GPU holds, so that most of it is read back from there.
+  static constexpr int64_t column_gradient_bytes = 64 << 20;
+
   // Work goes to the device of a tensor for as long as this lives.
   struct Guard {
     explicit Guard(const Tensor& on) : device(on.get_device_index()) {}

@@ -18,6 +18,9 @@ inline Settings& settings() {
 }
 
 struct Device : dcn::Cpu {
+  // Little, so that small tests have several ranges of images.
+  static constexpr int64_t column_gradient_bytes = 40 << 10;
+
   struct Guard {
     explicit Guard(const dcn::Tensor&) {}
   };

@@ -91,7 +91,7 @@ struct GpuDeformConv2d {
   static bool fused_columns(const OutputGradient<S>& from, const ConvArguments& a, const ConvGeometry& g, int64_t needs,
                             const Tensor& grad_input, const Tensor& grad_offset, const Tensor& grad_mask) {
     const Tensor weight = taps_first(a.weight);
-    const int64_t step = images_together(g) * g.out_pixels(), total = g.batch * g.out_pixels();
+    const int64_t step = images_together<Device>(g) * g.out_pixels(), total = g.batch * g.out_pixels();
     const Tensor columns =
         torch::stable::new_empty(a.input, {needs & kInput ? g.taps() * std::min(step, total) * g.channels : 0});
     if (reinterpret_cast<uintptr_t>(weight.data_ptr()) % 16) return false;

@@ -39,18 +39,20 @@ inline bool can_fuse(const ConvArguments& a, const ConvGeometry& g) {
          g.taps() * g.group_channels() <= std::numeric_limits<int>::max() / 2;
 }
 
-// The backward keeps the samples of all offset groups, and counts those of an image in 32 bits.
+// The backward keeps the samples of all offset groups, counts those of an image in 32 bits, and has the gradient of its
+// columns in memory: 2 GiB at most, beyond which the plain path cuts the image up.
 inline bool can_fuse_backward(const ConvGeometry& g) {
   return g.offset_groups <= kSamplesPerPixel &&
-         g.out_pixels() <= std::numeric_limits<int32_t>::max() / (g.offset_groups * g.taps());
+         g.out_pixels() <= std::numeric_limits<int32_t>::max() / (g.offset_groups * g.taps()) &&
+         g.out_pixels() <= (int64_t{1} << 30) / (g.channels * g.taps());
 }
 
-// Images whose columns' gradient is in memory at a time: about as much as a large GPU's L2 holds, so that most of it is
-// read back from there.
-inline int64_t images_together(const ConvGeometry& g) {
-  constexpr int64_t bytes = 64 << 20;
+// Images that the backward takes at a time, so that the gradient of their columns stays within the device's budget.
+template <typename Device>
+int64_t images_together(const ConvGeometry& g) {
   const int64_t countable = std::numeric_limits<int32_t>::max() / (g.offset_groups * g.taps()) / g.out_pixels();
-  return std::max<int64_t>(1, std::min(bytes / (2 * g.taps() * g.out_pixels() * g.channels), countable));
+  const int64_t fitting = Device::column_gradient_bytes / (2 * g.taps() * g.out_pixels() * g.channels);
+  return std::max<int64_t>(1, std::min(fitting, countable));
 }
 
 // In the type that the tensor has; without data for one that is not asked for.
