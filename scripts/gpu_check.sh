@@ -62,6 +62,8 @@ tests() { # NAME SECONDS KERNELS OTHERS
 sanitizer() { # TOOL OPTIONS...
     local tool=$1
     local unfit='Device not supported|before first instrumented API call|nable to attach|Failed to (attach|connect)'
+    local chosen='small and (channels_last and bfloat16 or NCHW and float32) and not float16-float32'
+    chosen+=' or tile_size and channels_last and bfloat16'
     local found='^========= +(Invalid|Misaligned|Out-of-range|(Error|Warning): (Race|Potential))|^FAILED'
     shift
     if ! command -v compute-sanitizer >/dev/null; then
@@ -72,7 +74,7 @@ sanitizer() { # TOOL OPTIONS...
     stage "$tool" 50 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 CUBLAS_WORKSPACE_CONFIG=:4096:8 OMP_NUM_THREADS=1 \
         compute-sanitizer --tool "$tool" "$@" --kernel-name kns=3dcn --launch-timeout 0 --error-exitcode 99 \
         "$python" -m pytest -q -m cuda --tb=short -p no:cacheprovider tests/ops/test_cuda.py \
-        -k "small and (channels_last and bfloat16 or NCHW and float32) and not float16-float32"
+        -k "$chosen"
 }
 
 benchmark() { # FAMILY SECONDS OPTIONS...

@@ -68,6 +68,13 @@ PROBLEMS = {
     "pixels": (PIXELS, ps_roi_pool_arguments((2, 10 * 49, 20, 24), 40, output_dim=10, group_size=7, bins=(7, 7))),
     "small-pixels": (PIXELS, ps_roi_pool_arguments((2, 24, 9, 8), regions=9, output_dim=6)),
 }
+# For each tile of the fused forward a problem that is large enough for it on up to 160 multiprocessors; for those above
+# it takes 64x64.
+TILES = {
+    "64x256": _conv((16, 32, 36, 36), out=256),
+    "128x128": _conv((8, 32, 72, 72), out=128),
+    "128x64": _conv((8, 32, 72, 72), out=64),
+}
 ONE_EACH = ["c64", "roi-adaptive", "ps", "pixels"]
 # A tensor of 256 channels and this side has more than 2^31 elements; a corner of it is compared with the CPU.
 SIDE, CORNER = 2900, 40
@@ -100,7 +107,7 @@ def errors_belong_to_the_test_that_made_them():
 @cache
 def given(problem: str, types: str, seed: int = 0) -> tuple[dict, torch.Tensor, dict]:
     """Arguments and a gradient of the result on the CPU, and what the CPU makes of them in full precision."""
-    case, make = PROBLEMS[problem]
+    case, make = PROBLEMS.get(problem) or (CONV, TILES[problem])
     torch.manual_seed(seed)
     exact = make()
     if case is CONV:
@@ -142,10 +149,11 @@ def check_against_cpu(problem: str, types: str, layout: str, device: str, times:
     arguments, grad, expected = given(problem, types)
     on = laid_out({**arguments, "grad": grad}, layout, device)
     grad = on.pop("grad")
-    first = run(PROBLEMS[problem][0].function, on, grad)
+    function = ops.deform_conv2d if problem in TILES else PROBLEMS[problem][0].function
+    first = run(function, on, grad)
     require_equal(first, expected, types, device)
     for _ in range(times - 1):
-        for name, value in run(PROBLEMS[problem][0].function, on, grad).items():
+        for name, value in run(function, on, grad).items():
             assert torch.equal(value, first[name]), f"{name} differs between two runs"
 
 
@@ -182,12 +190,26 @@ def check_configuration(case: OpCase, config: str, dtype: torch.dtype, device: s
         assert torch.equal(value, second[name]), f"{name} differs between two runs"
 
 
-def test_the_setting_decides_which_kernel_runs(kernels):
+def test_the_setting_decides_which_kernels_run(kernels):
     check_against_cpu("c256", "bfloat16", "channels_last", "cuda")
-    used = ops.kernels_used()["deform_conv2d"]
+    used = ops.kernels_used()
     # The fused ones need the tensor cores of 8.0 and up.
     fused = kernels == "fused" and torch.cuda.get_device_capability() >= (8, 0)
-    assert used.startswith("fused") == fused, used
+    for operator in ("deform_conv2d", "deform_conv2d_backward"):
+        assert used[operator].startswith("fused") == fused, used
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0), reason="the fused kernels need 8.0"
+)
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("types", ["bfloat16-float32", "float16"])
+@each_layout
+@pytest.mark.parametrize("kernels", ["fused"], indirect=True, ids=["kernels_fused"])
+def test_every_tile_size_equals_the_cpu(tile, types, layout, kernels):
+    check_against_cpu(tile, types, layout, "cuda")
+    if torch.cuda.get_device_properties(0).multi_processor_count <= 160:
+        assert ops.kernels_used()["deform_conv2d"] == f"fused {tile}"
 
 
 @one_of_each
