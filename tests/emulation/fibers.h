@@ -13,6 +13,7 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -113,6 +114,7 @@ class Fibers {
 
   void prepare(Fiber& f) {
     f.awake = true, f.done = false, f.fake_stack = nullptr;
+    forget_frames(f);
 #if defined(__x86_64__)
     auto** top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(f.stack.get()) + kStack) & ~uintptr_t(15));
     *--top = nullptr;                          // where `start` would return to
@@ -165,9 +167,12 @@ class Fibers {
     for (const Fiber& f : fibers_) ours |= f.stack.get() == from;
     if (!ours) scheduler_stack_ = from, scheduler_size_ = size;
   }
+  // `start` never returns, so what surrounds its variables would stay forbidden.
+  static void forget_frames(Fiber& f) { __asan_unpoison_memory_region(f.stack.get(), kStack); }
 #else
   void leaving(void**, const void*, size_t) {}
   void arrived(void*) {}
+  static void forget_frames(Fiber&) {}
 #endif
 
   Order order_;

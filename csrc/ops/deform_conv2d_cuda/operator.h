@@ -4,6 +4,7 @@
 
 #include "../../runtime/kernel_log.h"
 #include "column_gradient.h"
+#include "depthwise_operator.h"
 #include "forward.h"
 #include "input_gradient.h"
 #include "plan.h"
@@ -15,6 +16,7 @@ template <typename Device>
 struct GpuDeformConv2d {
   static Tensor forward(const ConvArguments& a, const ConvGeometry& g) {
     const typename Device::Guard guard(a.input);
+    if (Device::fuses(a.input) && can_fuse_depthwise(a, g)) return DepthwiseDeformConv2d<Device>::forward(a, g);
     if (Device::fuses(a.input) && can_fuse(a, g))
       if (const std::optional<Tensor> output = fused_forward(a, g)) return *output;
     note_kernel("deform_conv2d", "plain");
@@ -24,6 +26,8 @@ struct GpuDeformConv2d {
   static ConvGradients backward(const Tensor& grad_output, const ConvArguments& a, const ConvGeometry& g,
                                 int64_t needs) {
     const typename Device::Guard guard(a.input);
+    if (Device::fuses(a.input) && can_fuse_depthwise(a, g) && can_fuse_depthwise_backward(g))
+      return DepthwiseDeformConv2d<Device>::backward(grad_output, a, g, needs);
     if (Device::fuses(a.input) && can_fuse(a, g) && can_fuse_backward(g))
       if (const std::optional<ConvGradients> gradients = fused_backward(grad_output, a, g, needs)) return *gradients;
     note_kernel("deform_conv2d_backward", "plain");

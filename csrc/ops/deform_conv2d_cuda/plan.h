@@ -29,14 +29,28 @@ inline bool has_int_positions(const ConvGeometry& g) {
          g.out_width * g.stride_w + g.kernel_w * g.dilation_w < most && g.out_pixels() < 2 * most;
 }
 
-// Half types, channels in whole pieces of eight, samples of a pixel that fit into shared memory.
-inline bool can_fuse(const ConvArguments& a, const ConvGeometry& g) {
+// Half types, of which a sample reads channels in whole pieces of eight.
+inline bool can_sample_pieces(const ConvArguments& a, const ConvGeometry& g) {
   const ScalarType type = a.input.scalar_type();
-  return (type == ScalarType::Half || type == ScalarType::BFloat16) && g.group_channels() % 8 == 0 &&
-         g.offset_group_channels() % 8 == 0 && offset_groups_of_group(g) <= kSamplesPerPixel && has_int_positions(g) &&
+  return (type == ScalarType::Half || type == ScalarType::BFloat16) && g.offset_group_channels() % 8 == 0 &&
          (a.input.stride(1) != 1 || has_whole_pieces(a.input)) && g.batch * g.out_pixels() > 0 &&
-         g.channels <= (1 << 24) && g.out_channels <= (1 << 24) &&
-         g.taps() * g.group_channels() <= std::numeric_limits<int>::max() / 2;
+         has_int_positions(g) && g.channels <= (1 << 24) && a.offset.size(1) <= std::numeric_limits<int>::max();
+}
+
+// Groups in whole pieces, too, and samples of a pixel that fit into shared memory.
+inline bool can_fuse(const ConvArguments& a, const ConvGeometry& g) {
+  return can_sample_pieces(a, g) && g.group_channels() % 8 == 0 && offset_groups_of_group(g) <= kSamplesPerPixel &&
+         g.out_channels <= (1 << 24) && g.taps() * g.group_channels() <= std::numeric_limits<int>::max() / 2;
+}
+
+// A group for each channel (depthwise.h); with several outputs for each, the plain kernels.
+inline bool can_fuse_depthwise(const ConvArguments& a, const ConvGeometry& g) {
+  return can_sample_pieces(a, g) && g.groups == g.channels && g.out_channels == g.channels;
+}
+
+// The backward has the index of an image's samples in memory: 2 GiB at most, beyond which the plain path cuts it up.
+inline bool can_fuse_depthwise_backward(const ConvGeometry& g) {
+  return g.out_pixels() <= (1 << 27) / (g.offset_groups * g.taps());
 }
 
 // The backward keeps the samples of all offset groups, counts those of an image in 32 bits, and has the gradient of its

@@ -1,0 +1,289 @@
+// Depthwise deformable convolution of half types, as in DCNv3: with one weight for each channel and tap there are no
+// matrices to multiply. A thread has eight channels; what it sums stays in registers, in float and in a fixed order.
+#pragma once
+
+#include "../../runtime/gpu_values.h"
+#include "../deform_conv2d_index.h"
+#include "samples.h"
+
+namespace dcn {
+
+template <typename S>
+DCN_DEVICE void unpack(float (&values)[8], const Eight<S>& from) {
+  DCN_UNROLL
+  for (int i = 0; i < 4; ++i) unpack<S>(from.words[i], values[2 * i], values[2 * i + 1]);
+}
+
+// Eight channels that lie `step` apart.
+template <typename S>
+DCN_DEVICE Eight<S> read_apart(const S* from, int64_t step) {
+  Eight<S> found;
+  DCN_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const S pair[2] = {from[2 * i * step], from[(2 * i + 1) * step]};
+    std::memcpy(&found.words[i], pair, sizeof(pair));
+  }
+  return found;
+}
+
+// sums += a * b
+template <typename S>
+DCN_DEVICE void add_product(float (&sums)[8], const float (&a)[8], const Eight<S>& b) {
+  float factors[8];
+  unpack(factors, b);
+  DCN_UNROLL
+  for (int i = 0; i < 8; ++i) sums[i] += a[i] * factors[i];
+}
+
+// A tensor by eight channels of a pixel.
+template <typename T>
+struct PieceView {
+  using S = std::remove_const_t<T>;
+  View<T> data;
+  bool whole;  // has_whole_pieces
+
+  DCN_DEVICE Eight<S> read(int64_t n, int64_t c, int64_t y, int64_t x) const {
+    const S* const from = &data.at(n, c, y, x);
+    return whole ? *reinterpret_cast<const Eight<S>*>(from) : read_apart(from, data.c);
+  }
+  DCN_DEVICE void write(const float (&values)[8], int64_t n, int64_t c, int64_t y, int64_t x) const {
+    S* const to = &data.at(n, c, y, x);
+    if (whole) {
+      *reinterpret_cast<Eight<S>*>(to) = pack<S>(values);
+    } else {
+      DCN_UNROLL
+      for (int i = 0; i < 8; ++i) to[i * data.c] = static_cast<S>(values[i]);
+    }
+  }
+};
+
+// Weights as [taps, C]: eight channels of a tap are one access.
+template <typename S>
+struct TapWeights {
+  const S* data;
+  int64_t channels;
+
+  DCN_DEVICE const Eight<S>& at(int tap, int channel) const {
+    return *reinterpret_cast<const Eight<S>*>(data + tap * channels + channel);
+  }
+};
+
+template <typename S>
+struct PackTapWeights {
+  ConvGeometry g;
+  View<const S> weight;
+  S* packed;
+
+  DCN_HOST_DEVICE int64_t size() const { return g.taps() * g.channels; }
+  DCN_HOST_DEVICE void operator()(int64_t i) const {
+    const int64_t tap = i / g.channels;
+    packed[i] = weight.at(i % g.channels, 0, tap / g.kernel_w, tap % g.kernel_w);
+  }
+};
+
+// Which pixel, and what of it, an element is. Neighbouring threads take what lies side by side: parts of a pixel, or
+// pixels.
+struct PixelPart {
+  int64_t pixel, part;
+
+  DCN_DEVICE PixelPart(int64_t i, int64_t pixels, int64_t parts, bool parts_together)
+      : pixel(parts_together ? i / parts : i % pixels), part(parts_together ? i % parts : i / pixels) {}
+};
+
+// The four corners of eight channels of a sample; zeros for those that are not read.
+template <typename S>
+DCN_DEVICE void fetch_corners(Eight<S> (&corners)[4], const Sampler<S>& sampler, int64_t where, int channel) {
+  if (sampler.channels_together()) {
+    sampler.fetch(corners, where, channel);
+  } else {
+    const S* const first = sampler.input.data + (where >> 4) + channel * sampler.input.c;
+    DCN_UNROLL
+    for (int c = 0; c < 4; ++c)
+      corners[c] = where >> c & 1 ? read_apart(first + sampler.corner_step(c), sampler.input.c) : zeros<S>();
+  }
+}
+
+// values = the sample, with the mask in it.
+template <typename S>
+DCN_DEVICE void interpolate_piece(float (&values)[8], const Eight<S> (&corners)[4], const float (&weight)[4]) {
+  DCN_UNROLL
+  for (int i = 0; i < 8; ++i) values[i] = 0;
+  DCN_UNROLL
+  for (int c = 0; c < 4; ++c) add_scaled(values, weight[c], corners[c]);
+}
+
+// One element: eight channels of an output pixel.
+template <typename S>
+struct DepthwiseForward {
+  Sampler<S> sampler;
+  TapWeights<S> weight;
+  const S* bias;  // may be null
+  PieceView<S> output;
+
+  DCN_HOST_DEVICE int64_t pieces() const { return sampler.g.channels / 8; }
+  DCN_HOST_DEVICE int64_t size() const { return sampler.sizes.pixels * pieces(); }
+  DCN_DEVICE void operator()(int64_t i) const {
+    const PixelPart here(i, sampler.sizes.pixels, pieces(), sampler.channels_together());
+    const TilePixel p = sampler.pixel(here.pixel);
+    const int channel = static_cast<int>(8 * here.part), taps = sampler.sizes.taps;
+    const int plane = channel / sampler.sizes.offset_group_channels * taps;
+    float sums[8];
+    DCN_UNROLL
+    for (int e = 0; e < 8; ++e) sums[e] = bias ? static_cast<float>(bias[channel + e]) : 0.0f;
+    SampleRecord next = sampler.record(p, plane);
+    for (int tap = 0; tap < taps; ++tap) {
+      const SampleRecord now = next;
+      Eight<S> corners[4];
+      fetch_corners(corners, sampler, now.where, channel);
+      // The next sample is found while the corners of this one are on their way.
+      if (tap + 1 < taps) next = sampler.record(p, plane + tap + 1);
+      float values[8];
+      interpolate_piece(values, corners, now.weight);
+      add_product(sums, values, weight.at(tap, channel));
+    }
+    output.write(sums, p.n, channel, p.y, p.x);
+  }
+};
+
+// grad_offset, grad_mask: sums over the channels of one offset group. One element: a sample.
+template <typename S>
+struct DepthwiseDisplacementGradient {
+  Sampler<S> sampler;
+  PieceView<const S> grad_output;
+  TapWeights<S> weight;
+  WriteEither<S> grad_offset, grad_mask;
+  bool planes_together;  // in memory, of offset and mask
+
+  DCN_HOST_DEVICE int64_t planes() const { return sampler.sizes.offset_groups * sampler.sizes.taps; }
+  DCN_HOST_DEVICE int64_t size() const { return sampler.sizes.pixels * planes(); }
+  DCN_DEVICE void operator()(int64_t i) const {
+    const PixelPart here(i, sampler.sizes.pixels, planes(), planes_together);
+    const TilePixel p = sampler.pixel(here.pixel);
+    const int plane = static_cast<int>(here.part), tap = plane % sampler.sizes.taps;
+    const int channels = sampler.sizes.offset_group_channels, first = plane / sampler.sizes.taps * channels;
+    const int64_t place = sampler.place(p, plane);
+    // Products of the columns' gradient with each corner hold all that the derivatives need.
+    float sums[4] = {0, 0, 0, 0};
+    for (int channel = first; channel < first + channels; channel += 8) {
+      float grad[8], column[8] = {0, 0, 0, 0, 0, 0, 0, 0}, more[4];
+      unpack(grad, grad_output.read(p.n, channel, p.y, p.x));
+      add_product(column, grad, weight.at(tap, channel));
+      sampler.multiply_corners(more, place, channel, column);
+      DCN_UNROLL
+      for (int c = 0; c < 4; ++c) sums[c] += more[c];
+    }
+    const Sample<float, int> found = sampler.sample(p, plane);
+    const Sample<float> s{found.y0, found.x0, found.ly, found.lx, found.corners};
+    const Gradient<float> at = interpolate_gradient(
+        s, [&](int64_t y, int64_t x) { return sums[2 * static_cast<int>(y - s.y0) + static_cast<int>(x - s.x0)]; });
+    if (grad_mask.given()) grad_mask.set(p.n, plane, p.y, p.x, at.value);
+    if (!grad_offset.given()) return;
+    const float m = sampler.modulation(p, plane);
+    grad_offset.set(p.n, 2 * plane, p.y, p.x, m * at.dy);
+    grad_offset.set(p.n, 2 * plane + 1, p.y, p.x, m * at.dx);
+  }
+};
+
+// grad_input[n, c, y, x] = sum of weight_corner * mask * weight * grad_output over the samples that read the pixel. One
+// element: eight channels of a pixel. The range holds whole images, so nothing is added to what others found.
+template <typename S>
+struct DepthwiseInputGradient {
+  InputIndex<float> index;
+  PieceView<const S> grad_output;  // whose pixels are evenly spaced
+  TapWeights<S> weight;
+  PieceView<S> grad_input;
+
+  DCN_HOST_DEVICE int64_t pixels() const { return index.images * index.g.height * index.g.width; }
+  DCN_HOST_DEVICE int64_t pieces() const { return index.g.channels / 8; }
+  DCN_HOST_DEVICE int64_t size() const { return pixels() * pieces(); }
+  DCN_DEVICE void operator()(int64_t i) const {
+    const ConvGeometry& g = index.g;
+    const PixelPart here(i, pixels(), pieces(), grad_output.data.c == 1);
+    const int64_t image = here.pixel / (g.height * g.width), n = index.first_image + image;
+    const int64_t y = here.pixel / g.width % g.height, x = here.pixel % g.width;
+    const int channel = static_cast<int>(8 * here.part);
+    // Samples of a range count in 32 bits.
+    const uint32_t count = static_cast<uint32_t>(index.range.count);
+    const uint32_t first = static_cast<uint32_t>(image * g.out_pixels());
+    float sums[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    index.for_each_entry(n, channel / g.offset_group_channels(), y, x, [&](int32_t sample, float corner) {
+      const uint32_t tap = static_cast<uint32_t>(sample) / count, pixel = static_cast<uint32_t>(sample) % count - first;
+      float grad[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+      add_scaled(grad, corner, grad_output.read(n, channel, 0, pixel));
+      add_product(sums, grad, weight.at(static_cast<int>(tap), channel));
+    });
+    grad_input.write(sums, n, channel, y, x);
+  }
+};
+
+// grad_weight, a sum over pixels. One element: eight channels of a tap, over a share of the pixels.
+template <typename S>
+struct DepthwiseWeightGradient {
+  Sampler<S> sampler;
+  PieceView<const S> grad_output;
+  int64_t shares, pixels_of_share;
+  float* sums;  // [shares, C, taps]
+
+  DCN_HOST_DEVICE int64_t pieces() const { return sampler.g.channels / 8; }
+  DCN_HOST_DEVICE int64_t parts() const { return sampler.g.taps() * pieces(); }
+  DCN_HOST_DEVICE int64_t size() const { return shares * parts(); }
+  DCN_DEVICE void operator()(int64_t i) const {
+    const bool together = sampler.channels_together();
+    const PixelPart here(i, shares, parts(), together);
+    const int64_t share = here.pixel;
+    const int tap = static_cast<int>(here.part / pieces()), channel = static_cast<int>(here.part % pieces()) * 8;
+    const int plane = channel / sampler.sizes.offset_group_channels * sampler.sizes.taps + tap;
+    // Neighbouring threads that have different shares take neighbouring pixels, else each takes one after the other.
+    const int64_t total = sampler.sizes.pixels, step = together ? 1 : shares;
+    const int64_t first = together ? share * pixels_of_share : share, left = (total - first + step - 1) / step;
+    const TilePixel by = sampler.pixel(step);
+    TilePixel p = sampler.pixel(first);
+    SampleRecord next = sampler.record(p, plane);
+    float found[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    for (int64_t more = (left < pixels_of_share ? left : pixels_of_share) - 1; more >= 0; --more) {
+      const SampleRecord now = next;
+      Eight<S> corners[4];
+      fetch_corners(corners, sampler, now.where, channel);
+      const Eight<S> grad = grad_output.read(p.n, channel, p.y, p.x);
+      p = moved(p, by);
+      if (more > 0) next = sampler.record(p, plane);
+      float values[8];
+      interpolate_piece(values, corners, now.weight);
+      add_product(found, values, grad);
+    }
+    float* const to = sums + (share * sampler.g.channels + channel) * sampler.sizes.taps + tap;
+    DCN_UNROLL
+    for (int e = 0; e < 8; ++e) to[e * sampler.sizes.taps] = found[e];
+  }
+
+ private:
+  // The pixel that lies `by` after p, without a division.
+  DCN_DEVICE TilePixel moved(TilePixel p, const TilePixel& by) const {
+    p.x += by.x;
+    const bool next_row = p.x >= sampler.g.out_width;
+    p.x -= next_row ? static_cast<int>(sampler.g.out_width) : 0;
+    p.y += by.y + next_row;
+    const bool next_image = p.y >= sampler.g.out_height;
+    p.y -= next_image ? static_cast<int>(sampler.g.out_height) : 0;
+    p.n += by.n + next_image;
+    return p;
+  }
+};
+
+// Sums of `together` shares each, in order: with many shares, few threads would add them all.
+struct AddSharesTogether {
+  int64_t shares, together, size_of_share;
+  const float* from;  // [shares, size_of_share]
+  float* to;
+
+  DCN_HOST_DEVICE int64_t shares_left() const { return (shares + together - 1) / together; }
+  DCN_HOST_DEVICE int64_t size() const { return shares_left() * size_of_share; }
+  DCN_HOST_DEVICE void operator()(int64_t i) const {
+    const int64_t first = i / size_of_share * together, end = first + together;
+    float sum = 0;
+    for (int64_t s = first; s < (end < shares ? end : shares); ++s) sum += from[s * size_of_share + i % size_of_share];
+    to[i] = sum;
+  }
+};
+
+}  // namespace dcn
