@@ -105,6 +105,8 @@ FORMS = {
     "images_across_tiles": dict(shape=(3, 16, 9, 7), out=24),
     "all_tile_widths": dict(shape=(1, 32, 11, 13), out=200),
     "more_outputs_than_a_tile": dict(shape=(1, 16, 5, 6), out=300),
+    "channels_in_several_turns": dict(shape=(1, 256, 5, 5), out=24),
+    "turns_of_a_group": dict(shape=(1, 256, 9, 4), out=16, groups=2, offset_groups=4),
     "odd_outputs": dict(shape=(2, 8, 6, 7), out=13),
     "groups": dict(shape=(2, 64, 9, 7), out=48, groups=4, offset_groups=2),
     "offset_groups_within_groups": dict(shape=(1, 64, 7, 7), out=16, groups=2, offset_groups=4),

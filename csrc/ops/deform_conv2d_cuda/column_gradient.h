@@ -24,8 +24,10 @@ struct FusedColumnGradient {
   static constexpr int kRecords = kPixels * kSamplesPerPixel;
   static constexpr int kSharedBytes = kOperandBytes + kRecords * 24 + kPixels * static_cast<int>(sizeof(TilePixel));
 
+  using Order = PieceOrder<kPieces>;
+
   Sampler<S> sampler;
-  PixelRange range;
+  PixelRange range;  // whole images
   OutputGradient<S> grad_output;
   const S* weight;  // [O, taps, C / groups]
   S* grad_columns;  // [taps, range.count, C], or null
@@ -63,11 +65,11 @@ struct FusedColumnGradient {
     }
     DCN_DEVICE int taps() const { return k.sampler.sizes.taps; }
     DCN_DEVICE int offset_groups() const { return k.sampler.sizes.offset_groups; }
-    DCN_DEVICE int channel_pieces() const { return k.sampler.sizes.pieces(); }
+    DCN_DEVICE Order order() const { return {tap1 - tap0, k.sampler.sizes.pieces()}; }
 
-    // Record of a sample: (tap, offset group), then pixels.
+    // Record of a sample: (tap, counted from the first; offset group), then pixels.
     DCN_DEVICE int record(int tap, int offset_group, int pixel) const {
-      return ((tap - tap0) * offset_groups() + offset_group) * kPixels + pixel;
+      return (tap * offset_groups() + offset_group) * kPixels + pixel;
     }
 
     DCN_DEVICE void find_samples() const {
@@ -84,20 +86,21 @@ struct FusedColumnGradient {
     }
 
     DCN_DEVICE void copy_operands(int stage, int group, int output0, int piece0) const {
-      const int outputs = k.grad_output.group_outputs, end = tap1 * channel_pieces();
+      const int outputs = k.grad_output.group_outputs;
       const int64_t depth = k.sampler.sizes.depth;
       k.grad_output.template copy<kThreads>(block, gradient(stage), pixels(), kPixels, group, output0);
       const int p = block.thread() % kPieces;
+      const auto [tap, piece] = order().at(piece0 + p);
       for (int row = block.thread() / kPieces; row < kOutputs; row += kThreads / kPieces) {
-        const bool wanted = output0 + row < outputs && piece0 + p < end;
-        const S* const from =
-            k.weight + (static_cast<int64_t>(group) * outputs + output0 + row) * depth + 8 * (piece0 + p);
+        const bool wanted = output0 + row < outputs && piece0 + p < order().count();
+        const S* const from = k.weight + (static_cast<int64_t>(group) * outputs + output0 + row) * depth +
+                              8 * ((tap0 + tap) * order().pieces + piece);
         block.copy_async(weights(stage).at(row, p), wanted ? from : k.weight, wanted);
       }
       block.commit_copies();
     }
 
-    // Columns [8 piece0, 8 piece0 + 128) of a group for the pixels of this block.
+    // Sixteen pieces of columns of a group, from number `piece0` on, for the pixels of this block.
     DCN_DEVICE void multiply(int group, int piece0) const {
       ProductSums<Shape> sums;
       sums.start(block.thread(), [](int) { return 0.0f; });
@@ -121,20 +124,21 @@ struct FusedColumnGradient {
     }
 
     DCN_DEVICE void take_apart(int group, int piece0) const {
-      const int end = tap1 * channel_pieces();
       DCN_KEEP_LOOP
       for (int i = block.thread(); i < kPixels * kPieces; i += kThreads) {
         // Eight neighbouring threads have one pixel and neighbouring pieces.
-        const int half = i / (kPixels * 8), pixel = i / 8 % kPixels, p = 8 * half + i % 8, piece = piece0 + p;
-        const bool there = piece < end && pixels()[pixel].n >= 0;
-        const int tap = there ? piece / channel_pieces() : tap0, c = 8 * (there ? piece % channel_pieces() : 0);
-        const int channel = group * channel_pieces() * 8 + c;
+        const int half = i / (kPixels * 8), pixel = i / 8 % kPixels, p = 8 * half + i % 8;
+        const bool there = piece0 + p < order().count() && pixels()[pixel].n >= 0;
+        const auto [tap, piece] = order().at(there ? piece0 + p : 0);
+        const int channel = 8 * (group * order().pieces + piece);
         float grad[8];
         DCN_UNROLL
         for (int e = 0; e < 8; ++e) grad[e] = staged()[pixel * kStagedRow + 8 * p + e];
-        if (there && k.grad_columns)
-          *reinterpret_cast<Eight<S>*>(k.grad_columns + (tap * k.range.count + pixel0 + pixel) * k.sampler.g.channels +
+        if (there && k.grad_columns) {
+          const int64_t number = k.sampler.number_by_rows(pixels()[pixel]) - k.range.first;
+          *reinterpret_cast<Eight<S>*>(k.grad_columns + ((tap0 + tap) * k.range.count + number) * k.sampler.g.channels +
                                        channel) = pack<S>(grad);
+        }
         if (k.displaced()) {
           const int sample = record(tap, channel / k.sampler.sizes.offset_group_channels, pixel);
           add_to_sample(there ? sample : -1, there ? sample_places()[sample] : 0, channel, grad);
@@ -197,7 +201,7 @@ struct FusedColumnGradient {
     const Tile<Block> tile{*this, block, block.index() / tap_blocks() * kPixels, tap0, tap1};
     tile.find_samples();
     for (int group = 0; group < sampler.sizes.groups; ++group)
-      for (int piece = tap0 * tile.channel_pieces(); piece < tap1 * tile.channel_pieces(); piece += kPieces) {
+      for (int piece = 0; piece < tile.order().count(); piece += kPieces) {
         tile.multiply(group, piece);
         tile.take_apart(group, piece);
       }

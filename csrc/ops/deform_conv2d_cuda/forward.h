@@ -7,9 +7,8 @@
 
 namespace dcn {
 
-// Terms of the sum are ordered (tap, channel of the group), as channels_last weights are, and taken 64 at a time: a
-// step. `Shape` is [pixels, outputs] of a tile. While tensor cores work on a step, the corners of the next are on their
-// way.
+// Terms of the sum, which are taps and channels of the group, are taken 64 at a time in PieceOrder: a step. `Shape` is
+// [pixels, outputs] of a tile. While tensor cores work on a step, the corners of the next are on their way.
 template <typename S, typename Shape>
 struct FusedForward {
   static constexpr int kThreads = Shape::kThreads, kBlocksPerMultiprocessor = 2;
@@ -20,6 +19,8 @@ struct FusedForward {
   static constexpr int kOperandBytes = kStages * (kColumnBytes + kWeightBytes);
   static constexpr int kRecords = kPixels * kSamplesPerPixel;
   static constexpr int kSharedBytes = kOperandBytes + kRecords * 24 + kPixels * static_cast<int>(sizeof(TilePixel));
+
+  using Order = PieceOrder<kPieces>;
 
   Sampler<S> sampler;
   const S* weight;  // [O, taps, C / groups]
@@ -76,13 +77,19 @@ struct FusedForward {
       block.sync();
     }
 
-    // Rows of the weights, pieces [first, first + 8) of them; those from `end` on are zeros.
-    DCN_DEVICE void copy_weights(int stage, int first, int end) const {
+    // This thread's first row of the weights, from a tap on.
+    DCN_DEVICE const S* weight_row(int tap) const {
+      const ConvSizes& z = k.sampler.sizes;
+      const int row = group * z.group_outputs + output0 + block.thread() / kPieces;
+      return k.weight + static_cast<int64_t>(row) * z.depth + tap * z.group_channels;
+    }
+    // Rows of the weights, eight pieces of them from number `first` on; those beyond the last are zeros.
+    DCN_DEVICE void copy_weights(int stage, int first, const Order& order, const S* from) const {
       const ConvSizes& z = k.sampler.sizes;
       const int p = block.thread() % kPieces, row0 = block.thread() / kPieces;
-      const int rows = first + p < end ? z.group_outputs - output0 : 0;
-      const S* from =
-          k.weight + static_cast<int64_t>(group * z.group_outputs + output0 + row0) * z.depth + 8 * (first + p);
+      const auto [tap, piece] = order.at(first + p);
+      const int rows = first + p < order.count() ? z.group_outputs - output0 : 0;
+      from += 8 * (tap * order.pieces + piece);
       DCN_UNROLL
       for (int row = row0; row < row0 + kOutputs; row += 32, from += int64_t{32} * z.depth)
         block.copy_async(weights(stage).at(row, p), row < rows ? from : k.weight, row < rows);
@@ -101,15 +108,16 @@ struct FusedForward {
     DCN_DEVICE int pixel_of_thread(int i) const {
       return 32 * i + (k.sampler.channels_together() ? block.thread() / kPieces : block.thread() % 32);
     }
-    // A piece of the columns: its sample among those of a pixel (-1 from `end` on), and its first channel.
+    // A piece of the columns: its sample among those of a pixel (-1 beyond the last), and its first channel.
     struct Piece {
       int sample, channel;
     };
-    DCN_DEVICE Piece piece(int number, int tap0, int end) const {
-      if (number >= end) return {-1, 0};
+    DCN_DEVICE Piece piece(int number, const Order& order) const {
+      if (number >= order.count()) return {-1, 0};
       const ConvSizes& z = k.sampler.sizes;
-      const int tap = number / z.pieces(), channel = group * z.group_channels + 8 * (number - tap * z.pieces());
-      return {(tap - tap0) * offset_groups + channel / z.offset_group_channels - offset_group0, channel};
+      const auto [tap, piece] = order.at(number);
+      const int channel = group * z.group_channels + 8 * piece;
+      return {tap * offset_groups + channel / z.offset_group_channels - offset_group0, channel};
     }
     DCN_DEVICE void fetch(Corners& corners, int turn, const Piece& p) const {
       if (!k.sampler.channels_together()) return;
@@ -133,11 +141,11 @@ struct FusedForward {
     }
 
     DCN_DEVICE void add_taps(ProductSums<Shape>& sums, int tap0, int tap1) const {
-      const int end = tap1 * k.sampler.sizes.pieces();
-      int first = tap0 * k.sampler.sizes.pieces();
-      Piece mine = piece(first + piece_of_thread(), tap0, end);
+      const Order order{tap1 - tap0, k.sampler.sizes.pieces()};
+      Piece mine = piece(piece_of_thread(), order);
       Corners corners;
-      copy_weights(0, first, end);
+      const S* const row = weight_row(tap0);
+      copy_weights(0, 0, order, row);
       DCN_KEEP_LOOP
       for (int turn = 0; turn < kTurns; ++turn) {
         fetch(corners, turn, mine);
@@ -145,11 +153,11 @@ struct FusedForward {
       }
       block.template wait_for_copies<0>();
       block.sync();
-      for (int stage = 0; first < end; first += kPieces, stage ^= 1) {
-        const bool more = first + kPieces < end;
+      for (int first = 0, stage = 0; first < order.count(); first += kPieces, stage ^= 1) {
+        const bool more = first + kPieces < order.count();
         if (more) {
-          copy_weights(stage ^ 1, first + kPieces, end);
-          mine = piece(first + kPieces + piece_of_thread(), tap0, end);
+          copy_weights(stage ^ 1, first + kPieces, order, row);
+          mine = piece(first + kPieces + piece_of_thread(), order);
         }
         // Not unrolled: addresses of all turns at once would not fit into registers.
         DCN_KEEP_LOOP

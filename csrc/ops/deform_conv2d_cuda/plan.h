@@ -84,7 +84,9 @@ WriteEither<S> write_either(const Tensor& t, bool wanted) {
 
 template <typename S>
 Sampler<S> sampler(const ConvArguments& a, const ConvGeometry& g) {
-  return {g, ConvSizes(g), view<const S>(a.input), read_either<S>(a.offset),
+  // Where neighbouring threads are neighbouring pixels they are to be neighbours in memory, too.
+  const int strip = a.input.stride(1) == 1 ? 8 : 1;
+  return {g, ConvSizes(g, strip), view<const S>(a.input), read_either<S>(a.offset),
           a.mask ? read_either<S>(*a.mask) : ReadEither<S>{}};
 }
 

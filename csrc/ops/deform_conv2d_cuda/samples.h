@@ -48,8 +48,9 @@ struct ConvSizes {
   int groups, group_channels, group_outputs, depth;  // depth = taps * group_channels
   int offset_groups, offset_group_channels;
   int64_t out_pixels, pixels;  // of an image, of the batch
+  int out_height, strip;       // rows of pixels that tiles go through column by column
 
-  explicit ConvSizes(const ConvGeometry& g)
+  ConvSizes(const ConvGeometry& g, int rows_of_strip)
       : taps(static_cast<int>(g.taps())),
         kernel_w(static_cast<int>(g.kernel_w)),
         out_width(static_cast<int>(g.out_width)),
@@ -60,9 +61,29 @@ struct ConvSizes {
         offset_groups(static_cast<int>(g.offset_groups)),
         offset_group_channels(static_cast<int>(g.offset_group_channels())),
         out_pixels(g.out_pixels()),
-        pixels(g.batch * out_pixels) {}
+        pixels(g.batch * out_pixels),
+        out_height(static_cast<int>(g.out_height)),
+        strip(rows_of_strip) {}
 
   DCN_HOST_DEVICE int pieces() const { return group_channels / 8; }  // of eight channels, in a group
+};
+
+// The order in which pieces of eight channels of some taps' columns are taken: so many `Together` of every tap before
+// the next ones, where a tap's pieces come in such numbers, because taps read nearly the same pixels, and those are
+// then still in the first-level cache. Else tap by tap.
+template <int Together>
+struct PieceOrder {
+  int taps, pieces;  // the second: of a tap
+
+  struct At {
+    int tap, piece;  // the tap counts from the first of them
+  };
+  DCN_DEVICE int count() const { return taps * pieces; }
+  DCN_DEVICE At at(int number) const {
+    if (pieces % Together) return {number / pieces, number % pieces};
+    const int step = number / Together;
+    return {step % taps, step / taps * Together + number % Together};
+  }
 };
 
 template <typename S>
@@ -72,11 +93,20 @@ struct Sampler {
   View<const S> input;
   ReadEither<S> offset, mask;
 
-  DCN_DEVICE TilePixel pixel(int64_t flat) const {
-    if (flat >= sizes.pixels) return {-1, 0, 0};
-    const int64_t n = flat / sizes.out_pixels;
-    const int rest = static_cast<int>(flat - n * sizes.out_pixels);
-    return {n, rest / sizes.out_width, rest % sizes.out_width};
+  // Pixels are numbered in strips of some rows, within a strip column by column: those of a tile then lie close
+  // together in both directions and read the same part of the input. The last strip of an image may be lower.
+  DCN_DEVICE TilePixel pixel(int64_t number) const {
+    if (number >= sizes.pixels) return {-1, 0, 0};
+    const int64_t n = number / sizes.out_pixels;
+    const int rest = static_cast<int>(number - n * sizes.out_pixels), whole = sizes.strip * sizes.out_width;
+    const int top = rest / whole * sizes.strip, within = rest % whole;
+    const int rows = sizes.out_height - top < sizes.strip ? sizes.out_height - top : sizes.strip;
+    return {n, top + within % rows, within / rows};
+  }
+
+  // As the index of samples numbers pixels (PixelRange).
+  DCN_DEVICE int64_t number_by_rows(const TilePixel& p) const {
+    return p.n * sizes.out_pixels + static_cast<int64_t>(p.y) * sizes.out_width + p.x;
   }
 
   DCN_DEVICE float modulation(const TilePixel& p, int plane) const {
