@@ -51,7 +51,7 @@ DCN_HOST_DEVICE void unpack(uint32_t both, float& low, float& high) {
 
 // sums += weight * values
 template <typename S>
-DCN_HOST_DEVICE void add_scaled(float (&sums)[8], float weight, const Eight<S>& values) {
+DCN_HOST_DEVICE void add_scaled(float (&sums)[8], float weight, Eight<S> values) {
   DCN_UNROLL
   for (int i = 0; i < 4; ++i) {
     float low, high;
@@ -62,7 +62,7 @@ DCN_HOST_DEVICE void add_scaled(float (&sums)[8], float weight, const Eight<S>& 
 }
 
 template <typename S>
-DCN_HOST_DEVICE float dot(const float (&a)[8], const Eight<S>& b) {
+DCN_HOST_DEVICE float dot(const float (&a)[8], Eight<S> b) {
   float sum = 0;
   DCN_UNROLL
   for (int i = 0; i < 4; ++i) {

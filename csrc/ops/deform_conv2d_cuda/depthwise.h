@@ -1,5 +1,6 @@
 // Depthwise deformable convolution of half types, as in DCNv3: with one weight for each channel and tap there are no
-// matrices to multiply. A thread has eight channels; what it sums stays in registers, in float and in a fixed order.
+// matrices to multiply. A thread has eight channels, or sixteen that share their samples: finding a sample costs as
+// much as reading eight channels of it. What is summed stays in registers, in float and in a fixed order.
 #pragma once
 
 #include "../../runtime/gpu_values.h"
@@ -9,7 +10,7 @@
 namespace dcn {
 
 template <typename S>
-DCN_DEVICE void unpack(float (&values)[8], const Eight<S>& from) {
+DCN_DEVICE void unpack(float (&values)[8], Eight<S> from) {
   DCN_UNROLL
   for (int i = 0; i < 4; ++i) unpack<S>(from.words[i], values[2 * i], values[2 * i + 1]);
 }
@@ -28,7 +29,7 @@ DCN_DEVICE Eight<S> read_apart(const S* from, int64_t step) {
 
 // sums += a * b
 template <typename S>
-DCN_DEVICE void add_product(float (&sums)[8], const float (&a)[8], const Eight<S>& b) {
+DCN_DEVICE void add_product(float (&sums)[8], const float (&a)[8], Eight<S> b) {
   float factors[8];
   unpack(factors, b);
   DCN_UNROLL
@@ -63,7 +64,7 @@ struct TapWeights {
   const S* data;
   int64_t channels;
 
-  DCN_DEVICE const Eight<S>& at(int tap, int channel) const {
+  DCN_DEVICE Eight<S> at(int tap, int channel) const {
     return *reinterpret_cast<const Eight<S>*>(data + tap * channels + channel);
   }
 };
@@ -90,6 +91,13 @@ struct PixelPart {
       : pixel(parts_together ? i / parts : i % pixels), part(parts_together ? i % parts : i / pixels) {}
 };
 
+// Output pixels are numbered by rows here: neighbours read neighbouring offsets.
+DCN_DEVICE TilePixel pixel_by_rows(const ConvSizes& sizes, int64_t number) {
+  const int64_t n = number / sizes.out_pixels;
+  const int rest = static_cast<int>(number - n * sizes.out_pixels);
+  return {n, rest / sizes.out_width, rest % sizes.out_width};
+}
+
 // The four corners of eight channels of a sample; zeros for those that are not read.
 template <typename S>
 DCN_DEVICE void fetch_corners(Eight<S> (&corners)[4], const Sampler<S>& sampler, int64_t where, int channel) {
@@ -112,36 +120,41 @@ DCN_DEVICE void interpolate_piece(float (&values)[8], const Eight<S> (&corners)[
   for (int c = 0; c < 4; ++c) add_scaled(values, weight[c], corners[c]);
 }
 
-// One element: eight channels of an output pixel.
-template <typename S>
+// One element: some pieces, of one offset group, of an output pixel.
+template <typename S, int Pieces>
 struct DepthwiseForward {
   Sampler<S> sampler;
   TapWeights<S> weight;
   const S* bias;  // may be null
   PieceView<S> output;
 
-  DCN_HOST_DEVICE int64_t pieces() const { return sampler.g.channels / 8; }
-  DCN_HOST_DEVICE int64_t size() const { return sampler.sizes.pixels * pieces(); }
+  DCN_HOST_DEVICE int64_t parts() const { return sampler.g.channels / (8 * Pieces); }
+  DCN_HOST_DEVICE int64_t size() const { return sampler.sizes.pixels * parts(); }
   DCN_DEVICE void operator()(int64_t i) const {
-    const PixelPart here(i, sampler.sizes.pixels, pieces(), sampler.channels_together());
-    const TilePixel p = sampler.pixel(here.pixel);
-    const int channel = static_cast<int>(8 * here.part), taps = sampler.sizes.taps;
+    const PixelPart here(i, sampler.sizes.pixels, parts(), sampler.channels_together());
+    const TilePixel p = pixel_by_rows(sampler.sizes, here.pixel);
+    const int channel = static_cast<int>(here.part) * 8 * Pieces, taps = sampler.sizes.taps;
     const int plane = channel / sampler.sizes.offset_group_channels * taps;
-    float sums[8];
+    float sums[Pieces][8];
     DCN_UNROLL
-    for (int e = 0; e < 8; ++e) sums[e] = bias ? static_cast<float>(bias[channel + e]) : 0.0f;
+    for (int e = 0; e < 8 * Pieces; ++e) sums[e / 8][e % 8] = bias ? static_cast<float>(bias[channel + e]) : 0.0f;
     SampleRecord next = sampler.record(p, plane);
     for (int tap = 0; tap < taps; ++tap) {
       const SampleRecord now = next;
-      Eight<S> corners[4];
-      fetch_corners(corners, sampler, now.where, channel);
+      Eight<S> corners[Pieces][4];
+      DCN_UNROLL
+      for (int k = 0; k < Pieces; ++k) fetch_corners(corners[k], sampler, now.where, channel + 8 * k);
       // The next sample is found while the corners of this one are on their way.
       if (tap + 1 < taps) next = sampler.record(p, plane + tap + 1);
-      float values[8];
-      interpolate_piece(values, corners, now.weight);
-      add_product(sums, values, weight.at(tap, channel));
+      DCN_UNROLL
+      for (int k = 0; k < Pieces; ++k) {
+        float values[8];
+        interpolate_piece(values, corners[k], now.weight);
+        add_product(sums[k], values, weight.at(tap, channel + 8 * k));
+      }
     }
-    output.write(sums, p.n, channel, p.y, p.x);
+    DCN_UNROLL
+    for (int k = 0; k < Pieces; ++k) output.write(sums[k], p.n, channel + 8 * k, p.y, p.x);
   }
 };
 
@@ -158,7 +171,7 @@ struct DepthwiseDisplacementGradient {
   DCN_HOST_DEVICE int64_t size() const { return sampler.sizes.pixels * planes(); }
   DCN_DEVICE void operator()(int64_t i) const {
     const PixelPart here(i, sampler.sizes.pixels, planes(), planes_together);
-    const TilePixel p = sampler.pixel(here.pixel);
+    const TilePixel p = pixel_by_rows(sampler.sizes, here.pixel);
     const int plane = static_cast<int>(here.part), tap = plane % sampler.sizes.taps;
     const int channels = sampler.sizes.offset_group_channels, first = plane / sampler.sizes.taps * channels;
     const int64_t place = sampler.place(p, plane);
@@ -216,44 +229,53 @@ struct DepthwiseInputGradient {
   }
 };
 
-// grad_weight, a sum over pixels. One element: eight channels of a tap, over a share of the pixels.
-template <typename S>
+// grad_weight, a sum over pixels. One element: some pieces, of one offset group, of a tap, over a share of the pixels.
+template <typename S, int Pieces>
 struct DepthwiseWeightGradient {
   Sampler<S> sampler;
   PieceView<const S> grad_output;
   int64_t shares, pixels_of_share;
   float* sums;  // [shares, C, taps]
 
-  DCN_HOST_DEVICE int64_t pieces() const { return sampler.g.channels / 8; }
-  DCN_HOST_DEVICE int64_t parts() const { return sampler.g.taps() * pieces(); }
+  DCN_HOST_DEVICE int tap_parts() const { return static_cast<int>(sampler.g.channels) / (8 * Pieces); }
+  DCN_HOST_DEVICE int64_t parts() const { return static_cast<int64_t>(sampler.sizes.taps) * tap_parts(); }
   DCN_HOST_DEVICE int64_t size() const { return shares * parts(); }
   DCN_DEVICE void operator()(int64_t i) const {
     const bool together = sampler.channels_together();
     const PixelPart here(i, shares, parts(), together);
     const int64_t share = here.pixel;
-    const int tap = static_cast<int>(here.part / pieces()), channel = static_cast<int>(here.part % pieces()) * 8;
+    const int tap = static_cast<int>(here.part / tap_parts());
+    const int channel = static_cast<int>(here.part % tap_parts()) * 8 * Pieces;
     const int plane = channel / sampler.sizes.offset_group_channels * sampler.sizes.taps + tap;
     // Neighbouring threads that have different shares take neighbouring pixels, else each takes one after the other.
     const int64_t total = sampler.sizes.pixels, step = together ? 1 : shares;
     const int64_t first = together ? share * pixels_of_share : share, left = (total - first + step - 1) / step;
-    const TilePixel by = sampler.pixel(step);
-    TilePixel p = sampler.pixel(first);
+    const TilePixel by = pixel_by_rows(sampler.sizes, step);
+    TilePixel p = pixel_by_rows(sampler.sizes, first);
     SampleRecord next = sampler.record(p, plane);
-    float found[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    float found[Pieces][8];
+    DCN_UNROLL
+    for (int e = 0; e < 8 * Pieces; ++e) found[e / 8][e % 8] = 0;
     for (int64_t more = (left < pixels_of_share ? left : pixels_of_share) - 1; more >= 0; --more) {
       const SampleRecord now = next;
-      Eight<S> corners[4];
-      fetch_corners(corners, sampler, now.where, channel);
-      const Eight<S> grad = grad_output.read(p.n, channel, p.y, p.x);
+      Eight<S> corners[Pieces][4], grad[Pieces];
+      DCN_UNROLL
+      for (int k = 0; k < Pieces; ++k) {
+        fetch_corners(corners[k], sampler, now.where, channel + 8 * k);
+        grad[k] = grad_output.read(p.n, channel + 8 * k, p.y, p.x);
+      }
       p = moved(p, by);
       if (more > 0) next = sampler.record(p, plane);
-      float values[8];
-      interpolate_piece(values, corners, now.weight);
-      add_product(found, values, grad);
+      DCN_UNROLL
+      for (int k = 0; k < Pieces; ++k) {
+        float values[8];
+        interpolate_piece(values, corners[k], now.weight);
+        add_product(found[k], values, grad[k]);
+      }
     }
     float* const to = sums + (share * sampler.g.channels + channel) * sampler.sizes.taps + tap;
     DCN_UNROLL
-    for (int e = 0; e < 8; ++e) to[e * sampler.sizes.taps] = found[e];
+    for (int e = 0; e < 8 * Pieces; ++e) to[e * sampler.sizes.taps] = found[e / 8][e % 8];
   }
 
  private:

@@ -15,11 +15,13 @@ struct DepthwiseDeformConv2d {
     dispatch_half(a.input.scalar_type(), [&](auto s) {
       using S = decltype(s);
       const Tensor weight = tap_weights<S>(a, g);
-      Device::for_each(DepthwiseForward<S>{sampler<S>(a, g),
-                                           {static_cast<const S*>(weight.data_ptr()), g.channels},
-                                           a.bias ? static_cast<const S*>(a.bias->data_ptr()) : nullptr,
-                                           pieces<S>(output)},
-                       a.input);
+      dispatch_pieces(g, [&](auto count) {
+        Device::for_each(DepthwiseForward<S, count>{sampler<S>(a, g),
+                                                    {static_cast<const S*>(weight.data_ptr()), g.channels},
+                                                    a.bias ? static_cast<const S*>(a.bias->data_ptr()) : nullptr,
+                                                    pieces<S>(output)},
+                         a.input);
+      });
     });
     note_kernel("deform_conv2d", "fused depthwise");
     return output;
@@ -56,6 +58,15 @@ struct DepthwiseDeformConv2d {
     return {view<T>(t), has_whole_pieces(t)};
   }
 
+  // Calls f with how many pieces a thread has, as a constant.
+  template <typename F>
+  static void dispatch_pieces(const ConvGeometry& g, const F& f) {
+    if (g.offset_group_channels() % 16 == 0)
+      f(std::integral_constant<int, 2>{});
+    else
+      f(std::integral_constant<int, 1>{});
+  }
+
   // A pixel is found by its number then, without a division.
   static Tensor with_even_pixels(const Tensor& t) {
     return t.stride(2) == t.size(3) * t.stride(3) ? t : torch::stable::contiguous(t);
@@ -89,28 +100,33 @@ struct DepthwiseDeformConv2d {
   template <typename S>
   static void weight_gradient(const PieceView<const S>& grad_output, const Sampler<S>& sampler,
                               const Tensor& grad_weight) {
-    const ConvGeometry& g = sampler.g;
-    DepthwiseWeightGradient<S> body{sampler, grad_output, 1, 0, nullptr};
+    dispatch_pieces(sampler.g, [&](auto count) {
+      sum_pixels(DepthwiseWeightGradient<S, count>{sampler, grad_output, 1, 0, nullptr}, view<S>(grad_weight),
+                 grad_weight);
+    });
+  }
+  template <typename S, int Pieces>
+  static void sum_pixels(DepthwiseWeightGradient<S, Pieces> body, const View<S>& to, const Tensor& on) {
+    const ConvGeometry& g = body.sampler.g;
     // As many shares of the pixels as keep the device busy, each of at least eight.
     const int64_t total = g.batch * g.out_pixels();
-    const int64_t busy = 1024 * Device::multiprocessors(grad_weight) / body.parts();
+    const int64_t busy = 1024 * Device::multiprocessors(on) / body.parts();
     body.pixels_of_share = std::max<int64_t>(8, total / std::max<int64_t>(1, busy) + 1);
     body.shares = (total + body.pixels_of_share - 1) / body.pixels_of_share;
-    Tensor sums = new_sums(body.shares, g, grad_weight);
+    Tensor sums = new_sums(body.shares, g, on);
     body.sums = static_cast<float*>(sums.data_ptr());
-    Device::for_each(body, grad_weight);
+    Device::for_each(body, on);
     int64_t shares = body.shares;
     while (shares > kSharesTogether) {
       AddSharesTogether add{shares, kSharesTogether, g.taps() * g.channels, static_cast<float*>(sums.data_ptr()),
                             nullptr};
-      const Tensor fewer = new_sums(add.shares_left(), g, grad_weight);
+      const Tensor fewer = new_sums(add.shares_left(), g, on);
       add.to = static_cast<float*>(fewer.data_ptr());
-      Device::for_each(add, grad_weight);
+      Device::for_each(add, on);
       sums = fewer;
       shares = add.shares_left();
     }
-    Device::for_each(AddWeightShares<S>{g, shares, static_cast<float*>(sums.data_ptr()), view<S>(grad_weight)},
-                     grad_weight);
+    Device::for_each(AddWeightShares<S>{g, shares, static_cast<float*>(sums.data_ptr()), to}, on);
   }
   static constexpr int64_t kSharesTogether = 32;
   static Tensor new_sums(int64_t shares, const ConvGeometry& g, const Tensor& like) {
