@@ -80,8 +80,8 @@ struct Gradient {
   A value, dy, dx;
 };
 
-template <typename A, typename Read>
-DCN_HOST_DEVICE Gradient<A> interpolate_gradient(const Sample<A>& s, const Read& read) {
+template <typename A, typename I, typename Read>
+DCN_HOST_DEVICE Gradient<A> interpolate_gradient(const Sample<A, I>& s, const Read& read) {
   Gradient<A> g{s.origin(), s.origin(), s.origin()};
 #if defined(__CUDACC__)
 #pragma unroll

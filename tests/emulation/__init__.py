@@ -49,10 +49,20 @@ def build(flags: str = "") -> Path:
     return ROOT / library
 
 
-@functools.cache
 def load() -> object:
     """Return the namespace of the emulated operators, or skip the calling test where they cannot be."""
     if sys.platform != "linux":
         pytest.skip("the emulated block needs Linux")
-    torch.ops.load_library(str(build(os.environ.get(FLAGS, ""))))
+    trouble = load_once()
+    assert trouble is None, trouble
     return torch.ops.dcn_plugin_emulated
+
+
+@functools.cache
+def load_once() -> str | None:
+    """Return what the compiler said, if it failed: once for all tests."""
+    try:
+        torch.ops.load_library(str(build(os.environ.get(FLAGS, ""))))
+    except AssertionError as error:
+        return str(error)
+    return None

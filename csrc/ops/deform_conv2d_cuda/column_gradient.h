@@ -175,21 +175,7 @@ struct FusedColumnGradient {
         if (p.n < 0) continue;
         const int which = i / kPixels;
         const int plane = which % offset_groups() * taps() + tap0 + which / offset_groups();
-        const Sample<float, int> s = k.sampler.sample(p, plane);
-        float value = s.origin(), dy = s.origin(), dx = s.origin();
-        DCN_UNROLL
-        for (int c = 0; c < 4; ++c) {
-          if (!s.has(c)) continue;
-          const float sum = corner_sums()[i][c], w = s.weight(c);
-          if (w != 0) value += w * sum;
-          dy += s.weight_dy(c) * sum;
-          dx += s.weight_dx(c) * sum;
-        }
-        if (k.grad_mask.given()) k.grad_mask.set(p.n, plane, p.y, p.x, value);
-        if (!k.grad_offset.given()) continue;
-        const float m = k.sampler.modulation(p, plane);
-        k.grad_offset.set(p.n, 2 * plane, p.y, p.x, m * dy);
-        k.grad_offset.set(p.n, 2 * plane + 1, p.y, p.x, m * dx);
+        write_displacement_gradient(k.sampler, p, plane, corner_sums()[i], k.grad_offset, k.grad_mask);
       }
     }
   };

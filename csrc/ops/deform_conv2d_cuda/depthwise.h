@@ -185,15 +185,7 @@ struct DepthwiseDisplacementGradient {
       DCN_UNROLL
       for (int c = 0; c < 4; ++c) sums[c] += more[c];
     }
-    const Sample<float, int> found = sampler.sample(p, plane);
-    const Sample<float> s{found.y0, found.x0, found.ly, found.lx, found.corners};
-    const Gradient<float> at = interpolate_gradient(
-        s, [&](int64_t y, int64_t x) { return sums[2 * static_cast<int>(y - s.y0) + static_cast<int>(x - s.x0)]; });
-    if (grad_mask.given()) grad_mask.set(p.n, plane, p.y, p.x, at.value);
-    if (!grad_offset.given()) return;
-    const float m = sampler.modulation(p, plane);
-    grad_offset.set(p.n, 2 * plane, p.y, p.x, m * at.dy);
-    grad_offset.set(p.n, 2 * plane + 1, p.y, p.x, m * at.dx);
+    write_displacement_gradient(sampler, p, plane, sums, grad_offset, grad_mask);
   }
 };
 

@@ -198,6 +198,21 @@ struct Sampler {
   }
 };
 
+// Writes the gradients of a sample's offset and mask. sums[c] = sum over its channels of the column's gradient times
+// corner c, which is all that they need.
+template <typename S>
+DCN_DEVICE void write_displacement_gradient(const Sampler<S>& sampler, const TilePixel& p, int plane,
+                                            const float (&sums)[4], const WriteEither<S>& grad_offset,
+                                            const WriteEither<S>& grad_mask) {
+  const Sample<float, int> s = sampler.sample(p, plane);
+  const Gradient<float> at = interpolate_gradient(s, [&](int y, int x) { return sums[2 * (y - s.y0) + (x - s.x0)]; });
+  if (grad_mask.given()) grad_mask.set(p.n, plane, p.y, p.x, at.value);
+  if (!grad_offset.given()) return;
+  const float m = sampler.modulation(p, plane);
+  grad_offset.set(p.n, 2 * plane, p.y, p.x, m * at.dy);
+  grad_offset.set(p.n, 2 * plane + 1, p.y, p.x, m * at.dx);
+}
+
 template <typename S>
 DCN_DEVICE Eight<S> combine(const Eight<S> (&corners)[4], const float (&weight)[4]) {
   float sums[8] = {0, 0, 0, 0, 0, 0, 0, 0};
