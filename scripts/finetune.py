@@ -36,6 +36,10 @@ def main() -> None:
             results = run(config, work_dir, args.task, checkpoint)
     except SIGTERMException:
         sys.exit("stopped by SIGTERM; the same command with --resume continues from last.ckpt")
+    except SystemExit:  # Lightning's answer to Ctrl+C, without a word where its remarks are hidden
+        sys.exit("interrupted; the same command with --resume continues from last.ckpt")
+    except OSError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
     if rank_zero_only.rank != 0:
         return
     for name, value in results.items():

@@ -297,7 +297,8 @@ def write_config(path: Path, **changes) -> Path:
     return path
 
 
-def test_script_survives_sigterm_and_resumes(tmp_path):
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT], ids=lambda stop: stop.name)
+def test_script_survives_a_signal_and_resumes(tmp_path, stop):
     trainer = dict(TRAINER, max_epochs=200, check_val_every_n_epoch=1)
     path = write_config(tmp_path / "long.py", trainer=trainer)
     work_dir = tmp_path / "work"
@@ -306,7 +307,7 @@ def test_script_survives_sigterm_and_resumes(tmp_path):
     deadline = time.time() + 120
     while not (work_dir / "last.ckpt").is_file() and process.poll() is None and time.time() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(stop)
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0 and "--resume" in output, output
     saved = torch.load(work_dir / "last.ckpt", weights_only=True)

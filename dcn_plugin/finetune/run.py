@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ import pytorch_lightning.strategies
 import torch
 from mmengine.config import Config
 
+from ..checkpoint import read_checkpoint
 from .callbacks import DetectionWriter, OffsetMonitor, PredictionWriter
 from .config import arguments, build_object, check_keys, plain, unknown
 from .data import ImageDataModule
@@ -83,6 +86,29 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+# What the system says of a file that is open, without its name.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+@contextmanager
+def writing_to(work_dir: Path) -> Iterator[None]:
+    """Find out before any work whether `work_dir` can be written to, and name it where writing fails later.
+
+    Raises:
+        OSError: with the path. Checkpoints are written beside the old ones and then moved, so those are whole.
+    """
+    work_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=work_dir):
+        pass
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno not in _NO_ROOM:
+            raise
+        said = f"{error.strerror}; what was saved before is whole, and a checkpoint there can be continued from"
+        raise OSError(error.errno, said, str(work_dir)) from error
 
 
 def load_config(path: str | Path, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -195,16 +221,22 @@ def run(
         Metrics by name, and under 'checkpoint', 'export', 'predictions' the paths written.
 
     Raises:
-        ValueError, FileNotFoundError: an unknown task or key, a missing checkpoint.
+        ValueError, FileNotFoundError: an unknown task or key, a missing or damaged checkpoint.
+        OSError: `work_dir` cannot be written to, or no longer.
     """
     if task not in TASKS:
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
-    work_dir = Path(work_dir)
+    with writing_to(Path(work_dir)):
+        return _run(config, Path(work_dir), task, checkpoint)
+
+
+def _run(config: Mapping[str, Any], work_dir: Path, task: str, checkpoint: str | Path | None) -> dict[str, Any]:
     if checkpoint == "auto":
         checkpoint = find_checkpoint(work_dir)
     if checkpoint is not None:
         if not Path(checkpoint).is_file():
             raise FileNotFoundError(f"checkpoint: expected a file, got {str(checkpoint)!r}, which does not exist")
+        read_checkpoint(checkpoint)  # says what is wrong with a damaged file, which Lightning's own reader does not
         module_class = kind_of(config).module
         keys = arguments(module_class)
         config = {**config, **module_class.without_initial_weights({k: v for k, v in config.items() if k in keys})}
