@@ -1,0 +1,52 @@
+"""Fine-tuning on several nodes, which are agents of torchrun on this machine, and going on with fewer processes."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_finetune import DATA, ROOT, TRAINER, config, run, write_config
+
+
+@pytest.mark.slow
+def test_two_nodes_train_together_and_one_process_goes_on(tmp_path):
+    work_dir = tmp_path / "work"
+    path = write_config(
+        tmp_path / "nodes.py",
+        trainer=dict(TRAINER, devices=1, num_nodes=2, strategy="ddp", max_epochs=1),
+        data=dict(DATA, batch_size=8),
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    launch += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    nodes = [
+        subprocess.Popen(
+            [*launch, "--node-rank", str(rank), ROOT / "scripts/finetune.py", path, "--work-dir", work_dir],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)
+    assert [output.count("test_top5") for output in outputs] == [1, 0]  # results are told once
+    saved = torch.load(work_dir / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 2  # 32 images, 2 nodes, 8 each
+    # Alone: twice as many steps an epoch, from the same weights and optimizer state.
+    resumed = config(trainer=dict(TRAINER, max_epochs=2), data=dict(DATA, batch_size=8))
+    run(resumed, work_dir, checkpoint="auto")
+    again = torch.load(work_dir / "last.ckpt", weights_only=True)
+    assert (again["epoch"], again["global_step"]) == (1, 6)
+    moved = [
+        not torch.equal(value, again["state_dict"][name])
+        for name, value in saved["state_dict"].items()
+        if value.is_floating_point()
+    ]
+    assert any(moved) and again["optimizer_states"][0]["state"]
