@@ -1,4 +1,4 @@
-"""What every operator registers with torch: tracing, gradients of first and second order, autocast."""
+"""What every operator registers with torch: tracing, gradients of first and second order, vmap, autocast."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._layout import new_image
+from ._vmap import Fold, Prepare, register_vmap
 
 _lib = torch.library.Library("dcn_plugin", "IMPL")
 
@@ -25,6 +26,8 @@ def register(
     positions: Sequence[str],
     reference: Callable[..., Tensor],
     out_shape: Callable[..., Sequence[int]],
+    fold: Fold,
+    prepare: Prepare | None = None,
     closed_form: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> Callable[..., Tensor]:
     """Complete the compiled operator ``name`` and return it.
@@ -41,6 +44,7 @@ def register(
         positions: names of the tensors that autocast keeps in float32: half precision rounds them to whole pixels.
         reference: the definition, called with all of these by name; second gradients go through it.
         out_shape: checks arguments given by name and returns the shape of the result.
+        fold, prepare: how the samples of a ``torch.vmap`` become one call (``_vmap.py``).
         closed_form: name of a tensor -> its gradient from that of the output, where no kernel is needed.
     """
     op, backward_op = (getattr(torch.ops.dcn_plugin, n) for n in (name, f"{name}_backward"))
@@ -111,6 +115,12 @@ def register(
     torch.library.register_autograd(
         f"dcn_plugin::{name}_backward", double_backward, setup_context=setup_context_of_backward
     )
+
+    def asked(*args: Any) -> list[str]:
+        return [g for i, g in enumerate(gradients) if args[-1] >> i & 1 and args[1 + saved.index(g)] is not None]
+
+    register_vmap(name, tensors, ["out"], fold, prepare)
+    register_vmap(f"{name}_backward", ["out", *saved], gradients, fold, prepare, asked)
 
     def autocast(device: str) -> Callable[..., Tensor]:
         def kernel(*args: Any) -> Tensor:

@@ -131,6 +131,13 @@ def _out_shape(input, offset, weight, bias, mask, stride, padding, dilation):
     return [input.shape[0], weight.shape[0], *_out_size(input, weight, stride, padding, dilation)]
 
 
+def _fold(own: set[str]) -> dict[str, int]:
+    """Samples are images beside each other; with weights of their own, groups of channels beside each other."""
+    if own.isdisjoint(("weight", "bias")):
+        return {"input": 0, "offset": 0, "mask": 0, "out": 0}
+    return {"input": 1, "offset": 1, "weight": 0, "bias": 0, "mask": 1, "out": 1}
+
+
 _op = register(
     "deform_conv2d",
     tensors=("input", "offset", "weight", "bias", "mask"),
@@ -139,6 +146,7 @@ _op = register(
     positions=("offset", "mask"),
     reference=reference.deform_conv2d,
     out_shape=_out_shape,
+    fold=_fold,
     closed_form={"bias": lambda grad_output: grad_output.sum((0, 2, 3))},
 )
 

@@ -317,6 +317,26 @@ def _shape_of_ps_roi_pool(
     return [rois.shape[0], output_dim, *output_size]
 
 
+def _fold(own: set[str]) -> dict[str, int]:
+    """The regions of all samples are one list; their images too, unless all samples have the same."""
+    regions = {"rois": 0, "offset": 0, "mask": 0, "out": 0}
+    return {"input": 0, **regions} if "input" in own else regions
+
+
+def _number_images(samples: dict[str, Tensor]) -> None:
+    """Let regions name the images of their own sample, once the images of all samples are one batch."""
+    if "input" not in samples:
+        return
+    rois, n = samples["rois"], samples["input"].shape[1]
+    if rois.dtype in (torch.float16, torch.bfloat16):
+        rois = rois.float()  # half precision does not hold every number of an image
+    number, corners = rois.split((1, 4), -1)
+    # What names no image must not name one of another sample.
+    valid = (number >= 0) & (number < n) & (number == number.trunc())
+    first = n * torch.arange(rois.shape[0], dtype=rois.dtype, device=rois.device)
+    samples["rois"] = torch.cat([torch.where(valid, number + first[:, None, None], torch.nan), corners], -1)
+
+
 _deform_roi_pool = register(
     "deform_roi_pool",
     tensors=("input", "rois", "offset", "mask"),
@@ -325,6 +345,8 @@ _deform_roi_pool = register(
     positions=("rois", "offset", "mask"),
     reference=reference.deform_roi_pool,
     out_shape=_shape_of_deform_roi_pool,
+    fold=_fold,
+    prepare=_number_images,
 )
 _deform_ps_roi_pool = register(
     "deform_ps_roi_pool",
@@ -336,6 +358,8 @@ _deform_ps_roi_pool = register(
     positions=("rois", "offset", "mask"),
     reference=reference.deform_ps_roi_pool,
     out_shape=_shape_of_deform_ps_roi_pool,
+    fold=_fold,
+    prepare=_number_images,
 )  # fmt: skip
 _ps_roi_pool = register(
     "ps_roi_pool",
@@ -345,4 +369,6 @@ _ps_roi_pool = register(
     positions=("rois",),
     reference=reference.ps_roi_pool,
     out_shape=_shape_of_ps_roi_pool,
+    fold=_fold,
+    prepare=_number_images,
 )
