@@ -35,9 +35,11 @@ inline ConvGeometry check_deform_conv2d(const ConvArguments& a, const std::vecto
   of_size(stride, 2, "stride");
   of_size(padding, 4, "padding");
   of_size(dilation, 2, "dilation");
+  // Then no product of two of them overflows: a tensor that repeats one value (expand) may have any size.
+  const int64_t most = 1 << 30;
   const auto at_least = [&](const std::vector<int64_t>& v, int64_t least, const char* name) {
     for (int64_t value : v)
-      check(value >= least && value <= (1 << 30), op, name, " must be at least ", least, ", got ", value);
+      check(value >= least && value <= most, op, name, " must be from ", least, " to ", most, ", got ", value);
   };
   at_least(stride, 1, "stride");
   at_least(padding, 0, "padding");
@@ -50,8 +52,10 @@ inline ConvGeometry check_deform_conv2d(const ConvArguments& a, const std::vecto
   g.pad_top = padding[0], g.pad_left = padding[1];
   check(g.channels > 0 && g.height > 0 && g.width > 0, op, "input must have channels and pixels, got shape ",
         shape_of(a.input));
-  check(g.out_channels > 0 && a.weight.size(1) > 0 && g.taps() > 0, op, "weight must not be empty, got shape ",
-        shape_of(a.weight));
+  check(g.out_channels > 0 && a.weight.size(1) > 0 && g.kernel_h > 0 && g.kernel_w > 0, op,
+        "weight must not be empty, got shape ", shape_of(a.weight));
+  check(g.height <= most && g.width <= most && g.kernel_h <= most && g.kernel_w <= most, op, "input and weight may be ",
+        most, " high and wide, got shapes ", shape_of(a.input), " and ", shape_of(a.weight));
   check(g.channels % a.weight.size(1) == 0, op, "input has ", g.channels,
         " channels, not a multiple of weight.size(1) = ", a.weight.size(1));
   g.groups = g.channels / a.weight.size(1);

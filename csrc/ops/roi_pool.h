@@ -31,17 +31,20 @@ inline void check_roi_pool(const char* op, const RoiArguments& a, RoiGeometry& g
   g.rois = a.rois.size(0);
   check(g.channels > 0 && g.height > 0 && g.width > 0, "input must have channels and pixels, got shape ",
         shape_of(a.input));
+  const int64_t most = 1 << 20;
   const auto positive = [&](int64_t value, const char* name) {
-    check(value > 0 && value <= (1 << 20), name, " must be at least 1, got ", value);
+    check(value > 0 && value <= most, name, " must be from 1 to ", most, ", got ", value);
   };
   positive(g.out_height, "output_size"), positive(g.out_width, "output_size");
   positive(g.part_height, "part_size"), positive(g.part_width, "part_size");
   positive(g.groups, "group_size");
-  check(g.grid >= (g.rule == RoiRule::kPart) && g.grid <= (1 << 20), "samples along each axis must be at least ",
-        g.rule == RoiRule::kPart ? 1 : 0, ", got ", g.grid);
+  const int64_t least = g.rule == RoiRule::kPart ? 1 : 0;
+  check(g.grid >= least && g.grid <= most, "samples along each axis must be from ", least, " to ", most, ", got ",
+        g.grid);
   check(g.spatial_scale > 0 && g.spatial_scale - g.spatial_scale == 0,
         "spatial_scale must be positive and finite, got ", g.spatial_scale);
-  check(g.outputs > 0 && g.channels == g.outputs * g.groups * g.groups,
+  // Compared by division: the product may overflow.
+  check(g.outputs > 0 && g.channels % (g.groups * g.groups) == 0 && g.channels / (g.groups * g.groups) == g.outputs,
         "input must have output_dim * group_size ** 2 channels (", g.outputs, " * ", g.groups, " ** 2), got shape ",
         shape_of(a.input));
   g.classes = 1;

@@ -10,8 +10,12 @@ from torch import Tensor
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
+# What the compiled operators take at most for a stride, a padding, ...: sums and products of such stay exact.
+MOST = 2**30
+
+
 def integer(name: str, value: Any, least: int) -> int:
-    """Return ``value`` as an int of at least ``least``."""
+    """Return ``value`` as an int from ``least`` to ``MOST``."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -21,6 +25,8 @@ def integer(name: str, value: Any, least: int) -> int:
         raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__})") from None
     if number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}")
+    if number > MOST:
+        raise ValueError(f"{name} must be at most {MOST}, got {number}")
     return number
 
 
@@ -38,7 +44,10 @@ def number(name: str, value: Any, positive: bool = False) -> float:
     """Return ``value`` as a finite float, above 0 if ``positive``."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
-    found = float(value)
+    try:
+        found = float(value)
+    except OverflowError:  # an integer beyond every float
+        found = math.inf
     if not (abs(found) < math.inf and (found > 0 or not positive)):
         raise ValueError(f"{name} must be {'positive and ' * positive}finite, got {value}")
     return found

@@ -47,7 +47,8 @@ def deform_conv2d(
     x = shift[:, :, :, :, 1] + base_x
 
     per_group = input.to(acc).reshape(n * offset_groups, channels // offset_groups, height, width)
-    columns = bilinear_sample(per_group, y.reshape(n * offset_groups, -1), x.reshape(n * offset_groups, -1))
+    positions = (n * offset_groups, taps * out_h * out_w)  # by number: the batch may be empty
+    columns = bilinear_sample(per_group, y.reshape(positions), x.reshape(positions))
     columns = columns.reshape(n, offset_groups, channels // offset_groups, taps, out_h, out_w)
     if mask is not None:
         columns = columns * mask.to(acc).reshape(n, offset_groups, 1, taps, out_h, out_w)

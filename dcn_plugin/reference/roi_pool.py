@@ -190,7 +190,7 @@ def _spread(
     """
     extent = input.shape[2 + i]
     first = torch.zeros_like(origin)
-    if known:
+    if known > 0:
         most = known
     elif not _is_mapped(grid):
         most = max(int(grid.nan_to_num(1).max()), 1) if grid.numel() else 1
