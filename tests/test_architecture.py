@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "layers": ("layers ops", "torchvision"),
     "convert": ("layers ops", ""),
     "checkpoint": ("layers", "safetensors"),
+    "onnx_export": ("reference", "onnx onnxruntime onnxscript"),
     "visualize": ("layers ops", "numpy matplotlib"),
     "visualize_detection": ("visualize layers", "numpy matplotlib"),
     # Detectors are torchvision's; they alone import it.

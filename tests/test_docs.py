@@ -25,7 +25,7 @@ FRAMEWORKS = ("timm", "mmengine", "pytorch_lightning", "torchmetrics", "sklearn"
 EXECUTED = {
     "README.md": FRAMEWORKS,
     "docs/operators.md": (),
-    "docs/integration.md": (*FRAMEWORKS, "mmcv", "pycocotools"),
+    "docs/integration.md": (*FRAMEWORKS, "mmcv", "pycocotools", "onnxscript"),
 }
 DOCUMENTS = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")})
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.relative_to(ROOT).as_posix())

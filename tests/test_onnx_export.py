@@ -1,0 +1,306 @@
+"""ONNX: onnxruntime and onnx's own interpreter agree with the operators, the layers and whole models."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from run_python import run_python
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from dcn_plugin import ops
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+from dcn_plugin.onnx_export import custom_translation_table, export_onnx, run_onnx  # noqa: E402
+
+# The first that has DeformConv; not made for Python 3.10, where onnx's own interpreter is what remains.
+HAS_RUNTIME = sys.version_info >= (3, 11)
+needs_runtime = pytest.mark.skipif(not HAS_RUNTIME, reason="no onnxruntime with DeformConv")
+ROOT = Path(__file__).resolve().parents[1]
+Dim = torch.export.Dim
+# torch.export sets sizes apart that give one output pixel.
+IMAGES = {0: Dim("n"), 2: Dim("h", min=4), 3: Dim("w", min=4)}
+
+
+def assert_close(found, wanted: Tensor, tolerance: float = 1e-5) -> None:
+    """Equal up to a part of the largest value."""
+    assert wanted.abs().max() > 0.01
+    torch.testing.assert_close(torch.as_tensor(found), wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
+
+
+class Form(nn.Module):
+    """The operator in one form, with offsets of some pixels (many reach outside) and masks made from its input."""
+
+    def __init__(
+        self, kernel=(3, 3), groups=1, offset_groups=1, mask=False, bias=False, stride=(1, 1), padding=(1, 1, 1, 1),
+        dilation=(1, 1),
+    ):  # fmt: skip
+        super().__init__()
+        self.options = dict(stride=stride, padding=padding, dilation=dilation)
+        taps = offset_groups * kernel[0] * kernel[1]
+        self.weight = nn.Parameter(torch.randn(6, 6 // groups, *kernel))
+        self.bias = nn.Parameter(torch.randn(6)) if bias else None
+        self.moves = nn.Parameter(torch.randn(2 * taps, 6, *kernel))
+        self.factors = nn.Parameter(torch.randn(taps, 6, *kernel)) if mask else None
+
+    def conv(self, x: Tensor, weight: Tensor) -> Tensor:
+        top, left, bottom, right = self.options["padding"]
+        padded = nn.functional.pad(x, (left, right, top, bottom))
+        return nn.functional.conv2d(padded, weight, None, self.options["stride"], 0, self.options["dilation"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = None if self.factors is None else self.conv(x, self.factors).sigmoid()
+        offset = self.conv(x, self.moves) * 0.4
+        return ops.deform_conv2d(x, offset, self.weight, self.bias, **self.options, mask=mask)
+
+
+FORMS = {
+    "plain": dict(),
+    "mask-bias": dict(mask=True, bias=True),
+    "groups": dict(groups=2, mask=True),
+    "offset-groups": dict(offset_groups=3, bias=True),
+    "both-groups": dict(groups=3, offset_groups=2, mask=True, bias=True),
+    "depthwise": dict(groups=6, mask=True),
+    "4-sided": dict(padding=(0, 1, 2, 3), mask=True),
+    "stride-dilation": dict(stride=(2, 1), dilation=(1, 2), padding=(2, 1, 2, 1), bias=True),
+    "1x1": dict(kernel=(1, 1), padding=(0, 0, 0, 0), offset_groups=2),
+    "2x3": dict(kernel=(2, 3), stride=(2, 2), padding=(1, 0, 0, 2), groups=2, offset_groups=2, mask=True, bias=True),
+}
+
+
+def by_definition(path, x: Tensor):
+    """What onnx's own interpreter, in plain numpy, makes of a file."""
+    from onnx.reference import ReferenceEvaluator
+
+    model = ReferenceEvaluator(str(path))
+    return model.run(None, {model.input_names[0]: x.numpy()})[0]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("name, opset", [*((name, 19) for name in FORMS), ("4-sided", 22), ("2x3", 22)])
+@torch.no_grad()
+def test_operator(name, opset, tmp_path):
+    model = Form(**FORMS[name])
+    path = export_onnx(
+        model, (torch.randn(2, 6, 9, 8),), tmp_path / "m.onnx", dynamic_shapes=(IMAGES,), opset_version=opset
+    )
+    graph = onnx.load(path)
+    assert [node.op_type for node in graph.graph.node].count("DeformConv") == 1
+    assert {node.domain for node in graph.graph.node} == {""} and graph.opset_import[0].version == opset
+    x = torch.randn(1, 6, 4, 5)
+    assert_close(by_definition(path, x), model(x))
+    if HAS_RUNTIME:
+        x = torch.randn(3, 6, 12, 10)
+        assert_close(run_onnx(path, (x,))[0], model(x))
+
+
+@torch.no_grad()
+def test_the_table_is_enough_for_torch(tmp_path):
+    """Without export_onnx; and offsets matter, or agreement would say little."""
+    model, x = Form(mask=True).eval(), torch.randn(1, 6, 5, 4)
+    options = dict(dynamo=True, custom_translation_table=custom_translation_table(), verbose=False)
+    torch.onnx.export(model, (x,), tmp_path / "m.onnx", opset_version=19, **options)
+    wanted = model(x)
+    assert_close(by_definition(tmp_path / "m.onnx", x), wanted)
+    model.moves.zero_()
+    assert (model(x) - wanted).abs().max() > 0.1 * wanted.abs().max()
+    with pytest.raises(torch.onnx.OnnxExporterError, match="at least 19"):
+        torch.onnx.export(model, (x,), opset_version=18, **options)
+
+
+@pytest.mark.parametrize("offsets", [torch.float16, torch.float32])
+@torch.no_grad()
+def test_half_precision_is_computed_in_float32(offsets, tmp_path):
+    class Half(nn.Module):
+        def forward(self, x, offset, weight):
+            return ops.deform_conv2d(x, offset, weight, padding=1)
+
+    x, weight = torch.randn(1, 4, 40, 40).half(), torch.randn(3, 4, 3, 3).half()
+    given = (x, (torch.randn(1, 18, 40, 40) * 3).to(offsets), weight)
+    path = export_onnx(Half(), given, tmp_path / "m.onnx")
+    casts = [n.op_type for n in onnx.load(path).graph.node if n.op_type.startswith("Cast")]
+    assert len(casts) == (3 if offsets == torch.float32 else 4)
+    if HAS_RUNTIME:
+        assert_close(run_onnx(path, given)[0], Half()(*given), tolerance=1e-3)
+
+
+class Pool(nn.Module):
+    def __init__(self, operator: str, **options):
+        super().__init__()
+        self.operator, self.options = operator, options
+        self.eval()
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return getattr(ops, self.operator)(*tensors, spatial_scale=0.25, **self.options)
+
+
+POOLING = {
+    "deform_roi_pool": dict(output_size=(3, 2), sampling_ratio=2),
+    "deform_ps_roi_pool": dict(output_dim=2, group_size=2, output_size=(3, 2), samples_per_part=2),
+    "ps_roi_pool": dict(output_dim=2, group_size=2, output_size=3),
+}
+REGIONS = torch.tensor([[0, 1, 2, 30, 40.0], [1, 8, 3, 44, 30]])
+
+
+@needs_runtime
+@pytest.mark.parametrize("operator", ["deform_roi_pool", "deform_ps_roi_pool"])
+def test_roi_pooling_as_standard_operators(operator, tmp_path):
+    model = Pool(operator, **POOLING[operator])
+    given = (torch.randn(2, 8, 12, 14), REGIONS, torch.randn(2, 2, 3, 2), torch.rand(2, 1, 3, 2))
+    sizes = ((IMAGES, *({0: Dim("regions")},) * 3),)
+    path = export_onnx(model, given, tmp_path / "m.onnx", dynamic_shapes=sizes)
+    regions = torch.cat([REGIONS, torch.tensor([[2, -9, 20, 60, 70.0]])])
+    other = (torch.randn(3, 8, 15, 13), regions, torch.randn(3, 2, 3, 2), torch.rand(3, 1, 3, 2))
+    assert_close(run_onnx(path, other)[0], model(*other))
+
+
+def test_roi_pooling_that_does_not_export_is_named(tmp_path):
+    path = tmp_path / "m.onnx"
+    adaptive = Pool("deform_roi_pool", output_size=2, sampling_ratio=0)
+    for model, advice in (
+        (adaptive, "sampling_ratio is at least 1"),
+        (Pool("ps_roi_pool", **POOLING["ps_roi_pool"]), "deform_ps"),
+    ):
+        with pytest.raises(NotImplementedError, match=f"^{model.operator} does not .*{advice}"):
+            export_onnx(model, (torch.randn(2, 8, 12, 14), REGIONS), path)
+    assert not path.exists()
+    fixed = Pool("deform_roi_pool", **POOLING["deform_roi_pool"])
+    with pytest.raises(torch.onnx.OnnxExporterError, match="export_onnx writes it"):
+        torch.onnx.export(
+            fixed, (torch.randn(2, 8, 12, 14), REGIONS), dynamo=True, opset_version=19, verbose=False,
+            custom_translation_table=custom_translation_table(),
+        )  # fmt: skip
+
+
+def test_an_old_opset_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="opset_version: expected at least 19"):
+        export_onnx(Form(), (torch.randn(1, 6, 8, 8),), tmp_path / "m.onnx", opset_version=18)
+
+
+def test_without_onnx_the_extra_is_named():
+    code = """
+import sys
+sys.modules["onnxscript"] = None
+try:
+    import dcn_plugin.onnx_export
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    assert "needs onnxscript: pip install 'dcn_plugin[onnx]'" in run_python(code)
+
+
+def move_offsets(model: nn.Module) -> nn.Module:
+    """As training does: offsets of half a pixel, and batch norms that keep activations where rounding does not grow."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+            # The last of a block begins at 0, which would hide the block's offsets.
+            if not module.weight.any():
+                nn.init.constant_(module.weight, 0.1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "conv_offset.weight" in name:
+                parameter.normal_(std=0.5 / parameter[0].numel() ** 0.5)
+        model(torch.randn(4, 3, 64, 64))
+    return model.eval()
+
+
+def resnet50() -> nn.Module:
+    timm = pytest.importorskip("timm")
+    return timm.create_model("resnet50_dcn", num_classes=5)
+
+
+def mmdetection_resnet() -> nn.Module:
+    pytest.importorskip("mmengine")
+    from dcn_plugin.models import DCNResNet
+
+    return DCNResNet(50, dcn=dict(type="DCNv2"), norm_eval=False)
+
+
+@needs_runtime
+@pytest.mark.parametrize("make", [resnet50, mmdetection_resnet])
+@torch.no_grad()
+def test_whole_models(make, tmp_path):
+    model = move_offsets(make())
+    path = export_onnx(model, (torch.randn(2, 3, 64, 64),), tmp_path / "m.onnx", dynamic_shapes=({0: Dim("n")},))
+    x = torch.randn(1, 3, 64, 64)
+    wanted = tree_leaves(model(x))
+    for found, expected in zip(run_onnx(path, (x,)), wanted, strict=True):
+        assert_close(found, expected)
+    for name, parameter in model.named_parameters():
+        if "conv_offset" in name:
+            parameter.zero_()
+    assert (tree_leaves(model(x))[-1] - wanted[-1]).abs().max() > 0.05 * wanted[-1].abs().max()
+
+
+# -- scripts/export.py ------------------------------------------------------------------------------------------------
+
+
+def script(*arguments, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
+    runpy.run_path(str(ROOT / "scripts/export.py"), run_name="__main__")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """What fine-tuning exports."""
+    pytest.importorskip("pytorch_lightning")
+    timm = pytest.importorskip("timm")
+    from dcn_plugin.finetune import export_model
+
+    model = timm.create_model("resnet18_dcn", channels=(8, 8, 16, 16), in_chans=1, num_classes=3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "conv_offset.weight" in name:
+                parameter.normal_(std=0.1)
+    return export_model(model, tmp_path / "tuned", data_config=dict(input_size=(1, 48, 48)))
+
+
+@pytest.mark.parametrize("form", [pytest.param("onnx", marks=needs_runtime), "exported_program"])
+@torch.no_grad()
+def test_script_writes_a_fine_tuned_model(form, folder, tmp_path, monkeypatch, capsys):
+    from dcn_plugin.finetune import load_exported
+
+    out = tmp_path / "new" / "model.bin"
+    script(folder, "--out", out, "--format", form, monkeypatch=monkeypatch)
+    assert "of the largest output" in capsys.readouterr().out
+    assert [file.name for file in out.parent.iterdir()] == ["model.bin"]
+    x = torch.randn(5, 1, 48, 48)
+    found = run_onnx(out, (x,))[0] if form == "onnx" else torch.export.load(out).module()(x)
+    assert_close(found, load_exported(folder)(x))
+
+
+def test_script_leaves_nothing_that_does_not_agree(folder, tmp_path, monkeypatch):
+    out = tmp_path / "new" / "model.pt2"
+    arguments = (folder, "--out", out, "--format", "exported_program", "--batch", 2)
+    with pytest.raises(SystemExit, match="nothing written: ArithmeticError: outputs differ by"):
+        script(*arguments, "--tolerance", -1, monkeypatch=monkeypatch)
+    assert list(out.parent.iterdir()) == []
+    out.write_text("the last one")
+    with pytest.raises(SystemExit, match="outputs differ"):
+        script(*arguments, "--tolerance", -1, monkeypatch=monkeypatch)
+    assert out.read_text() == "the last one"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["no_such_model"], "Unknown model"),
+        (["resnet18_dcn", "--opset", "18"], "at least 19"),
+    ],
+)
+def test_script_says_what_is_wrong(arguments, words, tmp_path, monkeypatch):
+    pytest.importorskip("timm")
+    with pytest.raises(SystemExit, match=words):
+        script(*arguments, "--out", tmp_path / "m.onnx", monkeypatch=monkeypatch)
+    assert list(tmp_path.iterdir()) == []
