@@ -169,6 +169,13 @@ def test_every_operator_and_layer_is_documented():
         assert f"| `{name}` |" in text and f"`{name}`" in table, name
 
 
+def test_guarantees_name_tests_that_exist():
+    named = re.findall(r"(tests/[\w/]+\.py)(?:::(\w+))?", (ROOT / "docs/guarantees.md").read_text())
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test or 'test_'}" in (ROOT / file).read_text(), (file, test)
+
+
 def test_floor_and_tested_versions_stand_in_pyproject_alone():
     versions = set(re.findall(r"==([\d.]+)", (ROOT / "pyproject.toml").read_text()))
     for path in (ROOT / "README.md", ROOT / "docs/integration.md"):

@@ -173,6 +173,23 @@ def test_mapped_calls_compile_whole(case: OpCase):
 
 
 @each_case
+def test_compiled_forward_mode_gives_the_tangents(case: OpCase):
+    """Tracing keeps the tangents, which the compiled operator alone would drop without a word."""
+    arguments = case.make(case.full)
+    image = arguments.pop(case.image)
+
+    def derivative(value):
+        call = lambda v: case.function(**{case.image: v}, **arguments)  # noqa: E731
+        return torch.func.jvp(call, (value,), (torch.ones_like(value),))[1]
+
+    expected = derivative(image)
+    torch._dynamo.reset()
+    found = torch.compile(derivative, backend="aot_eager")(image)
+    assert expected.any()
+    torch.testing.assert_close(found, expected)
+
+
+@each_case
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_vmap_under_autocast(case: OpCase, half, device):
     arguments = case.make(case.mixed, torch.float32, device)

@@ -1,0 +1,181 @@
+"""Ask deform_conv2d of this package, of torchvision and of mmcv (where installed) for the same things: a table.
+
+    python scripts/compare_peers.py
+
+Each question runs in a process of its own, since some of them end it. "right" is compared with the plain PyTorch
+reference in float64; "wrong" comes with the largest error, everything else with what was said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dcn_plugin import reference
+
+Operator = Callable[..., Tensor]
+PEERS = ("dcn_plugin", "torchvision", "mmcv")
+
+
+def operator(name: str) -> Operator:
+    """The operator of a package, called as (input, offset, weight, mask), with padding 1."""
+    if name == "dcn_plugin":
+        from dcn_plugin.ops import deform_conv2d
+
+        return lambda x, offset, weight, mask: deform_conv2d(x, offset, weight, padding=1, mask=mask)
+    if name == "torchvision":
+        from torchvision.ops import deform_conv2d
+
+        return lambda x, offset, weight, mask: deform_conv2d(x, offset, weight, padding=(1, 1), mask=mask)
+    from mmcv.ops import modulated_deform_conv2d
+
+    return lambda x, offset, weight, mask: modulated_deform_conv2d(x, offset, mask, weight, None, 1, 1, 1, 1, 1)
+
+
+def truth(x: Tensor, offset: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    return reference.deform_conv2d(x, offset, weight, None, (1, 1), (1, 1), (1, 1), mask)
+
+
+def arguments(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    torch.manual_seed(0)
+    shapes = ((2, 4, 6, 7), (2, 18, 6, 7), (3, 4, 3, 3), (2, 9, 6, 7))
+    return [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def compare(found: Tensor, expected: Tensor, limit: float = 1e-6) -> str:
+    error = (found.double() - expected).abs().max() / expected.abs().max()
+    return "right" if error <= limit else f"wrong: off by {error:.2g} of the largest value"
+
+
+def half_precision(op: Operator, dtype: torch.dtype) -> str:
+    given = arguments(dtype)
+    return compare(op(*given), truth(*(t.double() for t in given)), 2e-2)
+
+
+def float32_positions(op: Operator) -> str:
+    x, offset, weight, mask = arguments(torch.bfloat16)
+    found = op(x, offset.float(), weight, mask.float())
+    return compare(found, truth(x.double(), offset.double(), weight.double(), mask.double()), 2e-2)
+
+
+def autocast(op: Operator) -> str:
+    given = arguments(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        offset = torch.nn.functional.conv2d(given[0], torch.ones(18, 4, 3, 3) / 36, padding=1)  # is bfloat16 here
+        found = op(given[0], offset, *given[2:])
+    return compare(found, truth(given[0].double(), offset.double(), *(t.double() for t in given[2:])), 2e-2)
+
+
+def gradient_penalty(op: Operator) -> str:
+    def penalty(f: Operator) -> Tensor:
+        given = [t.requires_grad_() for t in arguments()]
+        first = torch.autograd.grad(f(*given).square().sum(), given, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), given[0])[0]
+
+    return compare(penalty(op), penalty(truth))
+
+
+def forward_mode(op: Operator) -> str:
+    given = arguments()
+    tangents = [torch.ones_like(t) for t in given]
+    return compare(*(torch.func.jvp(f, tuple(given), tuple(tangents))[1] for f in (op, truth)))
+
+
+def func_grad(op: Operator) -> str:
+    return compare(*(torch.func.grad(lambda *a, f=f: f(*a).square().sum())(*arguments()) for f in (op, truth)))
+
+
+def vmap(op: Operator) -> str:
+    given = arguments()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # "There is a performance drop": sample by sample
+        found = torch.func.vmap(op, in_dims=(0, None, None, None))(torch.stack([given[0], 2 * given[0]]), *given[1:])
+    return compare(found[1], truth(2 * given[0], *given[1:]))
+
+
+def channels_last(op: Operator) -> str:
+    given = arguments()
+    found = op(given[0].contiguous(memory_format=torch.channels_last), *given[1:])
+    kept = found.is_contiguous(memory_format=torch.channels_last)
+    return compare(found, truth(*given)) + ("" if kept else ", but the result is contiguous")
+
+
+def compiled(op: Operator) -> str:
+    given = arguments()
+    return compare(torch.compile(op, fullgraph=True, backend="aot_eager")(*given), truth(*given))
+
+
+def nan_offset(op: Operator) -> str:
+    given = arguments()
+    given[1][0, 0, 3, 3] = float("nan")
+    given[1][0, 2, 2, 2] = 1e30
+    found, expected = op(*given), truth(*given)
+    return "NaN where the offset is NaN, and only there" if torch.equal(found.isnan(), expected.isnan()) else "no NaN"
+
+
+def missing_channel(op: Operator) -> str:
+    x, offset, weight, mask = arguments()
+    try:
+        op(x, offset[:, :17], weight, mask)
+    except Exception as error:  # what is said is the answer
+        return f"{type(error).__name__}: {error}"
+    return "accepted"
+
+
+QUESTIONS: dict[str, Callable[[Operator], str]] = {
+    "float16 on the CPU": lambda op: half_precision(op, torch.float16),
+    "bfloat16 on the CPU": lambda op: half_precision(op, torch.bfloat16),
+    "float32 offsets beside bfloat16": float32_positions,
+    "autocast on the CPU": autocast,
+    "second gradients (gradient penalty)": gradient_penalty,
+    "forward mode (torch.func.jvp)": forward_mode,
+    "torch.func.grad": func_grad,
+    "torch.func.vmap without a warning": vmap,
+    "channels_last in and out": channels_last,
+    "torch.compile, whole graph": compiled,
+    "NaN and huge offsets": nan_offset,
+    "offset with a missing channel": missing_channel,
+}
+
+
+def answer(peer: str, question: str) -> str:
+    done = subprocess.run(
+        [sys.executable, __file__, "--peer", peer, "--question", question], capture_output=True, text=True
+    )
+    if done.returncode:
+        return f"ends the process (status {done.returncode})"
+    return done.stdout.strip().splitlines()[-1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", choices=PEERS, help="ask one package one question, in this process")
+    parser.add_argument("--question", choices=QUESTIONS)
+    args = parser.parse_args()
+    if args.peer:
+        try:
+            print(QUESTIONS[args.question](operator(args.peer)))
+        except Exception as error:  # what is said is the answer
+            said = str(error).strip().splitlines() or [""]
+            print(f"raises {type(error).__name__}: {said[0][:100]}")
+        return
+    peers = []
+    for peer in PEERS:
+        try:
+            operator(peer)
+            peers.append(peer)
+        except ImportError as error:
+            print(f"{peer} is not asked: {error}")
+    print("| question | " + " | ".join(peers) + " |\n" + "|---" * (len(peers) + 1) + "|")
+    for question in QUESTIONS:
+        print(f"| {question} | " + " | ".join(answer(peer, question) for peer in peers) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
