@@ -85,7 +85,7 @@ print(f"   Python {platform.python_version()}, torch {torch.__version__}: a whee
 END
     found=$(sum_of "$("$python" -c 'from dcn_plugin import _extension; print(_extension.CPU_LIBRARY)')") || return
     [ "$found" = "$built" ] || { echo "   _C.so is another file: $found" && return 1; }
-    "$python" -m pytest -q -p no:cacheprovider tests/ops tests/test_contracts.py tests/test_fuzz.py
+    "$python" -m pytest -q -p no:cacheprovider tests/ops tests/test_contracts.py tests/fuzz
 }
 
 failed=()

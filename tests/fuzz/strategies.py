@@ -1,0 +1,164 @@
+"""Calls of every operator at random: shapes, sizes, types and layouts.
+
+A minute of cases that are the same every time; ``DCN_PLUGIN_FUZZ_EXAMPLES=5000`` asks for that many new ones a test.
+"""
+
+import math
+import os
+
+import pytest
+import torch
+from cases import CASES
+from conftest import PORTABLE, TUNED
+
+hypothesis = pytest.importorskip("hypothesis")
+from hypothesis import HealthCheck, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+EXAMPLES = int(os.environ.get("DCN_PLUGIN_FUZZ_EXAMPLES", "0"))
+fuzz = settings(
+    max_examples=EXAMPLES or 100, derandomize=not EXAMPLES, deadline=None, database=None, print_blob=True,
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+CASE = {case.name: case for case in CASES}
+DTYPES = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16])
+each_name = pytest.mark.parametrize("name", CASE)
+sizes = st.integers(1, 3)
+paths = st.sampled_from([PORTABLE, 1, 3, TUNED])
+
+
+def plain(t):
+    return t.contiguous()
+
+
+def channels_last(t):
+    return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+
+
+def strided(t):
+    wide = torch.full([2 * s for s in t.shape], torch.nan, dtype=t.dtype)
+    return wide[tuple(slice(1, None, 2) for _ in t.shape)].copy_(t)
+
+
+def transposed(t):
+    return t.mT.contiguous().mT if t.dim() > 1 else t
+
+
+def expanded(t):
+    return t[:1].expand_as(t) if len(t) else t
+
+
+def negated(t):
+    return torch._neg_view(-t)
+
+
+def shifted(t):
+    return torch.cat([t.new_full((1,), torch.nan), t.flatten()])[1:].view(t.shape)
+
+
+LAYOUTS = st.sampled_from([plain, channels_last, strided, transposed, expanded, negated, shifted])
+
+
+# Offsets and corners are multiples of 1/8, and all that they are multiplied with are powers of two: then no position
+# is rounded, and borders and whole pixels, where the derivative jumps, are hit often, on the same side in every type.
+def eighths(generator, shape, spread):
+    return torch.randint(-8 * spread, 8 * spread + 1, shape, generator=generator).double() / 8
+
+
+def normal(generator, shape):
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+@st.composite
+def deform_conv2d(draw):
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    n, groups, offset_groups = draw(st.integers(0, 3)), draw(sizes), draw(sizes)
+    channels = math.lcm(groups, offset_groups) * draw(st.sampled_from([1, 2, 3, 8, 17, 70]))
+    out_channels = groups * draw(st.sampled_from([1, 2, 3, 16, 33]))
+    kernel, stride, dilation = ([draw(sizes), draw(sizes)] for _ in range(3))
+    padding = draw(st.lists(st.integers(0, 3), min_size=4, max_size=4))
+    spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    pads = [padding[i] + padding[2 + i] for i in (0, 1)]
+    size = [max(1, spans[i] - pads[i]) + draw(st.integers(0, 9)) for i in (0, 1)]
+    out_size = [(size[i] + pads[i] - spans[i]) // stride[i] + 1 for i in (0, 1)]
+    taps = kernel[0] * kernel[1]
+    spread = draw(st.sampled_from([0, 1, 4, 30]))
+    arguments = {
+        "input": normal(generator, (n, channels, *size)),
+        "offset": eighths(generator, (n, 2 * offset_groups * taps, *out_size), spread),
+        "weight": normal(generator, (out_channels, channels // groups, *kernel)),
+        "bias": normal(generator, (out_channels,)),
+        "stride": stride, "padding": padding, "dilation": dilation,
+        "mask": normal(generator, (n, offset_groups * taps, *out_size)),
+    }  # fmt: skip
+    return without(draw, arguments, "bias", "mask")
+
+
+def without(draw, arguments, *names):
+    return {k: v for k, v in arguments.items() if k not in names or draw(st.booleans())}
+
+
+def regions(draw, generator, shape, steps, whole):
+    """Regions whose bins are ``steps`` samples long, each 1/8, 1/4, ... or 2 pixels from the next."""
+    n, _, height, width = shape
+    count = draw(st.integers(0, 5)) if n else 0
+    rois = torch.zeros(count, 5, dtype=torch.float64)
+    rois[:, 0] = torch.randint(max(n, 1), (count,), generator=generator)
+    for i, (step, extent) in enumerate(zip(steps[::-1], (width, height), strict=True)):
+        start = torch.randint(-16, 8 * extent + 8, (count,), generator=generator).double() / 8
+        size = step * 2.0 ** torch.randint(0 if whole else -3, 2, (count,), generator=generator)
+        rois[:, 1 + i] = start.floor() if whole else start
+        rois[:, 3 + i] = rois[:, 1 + i] + size - int(whole)
+    return rois
+
+
+@st.composite
+def roi_pool(draw, name):
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    group = 1 if name == "deform_roi_pool" else draw(sizes)
+    classes = draw(sizes) if name == "deform_ps_roi_pool" else 1
+    outputs = classes * draw(st.sampled_from([1, 2, 5, 17, 40]))
+    shape = (draw(sizes), outputs * group**2, draw(st.integers(1, 12)), draw(st.integers(1, 12)))
+    bins, samples = [draw(sizes), draw(sizes)], draw(sizes)
+    whole = name != "deform_roi_pool"
+    each = 1 if name == "ps_roi_pool" else samples
+    scale = draw(st.sampled_from([0.25, 1.0]))
+    rois = regions(draw, generator, shape, [b * each for b in bins], whole)
+    if not whole:
+        rois[:, 1:] /= scale
+    arguments = {
+        "input": normal(generator, shape), "rois": rois, "output_size": bins, "spatial_scale": scale,
+    }  # fmt: skip
+    if name != "deform_roi_pool":
+        arguments |= {"output_dim": outputs, "group_size": group}
+    parts = bins
+    if name == "deform_ps_roi_pool":
+        parts = draw(st.sampled_from([bins, [draw(sizes), draw(sizes)]]))
+        arguments |= {"part_size": parts, "samples_per_part": samples, "offset_scale": 0.125}
+    if name == "deform_roi_pool":
+        # Unaligned regions are at least one pixel, which would make bins of a third.
+        aligned = True if bins != [1, 1] else draw(st.booleans())
+        arguments |= {"sampling_ratio": samples, "gamma": 0.125, "aligned": aligned}
+    if name != "ps_roi_pool":
+        spread = draw(st.sampled_from([0, 1, 8, 30]))
+        arguments["offset"] = eighths(generator, (len(rois), 2 * classes, *parts), spread)
+        arguments["mask"] = normal(generator, (len(rois), classes, *parts))
+    return without(draw, arguments, "offset", "mask")
+
+
+def calls(name):
+    return deform_conv2d() if name == "deform_conv2d" else roi_pool(name)
+
+
+@st.composite
+def in_memory(draw, arguments, case):
+    """Give the arguments a type, and each tensor a layout."""
+    dtype, wide = draw(DTYPES), draw(st.booleans())
+    types = {k: torch.float32 if wide and k in case.float32_beside_half else dtype for k in arguments}
+    if dtype == torch.float64:
+        types = dict.fromkeys(arguments, dtype)
+    laid_out = {}
+    for k, v in arguments.items():
+        tensor = isinstance(v, torch.Tensor)
+        laid_out[k] = draw(LAYOUTS)(v.to(types[k])) if tensor else v
+    return laid_out

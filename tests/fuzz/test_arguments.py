@@ -1,0 +1,144 @@
+"""Calls that must be refused: by name in Python, and before memory is touched in the compiled operators."""
+
+import math
+import re
+
+import pytest
+import torch
+from cases import convert
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fuzz.comparison import compare
+from fuzz.strategies import CASE, calls, each_name, fuzz
+
+HUGE = [2**30 + 1, 2**31, 2**40, 2**62, 2**63 - 1, 2**63, 2**70, 10**400]
+# A size that no address space holds: a tensor that repeats one value may have it, what is made for it may not.
+ENDLESS = 2**46
+WRONG_INTEGERS = st.sampled_from([-1, -(2**31), -(2**63), *HUGE])
+WRONG_TYPES = st.sampled_from([None, "1", 1.5, 1j, [1, 1, 1], [], [[1, 1]], {}, object()])
+# A size of 0 or less takes as many samples as a bin has pixels, and either is a truth value.
+FREE = ("sampling_ratio", "aligned")
+
+
+def spoil_tensor(draw, t):
+    """The tensor with another number of dimensions, size, type or device, or no tensor at all."""
+    how = draw(st.sampled_from(["more", "fewer", "longer", "shorter", "empty", "repeated", "type", "device", "none"]))
+    if how == "none":
+        return draw(WRONG_TYPES)
+    if how == "type":
+        others = [torch.int64, torch.bool, torch.complex64, torch.uint8, torch.float64, torch.float16, torch.bfloat16]
+        return t.to(draw(st.sampled_from(others)))
+    if how == "device":
+        return t.to("meta")
+    if how == "more":
+        return t[None] if draw(st.booleans()) else t[..., None]
+    if how == "fewer":
+        return t.flatten() if t.dim() > 1 else t.sum()
+    d = draw(st.integers(0, t.dim() - 1))
+    if how == "repeated":
+        return t.new_zeros([1] * t.dim()).expand([ENDLESS if i == d else s for i, s in enumerate(t.shape)])
+    change = {"longer": 1, "shorter": -1, "empty": -t.shape[d]}[how]
+    return t.new_zeros([max(s + change * (i == d), 0) for i, s in enumerate(t.shape)])
+
+
+def names_an_argument(error, case, arguments):
+    known = "|".join([*arguments, "bias", "mask", "offset"])
+    return re.match(rf"({known})(\[\d\])?(:| must)", str(error))
+
+
+@each_name
+def test_wrong_arguments_are_refused_by_name(name):
+    case = CASE[name]
+
+    @fuzz
+    @given(st.data(), calls(name))
+    def check(data, arguments):
+        arguments = convert(arguments, dtype=torch.float32)
+        chosen = data.draw(st.sampled_from(sorted(arguments)))
+        value = arguments[chosen]
+        spoiled = dict(arguments)
+        if isinstance(value, torch.Tensor):
+            spoiled[chosen] = spoil_tensor(data.draw, value)
+        elif isinstance(value, list) and data.draw(st.booleans()):
+            spoiled[chosen] = [data.draw(WRONG_INTEGERS) if data.draw(st.booleans()) else v for v in value]
+        elif isinstance(value, float):
+            spoiled[chosen] = data.draw(st.sampled_from([math.nan, math.inf, -math.inf, 10**400, "1", None, 1j]))
+        else:
+            spoiled[chosen] = data.draw(WRONG_INTEGERS | WRONG_TYPES)
+        endless = any(ENDLESS in v.shape for v in spoiled.values() if isinstance(v, torch.Tensor))
+        own = not isinstance(value, torch.Tensor) and spoiled[chosen] != value and chosen not in FREE
+        own = own and not (chosen == "part_size" and spoiled[chosen] is None)
+        try:
+            out = case.function(**spoiled)
+        except (ValueError, TypeError) as error:
+            assert names_an_argument(error, case, arguments), error
+            assert not own or str(error).startswith(chosen), error
+            return
+        except RuntimeError as error:
+            assert endless and re.search("alloc|overflow", str(error)), error
+            return
+        # What was not refused was right after all (a mask left out, one region fewer): then there is a value for it.
+        assert not own, f"{chosen} = {spoiled[chosen]} was taken"
+        if out.device.type != "meta" and not endless:
+            compare(out.detach(), case.reference(**convert(spoiled, dtype=torch.float64)), "out")
+
+    check()
+
+
+@each_name
+def test_the_compiled_operators_refuse_wrong_arguments(name):
+    case = CASE[name]
+    forward, backward = (getattr(torch.ops.dcn_plugin, n) for n in (case.op, f"{case.op}_backward"))
+
+    @fuzz
+    @given(st.data(), calls(name), st.booleans())
+    def check(data, arguments, gradients):
+        arguments = convert(arguments, dtype=torch.float32)
+        given = list(case.to_op(**arguments))
+        op = forward
+        if gradients:
+            out = forward(*given)
+            without_bias = [v for i, v in enumerate(given) if name != "deform_conv2d" or i != 3]
+            given, op = [torch.ones_like(out), *without_bias, data.draw(st.integers(0, 15))], backward
+        for i in data.draw(st.lists(st.integers(0, len(given) - 1), min_size=1, max_size=2, unique=True)):
+            if isinstance(given[i], torch.Tensor):
+                given[i] = spoil_tensor(data.draw, given[i])
+            elif isinstance(given[i], list):
+                given[i] = data.draw(st.lists(WRONG_INTEGERS | st.integers(0, 3), max_size=5) | WRONG_TYPES)
+            elif isinstance(given[i], float):
+                given[i] = data.draw(st.sampled_from([math.nan, math.inf, -math.inf, 1e300, 5e-324, -1.0, 0.0]))
+            else:
+                given[i] = data.draw(WRONG_INTEGERS | WRONG_TYPES)
+        on_meta = any(isinstance(v, torch.Tensor) and v.device.type == "meta" for v in given)
+        # A tensor without memory goes to the shape rules, which are those of the Python functions.
+        refusals = (RuntimeError, ValueError, TypeError) if on_meta else RuntimeError
+        try:
+            result = op(*given)
+        except refusals:
+            return
+        for t in result if isinstance(result, tuple) else [result]:
+            assert t.numel() == 0 or t.device.type == "meta" or t.reshape(-1)[-1] is not None
+
+    check()
+
+
+def test_sizes_whose_product_overflows_are_refused():
+    one = torch.zeros(1)
+    with pytest.raises(RuntimeError, match="output_dim"):
+        torch.ops.dcn_plugin.ps_roi_pool(one.expand(1, 4, 4, 4), torch.zeros(0, 5), 2**62 + 1, 2, [1, 1], 1.0)
+    weight, offset = one.expand(1, 1, 2**31, 2**31), one.expand(1, 2**32, 1, 1)
+    how = [1, 1], [0, 0, 0, 0], [1, 1]
+    with pytest.raises(RuntimeError, match="weight"):
+        torch.ops.dcn_plugin.deform_conv2d(one.expand(1, 1, 2**31, 2**31), offset, weight, None, None, *how)
+
+
+@pytest.mark.parametrize("value", [2**31, 2**70])
+def test_integers_too_large_for_the_compiled_operators_are_refused_by_name(value):
+    input, rois = torch.zeros(1, 1, 4, 4), torch.zeros(1, 5)
+    with pytest.raises(ValueError, match=f"stride must be at most .* got {value}"):
+        CASE["deform_conv2d"].function(input, torch.zeros(1, 2, 4, 4), torch.zeros(1, 1, 1, 1), stride=value)
+    with pytest.raises(ValueError, match=f"output_size must be at most .* got {value}"):
+        CASE["deform_roi_pool"].function(input, rois, output_size=value)
+    with pytest.raises(ValueError, match="gamma must be finite"):
+        CASE["deform_roi_pool"].function(input, rois, output_size=1, gamma=10**400)

@@ -1,0 +1,85 @@
+"""Every operator on shapes, layouts and values that nobody thought of, against the reference."""
+
+import math
+
+import torch
+from cases import convert, run
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fuzz.comparison import both, compare
+from fuzz.strategies import CASE, LAYOUTS, calls, each_name, fuzz, in_memory, paths
+
+
+@each_name
+def test_any_shape_and_layout_gives_the_reference(name):
+    case = CASE[name]
+
+    @fuzz
+    @given(st.data(), calls(name), LAYOUTS, paths, st.integers(1, 2))
+    def check(data, arguments, grad_layout, path, threads):
+        arguments = data.draw(in_memory(arguments, case))
+        out = case.reference(**convert(arguments, dtype=torch.float64))
+        grad = grad_layout(torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(arguments["input"]))
+        actual, expected = both(case, arguments, grad, path, threads)
+        for k, v in actual.items():
+            compare(v, expected[k], k)
+
+    check()
+
+
+def hostile_values(dtype):
+    info = torch.finfo(dtype)
+    # Powers low enough for a product of all arguments; a denormal; and values that overflow whatever they meet.
+    return [math.nan, math.inf, -math.inf, info.max**0.2, -(info.max**0.2), info.smallest_normal / 4, -0.0]
+
+
+FAR = [2.0**24, -(2.0**24), 2.0**31, -(2.0**31), 2.0**63, -(2.0**63), 1e19, 1e38, -1e38]
+
+
+@each_name
+def test_hostile_values_do_what_the_reference_does(name):
+    case = CASE[name]
+
+    @fuzz
+    @given(st.data(), calls(name), paths)
+    def check(data, arguments, path):
+        arguments = data.draw(in_memory(arguments, case))
+        out = case.reference(**convert(arguments, dtype=torch.float64))
+        arguments["grad"] = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(arguments["input"])
+        tensors = [k for k, v in arguments.items() if isinstance(v, torch.Tensor) and v.numel() and k != "rois"]
+        unbounded = False
+        for k in data.draw(st.lists(st.sampled_from(tensors), max_size=2, unique=True)) if tensors else []:
+            t = arguments[k].clone()
+            values = hostile_values(t.dtype) + ([*FAR, torch.finfo(t.dtype).max] if k == "offset" else [])
+            if k != "offset" and data.draw(st.booleans()):
+                values, unbounded = [torch.finfo(t.dtype).max, -torch.finfo(t.dtype).max, 1e38], True
+            for value in data.draw(st.lists(st.sampled_from(values), min_size=1, max_size=3)):
+                # By its indices: the clone may have any layout.
+                where = data.draw(st.integers(0, t.numel() - 1))
+                t[tuple(int(i) for i in torch.unravel_index(torch.tensor(where), t.shape))] = value
+            arguments[k] = t
+        poisoned = {k for k in tensors if not arguments[k].isfinite().all()}
+        grad = arguments.pop("grad")
+        actual, expected = both(case, arguments, grad, path, 1)
+        for k, v in actual.items():
+            if unbounded:
+                # Sums overflow in one order and not in another: what is asked is that nothing else happens.
+                assert v.shape == expected[k].shape
+            else:
+                # A factor that is not finite may meet a derivative of 0 (of a sample outside, at a corner of weight 0),
+                # or be left out with it.
+                loose = k != "out" and bool(poisoned - {"offset"})
+                compare(v, expected[k], k, loose)
+
+    check()
+
+
+@each_name
+def test_the_reference_takes_an_empty_batch(name):
+    case = CASE[name]
+    arguments = case.make(case.mixed)
+    empty = {k: v[:0] if k in case.per_result else v for k, v in arguments.items()}
+    expected, actual = run(case.reference, empty), run(case.function, empty)
+    for k, v in expected.items():
+        compare(actual[k], v, k)
