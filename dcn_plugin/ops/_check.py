@@ -12,10 +12,12 @@ FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # What the compiled operators take at most for a stride, a padding, ...: sums and products of such stay exact.
 MOST = 2**30
+# And for what is counted inside of regions: bins, parts, groups of channels, samples.
+MOST_OF_REGION = 2**20
 
 
-def integer(name: str, value: Any, least: int) -> int:
-    """Return ``value`` as an int from ``least`` to ``MOST``."""
+def integer(name: str, value: Any, least: int, most: int = MOST) -> int:
+    """Return ``value`` as an int from ``least`` to ``most``."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -25,19 +27,19 @@ def integer(name: str, value: Any, least: int) -> int:
         raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__})") from None
     if number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}")
-    if number > MOST:
-        raise ValueError(f"{name} must be at most {MOST}, got {number}")
+    if number > most:
+        raise ValueError(f"{name} must be at most {most}, got {number}")
     return number
 
 
-def integers(name: str, value: Any, least: int, lengths: tuple[int, ...] = (2,)) -> tuple[int, ...]:
+def integers(name: str, value: Any, least: int, lengths: tuple[int, ...] = (2,), most: int = MOST) -> tuple[int, ...]:
     """Return ``value``, an integer (repeated) or a sequence of one of ``lengths`` integers, as a tuple."""
     if not isinstance(value, (tuple, list)):
-        return (integer(name, value, least),) * lengths[0]
+        return (integer(name, value, least, most),) * lengths[0]
     if len(value) not in lengths:
         allowed = " or ".join(map(str, lengths))
         raise ValueError(f"{name} must be an integer or {allowed} integers, got {len(value)}: {value!r}")
-    return tuple(integer(name, item, least) for item in value)
+    return tuple(integer(name, item, least, most) for item in value)
 
 
 def number(name: str, value: Any, positive: bool = False) -> float:

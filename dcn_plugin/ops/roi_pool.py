@@ -68,9 +68,9 @@ def deform_roi_pool(
     Source: Dai et al., Deformable Convolutional Networks (2017), eq. 6; Zhu et al., Deformable ConvNets v2 (2019),
     eq. 2 (mask); numbers as mmcv's ``deform_roi_pool``.
     """
-    size = list(_check.integers("output_size", output_size, 1))
+    size = _pair("output_size", output_size)
     scale = _check.number("spatial_scale", spatial_scale, positive=True)
-    ratio = _check.integer("sampling_ratio", sampling_ratio, -(2**31))
+    ratio = _count("sampling_ratio", sampling_ratio, -(2**31))
     gamma = _check.number("gamma", gamma)
     if not isinstance(aligned, bool):
         raise TypeError(f"aligned must be True or False, got {aligned!r}")
@@ -136,13 +136,12 @@ def deform_ps_roi_pool(
 
     Source: Dai et al., Deformable Convolutional Networks (2017), section 2.2, and the authors' DeformablePSROIPooling.
     """
-    integer = _check.integer
-    size = list(_check.integers("output_size", output_size, 1))
+    size = _pair("output_size", output_size)
     given: dict[str, Any] = dict(
-        input=input, rois=None, offset=offset, mask=mask, output_dim=integer("output_dim", output_dim, 1),
-        group_size=integer("group_size", group_size, 1), output_size=size,
-        part_size=size if part_size is None else list(_check.integers("part_size", part_size, 1)),
-        samples_per_part=integer("samples_per_part", samples_per_part, 1),
+        input=input, rois=None, offset=offset, mask=mask, output_dim=_check.integer("output_dim", output_dim, 1),
+        group_size=_count("group_size", group_size), output_size=size,
+        part_size=size if part_size is None else _pair("part_size", part_size),
+        samples_per_part=_count("samples_per_part", samples_per_part),
         spatial_scale=_check.number("spatial_scale", spatial_scale, positive=True),
         offset_scale=_check.number("offset_scale", offset_scale),
     )  # fmt: skip
@@ -194,8 +193,7 @@ def ps_roi_pool(
     """
     given: dict[str, Any] = dict(
         input=input, rois=None, output_dim=_check.integer("output_dim", output_dim, 1),
-        group_size=_check.integer("group_size", group_size, 1),
-        output_size=list(_check.integers("output_size", output_size, 1)),
+        group_size=_count("group_size", group_size), output_size=_pair("output_size", output_size),
         spatial_scale=_check.number("spatial_scale", spatial_scale, positive=True),
     )  # fmt: skip
     _check.tensor(input, "input", 4, "[N, output_dim * group_size ** 2, H, W]")
@@ -209,6 +207,14 @@ def _run(op: Any, definition: Any, given: dict[str, Any]) -> Tensor:
     if _transforms.need_plain_torch():
         return definition(**given)
     return op(*given.values())
+
+
+def _count(name: str, value: Any, least: int = 1) -> int:
+    return _check.integer(name, value, least, _check.MOST_OF_REGION)
+
+
+def _pair(name: str, value: Any) -> list[int]:
+    return list(_check.integers(name, value, 1, most=_check.MOST_OF_REGION))
 
 
 def _as_tensor(rois: Rois, input: Tensor) -> Tensor:

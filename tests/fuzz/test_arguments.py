@@ -16,6 +16,8 @@ HUGE = [2**30 + 1, 2**31, 2**40, 2**62, 2**63 - 1, 2**63, 2**70, 10**400]
 # A size that no address space holds: a tensor that repeats one value may have it, what is made for it may not.
 ENDLESS = 2**46
 WRONG_INTEGERS = st.sampled_from([-1, -(2**31), -(2**63), *HUGE])
+# Sizes that are legal in an image, and too large in a region.
+WRONG_COUNTS = WRONG_INTEGERS | st.sampled_from([2**20 + 1, 2**30])
 WRONG_TYPES = st.sampled_from([None, "1", 1.5, 1j, [1, 1, 1], [], [[1, 1]], {}, object()])
 # A size of 0 or less takes as many samples as a bin has pixels, and either is a truth value.
 FREE = ("sampling_ratio", "aligned")
@@ -57,15 +59,16 @@ def test_wrong_arguments_are_refused_by_name(name):
         arguments = convert(arguments, dtype=torch.float32)
         chosen = data.draw(st.sampled_from(sorted(arguments)))
         value = arguments[chosen]
+        wrong_integers = WRONG_COUNTS if name != "deform_conv2d" and chosen != "output_dim" else WRONG_INTEGERS
         spoiled = dict(arguments)
         if isinstance(value, torch.Tensor):
             spoiled[chosen] = spoil_tensor(data.draw, value)
         elif isinstance(value, list) and data.draw(st.booleans()):
-            spoiled[chosen] = [data.draw(WRONG_INTEGERS) if data.draw(st.booleans()) else v for v in value]
+            spoiled[chosen] = [data.draw(wrong_integers) if data.draw(st.booleans()) else v for v in value]
         elif isinstance(value, float):
             spoiled[chosen] = data.draw(st.sampled_from([math.nan, math.inf, -math.inf, 10**400, "1", None, 1j]))
         else:
-            spoiled[chosen] = data.draw(WRONG_INTEGERS | WRONG_TYPES)
+            spoiled[chosen] = data.draw(wrong_integers | WRONG_TYPES)
         endless = any(ENDLESS in v.shape for v in spoiled.values() if isinstance(v, torch.Tensor))
         own = not isinstance(value, torch.Tensor) and spoiled[chosen] != value and chosen not in FREE
         own = own and not (chosen == "part_size" and spoiled[chosen] is None)
@@ -133,12 +136,32 @@ def test_sizes_whose_product_overflows_are_refused():
         torch.ops.dcn_plugin.deform_conv2d(one.expand(1, 1, 2**31, 2**31), offset, weight, None, None, *how)
 
 
-@pytest.mark.parametrize("value", [2**31, 2**70])
-def test_integers_too_large_for_the_compiled_operators_are_refused_by_name(value):
-    input, rois = torch.zeros(1, 1, 4, 4), torch.zeros(1, 5)
-    with pytest.raises(ValueError, match=f"stride must be at most .* got {value}"):
-        CASE["deform_conv2d"].function(input, torch.zeros(1, 2, 4, 4), torch.zeros(1, 1, 1, 1), stride=value)
-    with pytest.raises(ValueError, match=f"output_size must be at most .* got {value}"):
-        CASE["deform_roi_pool"].function(input, rois, output_size=value)
-    with pytest.raises(ValueError, match="gamma must be finite"):
-        CASE["deform_roi_pool"].function(input, rois, output_size=1, gamma=10**400)
+LIMITS = [
+    ("deform_conv2d", 2**30, ("stride", "padding", "dilation")),
+    ("deform_roi_pool", 2**20, ("output_size", "sampling_ratio")),
+    ("deform_ps_roi_pool", 2**20, ("output_size", "part_size", "group_size", "samples_per_part")),
+    ("ps_roi_pool", 2**20, ("output_size", "group_size")),
+]
+
+
+@pytest.mark.parametrize("more", [1, 2**30, 2**31, 2**70])
+@pytest.mark.parametrize(
+    ("name", "most", "argument"), [(name, most, a) for name, most, arguments in LIMITS for a in arguments]
+)
+def test_integers_too_large_for_the_compiled_operators_are_refused_by_name(name, most, argument, more):
+    case = CASE[name]
+    arguments = case.make(case.full) | {argument: most + more}
+    with pytest.raises(ValueError, match=f"^{argument} must be at most {most}, got {most + more}$"):
+        case.function(**arguments)
+    if more == 1:  # the limit is the compiled operator's own
+        if argument in ("output_size", "part_size"):
+            arguments[argument] = [most + more, 1]
+        with pytest.raises(RuntimeError, match=f"must be from [01] to {most}, got {most + more}$"):
+            getattr(torch.ops.dcn_plugin, case.op)(*case.to_op(**arguments))
+
+
+@pytest.mark.parametrize(("name", "argument"), [("deform_roi_pool", "gamma"), ("deform_ps_roi_pool", "offset_scale")])
+def test_an_integer_beyond_every_float_is_refused_by_name(name, argument):
+    case = CASE[name]
+    with pytest.raises(ValueError, match=f"{argument} must be finite"):
+        case.function(**(case.make(case.full) | {argument: 10**400}))
