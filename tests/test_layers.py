@@ -11,7 +11,6 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations, prune, spectral_norm
 
 from dcn_plugin.layers import LAYERS, DCNv1, DCNv2, DeformConv2d, OffsetConv
 from dcn_plugin.layers.conv import accept_sibling_offset_keys
@@ -226,64 +225,6 @@ def test_deform_conv2d_from_conv():
     torch.testing.assert_close(DeformConv2d.from_conv(conv)(x, torch.zeros(1, 18, 5, 5)), conv(x))
 
 
-class OwnForward(nn.Conv2d):
-    def forward(self, x):
-        return super().forward(x) * 2
-
-
-class OwnConvForward(nn.Conv2d):
-    def _conv_forward(self, x, weight, bias):
-        return super()._conv_forward(x, weight * 2, bias)
-
-
-class MoreState(nn.Conv2d):
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.register_buffer("scale", torch.ones(1))
-
-
-def hooked(conv, kind="register_forward_hook"):
-    def my_hook(*args):
-        return None
-
-    getattr(conv, kind)(my_hook)
-    return conv
-
-
-def replaced_forward():
-    conv = nn.Conv2d(4, 4, 3)
-    conv.forward = lambda x: x
-    return conv
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize(
-    "make, words",
-    [
-        (lambda: OwnForward(4, 4, 3), "OwnForward.*forward of its own"),
-        (lambda: OwnConvForward(4, 4, 3), "OwnConvForward.*forward of its own"),
-        (lambda: MoreState(4, 4, 3), "MoreState holds more.*scale"),
-        (replaced_forward, "forward replaced"),
-        (lambda: nn.ConvTranspose2d(4, 4, 3), "ConvTranspose2d"),
-        (lambda: nn.Conv1d(4, 4, 3), "Conv1d"),
-        (lambda: nn.BatchNorm2d(4), "BatchNorm2d"),
-        (lambda: DCNv2(4, 4, 3), "DCNv2"),
-        (lambda: nn.LazyConv2d(4, 3), "LazyConv2d is lazy"),
-        (lambda: nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "padding_mode='reflect'"),
-        (lambda: parametrizations.weight_norm(nn.Conv2d(4, 4, 3)), "parametrised weight.*remove_parametrizations"),
-        (lambda: nn.utils.weight_norm(nn.Conv2d(4, 4, 3)), "computes its weight from weight_g, weight_v"),
-        (lambda: spectral_norm(nn.Conv2d(4, 4, 3)), "computes its weight from weight_orig"),
-        (lambda: prune.l1_unstructured(nn.Conv2d(4, 4, 3), "weight", 0.5), "computes its weight from weight_orig"),
-        (lambda: hooked(nn.Conv2d(4, 4, 3)), "hooks.*my_hook"),
-        (lambda: hooked(nn.Conv2d(4, 4, 3), "register_forward_pre_hook"), "hooks.*my_hook"),
-        (lambda: hooked(nn.Conv2d(4, 4, 3), "register_full_backward_hook"), "hooks.*my_hook"),
-    ],
-)
-def test_from_conv_refuses_by_name(make, words):
-    with pytest.raises(TypeError, match=words):
-        DCNv2.from_conv(make())
-
-
 def test_from_conv_refuses_timm_convolutions_with_their_own_forward():
     layers = pytest.importorskip("timm.layers")
     for name in ("Conv2dSame", "StdConv2d", "ScaledStdConv2d"):
@@ -291,81 +232,7 @@ def test_from_conv_refuses_timm_convolutions_with_their_own_forward():
             DCNv2.from_conv(getattr(layers, name)(4, 4, 3))
 
 
-def test_from_conv_names_unknown_options():
-    with pytest.raises(TypeError, match="DCNv1 has no option 'mask_activation'.*offset_groups, offset_bound"):
-        DCNv1.from_conv(nn.Conv2d(4, 4, 3), mask_activation="sigmoid")
-
-
-# Bad arguments
-
-BAD_ARGUMENTS = [
-    (dict(in_channels=0), ValueError, "in_channels must be at least 1, got 0"),
-    (dict(in_channels=4.0), TypeError, "in_channels must be an integer, got 4.0"),
-    (dict(out_channels=-1), ValueError, "out_channels must be at least 1"),
-    (dict(out_channels="8"), TypeError, "out_channels must be an integer"),
-    (dict(kernel_size=0), ValueError, "kernel_size must be at least 1"),
-    (dict(kernel_size=(3, 3, 3)), ValueError, "kernel_size must be an integer or 2 integers, got 3"),
-    (dict(kernel_size=None), TypeError, "kernel_size must be an integer"),
-    (dict(stride=0), ValueError, "stride must be at least 1"),
-    (dict(stride=(1, 1.5)), TypeError, "stride must be an integer"),
-    (dict(stride=True), TypeError, "stride must be an integer"),
-    (dict(padding=-1), ValueError, "padding must be at least 0"),
-    (dict(padding=(1, 2, 3)), ValueError, "padding must be an integer or 2 or 4 integers, got 3"),
-    (dict(padding=(0, 0, 0, -1)), ValueError, "padding must be at least 0"),
-    (dict(padding="full"), ValueError, "padding must be 'same', 'valid'"),
-    (dict(padding="same", stride=2), ValueError, "padding='same' needs stride 1"),
-    (dict(dilation=0), ValueError, "dilation must be at least 1"),
-    (dict(dilation=()), ValueError, "dilation must be"),
-    (dict(groups=0), ValueError, "groups must be at least 1"),
-    (dict(groups=3), ValueError, "in_channels must be divisible by groups, got 4 and 3"),
-    (dict(groups=4), ValueError, "out_channels must be divisible by groups, got 6 and 4"),
-    (dict(padding_mode="circular"), ValueError, "padding_mode must be 'zeros', got 'circular'"),
-    (dict(dtype=torch.int64), ValueError, "dtype must be a real floating-point dtype, got torch.int64"),
-    (dict(dtype=torch.complex64), ValueError, "dtype must be a real"),
-    (dict(offset_groups=0), ValueError, "offset_groups must be at least 1"),
-    (dict(offset_groups=3), ValueError, "in_channels must be divisible by offset_groups, got 4 and 3"),
-]
-BAD_OPTIONS = [
-    (dict(offset_bound=0), ValueError, "offset_bound must be positive"),
-    (dict(offset_bound=-2.0), ValueError, "offset_bound must be positive"),
-    (dict(offset_bound=math.inf), ValueError, "offset_bound must be positive and finite"),
-    (dict(offset_bound=math.nan), ValueError, "offset_bound must be positive and finite"),
-    (dict(offset_bound="2"), TypeError, "offset_bound must be a number"),
-    (dict(offset_bound=True), TypeError, "offset_bound must be a number"),
-]
-
-
-@pytest.mark.parametrize("arguments, error, words", BAD_ARGUMENTS, ids=str)
-@pytest.mark.parametrize("cls", [DeformConv2d, *OFFSET_LAYERS])
-def test_bad_argument_is_named(cls, arguments, error, words):
-    with pytest.raises(error, match=words):
-        cls(**dict(in_channels=4, out_channels=6, kernel_size=3) | arguments)
-
-
-@pytest.mark.parametrize("arguments, error, words", BAD_OPTIONS, ids=str)
-@pytest.mark.parametrize("cls", OFFSET_LAYERS)
-def test_bad_option_is_named(cls, arguments, error, words):
-    with pytest.raises(error, match=words):
-        cls(4, 6, 3, **arguments)
-
-
-@pytest.mark.parametrize("value", ["softmax", None, 2])
-def test_bad_mask_activation_is_named(value):
-    with pytest.raises(ValueError, match="mask_activation must be '2[*]sigmoid' or 'sigmoid'"):
-        DCNv2(4, 6, 3, mask_activation=value)
-
-
-@pytest.mark.parametrize("shape", [(4, 8, 8), (1, 3, 8, 8), (1, 4, 8), (1, 4, 8, 8, 1)], ids=str)
-@pytest.mark.parametrize("cls", OFFSET_LAYERS)
-def test_bad_input_is_named(cls, shape):
-    with pytest.raises(ValueError, match=r"input must be \[N, 4, H, W\], got"):
-        cls(4, 6, 3)(torch.zeros(shape))
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.complex64])
-def test_input_that_is_not_real_is_named(dtype):
-    with pytest.raises(TypeError, match=f"input must be a real floating-point tensor, got {dtype}"):
-        DCNv2(4, 6, 3)(torch.zeros(1, 4, 8, 8, dtype=dtype))
+# Bad arguments (their messages: errors/table_layers.py)
 
 
 def test_input_smaller_than_the_kernel_is_refused():

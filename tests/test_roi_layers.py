@@ -496,96 +496,13 @@ def test_representations():
     assert "aligned=True" in text and "(offset_fc)" in text
 
 
-# Bad arguments
-
-NUMBERS = [
-    (0, ValueError, "must be positive and finite, got 0"),
-    (-0.5, ValueError, "must be positive and finite, got -0.5"),
-    (math.nan, ValueError, "must be positive and finite, got nan"),
-    (math.inf, ValueError, "must be positive and finite, got inf"),
-    ("1", TypeError, "must be a number, got '1'"),
-    (True, TypeError, "must be a number, got True"),
-]
-COUNTS = [
-    (0, ValueError, "must be at least 1, got 0"),
-    (1.5, TypeError, "must be an integer, got 1.5"),
-    (None, TypeError, "must be an integer, got None"),
-    (True, TypeError, "must be an integer, got True"),
-]
-SIZES = [
-    *COUNTS,
-    ((1, 2, 3), ValueError, "must be an integer or 2 integers, got 3"),
-    ((2, 0), ValueError, "at least 1"),
-]
-ANY_PART = [case for case in SIZES if case[0] is not None]
-FLAGS = [(1, TypeError, "must be True or False, got 1"), ("no", TypeError, "must be True or False, got 'no'")]
-ACTIVATIONS = [("softmax", ValueError, "must be '2[*]sigmoid' or 'sigmoid', got 'softmax'"), (None, ValueError, "None")]
-DTYPES = [(torch.int64, ValueError, "must be a real floating-point dtype, got torch.int64")]
-RATIOS = [(-2, ValueError, "must be at least -1, got -2"), (0.5, TypeError, "must be an integer, got 0.5")]
-POOL = dict(output_size=SIZES, spatial_scale=NUMBERS, sampling_ratio=RATIOS, gamma=NUMBERS)
-PACK = POOL | dict(output_channels=COUNTS, deform_fc_channels=COUNTS, dtype=DTYPES)
-PS = dict(output_dim=COUNTS, group_size=COUNTS, output_size=SIZES, spatial_scale=NUMBERS)
-DEFORM_PS = PS | dict(part_size=ANY_PART, samples_per_part=COUNTS, offset_scale=NUMBERS)
-PS_PACK = DEFORM_PS | dict(
-    deform_fc_channels=COUNTS, offset_classes=COUNTS, modulated=FLAGS, mask_activation=ACTIVATIONS, dtype=DTYPES
-)
-NAMES = [(value, TypeError, "must be a sequence of names") for value in ([], "0", None, [0])]
-MULTI = dict(
-    featmap_names=NAMES, output_size=SIZES, sampling_ratio=RATIOS, in_channels=COUNTS, canonical_scale=COUNTS,
-    canonical_level=[(-1, ValueError, "at least 0"), (2.0, TypeError, "integer")], deform_fc_channels=COUNTS,
-    gamma=NUMBERS, modulated=FLAGS, aligned=FLAGS, mask_activation=ACTIVATIONS, dtype=DTYPES,
-)  # fmt: skip
-GOOD = {
-    DeformRoIPool: (POOL, dict(output_size=2)),
-    DeformRoIPoolPack: (PACK, dict(output_size=2, output_channels=4, deform_fc_channels=4)),
-    ModulatedDeformRoIPoolPack: (PACK, dict(output_size=2, output_channels=4, deform_fc_channels=4)),
-    PSRoIPool: (PS, dict(output_dim=2, group_size=2, output_size=2)),
-    DeformPSRoIPool: (DEFORM_PS, dict(output_dim=2, group_size=2, output_size=2)),
-    DeformPSRoIPoolPack: (PS_PACK, dict(output_dim=2, group_size=2, output_size=2, deform_fc_channels=4)),
-    MultiScaleDeformRoIPool: (
-        MULTI,
-        dict(featmap_names=["0"], output_size=2, sampling_ratio=2, in_channels=4, deform_fc_channels=4),
-    ),
-}
-
-
-@pytest.mark.parametrize("cls", GOOD)
-def test_bad_argument_is_named(cls):
-    cases, good = GOOD[cls]
-    cls(**good)
-    for name, values in cases.items():
-        for value, error, words in values:
-            with pytest.raises(error, match=f"^{name} .*{words}"):
-                cls(**good | {name: value})
-
-
-def test_offset_classes_divide_output_dim():
-    with pytest.raises(ValueError, match="output_dim must be divisible by offset_classes, got 4 and 3"):
-        DeformPSRoIPoolPack(4, 1, 2, offset_classes=3)
-
-
-def test_bad_inputs_are_named():
-    layer = DeformRoIPoolPack(2, 8, 4)
-    rois = ROIS.float()
-    with pytest.raises(ValueError, match=r"input must be \[N, 8, H, W\], got \[2, 4, 8, 8\]"):
-        layer(torch.zeros(2, 4, 8, 8), rois)
-    with pytest.raises(ValueError, match="rois.*5"):
-        layer(torch.zeros(2, 8, 8, 8), rois[:, :4])
-    pool = DeformRoIPool(2)
-    for offset in (torch.zeros(3, 4, 2, 2), torch.zeros(3, 2), [0, 0]):
-        with pytest.raises(ValueError, match=r"offset must be \[R, 2, P_h, P_w\], got"):
-            pool(torch.zeros(2, 8, 8, 8), rois, offset)
-    with pytest.raises(ValueError, match="offset.*3.*got .*4, 2, 2, 2"):
-        pool(torch.zeros(2, 8, 8, 8), rois, torch.zeros(4, 2, 2, 2))
-    with pytest.raises(ValueError, match="input.*8 channels"):
-        PSRoIPool(2, 2, 2)(torch.zeros(2, 6, 8, 8), rois)
-
-
 # Registration and learning rates
 
 
 def test_layers_are_listed_and_are_no_stand_ins_for_convolutions():
-    names = [cls.__name__ for cls in GOOD if cls is not MultiScaleDeformRoIPool]
+    pools = (DeformRoIPool, DeformRoIPoolPack, ModulatedDeformRoIPoolPack)
+    position_sensitive = (PSRoIPool, DeformPSRoIPool, DeformPSRoIPoolPack)
+    names = [cls.__name__ for cls in (*pools, *position_sensitive)]
     assert list(LAYERS)[3:] == names and all(LAYERS[name].drop_in is False for name in names)
     for name in names:
         with pytest.raises(ValueError, match=f"{name}.*cannot stand in for a convolution; choose DCNv1 or DCNv2"):
@@ -622,8 +539,6 @@ def test_offset_parameters():
     }
     assert offset_parameters(nn.Linear(2, 2)) == {}
     assert set(offset_parameters(DCNv1(2, 2, 3))) == {"conv_offset.weight", "conv_offset.bias"}
-    with pytest.raises(TypeError, match="model must be an nn.Module, got dict"):
-        offset_parameters({})
 
 
 # On a pyramid, in torchvision's place
@@ -792,14 +707,8 @@ def test_pyramid_pool_under_function_transforms():
     torch.testing.assert_close(several[1], loss(parameters, *(v.flip(1) for v in values)))
 
 
-def test_bad_inputs_of_the_pyramid_pool_are_named():
+def test_unsound_boxes_of_the_pyramid_pool_are_named():
     pool, maps, boxes = multiscale(), pyramid(), boxes_of_all_sizes(2, 3)
-    with pytest.raises(ValueError, match=r"x must hold feature maps named \['0', '1', '2'\], got \['p2'\]"):
-        pool({"p2": maps["0"]}, boxes, SHAPES)
-    with pytest.raises(ValueError, match=r"x must hold feature maps \[N, 4, H, W\], got \[2, 5, 8, 8\]"):
-        pool({"0": torch.zeros(2, 5, 8, 8)}, boxes, SHAPES)
-    with pytest.raises(ValueError, match="boxes must be 2 tensors.*one for each image, got 1"):
-        pool(maps, boxes[:1], SHAPES)
     for wrong in (math.nan, -80.0):  # inside out, or no size at all: it has no level, but is not left out
         bad = [boxes[0].clone(), boxes[1]]
         bad[0][0, 2] = wrong

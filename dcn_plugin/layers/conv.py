@@ -498,7 +498,7 @@ def require_plain_conv(conv: nn.Module) -> None:
     """Raise unless ``conv`` computes what ``nn.Conv2d`` computes and nothing would be lost by replacing it."""
     name = type(conv).__name__
     if not isinstance(conv, nn.Conv2d):
-        raise TypeError(f"expected an nn.Conv2d, got {name}")
+        raise TypeError(f"conv must be an nn.Conv2d, got {name}")
     if parametrize.is_parametrized(conv):
         tensors = ", ".join(key for key in ("weight", "bias") if parametrize.is_parametrized(conv, key))
         raise TypeError(

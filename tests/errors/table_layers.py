@@ -1,0 +1,255 @@
+"""The layers, in what they are constructed with, made from, and called with."""
+
+import builtins
+import math
+import sys
+import warnings
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune, spectral_norm
+
+from dcn_plugin import layers
+from dcn_plugin.layers import (
+    DCNv1,
+    DCNv2,
+    DeformConv2d,
+    DeformPSRoIPool,
+    DeformPSRoIPoolPack,
+    DeformRoIPool,
+    DeformRoIPoolPack,
+    ModulatedDeformRoIPoolPack,
+    MultiScaleDeformRoIPool,
+    PSRoIPool,
+)
+from errors.case import Case
+from errors.table_ops import ROIS, integer, integers, number
+
+CONV = dict(in_channels=4, out_channels=6, kernel_size=3)
+POOL = dict(output_size=2)
+PACK = POOL | dict(output_channels=4, deform_fc_channels=4)
+PS = POOL | dict(output_dim=2, group_size=2)
+PS_PACK = PS | dict(deform_fc_channels=4)
+PYRAMID = dict(featmap_names=["0"], output_size=2, sampling_ratio=2, in_channels=4, deform_fc_channels=4)
+
+
+def of(layer, good):
+    """What constructs the layer with something else than what is good."""
+    return lambda **given: lambda: layer(**good | given)
+
+
+def choices(call, options):
+    """Arguments that are truth values, types or names."""
+    flags = [
+        Case(call(**{name: 1}), TypeError, name, "must be True or False", "got 1")
+        for name in ("modulated", "aligned")
+        if name in options
+    ]
+    if "dtype" in options:
+        flags += [
+            Case(call(dtype=dtype), ValueError, "dtype", "must be a real floating-point dtype", f"got {dtype}")
+            for dtype in (torch.int64, torch.complex64)
+        ]
+    if "mask_activation" in options:
+        flags += [
+            Case(call(mask_activation=value), ValueError, "mask_activation", "must be '2*sigmoid' or", f"got {value!r}")
+            for value in ("softmax", None, 2)
+        ]
+    return flags
+
+
+def convolutions():
+    for layer in (DeformConv2d, DCNv1, DCNv2):
+        call = of(layer, CONV)
+        for name in ("in_channels", "out_channels", "groups", "offset_groups"):
+            yield from integer(call, name)
+        for name in ("kernel_size", "stride", "dilation"):
+            yield from integers(call, name)
+            yield Case(call(**{name: "8"}), TypeError, name, "must be an integer", "got '8' (str)")
+        yield from integers(call, "padding", 0, "2 or 4")
+        yield Case(call(padding="full"), ValueError, "padding", "must be 'same', 'valid' or integers", "got 'full'")
+        yield Case(call(padding="same", stride=2), ValueError, "padding='same'", "needs stride 1", "got stride (2, 2)")
+        yield Case(call(groups=3), ValueError, "in_channels", "must be divisible by groups", "got 4 and 3")
+        yield Case(call(groups=4), ValueError, "out_channels", "must be divisible by groups", "got 6 and 4")
+        yield Case(call(offset_groups=3), ValueError, "in_channels", "be divisible by offset_groups", "got 4 and 3")
+        yield Case(call(padding_mode="circular"), ValueError, "padding_mode", "must be 'zeros'", "got 'circular'")
+        yield from choices(call, ("dtype",))
+    for layer in (DCNv1, DCNv2):
+        for value in (0, -2.0, math.inf, math.nan):
+            call = of(layer, CONV)(offset_bound=value)
+            yield Case(call, ValueError, "offset_bound", "must be positive and finite", f"got {value}")
+        for value in ("2", True):
+            call = of(layer, CONV)(offset_bound=value)
+            yield Case(call, TypeError, "offset_bound", "must be a number of pixels or None", f"got {value!r}")
+        for shape in ((4, 8, 8), (1, 3, 8, 8), (1, 4, 8), (1, 4, 8, 8, 1)):
+            call = lambda layer=layer, shape=shape: layer(4, 6, 3)(torch.zeros(shape))  # noqa: E731
+            yield Case(call, ValueError, "input", "must be [N, 4, H, W]", f"got {list(shape)}")
+    yield from choices(of(DCNv2, CONV), ("mask_activation",))
+    for dtype in (torch.int64, torch.uint8, torch.complex64):
+        call = lambda dtype=dtype: DCNv2(4, 6, 3)(torch.zeros(1, 4, 8, 8, dtype=dtype))  # noqa: E731
+        yield Case(call, TypeError, "input", "a real floating-point tensor", f"got {dtype}")
+
+
+class OwnForward(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class OwnConvForward(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight * 2, bias)
+
+
+class MoreState(nn.Conv2d):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.register_buffer("scale", torch.ones(1))
+
+
+def conv(**options):
+    return nn.Conv2d(4, 4, 3, padding=1, **options)
+
+
+def altered(name, value):
+    made = conv()
+    setattr(made, name, value)
+    return made
+
+
+def hooked(kind):
+    def my_hook(*args):
+        return None
+
+    made = conv()
+    getattr(made, kind)(my_hook)
+    return made
+
+
+def old_weight_norm():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(conv())
+
+
+REPEAT = "a deformable layer would not repeat"
+PERMANENT = "make it permanent first"
+FROM_CONV = [
+    Case(lambda make=make: DCNv2.from_conv(make()), TypeError, name, expected, got)
+    for make, name, expected, got in (
+        (lambda: nn.ConvTranspose2d(4, 4, 3), "conv", "must be an nn.Conv2d", "got ConvTranspose2d"),
+        (lambda: nn.Conv1d(4, 4, 3), "conv", "must be an nn.Conv2d", "got Conv1d"),
+        (lambda: nn.BatchNorm2d(4), "conv", "must be an nn.Conv2d", "got BatchNorm2d"),
+        (lambda: DCNv2(4, 4, 3), "conv", "must be an nn.Conv2d", "got DCNv2"),
+        (lambda: nn.LazyConv2d(4, 3), "LazyConv2d", "run the model once", "is lazy"),
+        (lambda: OwnForward(4, 4, 3), "OwnForward", REPEAT, "a forward of its own"),
+        (lambda: OwnConvForward(4, 4, 3), "OwnConvForward", REPEAT, "a forward of its own"),
+        (lambda: altered("forward", print), "Conv2d", REPEAT, "has had its forward replaced"),
+        (lambda: MoreState(4, 4, 3), "MoreState", "more than weight and bias", "scale"),
+        (lambda: conv(padding_mode="reflect"), "Conv2d", "pads with zeros only", "padding_mode='reflect'"),
+        (lambda: parametrizations.weight_norm(conv()), "Conv2d", "remove_parametrizations", "parametrised weight"),
+        (old_weight_norm, "Conv2d", PERMANENT, "computes its weight from weight_g, weight_v"),
+        (lambda: spectral_norm(conv()), "Conv2d", PERMANENT, "computes its weight from weight_orig"),
+        (lambda: prune.l1_unstructured(conv(), "weight", 0.5), "Conv2d", PERMANENT, "its weight from weight_orig"),
+        (lambda: hooked("register_forward_hook"), "Conv2d", "convert first, hook afterwards", "my_hook"),
+        (lambda: hooked("register_forward_pre_hook"), "Conv2d", "convert first, hook afterwards", "my_hook"),
+        (lambda: hooked("register_full_backward_hook"), "Conv2d", "convert first, hook afterwards", "my_hook"),
+    )
+]
+FROM_CONV += [
+    # Whatever has been done to a convolution by hand.
+    Case(lambda name=name: DCNv2.from_conv(altered(name, (1, 0))), ValueError, name, "must be at least 1", "got 0")
+    for name in ("kernel_size", "stride", "dilation")
+]
+FROM_CONV += [
+    Case(
+        lambda: DCNv1.from_conv(conv(), mask_activation="sigmoid"),
+        TypeError, "DCNv1", "it has offset_groups, offset_bound", "no option 'mask_activation'",
+    ),
+]  # fmt: skip
+
+
+def pools():
+    for layer, good, more in (
+        (DeformRoIPool, POOL, ()),
+        (DeformRoIPoolPack, PACK, ("dtype",)),
+        (ModulatedDeformRoIPoolPack, PACK, ("dtype",)),
+    ):
+        call = of(layer, good)
+        yield from integers(call, "output_size")
+        yield from number(call, "spatial_scale", True)
+        yield from integer(call, "sampling_ratio", -1)
+        yield from number(call, "gamma", True)
+        if "output_channels" in good:
+            yield from integer(call, "output_channels")
+            yield from integer(call, "deform_fc_channels")
+        yield from choices(call, more)
+    for layer, good in ((PSRoIPool, PS), (DeformPSRoIPool, PS), (DeformPSRoIPoolPack, PS_PACK)):
+        call = of(layer, good)
+        yield from integer(call, "output_dim")
+        yield from integer(call, "group_size")
+        yield from integers(call, "output_size")
+        yield from number(call, "spatial_scale", True)
+        if layer is not PSRoIPool:
+            yield from integers(call, "part_size")
+            yield from integer(call, "samples_per_part")
+            yield from number(call, "offset_scale", True)
+    call = of(DeformPSRoIPoolPack, PS_PACK)
+    yield from integer(call, "deform_fc_channels")
+    yield from integer(call, "offset_classes")
+    yield from choices(call, ("modulated", "dtype", "mask_activation"))
+    yield Case(call(offset_classes=3), ValueError, "output_dim", "divisible by offset_classes", "got 2 and 3")
+    call = of(MultiScaleDeformRoIPool, PYRAMID)
+    for value in ([], "0", None, [0]):
+        wanted = "must be a sequence of names of feature maps"
+        yield Case(call(featmap_names=value), TypeError, "featmap_names", wanted, f"got {value!r}")
+    yield from integers(call, "output_size")
+    yield from integer(call, "sampling_ratio", -1)
+    yield from integer(call, "canonical_level", 0)
+    for name in ("canonical_scale", "in_channels", "deform_fc_channels"):
+        yield from integer(call, name)
+    yield from number(call, "gamma", True)
+    yield from choices(call, ("modulated", "aligned", "dtype", "mask_activation"))
+
+
+IMAGE = torch.zeros(2, 4, 8, 8)
+BOXES = [ROIS[:, 1:]] * 2
+
+
+def pyramid(x=None, boxes=BOXES):
+    maps = {"0": IMAGE} if x is None else x
+    return lambda: MultiScaleDeformRoIPool(**PYRAMID)(maps, boxes, [(8, 8)] * 2)
+
+
+def without_torchvision(monkeypatch):
+    # None: an import of it fails; it may have been imported already.
+    monkeypatch.delitem(sys.modules, "dcn_plugin.layers.multiscale_roi", raising=False)
+    find = builtins.__import__
+
+    def absent(name, *args, **kwargs):
+        if name.partition(".")[0] == "torchvision":
+            raise ModuleNotFoundError("no such module", name="torchvision")
+        return find(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    layers.__getattr__("MultiScaleDeformRoIPool")
+
+
+CALLS = [
+    Case(
+        lambda: DeformRoIPoolPack(2, 8, 4)(IMAGE, ROIS), ValueError, "input", "must be [N, 8, H, W]", "got [2, 4, 8, 8]"
+    ),
+    *(
+        Case(lambda o=offset: DeformRoIPool(2)(IMAGE, ROIS, o), ValueError, "offset", "must be [R, 2, P_h, P_w]", got)
+        for offset, got in ((torch.zeros(3, 4, 2, 2), "got [3, 4, 2, 2]"), ([0, 0], "got list"))
+    ),
+    Case(lambda: layers.offset_parameters({}), TypeError, "model", "must be an nn.Module", "got dict"),
+    Case(lambda: layers.DCNv9, AttributeError, "'dcn_plugin.layers'", "attribute", "'DCNv9'"),
+    Case(
+        without_torchvision,
+        ModuleNotFoundError, "MultiScaleDeformRoIPool", "pip install torchvision", "which is not installed",
+    ),
+    Case(pyramid({"p2": IMAGE}), ValueError, "x", "must hold feature maps named ['0']", "got ['p2']"),
+    Case(pyramid({"0": IMAGE[:, :3]}), ValueError, "x", "feature maps [N, 4, H, W]", "got [2, 3, 8, 8]"),
+    Case(pyramid(boxes=BOXES[:1]), ValueError, "boxes", "2 tensors [L, 4], one for each image", "got 1"),
+]  # fmt: skip
+CASES = [*convolutions(), *FROM_CONV, *pools(), *CALLS]

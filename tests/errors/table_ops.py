@@ -1,0 +1,152 @@
+"""The public operators."""
+
+import math
+
+import torch
+
+from dcn_plugin import ops
+from errors.case import Case
+
+
+def conv(**given):
+    arguments = dict(
+        input=torch.zeros(2, 4, 6, 6), offset=torch.zeros(2, 18, 6, 6), weight=torch.zeros(6, 4, 3, 3),
+        bias=torch.zeros(6), padding=1, mask=torch.zeros(2, 9, 6, 6),
+    )  # fmt: skip
+    return lambda: ops.deform_conv2d(**arguments | given)
+
+
+ROIS = torch.tensor([[0.0, 1, 1, 4, 4], [1, 0, 0, 5, 5]])
+ALIGN = dict(input=torch.zeros(2, 4, 6, 6), rois=ROIS, output_size=2)
+PS = ALIGN | dict(output_dim=1, group_size=2)
+
+
+def align(**given):
+    return lambda: ops.deform_roi_pool(**ALIGN | given)
+
+
+def part(**given):
+    return lambda: ops.deform_ps_roi_pool(**PS | given)
+
+
+def pixels(**given):
+    return lambda: ops.ps_roi_pool(**PS | given)
+
+
+def spoilt(call, name, good, shape, text, double="expected torch.float32"):
+    """A tensor that is none, has another shape, another type and is elsewhere."""
+    return [
+        Case(call(**{name: [1]}), TypeError, f"{name}:", f"expected a tensor {text}", "got list"),
+        Case(call(**{name: good[..., None]}), ValueError, f"{name}:", f"-D tensor {text}", f"got shape {(*shape, 1)}"),
+        Case(call(**{name: good.long()}), TypeError, f"{name}:", "expected float64, float32", "got torch.int64"),
+        Case(call(**{name: good[1:]}), ValueError, f"{name}:", f"expected shape {shape}", f"got ({shape[0] - 1},"),
+        Case(call(**{name: good.double()}), TypeError, f"{name}:", double, "got torch.float64"),
+        Case(call(**{name: good.to("meta")}), ValueError, f"{name}:", "on cpu like input", "got meta"),
+    ]
+
+
+def integer(call, name, least=1):
+    return [
+        *(
+            Case(call(**{name: value}), TypeError, name, "must be an integer", f"{value!r} ({type(value).__name__})")
+            for value in (1.5, True, 1j)
+        ),
+        Case(call(**{name: least - 1}), ValueError, name, f"at least {least}", f"got {least - 1}"),
+        Case(call(**{name: 2**31}), ValueError, name, "must be at most", f"got {2**31}"),
+    ]
+
+
+def integers(call, name, least=1, lengths="2"):
+    return [
+        *integer(call, name, least),
+        Case(call(**{name: (1, 1.5)}), TypeError, name, "must be an integer", "got 1.5 (float)"),
+        Case(call(**{name: (least, least - 1)}), ValueError, name, f"at least {least}", f"got {least - 1}"),
+        Case(call(**{name: [1, 1, 1]}), ValueError, name, f"an integer or {lengths} integers", "got 3: [1, 1, 1]"),
+        Case(call(**{name: ()}), ValueError, name, f"an integer or {lengths} integers", "got 0: ()"),
+    ]
+
+
+def number(call, name, positive):
+    return [
+        *(
+            Case(call(**{name: value}), TypeError, name, "must be a number", f"got {value!r} ({type(value).__name__})")
+            for value in ("1", True, None)
+        ),
+        *(
+            Case(call(**{name: value}), ValueError, name, f"must be {'positive and ' * positive}finite", f"got {value}")
+            for value in (math.nan, math.inf, *[0, -0.5] * positive)
+        ),
+        Case(call(**{name: 10**400}), ValueError, name, "finite", f"got {10**400}"),
+    ]
+
+
+CONV = [
+    *integers(conv, "stride"),
+    *integers(conv, "padding", 0, "2 or 4"),
+    *integers(conv, "dilation"),
+    *spoilt(conv, "offset", torch.zeros(2, 18, 6, 6), (2, 18, 6, 6), "[N, 2 * offset_groups * K, H', W']"),
+    *spoilt(conv, "mask", torch.zeros(2, 9, 6, 6), (2, 9, 6, 6), "[N, offset_groups * K, H', W']"),
+    *spoilt(conv, "bias", torch.zeros(6), (6,), "[O]"),
+    Case(conv(input=1), TypeError, "input:", "expected a tensor [N, C, H, W]", "got int"),
+    Case(conv(weight=None), TypeError, "weight:", "expected a tensor [O, C / groups, kernel_h, kernel_w]", "NoneType"),
+    Case(conv(weight=torch.zeros(6, 4, 3, 3).double()), TypeError, "weight:", "torch.float32 beside", "torch.float64"),
+    Case(conv(weight=torch.zeros(6, 4, 3, 3).to("meta")), ValueError, "weight:", "on cpu like input", "got meta"),
+    Case(conv(input=torch.zeros(2, 4, 0, 6)), ValueError, "input:", "channels and pixels", "shape (2, 4, 0, 6)"),
+    Case(conv(weight=torch.zeros(0, 4, 3, 3)), ValueError, "weight:", "no empty dimension", "shape (0, 4, 3, 3)"),
+    Case(conv(weight=torch.zeros(6, 3, 3, 3)), ValueError, "weight:", "groups dividing C = 4", "shape (6, 3, 3, 3)"),
+    Case(conv(padding=0, dilation=3), ValueError, "input:", "at least one output pixel", "got output size (0, 0)"),
+    Case(conv(offset=torch.zeros(2, 9, 6, 6)), ValueError, "offset:", "2 * offset_groups * 9", "shape (2, 9, 6, 6)"),
+]
+POOLS = [
+    *integers(align, "output_size"),
+    *integers(part, "output_size"),
+    *integers(pixels, "output_size"),
+    *integers(part, "part_size"),
+    *number(align, "spatial_scale", True),
+    *number(part, "spatial_scale", True),
+    *number(pixels, "spatial_scale", True),
+    *number(align, "gamma", False),
+    *number(part, "offset_scale", False),
+    *integer(align, "sampling_ratio", -(2**31)),
+    *integer(part, "output_dim"),
+    *integer(part, "group_size"),
+    *integer(part, "samples_per_part"),
+    *integer(pixels, "output_dim"),
+    *integer(pixels, "group_size"),
+    *spoilt(align, "offset", torch.zeros(2, 2, 2, 2), (2, 2, 2, 2), "[R, 2, P_h, P_w]"),
+    *spoilt(align, "mask", torch.zeros(2, 1, 2, 2), (2, 1, 2, 2), "[R, 1, P_h, P_w]"),
+    *spoilt(part, "offset", torch.zeros(2, 2, 2, 2), (2, 2, 2, 2), "[R, 2 * classes, part_h, part_w]"),
+    *spoilt(part, "mask", torch.zeros(2, 1, 2, 2), (2, 1, 2, 2), "[R, classes, part_h, part_w]"),
+    Case(align(aligned=1), TypeError, "aligned", "must be True or False", "got 1"),
+]
+for pool, channels in ((align, "C"), (part, "output_dim * group_size ** 2"), (pixels, "output_dim * group_size ** 2")):
+    short, other = torch.zeros(2, 4), torch.zeros(2, 5, 6, 6)
+    POOLS += [
+        Case(pool(input=None), TypeError, "input:", f"expected a tensor [N, {channels}, H, W]", "got NoneType"),
+        Case(pool(input=torch.zeros(2, 0, 6, 6)), ValueError, "input:", "channels and pixels", "shape (2, 0, 6, 6)"),
+        Case(pool(rois=None), TypeError, "rois:", "[R, 5] (batch index, x1, y1, x2, y2)", "got NoneType"),
+        Case(pool(rois=short), ValueError, "rois:", "[R, 5] (batch index, x1, y1, x2, y2)", "got (2, 4)"),
+        Case(pool(rois=ROIS.double()), TypeError, "rois:", "expected torch.float32", "got torch.float64"),
+        Case(pool(rois=ROIS.to("meta")), ValueError, "rois:", "expected to be on cpu like input", "got meta"),
+        Case(pool(rois=[short]), ValueError, "rois:", "expected 2 tensors [L, 4], one for each image", "got 1"),
+        Case(pool(rois=[short, None]), TypeError, "rois[1]:", "expected a tensor [L, 4]", "got NoneType"),
+        Case(pool(rois=[short, ROIS]), ValueError, "rois[1]:", "[L, 4] (x1, y1, x2, y2)", "got (2, 5)"),
+        Case(pool(rois=ROIS + 1), ValueError, "rois:", "a batch index from 0 to 1", "got [2.0, 1.0, 1.0, 6.0, 6.0]"),
+        Case(pool(rois=ROIS * torch.inf), ValueError, "rois:", "a batch index from 0 to 1", "got [nan, inf"),
+        Case(pool(rois=ROIS * torch.tensor([1, 1, 1, 1, torch.inf])), ValueError, "rois:", "finite corners", "inf]"),
+        Case(pool(rois=ROIS * torch.tensor([1, 9, 1, 1, 1])), ValueError, "rois:", "x1 <= x2 and y1 <= y2", "in row 0"),
+    ]
+    if pool is not align:
+        POOLS.append(Case(pool(input=other), ValueError, "input:", "group_size ** 2 = 4 channels", "shape (2, 5, 6"))
+POOLS += [
+    Case(part(offset=torch.zeros(2, 3, 2, 2)), ValueError, "offset:", "2 * classes channels", "shape (2, 3, 2, 2)"),
+    Case(part(mask=torch.zeros(2, 3, 2, 2)), ValueError, "mask:", "dividing output_dim = 1", "shape (2, 3, 2, 2)"),
+]
+# Without memory there is only the rule for the shape of the result, which tracing asks as well.
+META = [
+    Case(
+        lambda: torch.ops.dcn_plugin.ps_roi_pool(torch.zeros(4, 6, 6).to("meta"), ROIS.to("meta"), 1, 2, [2, 2], 1.0),
+        ValueError, "input:", "expected a 4-D tensor [N, C, H, W]", "shape (4, 6, 6)",
+    ),
+]  # fmt: skip
+CASES = CONV + POOLS + META
