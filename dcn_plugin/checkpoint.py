@@ -202,7 +202,8 @@ def load_checkpoint(
     if prefix is not None:
         state = _strip(state, prefix, report)
         if not state:
-            raise ValueError(f"prefix {prefix!r} is not the start of any name in {report.source}")
+            has = ", ".join(report.outside[:3])
+            raise ValueError(f"prefix {prefix!r} is not the start of any name in {report.source}, which has {has}, ...")
     if any(map(_DETECTRON2_MARK.search, state)):
         state = _rename_detectron2(state, report)
     elif prefix is None:

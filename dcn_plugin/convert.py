@@ -261,7 +261,7 @@ def _parse_rule(rule: Any, index: int) -> _Rule:
         raise ValueError(f"{label} has the unknown key {unknown[0]!r}; known are {', '.join(_RULE_KEYS)}")
     for key in ("match", "layer"):
         if key not in rule:
-            raise ValueError(f"{label} lacks the key {key!r}")
+            raise ValueError(f"{label} lacks the key {key!r}; it has {', '.join(map(repr, rule)) or 'none'}")
     label = f"{label} (match={rule['match']!r})"
     layer, options = _parse_layer(rule["layer"], label)
     return _Rule(
@@ -281,7 +281,7 @@ def _patterns(value: Any, label: str) -> list[re.Pattern[str]]:
     try:
         return [re.compile(item[3:] if item.startswith("re:") else translate(item)) for item in items]
     except re.error as error:
-        raise ValueError(f"{label} is not a regular expression: {error}") from None
+        raise ValueError(f"{label} {value!r} is not a regular expression: {error}") from None
 
 
 def _parse_layer(config: Any, label: str) -> tuple[type[DeformConv2d], dict[str, Any]]:

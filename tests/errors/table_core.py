@@ -1,0 +1,265 @@
+"""Conversion, checkpoints, export to ONNX, and the compiled libraries."""
+
+import importlib
+import pickle
+import sys
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+import dcn_plugin
+from dcn_plugin import _extension
+from dcn_plugin.checkpoint import load_checkpoint, read_checkpoint
+from dcn_plugin.layers import DeformConv2d
+from errors.case import Case
+
+V2 = dict(type="DCNv2")
+
+
+def model():
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
+
+
+def state(made):
+    """What a conversion that is refused leaves as it is."""
+    if not isinstance(made, nn.Module):
+        return made
+    return [(name, id(module), module.training) for name, module in made.named_modules(remove_duplicate=False)]
+
+
+def convert(rules, of=model, **options):
+    def call():
+        made = of()
+        before = state(made)
+        try:
+            dcn_plugin.convert(made, rules, **options)
+        finally:
+            assert state(made) == before
+
+    return call
+
+
+def rule(**given):
+    return convert(dict(match="0", layer=V2) | given)
+
+
+def wrapped():
+    made = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(made)
+    return made
+
+
+def converted():
+    made = model()
+    dcn_plugin.convert(made, dict(match="0", layer=V2))
+    return made
+
+
+PAIR = "must be an integer or a pair of integers"
+CONVERT = [
+    Case(convert({}, of=dict), TypeError, "model", "must be an nn.Module", "got dict"),
+    Case(convert({}, of=wrapped), TypeError, "model", "convert it first", "DistributedDataParallel already"),
+    Case(convert("0"), TypeError, "rules", "must be a dict or a list of dicts", "got str"),
+    Case(convert(["0"]), TypeError, "rules[0]", "must be a dict", "got str"),
+    Case(rule(kernal_size=3), ValueError, "rules[0]", "known are match, exclude", "unknown key 'kernal_size'"),
+    Case(convert(dict(layer=V2)), ValueError, "rules[0]", "lacks the key 'match'", "it has 'layer'"),
+    Case(convert({}), ValueError, "rules[0]", "lacks the key 'match'", "it has none"),
+    Case(rule(match=3), TypeError, "match", "must be a string or a list of strings", "got 3"),
+    Case(rule(exclude=[1]), TypeError, "exclude", "must be a string or a list of strings", "got [1]"),
+    Case(rule(match="re:("), ValueError, "rules[0] (match='re:('): match", "is not a regular expression", "'re:('"),
+    Case(rule(exclude="re:("), ValueError, "rules[0] (match='0'): exclude", "is not a regular expression", "'re:('"),
+    Case(rule(layer="DCNv2"), TypeError, "layer", "must be a dict with a 'type'", "got 'DCNv2'"),
+    Case(rule(layer=dict(type="DCNv9")), ValueError, "layer type", "choose DCNv1 or DCNv2", "'DCNv9' is unknown"),
+    Case(rule(layer=dict(type=None)), ValueError, "layer type", "choose DCNv1 or DCNv2", "None is unknown"),
+    Case(rule(layer=dict(type="DeformConv2d")), ValueError, "layer type", "choose DCNv1 or DCNv2", "needs offsets"),
+    Case(rule(layer=dict(type=DeformConv2d)), ValueError, "layer type", "choose DCNv1 or DCNv2", "needs offsets"),
+    Case(rule(layer=V2 | dict(deform_groups=1)), ValueError, "DCNv2", "is called 'offset_groups'", "'deform_groups'"),
+    Case(rule(layer=V2 | dict(stride=2)), ValueError, "DCNv2", "it has offset_groups", "no option 'stride'"),
+    Case(rule(groups=1.0), TypeError, "groups", "must be an integer or 'depthwise'", "got 1.0"),
+    Case(rule(min_channels="8"), TypeError, "min_channels", "must be an integer", "got '8'"),
+    Case(rule(kernel_size="3"), TypeError, "kernel_size", PAIR, "got '3'"),
+    Case(rule(stride=(1, 1, 1)), TypeError, "stride", PAIR, "got (1, 1, 1)"),
+    Case(rule(kernel_size=7), ValueError, "(match='0')", "meets its conditions", "{'kernel_size': (7, 7)}"),
+    Case(
+        convert(dict(match="*", layer=V2), of=lambda: nn.Conv2d(3, 3, 3)),
+        TypeError, "model", "use DCNv2.from_conv(model)", "is the convolution",
+    ),
+    Case(rule(match="re:1", kernel_size=3), ValueError, "(match='re:1')", "meets its conditions", "matches 1 module"),
+    Case(rule(exclude="0"), ValueError, "rules[0] (match='0')", "module of the model", "matches no"),
+    Case(rule(match="9"), ValueError, "rules[0] (match='9')", "module of the model", "matches no"),
+    Case(
+        convert([dict(match=match, layer=V2) for match in ("0", "[0-9]")], of=model),
+        ValueError, "'0'", "matched by both", "rules[0] (match='0') and rules[1] (match='[0-9]')",
+    ),
+    Case(
+        convert(dict(match="0", layer=V2), of=converted),
+        TypeError, "rules[0] (match='0') matches '0'", "exclude it", "'0' is deformable already",
+    ),
+    Case(rule(match="1"), TypeError, "matches '1'", "conv must be an nn.Conv2d", "got ReLU; narrow the pattern"),
+    Case(
+        rule(layer=V2 | dict(offset_groups=2)),
+        ValueError, "matches '0'", "in_channels must be divisible by offset_groups", "got 3 and 2",
+    ),
+    Case(
+        rule(layer=V2 | dict(mask_activation="tanh")), ValueError, "mask_activation", "must be '2*sigmoid'", "'tanh'"
+    ),
+    Case(rule(layer=V2 | dict(offset_bound="1")), TypeError, "offset_bound", "a number of pixels or None", "got '1'"),
+    *(
+        Case(
+            convert(dict(match="0", layer=V2), input_size=size),
+            ValueError, "input_size", "must be three positive integers (C, H, W)", f"got {size!r}",
+        )
+        for size in ((3, 12), (3, 12, 0), 12, (3, 12.0, 12), "3x4")
+    ),
+    Case(
+        convert(dict(match="0", layer=V2), input_size=(4, 12, 12)),
+        ValueError, "the model does not run on input_size=(4, 12, 12)", "expected input", "to have 3 channels",
+    ),
+]  # fmt: skip
+
+WEIGHTS = {"weight": torch.zeros(2, 2), "bias": torch.zeros(2)}
+
+
+def load(**given):
+    made = nn.Linear(2, 2)
+    return lambda: load_checkpoint(**dict(model=made, source=WEIGHTS) | given)
+
+
+def read(name, content, **options):
+    """Read a file that holds these bytes, or what torch.save makes of something else."""
+
+    def call(tmp_path):
+        if isinstance(content, bytes):
+            (tmp_path / name).write_bytes(content)
+        else:
+            torch.save(content, tmp_path / name)
+        read_checkpoint(tmp_path / name, **options)
+
+    return call
+
+
+def read_without_safetensors(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    read("x.safetensors", b"")(tmp_path)
+
+
+GLOBS = "must be a glob or a list of globs"
+CHECKPOINT = [
+    Case(load(model={}), TypeError, "model", "must be an nn.Module", "got dict"),
+    Case(load(source=None), TypeError, "source", "must be a path or a state dict", "got NoneType"),
+    Case(load(source=[torch.zeros(1)]), TypeError, "source", "must be a path or a state dict", "got list"),
+    Case(load(allow_missing=3), TypeError, "allow_missing", GLOBS, "got 3"),
+    Case(load(allow_unexpected=[1]), TypeError, "allow_unexpected", GLOBS, "got [1]"),
+    Case(load(allow_mismatched=None), TypeError, "allow_mismatched", GLOBS, "got None"),
+    Case(load(source={"weight": "zeros"}), TypeError, "state dict: entry 'weight'", "not a tensor", "is a str"),
+    Case(load(source={}), ValueError, "state dict", "weights", "holds no"),
+    Case(load(key="ema"), ValueError, "'ema'", "no dict of weights under", "it has 'weight', 'bias'"),
+    Case(load(prefix="student."), ValueError, "prefix 'student.'", "the start of any name", "has weight, bias"),
+    Case(load(source={"bias": torch.zeros(3)}), RuntimeError, "shape of bias", "model has [2]", "source has [3]"),
+    Case(load(source="nowhere.pth"), FileNotFoundError, "'nowhere.pth'", "checkpoint file", "no checkpoint"),
+    Case(
+        load(source="https://example.org/x.pth"),
+        FileNotFoundError, "'https://example.org/x.pth'", "download it first", "no checkpoint file",
+    ),
+    Case(read_without_safetensors, ImportError, "x.safetensors", "pip install safetensors", "needs safetensors"),
+    Case(
+        read("x.safetensors", b"hello"), ValueError, "x.safetensors", "is not a readable safetensors file", "header"
+    ),
+    Case(
+        read("x.pkl", pickle.dumps({"a": len}, protocol=2)),
+        ValueError, "x.pkl", "pass the state dict to load_checkpoint", "was not written by torch.save",
+    ),
+    Case(
+        read("x.pth", {"model": nn.Linear(2, 2)}),
+        ValueError, "x.pth", "holds more than weights", "torch.nn.modules.linear.Linear",
+    ),
+    Case(read("x.pth", b""), ValueError, "x.pth", "is not a readable checkpoint", "EOFError"),
+    Case(read("x.pth", [1, 2]), ValueError, "x.pth", "not a dict of weights", "holds a list"),
+    Case(read("x.pth", {"net": WEIGHTS}), TypeError, "entry 'net'", "say where with key=", "is a dict, not a tensor"),
+    Case(read("x.pth", WEIGHTS, key="ema"), ValueError, "x.pth", "no dict of weights under 'ema'", "it has 'weight'"),
+]  # fmt: skip
+
+
+class Pool(nn.Module):
+    def forward(self, x, rois):
+        return dcn_plugin.ops.ps_roi_pool(x, rois, output_dim=1, group_size=2, output_size=2)
+
+
+def export(version=19):
+    from dcn_plugin.onnx_export import export_onnx
+
+    given = (torch.zeros(1, 4, 6, 6), torch.tensor([[0.0, 1, 1, 4, 4]]))
+    return export_onnx(Pool(), given, "not written.onnx", opset_version=version)
+
+
+def export_of_any_size(monkeypatch):
+    """The exporter asks for the operator's translation while sizes of the channels are not known."""
+    from dcn_plugin import onnx_export
+
+    target = SimpleNamespace(opset=SimpleNamespace(version=19))
+    monkeypatch.setattr(onnx_export.evaluator, "default", lambda: target)
+    translate = onnx_export.custom_translation_table()[torch.ops.dcn_plugin.deform_conv2d.default]
+    input, offset, weight = (SimpleNamespace(shape=shape) for shape in ((1, "C", 8, 8), (1, 18, 8, 8), (4, 4, 3, 3)))
+    translate(input, offset, weight, None, None, [1, 1], [1, 1, 1, 1], [1, 1])
+
+
+def import_without_onnx(monkeypatch):
+    monkeypatch.delitem(sys.modules, "dcn_plugin.onnx_export", raising=False)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    importlib.import_module("dcn_plugin.onnx_export")
+
+
+ONNX = [
+    Case(lambda: export(18), ValueError, "opset_version:", "expected at least 19, which brought DeformConv", "got 18"),
+    Case(export, NotImplementedError, "ps_roi_pool", "deform_ps_roi_pool exports", "does not export to ONNX like this"),
+    Case(export_of_any_size, ValueError, "input:", "expected fixed channels and a fixed kernel", "got shape (1, 'C'"),
+    Case(
+        import_without_onnx,
+        ModuleNotFoundError, "dcn_plugin.onnx_export", "pip install 'dcn_plugin[onnx]'", "needs onnxscript",
+    ),
+]  # fmt: skip
+
+
+def load_libraries(monkeypatch, tmp_path, content=None, torch_version=None):
+    for name in ("CPU_LIBRARY", "CUDA_LIBRARY", "BUILD_INFO"):
+        monkeypatch.setattr(_extension, name, tmp_path / getattr(_extension, name).name)
+    if content is not None:
+        _extension.CPU_LIBRARY.write_bytes(content)
+    if torch_version is not None:
+        monkeypatch.setattr(torch, "__version__", torch_version)
+    _extension.load.__wrapped__()
+
+
+def call_on_cuda(monkeypatch, tmp_path):
+    """What a CUDA tensor meets where the CUDA library is missing."""
+    kernels = {}
+
+    class Registrations:
+        def __init__(self, *_):
+            pass
+
+        def impl(self, name, kernel, key):
+            kernels[name] = kernel
+
+    monkeypatch.setattr(torch.library, "Library", Registrations)
+    monkeypatch.setattr(_extension, "_stand_ins", [])
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(_extension, "CUDA_LIBRARY", tmp_path / "absent.so")
+    _extension._raise_on_cuda_tensors(_extension._load_cuda())
+    kernels["deform_conv2d"]()
+
+
+LIBRARIES = [
+    Case(
+        lambda monkeypatch, tmp_path: load_libraries(monkeypatch, tmp_path, torch_version="2.9.1+cpu"),
+        _extension.ExtensionError, "dcn_plugin", "needs torch 2.11 or newer", "torch 2.9.1+cpu is running",
+    ),
+    Case(load_libraries, _extension.ExtensionError, "_C.so", "To mend it", "does not exist"),
+    Case(
+        lambda monkeypatch, tmp_path: load_libraries(monkeypatch, tmp_path, content=b"not a library"),
+        _extension.ExtensionError, "_C.so", "To mend it", "damaged, or was built for another kind of machine",
+    ),
+    Case(call_on_cuda, RuntimeError, "operators of dcn_plugin", "whose nvcc is on PATH", "were built without CUDA"),
+]  # fmt: skip
+CASES = CONVERT + CHECKPOINT + ONNX + LIBRARIES
