@@ -1,0 +1,174 @@
+"""Every layer with any legal arguments: what it computes from its own offsets, its gradients, and its copies."""
+
+import copy
+import math
+
+import pytest
+import torch
+from cases import assert_close
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from dcn_plugin import layers, ops, reference
+from fuzz.strategies import fuzz, normal, sizes
+
+
+def arguments_of_conv(draw, cls, generator):
+    """Arguments of the layer, the input, the shape of the result."""
+    groups, offset_groups = draw(sizes), draw(sizes)
+    channels, outputs = math.lcm(groups, offset_groups) * draw(st.sampled_from([1, 2, 5])), groups * draw(sizes)
+    kernel, dilation, stride = ([draw(sizes), draw(sizes)] for _ in range(3))
+    total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    four = draw(st.lists(st.integers(0, 3), min_size=4, max_size=4))
+    padding, sides = draw(
+        st.sampled_from([
+            (four, four), (four[:2], four[:2] * 2), (four[0], four[:1] * 4), ("valid", [0] * 4),
+            ("same", [total[0] // 2, total[1] // 2, (total[0] + 1) // 2, (total[1] + 1) // 2]),
+        ])
+    )  # fmt: skip
+    stride = [1, 1] if padding == "same" else stride
+    pads = [sides[i] + sides[2 + i] for i in (0, 1)]
+    size = [max(1, total[i] + 1 - pads[i]) + draw(st.integers(0, 5)) for i in (0, 1)]
+    shape = [(size[i] + pads[i] - total[i] - 1) // stride[i] + 1 for i in (0, 1)]
+    arguments = {
+        "in_channels": channels, "out_channels": outputs, "kernel_size": kernel, "stride": stride, "padding": padding,
+        "dilation": dilation, "groups": groups, "bias": draw(st.booleans()), "offset_groups": offset_groups,
+    }  # fmt: skip
+    if cls is not layers.DeformConv2d:
+        arguments["offset_bound"] = draw(st.sampled_from([None, 0.5, 4]))
+    if cls is layers.DCNv2:
+        arguments["mask_activation"] = draw(st.sampled_from(["2*sigmoid", "sigmoid"]))
+    n = draw(st.integers(0, 2))
+    inputs = {"input": normal(generator, (n, channels, *size))}
+    if cls is layers.DeformConv2d:
+        taps = offset_groups * kernel[0] * kernel[1]
+        inputs["offset"] = normal(generator, (n, 2 * taps, *shape))
+        if draw(st.booleans()):
+            inputs["mask"] = normal(generator, (n, taps, *shape))
+    return arguments, inputs, (n, outputs, *shape)
+
+
+def arguments_of_pool(draw, cls, generator):
+    # Where corners are rounded all is a power of two: a sample lies on a border, or it does not, in every arithmetic.
+    two = st.sampled_from([1, 2])
+    bins, n, count = [draw(two), draw(two)], draw(sizes), draw(st.integers(0, 4))
+    arguments = {"output_size": bins, "spatial_scale": draw(st.sampled_from([0.25, 1.0]))}
+    whole = issubclass(cls, layers.PSRoIPool)
+    classes, outputs, group = draw(two), 2 * draw(two), draw(two)
+    parts = bins
+    if whole:
+        arguments |= {"output_dim": outputs, "group_size": group}
+    if issubclass(cls, layers.DeformPSRoIPool):
+        parts = draw(st.sampled_from([bins, [1, 2]]))
+        arguments |= {
+            "part_size": parts,
+            "samples_per_part": draw(two),
+            "offset_scale": draw(st.sampled_from([0.1, 1])),
+        }
+    if cls is layers.DeformPSRoIPoolPack:
+        arguments |= {
+            "offset_classes": classes, "modulated": draw(st.booleans()),
+            "mask_activation": draw(st.sampled_from(["2*sigmoid", "sigmoid"])),
+        }  # fmt: skip
+    if issubclass(cls, layers.DeformRoIPool):
+        arguments |= {"sampling_ratio": draw(st.integers(-1, 2)), "gamma": draw(st.sampled_from([0.1, 1]))}
+    if issubclass(cls, layers.DeformRoIPoolPack):
+        arguments["output_channels"] = outputs
+    if cls.__name__.endswith("Pack"):
+        arguments["deform_fc_channels"] = draw(sizes)
+    size = [draw(st.integers(1, 9)), draw(st.integers(1, 9))]
+    corners = 12 * torch.rand(count, 2, 2, generator=generator, dtype=torch.float64).sort(1).values - 2
+    number = torch.randint(n, (count, 1), generator=generator)
+    inputs = {
+        "input": normal(generator, (n, outputs * (group**2 if whole else 1), *size)),
+        "rois": torch.cat([number, (corners.round() if whole else corners).flatten(1)], 1),
+    }  # fmt: skip
+    if cls is layers.DeformRoIPool:
+        inputs["offset"] = normal(generator, (count, 2, *bins))
+    if cls is layers.DeformPSRoIPool:
+        inputs["offset"] = normal(generator, (count, 2 * classes, *parts))
+        inputs["mask"] = normal(generator, (count, classes, *parts))
+    return arguments, inputs, (count, outputs, *bins)
+
+
+def of_operator(package, layer, inputs):
+    """The layer's result, from the operator in ``package`` and what the layer predicts and holds."""
+    input, *places = (inputs[k] for k in ("input", "rois") if k in inputs)
+    offset, mask = inputs.get("offset"), inputs.get("mask")
+    if hasattr(layer, "offsets"):
+        offset, mask = layer.offsets(input, *places)
+    elif type(layer) is layers.DeformRoIPool:
+        offset = offset.flip(1)  # mmcv's order
+    if isinstance(layer, layers.DeformConv2d):
+        how = layer.stride, layer.padding4, layer.dilation
+        return package.deform_conv2d(input, offset, layer.weight, layer.bias, *how, mask)
+    names = ["output_size", "spatial_scale"]
+    if isinstance(layer, layers.DeformRoIPool):
+        function, shifts, names = package.deform_roi_pool, (offset, mask), [*names, "sampling_ratio", "gamma"]
+    elif isinstance(layer, layers.DeformPSRoIPool):
+        function, shifts = package.deform_ps_roi_pool, (offset, mask)
+        names += ["output_dim", "group_size", "part_size", "samples_per_part", "offset_scale"]
+    else:
+        function, shifts, names = package.ps_roi_pool, (), [*names, "output_dim", "group_size"]
+    return function(input, *places, *shifts, **{name: getattr(layer, name) for name in names})
+
+
+def gradients(out, layer, inputs):
+    wanted = {k: v for k, v in inputs.items() if k != "rois"} | dict(layer.named_parameters())
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=out.dtype)
+    found = torch.autograd.grad(out, list(wanted.values()), weights, materialize_grads=True)
+    return dict(zip(wanted, found, strict=True))
+
+
+@pytest.mark.parametrize("name", layers.LAYERS)
+def test_a_layer_is_the_operator_with_its_own_offsets(name):
+    cls = layers.LAYERS[name]
+    describe = arguments_of_conv if issubclass(cls, layers.DeformConv2d) else arguments_of_pool
+
+    @fuzz
+    @given(st.data())
+    def check(data):
+        generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+        arguments, inputs, shape = describe(data.draw, cls, generator)
+        inputs = {k: v if k == "rois" else v.requires_grad_() for k, v in inputs.items()}
+        layer = cls(**arguments).double()
+        for p in layer.parameters():  # branches begin with zeros
+            p.data.copy_(normal(generator, p.shape) / 2)
+        out = layer(**inputs)
+        assert out.shape == shape
+        assert torch.equal(out, of_operator(ops, layer, inputs))
+        expected = of_operator(reference, layer, inputs)
+        assert_close(out, expected, torch.float64)
+        found, right = gradients(out, layer, inputs), gradients(expected, layer, inputs)
+        for k, v in found.items():
+            assert_close(v, right[k], torch.float64, k)
+        loaded = cls(**arguments).double()
+        loaded.load_state_dict(layer.state_dict())
+        for other in (loaded, copy.deepcopy(layer)):
+            assert torch.equal(other(**inputs), out)
+            assert repr(other) == repr(layer)
+            assert not {p.data_ptr() for p in other.parameters()} & {p.data_ptr() for p in layer.parameters()}
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["DCNv1", "DCNv2"])
+def test_a_fresh_layer_is_a_convolution(name):
+    cls = layers.LAYERS[name]
+
+    @fuzz
+    @given(st.data())
+    def check(data):
+        generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+        arguments, inputs, _ = arguments_of_conv(data.draw, cls, generator)
+        arguments.pop("mask_activation", None)
+        layer = cls(**arguments).double()
+        top, left, bottom, right = layer.padding4
+        expected = F.conv2d(
+            F.pad(inputs["input"], (left, right, top, bottom)), layer.weight, layer.bias, layer.stride, 0,
+            layer.dilation, layer.groups,
+        )  # fmt: skip
+        assert_close(layer(inputs["input"]), expected, torch.float64)
+
+    check()
