@@ -323,37 +323,6 @@ def test_keys_of_older_checkpoints_load():
         torch.testing.assert_close(again.state_dict()[key], value)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "words"),
-    [
-        (dict(depth=20), ValueError, "depth.*20"),
-        (dict(num_stages=5), ValueError, "num_stages.*5"),
-        (dict(num_stages=3), ValueError, "out_indices.*0..2"),
-        (dict(num_stages=3, out_indices=(0,)), ValueError, "strides.*3"),
-        (dict(dilations=(1, 1)), ValueError, "dilations.*4.*\\(1, 1\\)"),
-        (dict(out_indices=(4,)), ValueError, "out_indices.*4"),
-        (dict(out_indices=()), ValueError, "out_indices"),
-        (dict(style="tf"), ValueError, "style.*tf"),
-        (dict(frozen_stages=5), ValueError, "frozen_stages.*5"),
-        (dict(norm_cfg=dict(type="LN")), ValueError, "norm_cfg.*LN"),
-        (dict(dcn="DCNv2"), TypeError, "dcn.*DCNv2"),
-        (dict(dcn=dict(type="DCNv9")), ValueError, "dcn.*DCNv9"),
-        (dict(dcn=dict(deform_groups=1)), ValueError, "dcn.*None"),
-        (dict(dcn=dict(type="DCNv2", deformable=1)), TypeError, "deformable"),
-        (dict(dcn=DCNV2, stage_with_dcn=(True,)), ValueError, "stage_with_dcn"),
-        (dict(dcn=DCNV2, stage_with_dcn=(False,) * 4), ValueError, "stage_with_dcn"),
-        (dict(strides=2), TypeError, "strides.*2"),
-        (dict(out_indices=3), TypeError, "out_indices.*3"),
-        (dict(norm_cfg="BN"), TypeError, "norm_cfg.*BN"),
-        (dict(init_cfg="x.pth"), TypeError, "init_cfg.*x.pth"),
-        (dict(plugins=[]), TypeError, "plugins"),
-    ],
-)
-def test_bad_backbone_arguments_are_named(arguments, error, words):
-    with pytest.raises(error, match=words):
-        DCNResNet(**dict(SMALL, **arguments))
-
-
 def test_init_cfg(tmp_path):
     source = randomise_norms(DCNResNet(**SMALL))
     file = tmp_path / "plain.pth"

@@ -113,27 +113,6 @@ def test_dcn_layer_and_offset_groups():
     assert all(type(layer) is DCNv1 for layer in layers)
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "error", "words"),
-    [
-        (dict(dcn_stages=(1,)), ValueError, "dcn_stages.*1"),
-        (dict(dcn_stages=("conv5",)), ValueError, "dcn_stages.*'conv5'"),
-        (dict(dcn_stages=4), TypeError, "dcn_stages"),
-        (dict(dcn_stages="layer4"), TypeError, "dcn_stages"),
-        (dict(dcn_layer="DCNv9"), ValueError, "dcn_layer.*DCNv1.*DCNv9"),
-        (dict(dcn_layer="DeformConv2d"), ValueError, "dcn_layer.*DeformConv2d"),
-        (dict(dcn_layer=dict(offset_groups=2)), ValueError, "dcn_layer.*None"),
-        (dict(dcn_layer=3), TypeError, "dcn_layer"),
-        (dict(dcn_layer=dict(type="DCNv1", mask_activation="sigmoid")), TypeError, "mask_activation"),
-        (dict(dcn_layer=dict(type="DCNv2", offset_groups=2), offset_groups=4), ValueError, "offset_groups.*2 and 4"),
-        (dict(offset_groups=3), ValueError, "offset_groups.*3"),
-    ],
-)
-def test_bad_arguments_are_named(kwargs, error, words):
-    with pytest.raises(error, match=words):
-        create(**kwargs)
-
-
 def test_init_weights_keeps_the_plain_start():
     model = move_samples(create())
     model.init_weights()

@@ -121,7 +121,7 @@ def faster_rcnn(
     if options.get("box_roi_pool") is None:
         options["box_roi_pool"] = _roi_pool(roi_pool, body)
     elif roi_pool is not None:
-        raise TypeError("roi_pool: expected None beside box_roi_pool, which is the module itself")
+        raise TypeError(f"roi_pool: expected None beside box_roi_pool, which is the module itself, got {roi_pool!r}")
     fill_in(body, options, [(8 * stride,) for stride in (*body.strides, 2 * body.strides[-1])])
     if not isinstance(box_head, nn.Module):
         box_head = _box_head(box_head, body.out_channels, options["box_roi_pool"].output_size)
@@ -253,5 +253,5 @@ def build_detector(spec: Mapping[str, Any]) -> GeneralizedRCNN:
     if name not in DETECTORS:
         raise ValueError(f"name: expected a detector out of {', '.join(DETECTORS)}, got {name!r}")
     if "num_classes" not in arguments:
-        raise ValueError(f"num_classes: {name} needs it; it counts the background")
+        raise ValueError(f"num_classes: expected a number for {name}, counting the background, got none")
     return DETECTORS[name](**arguments)

@@ -48,7 +48,8 @@ class DetectionBackbone(nn.Module):
         if not isinstance(name, str):
             raise TypeError(f"backbone: expected a timm model's name or dict(name=..., ...), got {model!r}")
         if "features_only" in arguments:
-            raise ValueError("backbone: features_only is always set; leave it out")
+            got = arguments["features_only"]
+            raise ValueError(f"backbone: expected no features_only, which is always set, got {got!r}")
         pretrained = bool(arguments.get("pretrained") or arguments.get("checkpoint_path"))
         self.in_chans = int(arguments.get("in_chans", 3))
         self.body = TimmBackbone(name, **arguments).model

@@ -14,6 +14,7 @@ from errors.sites import sites
 PARTS = {
     "ops": ("ops/", "reference/"),
     "layers": ("layers/",),
+    "models": ("models/",),
     "core": ("convert.py", "checkpoint.py", "onnx_export.py", "_extension.py", "registry.py", "mmengine_hooks.py"),
 }
 TABLES = {part: importlib.import_module(f"errors.table_{part}") for part in PARTS}

@@ -1,0 +1,181 @@
+"""Backbones and detectors."""
+
+import sys
+from functools import partial
+
+import timm
+import torch
+from torch import nn
+
+from dcn_plugin.models import DCNResNet, TimmBackbone
+from dcn_plugin.models.dcn_detection import build_detector
+from dcn_plugin.models.dcn_detection_backbone import _modules_up_to
+from errors.case import Case
+
+TINY = dict(layers=(1, 1, 1, 1), channels=(8, 16, 32, 64))
+V2 = dict(type="DCNv2")
+
+
+def resnet(**given):
+    return lambda: timm.create_model("resnet18_dcn", device="meta", **given)
+
+
+def pretrained_with_other_weights(tmp_path):
+    torch.save(timm.create_model("resnet18", **TINY).state_dict(), tmp_path / "x.pth")
+    made = partial(timm.create_model, "resnet18_dcn", pretrained=True, channels=TINY["channels"])
+    made(layers=(2, 1, 1, 1), pretrained_cfg_overlay=dict(file=str(tmp_path / "x.pth")))
+
+
+STAGES = "expected stages out of"
+TIMM = [
+    Case(resnet(dcn_stages=4), TypeError, "dcn_stages:", "expected a sequence such as (3, 4, 5)", "got 4"),
+    Case(resnet(dcn_stages="layer4"), TypeError, "dcn_stages:", "expected a sequence such as (3, 4, 5)", "'layer4'"),
+    Case(resnet(dcn_stages=(1,)), ValueError, "dcn_stages:", STAGES, "got 1 in (1,)"),
+    Case(resnet(dcn_stages=("conv5",)), ValueError, "dcn_stages:", STAGES, "got 'conv5'"),
+    Case(resnet(dcn_layer=3), TypeError, "dcn_layer:", "expected a layer name or dict(type=..., ...)", "got 3"),
+    Case(resnet(dcn_layer="DCNv9"), ValueError, "dcn_layer:", "expected type out of ['DCNv1'", "got 'DCNv9'"),
+    Case(resnet(dcn_layer="DeformConv2d"), ValueError, "dcn_layer:", "expected type out of", "got 'DeformConv2d'"),
+    Case(resnet(dcn_layer=dict(offset_groups=2)), ValueError, "dcn_layer:", "expected type out of", "got None in {"),
+    Case(
+        resnet(dcn_layer=dict(type="DCNv2", offset_groups=2), offset_groups=4),
+        ValueError, "offset_groups:", "expected one value", "got 2 and 4",
+    ),
+    Case(resnet(offset_groups=3), ValueError, "in_channels", "divisible by offset_groups", "and 3"),
+    Case(
+        resnet(dcn_layer=dict(type="DCNv1", mask_activation="sigmoid")),
+        TypeError, "DCNv1", "it has offset_groups, offset_bound", "no option 'mask_activation'",
+    ),
+    Case(
+        pretrained_with_other_weights,
+        RuntimeError, "resnet18_dcn", "expected the base model's weights", "missing keys ['layer1.1.conv1.weight'",
+    ),
+]  # fmt: skip
+
+
+def mmdet(**given):
+    return lambda: DCNResNet(**dict(depth=18, base_channels=8) | given)
+
+
+PER_STAGE = "expected 4 values (num_stages)"
+MMDET = [
+    Case(mmdet(depth=20), ValueError, "depth:", "expected one of [18, 34, 50, 101, 152]", "got 20"),
+    Case(mmdet(num_stages=5), ValueError, "num_stages:", "expected 1 to 4", "got 5"),
+    Case(mmdet(num_stages=3), ValueError, "out_indices:", "expected stages out of 0..2", "got (0, 1, 2, 3)"),
+    Case(mmdet(out_indices=()), ValueError, "out_indices:", "expected stages out of 0..3", "got ()"),
+    Case(mmdet(out_indices=3), TypeError, "out_indices:", "expected a sequence of stages", "got 3"),
+    Case(mmdet(num_stages=3, out_indices=(0,)), ValueError, "strides:", "expected 3 values", "got (1, 2, 2, 2)"),
+    Case(mmdet(dilations=(1, 1)), ValueError, "dilations:", PER_STAGE, "got (1, 1)"),
+    Case(mmdet(strides=2), TypeError, "strides:", PER_STAGE, "got 2"),
+    Case(mmdet(dcn=V2, stage_with_dcn=(True,)), ValueError, "stage_with_dcn:", PER_STAGE, "got (True,)"),
+    Case(
+        mmdet(dcn=V2, stage_with_dcn=(False,) * 4),
+        ValueError, "stage_with_dcn:", "expected a stage for dcn to apply to", "got (False, False, False, False)",
+    ),
+    Case(mmdet(style="tf"), ValueError, "style:", "expected 'pytorch' or 'caffe'", "got 'tf'"),
+    Case(mmdet(frozen_stages=5), ValueError, "frozen_stages:", "expected -1 to 4", "got 5"),
+    Case(mmdet(norm_cfg="BN"), TypeError, "norm_cfg:", "expected a dict or None", "got 'BN'"),
+    Case(mmdet(norm_cfg=dict(type="LN")), ValueError, "norm_cfg:", "expected type out of", "got 'LN'"),
+    Case(mmdet(dcn="DCNv2"), TypeError, "dcn:", "expected a dict or None", "got 'DCNv2'"),
+    Case(mmdet(dcn=dict(type="DCNv9")), ValueError, "dcn:", "expected type out of", "got 'DCNv9'"),
+    Case(mmdet(dcn=dict(deform_groups=1)), ValueError, "dcn:", "expected type out of", "got None"),
+    Case(mmdet(dcn=V2 | dict(deformable=1)), TypeError, "DCNv2", "unexpected keyword argument", "'deformable'"),
+    Case(mmdet(plugins=[]), TypeError, "DCNResNet", "unexpected keyword argument", "'plugins'"),
+    Case(mmdet(init_cfg="x.pth"), TypeError, "init_cfg:", "one or more dict(type=..., ...)", "got 'x.pth'"),
+]  # fmt: skip
+
+
+def without_timm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    TimmBackbone("resnet18")
+
+
+BACKBONE = [
+    Case(without_timm, ImportError, "TimmBackbone", "needs timm", "cannot be imported here"),
+    Case(
+        lambda: TimmBackbone("resnet18_dcn", features_only=False, out_indices=(1,)),
+        ValueError, "out_indices:", "expected None with features_only=False", "got (1,)",
+    ),
+    Case(
+        lambda: TimmBackbone("resnet18_dcn", checkpoint_path="absent.pth"),
+        FileNotFoundError, "checkpoint_path:", "expected a file", "got 'absent.pth'",
+    ),
+]  # fmt: skip
+PLAIN = dict(name="resnet18", in_chans=1, **TINY)
+
+
+def faster(**given):
+    return lambda: build_detector(dict(name="faster_rcnn", num_classes=3, backbone=PLAIN, fpn_channels=8) | given)
+
+
+def rfcn(**given):
+    return lambda: build_detector(dict(name="rfcn", num_classes=3, backbone=PLAIN, conv_channels=8) | given)
+
+
+DETECTION = [
+    Case(lambda: build_detector(3), TypeError, "spec:", "expected dict(name=..., num_classes=..., ...)", "got 3"),
+    Case(rfcn(name=None), ValueError, "name:", "expected a detector out of faster_rcnn, rfcn", "got None"),
+    Case(rfcn(name="yolo"), ValueError, "name:", "expected a detector out of faster_rcnn, rfcn", "got 'yolo'"),
+    Case(lambda: build_detector(dict(name="rfcn")), ValueError, "num_classes:", "counting the background", "got none"),
+    Case(rfcn(num_classes=1), ValueError, "num_classes:", "expected at least 2", "got 1"),
+    Case(faster(num_classes="3"), ValueError, "num_classes:", "expected at least 2", "got '3'"),
+    Case(rfcn(group_size=0), ValueError, "group_size:", "expected a positive integer", "got 0"),
+    Case(rfcn(conv_channels=0.5), ValueError, "conv_channels:", "expected a positive integer", "got 0.5"),
+    Case(rfcn(box_roi_pool=1), TypeError, "rfcn:", "torchvision's are", "unknown option 'box_roi_pool'"),
+    Case(faster(box_scor_thresh=0), TypeError, "faster_rcnn:", "mean 'box_score_thresh'", "option 'box_scor_thresh'"),
+    Case(faster(weights="DEFAULT"), TypeError, "faster_rcnn:", "load_checkpoint", "unknown option 'weights'"),
+    Case(rfcn(frozen_stages=1), TypeError, "rfcn:", "trainable_backbone_layers", "unknown option 'frozen_stages'"),
+    Case(faster(zzz=0), TypeError, "faster_rcnn:", "torchvision's are size_divisible", "unknown option 'zzz'"),
+    Case(rfcn(backbone=7), TypeError, "backbone:", "expected a timm model's name or dict(name=..., ...)", "got 7"),
+    Case(faster(backbone=dict(in_chans=3)), TypeError, "backbone:", "expected a timm model's name", "got {"),
+    Case(faster(backbone=dict(PLAIN, in_chan=3)), TypeError, "ResNet", "unexpected keyword argument", "'in_chan'"),
+    Case(
+        faster(backbone=dict(PLAIN, features_only=True)),
+        ValueError, "backbone:", "expected no features_only", "got True",
+    ),
+    Case(
+        faster(backbone=dict(PLAIN, output_stride=8)),
+        ValueError, "backbone:", "a pyramid needs maps whose strides double", "resnet18 has [4, 8, 8, 8]",
+    ),
+    Case(faster(trainable_backbone_layers=6), ValueError, "trainable_backbone_layers:", "expected 0 to 5", "got 6"),
+    Case(
+        lambda: _modules_up_to(nn.ReLU(), "layer1"),
+        ValueError, "trainable_backbone_layers:", "to freeze up to", "ReLU has no module 'layer1'",
+    ),
+    Case(rfcn(image_std=0.2), ValueError, "image_std:", "expected one number for each of 1 channels", "got 0.2"),
+    Case(faster(image_mean=[0.1] * 3), ValueError, "image_mean:", "each of 1 channels", "got [0.1, 0.1, 0.1]"),
+    Case(
+        faster(rpn_anchor_generator=dict(size=((8,),))),
+        TypeError, "rpn_anchor_generator:", "expected sizes, aspect_ratios", "unknown key 'size'",
+    ),
+    Case(
+        faster(rpn_anchor_generator=dict(sizes=((8,),))),
+        ValueError, "rpn_anchor_generator:", "aspect_ratios for each of 5 maps", "got 1 and 1",
+    ),
+    Case(faster(roi_pool="RoIPool"), TypeError, "roi_pool:", "expected dict(type=..., ...)", "got 'RoIPool'"),
+    Case(
+        faster(roi_pool=dict(type="RoIPool")),
+        ValueError, "roi_pool:", "type out of MultiScaleRoIAlign, MultiScaleDeformRoIPool", "got 'RoIPool'",
+    ),
+    Case(
+        faster(roi_pool=dict(gamma=0.1)),
+        TypeError, "roi_pool:", "it has featmap_names", "MultiScaleRoIAlign has no argument 'gamma'",
+    ),
+    Case(
+        faster(roi_pool=dict(featmap_names=["p2"])),
+        ValueError, "roi_pool:", "expected featmap_names out of ['0', '1', '2', '3', 'pool']", "got ['p2']",
+    ),
+    Case(
+        faster(roi_pool={}, box_roi_pool=nn.ReLU()),
+        TypeError, "roi_pool:", "expected None beside box_roi_pool", "got {}",
+    ),
+    Case(faster(box_head=dict(width=3)), TypeError, "box_head:", "it has representation_size", "argument 'width'"),
+    Case(
+        faster(box_head=nn.Flatten()),
+        ValueError, "box_predictor:", "expected a module", "Flatten does not end in a linear layer",
+    ),
+    Case(
+        lambda: rfcn()().roi_heads.box_roi_pool.offsets({}, [], []),
+        ValueError, "offsets:", "build it with deformable=True", "this R-FCN is not deformable",
+    ),
+]  # fmt: skip
+CASES = TIMM + MMDET + BACKBONE + DETECTION
