@@ -11,10 +11,13 @@ def need_plain_torch() -> bool:
     The operators then run as their reference, which every transform differentiates: right, at the reference's speed.
     The compiled operator would drop tangents silently.
     """
-    if forward_ad._current_level >= 0:  # also while torch.compile traces torch.func.jvp
-        return True
-    if torch.compiler.is_compiling():
-        return False
+    # torch.compile follows the level while it traces torch.func.jvp; the stack it only knows as a constant.
+    return forward_ad._current_level >= 0 or _differentiates()
+
+
+@torch.compiler.assume_constant_result
+def _differentiates() -> bool:
+    """Whether ``torch.func`` takes derivatives here; traced once, which holds: torch.compile guards the transforms."""
     transforms = get_interpreter_stack()
     return transforms is not None and any(t.key() in (TransformType.Grad, TransformType.Jvp) for t in transforms)
 

@@ -141,7 +141,9 @@ def _numbers(bins: Sequence[int], i: int) -> Tensor:
 
 
 def _is_mapped(t: Tensor) -> bool:
-    """Whether the values of ``t`` differ along a dimension that ``torch.func.vmap`` hides: they cannot be read then."""
+    """Whether the values of ``t`` cannot be read: ``torch.compile`` traces, or ``torch.func.vmap`` hides a dimension."""
+    if torch.compiler.is_compiling():
+        return True
     while torch._C._functorch.is_functorch_wrapped_tensor(t):
         if torch._C._functorch.is_batchedtensor(t):
             return True

@@ -1,0 +1,67 @@
+"""What tests of transforms share: samples for torch.func.vmap, and layers with what they are called with."""
+
+import pytest
+import torch
+from cases import CASES
+from torch import nn
+
+from dcn_plugin.layers import DCNv1, DCNv2, DeformPSRoIPoolPack, DeformRoIPoolPack, ModulatedDeformRoIPoolPack
+
+SAMPLES = 3
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+
+
+def names_of(arguments: dict) -> list[str]:
+    return [name for name, value in arguments.items() if isinstance(value, torch.Tensor)]
+
+
+def batch_of(arguments: dict, names, samples: int = SAMPLES) -> dict[str, torch.Tensor]:
+    """Different values of these arguments for each sample; regions move within their image."""
+    batch = {}
+    for name in names:
+        value = torch.stack([arguments[name]] * samples)
+        step = torch.arange(samples).to(value).view(-1, *[1] * (value.dim() - 1))
+        if name == "rois":
+            value[..., 1:] += step
+        else:
+            value += 0.1 * step * torch.randn_like(value)
+        batch[name] = value
+    return batch
+
+
+def mapped(function, arguments: dict, names, in_dims=0):
+    """vmap of the function of the arguments that ``names`` are."""
+    return torch.func.vmap(lambda *t: function(**{**arguments, **dict(zip(names, t, strict=True))}), in_dims)
+
+
+def sample(arguments: dict, batch: dict[str, torch.Tensor], i: int) -> dict:
+    return {**arguments, **{name: value[i] for name, value in batch.items()}}
+
+
+def _image(channels: int) -> torch.Tensor:
+    return torch.randn(2, channels, 8, 9)
+
+
+def _rois() -> torch.Tensor:
+    return torch.tensor([[0, 2.0, 3.0, 12.0, 11.0], [1, 0.0, 1.0, 9.5, 15.0], [0, 4.5, 2.5, 6.0, 14.0]])
+
+
+LAYERS = {
+    "DCNv1": lambda: (DCNv1(4, 6, 3, padding=1, offset_groups=2), (_image(4),)),
+    "DCNv2": lambda: (DCNv2(4, 6, 3, padding=1, groups=2), (_image(4),)),
+    "DeformRoIPoolPack": lambda: (DeformRoIPoolPack((2, 3), 8, 16, 0.5, 2), (_image(8), _rois())),
+    "ModulatedDeformRoIPoolPack": lambda: (ModulatedDeformRoIPoolPack((2, 3), 8, 16, 0.5, 2), (_image(8), _rois())),
+    "DeformPSRoIPoolPack": lambda: (
+        DeformPSRoIPoolPack(2, 2, (2, 3), 0.5, deform_fc_channels=16, modulated=True), (_image(8), _rois())
+    ),
+}  # fmt: skip
+each_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+def make_layer(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """The layer, with samples that have moved, and its arguments."""
+    torch.manual_seed(0)
+    layer, inputs = LAYERS[name]()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return layer.to(dtype), tuple(t.to(dtype) for t in inputs)

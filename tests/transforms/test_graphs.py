@@ -1,0 +1,117 @@
+"""Operators and models as graphs: exported files, ahead-of-time packages, whole compiled models."""
+
+import io
+
+import pytest
+import timm
+import torch
+from cases import OpCase, assert_close, convert, run
+from torch import nn
+
+from dcn_plugin.layers import DCNv2
+
+from .parts import each_case, names_of
+
+
+class Call(nn.Module):
+    """An operator as a module of its tensors, which is what export takes."""
+
+    def __init__(self, function, arguments: dict) -> None:
+        super().__init__()
+        self.function, self.names = function, names_of(arguments)
+        self.rest = {k: v for k, v in arguments.items() if k not in self.names}
+
+    def forward(self, *values):
+        return self.function(**dict(zip(self.names, values, strict=True)), **self.rest)
+
+
+def values_of(arguments: dict) -> tuple[torch.Tensor, ...]:
+    return tuple(arguments[name] for name in names_of(arguments))
+
+
+def dynamic_sizes(case: OpCase) -> tuple[dict, ...]:
+    """Dimensions that differ between the sizes of a case are dynamic: batch, regions, height and width."""
+    shapes = [[v.shape for v in values_of(make())] for make in case.sizes]
+    return tuple(
+        {d: torch.export.Dim.DYNAMIC for d in range(len(same[0])) if len({s[d] for s in same}) > 1}
+        for same in zip(*shapes, strict=True)
+    )
+
+
+@each_case
+def test_exported_file_serves_other_sizes(case: OpCase):
+    first = case.sizes[0]()
+    dynamic = dynamic_sizes(case)
+    assert {0, 2, 3} <= set(dynamic[0])
+    exported = torch.export.export(Call(case.function, first), values_of(first), dynamic_shapes=(dynamic,))
+    file = io.BytesIO()
+    torch.export.save(exported, file)
+    file.seek(0)
+    loaded = torch.export.load(file)
+    assert any(f"dcn_plugin.{case.op}" in str(node.target) for node in loaded.graph.nodes)
+    for make in case.sizes:
+        arguments = make()
+        assert_close(loaded.module()(*values_of(arguments)), case.reference(**arguments), torch.float64)
+
+
+@each_case
+def test_reduce_overhead_is_tolerated(case: OpCase):
+    """Without a GPU there are no CUDA graphs to take; the result must not suffer, from call to call."""
+    torch._dynamo.reset()
+    compiled = torch.compile(case.function, mode="reduce-overhead")
+    for seed in (0, 1):
+        arguments = case.make(case.mixed, torch.float32, seed=seed)
+        expected = run(case.reference, convert(arguments, dtype=torch.float64))
+        for name, value in run(compiled, arguments).items():
+            assert_close(value, expected[name], torch.float32, name)
+
+
+def packaged(module: nn.Module, inputs: tuple, dynamic, path) -> nn.Module:
+    """The module as a compiled package, loaded from its file."""
+    exported = torch.export.export(module, inputs, dynamic_shapes=dynamic)
+    return torch._inductor.aoti_load_package(
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(path / "model.pt2"))
+    )
+
+
+@pytest.mark.slow
+@each_case
+def test_ahead_of_time_package_of_an_operator(case: OpCase, tmp_path):
+    first = convert(case.sizes[0](), dtype=torch.float32)
+    package = packaged(Call(case.function, first), values_of(first), (dynamic_sizes(case),), tmp_path)
+    for make in case.sizes:
+        arguments = make()
+        expected = case.reference(**convert(arguments, dtype=torch.float32))
+        assert_close(package(*values_of(convert(arguments, dtype=torch.float32))), expected, torch.float32)
+
+
+@pytest.mark.slow
+def test_ahead_of_time_package_of_a_model(tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18_dcn", num_classes=5, zero_init_last=False).eval()
+    for module in model.modules():
+        if isinstance(module, DCNv2):
+            nn.init.normal_(module.conv_offset.weight, std=0.05)
+    package = packaged(model, (torch.randn(2, 3, 64, 64),), ({0: torch.export.Dim("batch", min=1, max=64)},), tmp_path)
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, 3, 64, 64)
+        with torch.no_grad():
+            torch.testing.assert_close(package(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+# The deep ones take long to trace.
+MODELS = [
+    pytest.param(name, marks=[pytest.mark.slow] if name.startswith(("resnet101", "resnet152")) else [])
+    for name in timm.list_models(module="dcn_resnet")
+]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model_is_one_graph(name):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5).eval()
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=0)
