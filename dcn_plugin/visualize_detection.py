@@ -276,7 +276,7 @@ def bin_shifts(
         order = found["scores"].argsort(descending=True)[:count]
         boxes, labels = found["boxes"][order].cpu(), found["labels"][order].cpu()
         if not len(boxes):
-            raise ValueError("boxes: the model finds nothing in this image; give boxes to look at")
+            raise ValueError("boxes: expected some to look at, as the model finds nothing in this image, got None")
     elif not len(boxes):
         raise ValueError("boxes: expected at least one, got none")
     if labels is not None and len(labels) != len(boxes):

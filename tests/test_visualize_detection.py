@@ -121,21 +121,6 @@ def test_rfcn_has_the_bins_of_each_class():
     assert item.shifts[0, :2].abs().max() == 0 and item.shifts[..., 1].abs().max() == 0
 
 
-def test_bad_input_is_named():
-    with pytest.raises(ValueError, match="model.*Conv2d has none"):
-        record_bins(nn.Conv2d(1, 1, 1), torch.rand(1, 1, 4, 4))
-    plain = detector("rfcn", group_size=3, conv_channels=8)
-    with pytest.raises(ValueError, match="model.*GeneralizedRCNN has none"):
-        record_bins(plain, torch.rand(1, 64, 64))
-    model = faster()
-    with pytest.raises(ValueError, match="layer: 'x'.*roi_heads.box_roi_pool"):
-        record_bins(model, torch.rand(1, 64, 64), layer="x")
-    with pytest.raises(ValueError, match="boxes.*1 images, got 2"):
-        record_bins(model, torch.rand(1, 64, 64), [torch.zeros(0, 4)] * 2)
-    with pytest.raises(ValueError, match=r"boxes.*\[L, 4\].*\[5\]"):
-        record_bins(model, torch.rand(1, 64, 64), [torch.rand(5)])
-
-
 # -- figures ----------------------------------------------------------------------------------------------------------
 
 
@@ -159,10 +144,6 @@ def test_detections_are_drawn_where_they_are(tmp_path):
     from matplotlib import _pylab_helpers
 
     assert not _pylab_helpers.Gcf.figs and matplotlib.get_backend()
-    with pytest.raises(ValueError, match="detections.*2 images.*got 1"):
-        draw_detections([torch.rand(1, 4, 4)] * 2, [found])
-    with pytest.raises(ValueError, match="targets.*1 images.*got 3"):
-        draw_detections(torch.rand(1, 4, 4), found, [true] * 3)
 
 
 @pytest.mark.parametrize("bins", [3, 7])
@@ -190,12 +171,3 @@ def test_bin_shifts_of_what_the_detector_finds():
     figure = bin_shifts(model, image, count=2, picture=torch.rand(3, 64, 80))
     best = model([image])[0]["labels"][:2]
     assert [axes.get_title() for axes in figure.axes] == [str(label) for label in best.tolist()]
-    model.roi_heads.score_thresh = 1.0
-    with pytest.raises(ValueError, match="boxes.*finds nothing"):
-        bin_shifts(model, image)
-    with pytest.raises(ValueError, match=r"image.*\[1, 1, 4, 4\]"):
-        bin_shifts(model, torch.rand(1, 1, 4, 4))
-    with pytest.raises(ValueError, match="labels.*2.*got 1"):
-        bin_shifts(model, image, torch.rand(2, 4), labels=torch.tensor([1]))
-    with pytest.raises(ValueError, match="boxes.*at least one"):
-        bin_shifts(model, image, torch.zeros(0, 4))

@@ -15,6 +15,7 @@ PARTS = {
     "ops": ("ops/", "reference/"),
     "layers": ("layers/",),
     "models": ("models/",),
+    "visualize": ("visualize.py", "visualize_detection.py"),
     "core": ("convert.py", "checkpoint.py", "onnx_export.py", "_extension.py", "registry.py", "mmengine_hooks.py"),
 }
 TABLES = {part: importlib.import_module(f"errors.table_{part}") for part in PARTS}

@@ -1,0 +1,107 @@
+"""Looking inside a model."""
+
+import sys
+
+import torch
+from torch import nn
+
+from dcn_plugin import visualize
+from dcn_plugin.layers import DCNv2
+from dcn_plugin.visualize_detection import bin_shifts, draw_detections, record_bins
+from errors.case import Case
+from errors.table_models import faster, rfcn
+
+IMAGE, BATCH = torch.rand(1, 24, 24), torch.rand(1, 1, 24, 24)
+
+
+def model():
+    return nn.Sequential(DCNv2(1, 2, 3, padding=1))
+
+
+def detector():
+    pool = dict(type="MultiScaleDeformRoIPool", output_size=3, deform_fc_channels=8)
+    made = faster(roi_pool=pool, min_size=64, box_head=dict(representation_size=8))().eval()
+    made.roi_heads.score_thresh = 1.0  # it finds nothing
+    return made
+
+
+def without_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    visualize.dilation_plot(model(), BATCH)
+
+
+LAYERS = [
+    Case(
+        lambda: visualize.effective_dilation(torch.zeros(1, 16, 2, 2), (3, 3)),
+        ValueError, "offset:", "expected [N, 2*G*K, H', W'] with K=9 taps", "got [1, 16, 2, 2]",
+    ),
+    Case(
+        lambda: visualize.effective_dilation(torch.zeros(18, 2, 2), (3, 3)),
+        ValueError, "offset:", "expected [N, 2*G*K, H', W']", "got [18, 2, 2]",
+    ),
+    Case(
+        lambda: visualize.record(nn.Conv2d(1, 1, 1), BATCH),
+        ValueError, "model:", "expected DCNv1 or DCNv2 layers inside", "Conv2d has none",
+    ),
+    Case(
+        lambda: visualize.record(model(), BATCH, ["1"]),
+        ValueError, "layers:", "there are 0", "'1' is no deformable layer",
+    ),
+    Case(
+        lambda: visualize.record(model(), BATCH[0, 0]),
+        ValueError, "images:", "expected [N, C, H, W] or [C, H, W]", "got [24, 24]",
+    ),
+    Case(lambda: visualize.trace([], (0, 0)), ValueError, "records:", "expected at least one layer", "got none"),
+    Case(
+        lambda: visualize.trace(visualize.record(model(), BATCH), (30, 3)),
+        ValueError, "unit:", "expected (y, x) inside the image", "got (30, 3)",
+    ),
+    Case(without_matplotlib, ModuleNotFoundError, "figures", "pip install 'dcn_plugin[visualize]'", "not installed"),
+    Case(
+        lambda: visualize.sampling_points(model(), IMAGE, layers=0),
+        ValueError, "layers:", "expected at least 1 layer", "got 0",
+    ),
+    Case(
+        lambda: visualize.sampling_points(model(), torch.cat([BATCH, BATCH]), picture=IMAGE),
+        ValueError, "picture:", "expected 2 pictures, one for each image", "got 1",
+    ),
+    Case(
+        lambda: visualize.sampling_points(model(), IMAGE, picture=torch.rand(3, 20, 20)),
+        ValueError, "picture:", "expected [C, 24, 24]", "got [3, 20, 20]",
+    ),
+]  # fmt: skip
+FOUND = dict(boxes=torch.tensor([[2.0, 3.0, 10.0, 8.0]]), labels=torch.tensor([1]), scores=torch.tensor([0.9]))
+DETECTION = [
+    Case(
+        lambda: record_bins(rfcn()(), IMAGE),
+        ValueError, "model:", "expected a deformable RoI pooling layer inside", "GeneralizedRCNN has none",
+    ),
+    Case(
+        lambda: record_bins(detector(), IMAGE, layer="x"),
+        ValueError, "layer:", "there are roi_heads.box_roi_pool", "'x' is no deformable RoI pooling layer",
+    ),
+    Case(
+        lambda: record_bins(detector(), IMAGE, [torch.zeros(0, 4)] * 2),
+        ValueError, "boxes:", "expected those of 1 images", "got 2",
+    ),
+    Case(
+        lambda: record_bins(detector(), IMAGE, [torch.rand(5)]),
+        ValueError, "boxes:", "expected [L, 4] for each image", "got [5]",
+    ),
+    Case(
+        lambda: draw_detections([IMAGE] * 2, [FOUND]),
+        ValueError, "detections:", "expected those of 2 images, at least one", "got 1",
+    ),
+    Case(lambda: draw_detections(IMAGE, FOUND, [FOUND] * 3), ValueError, "targets:", "those of 1 images", "got 3"),
+    Case(lambda: bin_shifts(detector(), BATCH), ValueError, "image:", "expected [C, H, W]", "got [1, 1, 24, 24]"),
+    Case(lambda: bin_shifts(detector(), IMAGE), ValueError, "boxes:", "expected some to look at", "got None"),
+    Case(
+        lambda: bin_shifts(detector(), IMAGE, torch.zeros(0, 4)),
+        ValueError, "boxes:", "expected at least one", "got none",
+    ),
+    Case(
+        lambda: bin_shifts(detector(), IMAGE, torch.rand(2, 4), labels=torch.tensor([1])),
+        ValueError, "labels:", "expected those of 2 boxes", "got 1",
+    ),
+]  # fmt: skip
+CASES = LAYERS + DETECTION
