@@ -84,27 +84,6 @@ def test_warp_parameters_stay_in_their_ranges_and_fill_them():
         assert values.max() - values.min() > 0.95 * (high - low)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(split="trian"), "split.*trian"),
-        (dict(digit_size=60), "digit_size.*60"),
-        (dict(copies=0), "copies.*0"),
-        (dict(scale=(2, 1)), "scale"),
-        (dict(degrees=-1), "degrees.*-1"),
-        (dict(limit=0), "limit.*0"),
-    ],
-)
-def test_digits_refuse_nonsense_by_name(options, message):
-    with pytest.raises(ValueError, match=message):
-        Digits(**options)
-
-
-def test_digits_index_past_the_end_is_an_index_error():
-    with pytest.raises(IndexError, match="200"):
-        Digits("val")[200]
-
-
 # -- folders, tars, shards --------------------------------------------------------------------------------------------
 
 
@@ -268,42 +247,6 @@ def test_hub_data_set_by_timms_name(monkeypatch, tmp_path):
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
-def test_missing_root_names_it(tmp_path):
-    data = ImageDataModule("", str(tmp_path / "nowhere"))
-    with pytest.raises(FileNotFoundError, match="root.*nowhere"):
-        data.setup("fit")
-    with pytest.raises(ValueError, match="root.*None"):
-        ImageDataModule("")
-
-
-def test_missing_split_never_falls_back_to_the_whole_root(tmp_path):
-    write_folder(tmp_path, "train", COLOURS)
-    data = ImageDataModule("", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="val_split.*validation.*found train"):
-        data.setup("fit")
-
-
-def test_empty_class_folder_names_it(tmp_path):
-    write_folder(tmp_path, "train", COLOURS)
-    (tmp_path / "train" / "white").mkdir()
-    with pytest.raises(ValueError, match=r"class folder .*white has no images"):
-        ImageDataModule("", str(tmp_path)).num_classes  # noqa: B018
-
-
-def test_image_outside_class_folders_names_it(tmp_path):
-    write_folder(tmp_path, "train", COLOURS)
-    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "loose.png")
-    with pytest.raises(ValueError, match="loose.png"):
-        ImageDataModule("", str(tmp_path)).num_classes  # noqa: B018
-
-
-def test_class_unknown_to_training_names_it(tmp_path):
-    write_folder(tmp_path, "train", {k: COLOURS[k] for k in ("blue", "red")})
-    write_folder(tmp_path, "val", COLOURS)
-    with pytest.raises(ValueError, match="'green'.*training split"):
-        ImageDataModule("", str(tmp_path)).setup("fit")
-
-
 @pytest.mark.parametrize("content", [b"not an image", b"", None], ids=["text", "empty", "truncated"])
 def test_unreadable_image_names_its_path(tmp_path, content):
     write_folder(tmp_path, "train", COLOURS, count=2)
@@ -321,34 +264,3 @@ def test_unreadable_image_names_its_path(tmp_path, content):
     skipping = ImageDataModule("", str(tmp_path), batch_size=2, input_size=16, bad_images="skip")
     skipping.setup("fit")
     assert sum(len(labels) for _, labels in skipping.val_dataloader()) == 6
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (dict(name="fodler/", root="x"), "fodler/.*did you mean 'folder/'"),
-        (dict(name="digit"), "did you mean 'digits'"),
-        (dict(name="digits", augment=dict(hfilp=0.5)), "augment.*hfilp.*hflip"),
-        (dict(name="digits", dataset=dict(wrap=True)), "dataset.*wrap.*warp"),
-        (dict(name="digits", batch_size=0), "batch_size.*0"),
-        (dict(name="digits", num_workers=-1), "num_workers.*-1"),
-        (dict(name="digits", bad_images="ignore"), "bad_images.*ignore"),
-    ],
-)
-def test_bad_arguments_are_named(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        ImageDataModule(**arguments)
-
-
-def test_batch_larger_than_the_training_split():
-    data = ImageDataModule("digits", dataset=dict(limit=5), batch_size=8, input_size=(1, 48, 48))
-    data.setup("fit")
-    with pytest.raises(ValueError, match="batch_size.*5 images.*8"):
-        data.train_dataloader()
-
-
-def test_channels_that_do_not_fit_the_model():
-    data = ImageDataModule("digits", input_size=48)
-    model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3))
-    with pytest.raises(ValueError, match=r"input_size.*1 channels.*\(3, 48, 48\)"):
-        data._resolve(model)

@@ -221,99 +221,6 @@ def test_worker_processes_give_the_same(scenes):
     assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(targets, other_targets, strict=True))
 
 
-BOX = dict(id=1, image_id=100, category_id=3, bbox=[1, 1, 5, 5])
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        (dict(annotations=[dict(BOX, image_id=5)]), ValueError, "train.json: annotation 1 .*image 5"),
-        (dict(annotations=[dict(BOX, category_id=4)]), ValueError, "train.json: annotation 1 .*category 4"),
-        (dict(annotations=[dict(BOX, bbox=[1, 2, 3])]), ValueError, r"annotation 1.*bbox.*\[1, 2, 3\]"),
-        (dict(annotations=[dict(BOX, bbox=[1, 2, 3, float("nan")])]), ValueError, "annotation 1.*bbox.*nan"),
-        (dict(annotations=[BOX, BOX]), ValueError, "'id' of its own.*annotations"),
-        (dict(annotations=None), ValueError, "train.json.*COCO's format"),
-        (dict(categories=[]), ValueError, "train.json has no categories"),
-        (dict(images=[]), ValueError, "train.json"),
-        (dict(images=[dict(id=100, file_name="gone.png")]), (FileNotFoundError, ValueError), "gone.png|image 99"),
-    ],
-)
-def test_annotations_that_do_not_fit_are_named(tmp_path, changes, error, message):
-    split = write_coco(tmp_path)
-    whole = json.loads((tmp_path / "train.json").read_text())
-    (tmp_path / "train.json").write_text(json.dumps({**whole, **changes}))
-    with pytest.raises(error, match=message):
-        CocoDataModule(root=str(tmp_path), train=split).setup("fit")
-
-
-def test_missing_and_broken_files_are_named(tmp_path):
-    split = write_coco(tmp_path)
-
-    def setup(stage="fit", **changes):
-        CocoDataModule(root=str(tmp_path), **{"train": split, **changes}).setup(stage)
-
-    with pytest.raises(FileNotFoundError, match=r"train.images: expected a folder, got .*nowhere.*does not exist"):
-        setup(train=dict(split, images="nowhere"))
-    with pytest.raises(FileNotFoundError, match=r"train.annotations: expected a file, got .*none.json"):
-        setup(train=dict(split, annotations="none.json"))
-    with pytest.raises(FileNotFoundError, match="predict: expected a folder, got .*nowhere"):
-        setup("predict", predict="nowhere")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="predict: expected images in .*empty"):
-        setup("predict", predict="empty")
-    (tmp_path / "torn.json").write_text('{"images": [')
-    with pytest.raises(ValueError, match="train.annotations: .*torn.json is not JSON"):
-        setup(train=dict(split, annotations="torn.json"))
-    (tmp_path / "list.json").write_text("[]")
-    with pytest.raises(ValueError, match="train.annotations: .*list.json is not in COCO's format"):
-        setup(train=dict(split, annotations="list.json"))
-    (tmp_path / "train/2.png").unlink()
-    with pytest.raises(FileNotFoundError, match="train.images: .*2.png does not exist, which .*train.json names"):
-        setup()
-    (tmp_path / "train/2.png").write_bytes(b"no image")
-    data = CocoDataModule(root=str(tmp_path), train=dict(split), batch_size=4)
-    with (
-        pytest.warns(UserWarning, match="less than a pixel"),
-        pytest.raises(ValueError, match="unreadable image .*2.png"),
-    ):
-        next(iter(data.train_dataloader()))
-
-
-@pytest.mark.filterwarnings("ignore:.*less than a pixel")
-def test_splits_with_other_categories_are_named(tmp_path):
-    train = write_coco(tmp_path)
-    val = write_coco(tmp_path, [], name="val", categories=[dict(id=i, name="x") for i in (3, 7, 8)])
-    with pytest.raises(ValueError, match="val.annotations: category 8 is in only one of val and train"):
-        CocoDataModule(root=str(tmp_path), train=train, val=val).setup("fit")
-    with pytest.raises(ValueError, match="num_classes: expected 80 categories.*train.json has 3"):
-        CocoDataModule(root=str(tmp_path), train=train, num_classes=80).setup("fit")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (dict(name="cocoo"), "name.*'cocoo'.*'coco'"),
-        (dict(batch_size=0), "batch_size.*0"),
-        (dict(num_workers=-1), "num_workers.*-1"),
-        (dict(in_chans=2), "in_chans.*2"),
-        (dict(empty_images="drp"), "empty_images.*'drop'.*'drp'"),
-        (dict(bad_boxes="x"), "bad_boxes.*'x'"),
-        (dict(train=dict(images="a")), "train.annotations.*none"),
-        (dict(train=dict(images="a", annotation="b")), "train.*'annotation'.*annotations"),
-        (dict(scenes=dict(train=3)), "scenes.*digit_scenes"),
-        (dict(name="digit_scenes", train=dict(images="a", annotations="b")), "train.*splits of its own"),
-        (dict(name="digit_scenes", scenes=dict(colour=3)), "'colour'"),
-    ],
-)
-def test_bad_arguments_of_the_data_are_named(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        CocoDataModule(**arguments)
-    with pytest.raises(ValueError, match="train: expected dict"):
-        CocoDataModule().setup("fit")
-    with pytest.raises(ValueError, match="num_classes.*pass num_classes"):
-        _ = CocoDataModule().num_classes
-
-
 def test_embedded_scenes_are_kept_in_the_users_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     small = dict(train=2, val=1, test=1)
@@ -556,19 +463,6 @@ def test_validate_test_and_predict_tasks(tmp_path, scenes):
         run(settings, tmp_path, "test")
 
 
-def test_model_and_data_have_to_fit(tmp_path, scenes):
-    with pytest.raises(ValueError, match="num_classes.*4 classes.*10"):
-        run(config(scenes, num_classes=4), tmp_path)
-    with pytest.raises(ValueError, match="in_chans.*3 channels.*1"):
-        run(config(scenes, model=dict(FASTER, backbone=dict(FASTER["backbone"], in_chans=3))), tmp_path)
-    trainer, module, data = build(config(scenes), tmp_path)
-    module.category_ids = list(range(10))
-    with pytest.raises(ValueError, match="category_ids"):
-        trainer.fit(module, data)
-    with pytest.raises(ValueError, match="batch_size.*8 images.*9"):
-        run(config(dict(scenes, batch_size=9)), tmp_path)
-
-
 # -- export and pretrained backbones ----------------------------------------------------------------------------------
 
 
@@ -650,31 +544,7 @@ def test_monitor_leaves_undeformed_r_fcn_alone(tmp_path, scenes):
     assert logged and not any("roi" in key for key in logged)
 
 
-# -- bad input --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        (dict(module="DetectorModule"), ValueError, "module.*'DetectorModule'.*DetectionModule"),
-        (dict(label_smoothing=0.1), ValueError, "label_smoothing"),
-        (dict(model="faster_rcnn"), ValueError, "model.*dict"),
-        (dict(model=dict(FASTER, name="fast_rcnn")), ValueError, "fast_rcnn.*|faster_rcnn"),
-        (dict(model=dict(FASTER, num_classes=10), num_classes=10), ValueError, "num_classes.*background"),
-        (dict(num_classes=0), ValueError, "num_classes.*0"),
-        (dict(optimizer=dict(roi_offset_lr_mult=-1)), ValueError, "roi_offset_lr_mult.*-1"),
-        (dict(data=dict(name="digit_scenes", train_split="x")), ValueError, "data.*train_split"),
-    ],
-)
-def test_bad_configs_are_named(tmp_path, scenes, changes, error, message):
-    with pytest.raises(error, match=message):
-        build({**config(scenes), **changes}, tmp_path)
-
-
-def test_a_missing_pycocotools_is_named_with_the_command_that_installs_it(monkeypatch):
-    monkeypatch.setattr("torchmetrics.detection.mean_ap._PYCOCOTOOLS_AVAILABLE", False)
-    with pytest.raises(ModuleNotFoundError, match=r"pycocotools.*pip install 'dcn_plugin\[detection\]'"):
-        DetectionModule(FASTER, 3)
+# -- configs ----------------------------------------------------------------------------------------------------------
 
 
 def test_1x_schedule_is_the_usual_one():

@@ -116,12 +116,6 @@ def test_bad_seeds_are_named(tmp_path, seeds, message):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("arms", [[], ["rfcn", "rfcn"], ["yolo"]])
-def test_bad_arms_are_named(tmp_path, arms):
-    with pytest.raises(ValueError, match="arms: expected some of faster-rcnn, "):
-        run_study(CONFIGS, tmp_path, [0], arms)
-
-
 def test_an_unknown_option_is_named_before_training(tmp_path):
     with pytest.raises(ValueError, match="data: unknown key 'scens'"):
         run_study(CONFIGS, tmp_path, [0], ["rfcn"], {"data.scens": 3})

@@ -140,30 +140,6 @@ def test_two_writers_at_once(tmp_path, there):
     assert json.loads((tmp_path / "scenes/scenes.json").read_text())["options"]["noise"] == 12.0
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(digits=(4, 2)), "digits.*4, 2"),
-        (dict(digit_size=(5, 20)), "digit_size.*12..128.*5"),
-        (dict(digit_size=(20, 300)), "digit_size.*300"),
-        (dict(stretch=(0.0, 1.0)), "stretch"),
-        (dict(noise=-1), "noise.*-1"),
-        (dict(overlap=1.0), "overlap.*1.0"),
-        (dict(train=0), "train.*at least 1"),
-        (dict(sizes=3), "unknown option 'sizes'.*digit_size"),
-    ],
-)
-def test_nonsense_is_named(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        write_scenes(tmp_path / "scenes", **{**SMALL, **options})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_unknown_split_is_named():
-    with pytest.raises(ValueError, match="split.*'valid'"):
-        draw_scene("valid", 0)
-
-
 # Scene 3 of the validation split.
 BOXES = [[48, 43, 80, 86], [101, 41, 127, 75], [87, 0, 107, 28], [48, 82, 73, 124], [14, 18, 41, 66], [20, 76, 46, 123]]
 LABELS = [9, 0, 0, 8, 2, 4]

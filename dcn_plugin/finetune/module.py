@@ -165,7 +165,7 @@ class TunedModule(pl.LightningModule):
         optimizer = create_optimizer_v2(self.model, **args, param_group_fn=groups)
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
-            raise ValueError("schedule: expected an end of training, set trainer.max_epochs or trainer.max_steps")
+            raise ValueError("schedule: expected an end, trainer.max_epochs or trainer.max_steps, got none")
         self.trainer.fit_loop.setup_data()  # else the number of batches is not known yet
         batches = self.trainer.num_training_batches
         per_epoch = math.ceil(batches / self.trainer.accumulate_grad_batches) if math.isfinite(batches) else steps

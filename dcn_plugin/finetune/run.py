@@ -143,7 +143,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     check_keys("config", config, known_keys(config))
     for key in ("model", "data"):
         if key not in config:
-            raise ValueError(f"config: key {key!r} is missing")
+            raise ValueError(f"config: key {key!r} is missing; it has {', '.join(map(repr, config)) or 'none'}")
     check_keys("data", config["data"], arguments(kind.data))
     check_keys("trainer", config.get("trainer", {}), arguments(pl.Trainer, "callbacks", "logger"))
     for name, spec in config.get("callbacks", {}).items():

@@ -11,7 +11,7 @@ import dcn_plugin
 
 PACKAGE = Path(dcn_plugin.__file__).resolve().parent
 # A function that raises and takes one of these is told by its caller what to call the argument.
-TOLD = {"name", "label"}
+TOLD = {"name", "label", "where"}
 Function = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 
 

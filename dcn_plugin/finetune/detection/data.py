@@ -111,7 +111,7 @@ class CocoImages(CocoDetection):
         for key in ("images", "annotations", "categories"):
             ids = [item.get("id") for item in whole[key]]
             if len(set(ids)) != len(ids) or None in ids:
-                raise ValueError(f"{where}: expected an 'id' of its own for everything in {key!r}")
+                raise ValueError(f"{where}: expected an 'id' of its own for everything in {key!r}, got {ids!r:.60}")
         for annotation in whole["annotations"]:
             about = f"{where}: annotation {annotation['id']}"
             if annotation.get("image_id") not in self.coco.imgs:
