@@ -43,6 +43,12 @@ def _check_input(x: Tensor, channels: int) -> Tensor:
     return x
 
 
+def _dense(weight: Tensor) -> Tensor:
+    """The values of a weight of a class that stores them in fewer bits, such as torchao's; any other one as it is."""
+    stored = getattr(type(weight), "dequantize", Tensor.dequantize) is not Tensor.dequantize
+    return weight.dequantize() if stored else weight
+
+
 def _pair(name: str, value: Any, least: int) -> tuple[int, int]:
     first, second = integers(name, value, least)
     return first, second
@@ -182,7 +188,8 @@ class DeformConv2d(nn.Module):
         Returns:
             ``[N, O, H', W']``.
         """
-        return deform_conv2d(input, offset, self.weight, self.bias, self.stride, self.padding4, self.dilation, mask)
+        weight = _dense(self.weight)
+        return deform_conv2d(input, offset, weight, self.bias, self.stride, self.padding4, self.dilation, mask)
 
     @classmethod
     def from_conv(cls: type[Layer], conv: nn.Conv2d, **options: Any) -> Layer:
