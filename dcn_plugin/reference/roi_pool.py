@@ -141,7 +141,7 @@ def _numbers(bins: Sequence[int], i: int) -> Tensor:
 
 
 def _is_mapped(t: Tensor) -> bool:
-    """Whether the values of ``t`` cannot be read: ``torch.compile`` traces, or ``torch.func.vmap`` hides a dimension."""
+    """Whether the values of ``t`` cannot be read: ``torch.compile`` traces, ``torch.func.vmap`` hides a dimension."""
     if torch.compiler.is_compiling():
         return True
     while torch._C._functorch.is_functorch_wrapped_tensor(t):
