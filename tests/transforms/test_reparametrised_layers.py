@@ -58,7 +58,8 @@ def reparametrised(name: str, way: str, dtype: torch.dtype = torch.float64):
             if not key.endswith("bias"):
                 parameter.mul_(1.2)
         # Spectral norms take a step of their iteration with each call in training; the old ways compute in a call.
-        layer.eval()(*inputs)
+        for training in (*[True] * 5, False):
+            layer.train(training)(*inputs)
     return layer, inputs
 
 
