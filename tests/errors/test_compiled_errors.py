@@ -1,0 +1,184 @@
+"""Every check of the compiled operators is met by a call that it refuses, and names the operator and the argument.
+
+Callers of torch.ops.dcn_plugin.* and exported graphs have not passed through Python's checks. The checks are found in
+the source of the operators; a case says which one it is about by the beginning of its condition.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+OPS = torch.ops.dcn_plugin
+SOURCE = Path(__file__).resolve().parents[2] / "csrc"
+# Read by the CUDA operators alone; tests/ops/test_emulated_cuda.py has its error.
+CUDA_ONLY = ("runtime/kernel_choice.h",)
+CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+
+def closing(text, start):
+    """Where the parenthesis that opens at `start` closes."""
+    depth, quoted = 0, False
+    for i in range(start, len(text)):
+        if text[i] == '"' and text[i - 1] != "\\":
+            quoted = not quoted
+        depth += 0 if quoted else (text[i] == "(") - (text[i] == ")")
+        if depth == 0:
+            return i
+    raise AssertionError(text[start : start + 80])
+
+
+def checks():
+    """(file, arguments) of every call of `check`, but not its definition and not what hands its arguments on."""
+    found = []
+    for path in sorted([*SOURCE.rglob("*.h"), *SOURCE.rglob("*.cpp")]):
+        file = str(path.relative_to(SOURCE))
+        if file in CUDA_ONLY or "_cuda/" in file:
+            continue
+        text = path.read_text()
+        for match in re.finditer(r"(?<!void )\bcheck\(", text):
+            arguments = text[match.end() : closing(text, match.end() - 1)]
+            if "parts..." not in arguments:
+                found.append((file, " ".join(arguments.split())))
+    return found
+
+
+def on_cpu(op, arguments):
+    """The CPU's own kernel: torch would send a call with a tensor that is elsewhere to that place."""
+    return op.default.redispatch(CPU, *arguments)
+
+
+CONV = dict(
+    input=torch.zeros(2, 4, 6, 6), offset=torch.zeros(2, 18, 4, 4), weight=torch.zeros(6, 4, 3, 3),
+    bias=torch.zeros(6), mask=torch.zeros(2, 9, 4, 4), stride=[1, 1], padding=[0] * 4, dilation=[1, 1],
+)  # fmt: skip
+ALIGN = dict(
+    input=torch.zeros(2, 4, 6, 6), rois=torch.zeros(3, 5), offset=torch.zeros(3, 2, 2, 2), mask=torch.zeros(3, 1, 2, 2),
+    output_size=[2, 2], spatial_scale=1.0, sampling_ratio=2, gamma=0.1, aligned=True,
+)  # fmt: skip
+PART = dict(
+    input=torch.zeros(2, 4, 6, 6), rois=torch.zeros(3, 5), offset=torch.zeros(3, 2, 2, 2), mask=torch.zeros(3, 1, 2, 2),
+    output_dim=1, group_size=2, output_size=[2, 2], part_size=[2, 2], samples_per_part=2, spatial_scale=1.0,
+    offset_scale=0.1,
+)  # fmt: skip
+
+
+def conv(**changes):
+    return on_cpu(OPS.deform_conv2d, (CONV | changes).values())
+
+
+def conv_backward(grad_output=None, **changes):
+    grad_output = torch.zeros(2, 6, 4, 4) if grad_output is None else grad_output
+    arguments = {name: value for name, value in (CONV | changes).items() if name != "bias"}
+    return on_cpu(OPS.deform_conv2d_backward, [grad_output, *arguments.values(), 15])
+
+
+def align(**changes):
+    return on_cpu(OPS.deform_roi_pool, (ALIGN | changes).values())
+
+
+def part(**changes):
+    return on_cpu(OPS.deform_ps_roi_pool, (PART | changes).values())
+
+
+def align_backward(grad_output):
+    return on_cpu(OPS.deform_roi_pool_backward, [grad_output, *ALIGN.values(), 7])
+
+
+def too_many_samples():
+    """A kernel of 2^31 taps, all of which are one value."""
+    one, before = torch.zeros(1, 1, 1, 1), OPS._set_cpu_path(0)
+    try:
+        large = one.expand(1, 1, 2**16, 2**15)
+        conv_backward(one, input=large, weight=large, offset=one.expand(1, 2**32, 1, 1), mask=None)
+    finally:
+        OPS._set_cpu_path(before)
+
+
+def huge():
+    return torch.zeros(1).expand(1, 4, 2**30 + 1, 6)
+
+
+C, R = "ops/deform_conv2d.h", "ops/roi_pool.h"
+# File, how the condition begins, a call, what the message names.
+CASES = [
+    (C, "t.dim() == 4, op", lambda: conv(input=torch.zeros(4, 6, 6)), "input"),
+    (C, "t.dim() == 4, op", lambda: conv(offset=torch.zeros(18, 4, 4)), "offset"),
+    (C, "t.dim() == 4, op", lambda: conv(weight=torch.zeros(4, 3, 3)), "weight"),
+    (C, "t.dim() == 4, op", lambda: conv(mask=torch.zeros(9, 4, 4)), "mask"),
+    (C, "v.size() == size", lambda: conv(stride=[1]), "stride"),
+    (C, "v.size() == size", lambda: conv(padding=[0, 0]), "padding"),
+    (C, "v.size() == size", lambda: conv(dilation=[1, 1, 1]), "dilation"),
+    (C, "value >= least", lambda: conv(stride=[0, 1]), "stride"),
+    (C, "value >= least", lambda: conv(padding=[0, 0, 0, -1]), "padding"),
+    (C, "value >= least", lambda: conv(dilation=[1, 2**30 + 1]), "dilation"),
+    (C, "g.channels > 0", lambda: conv(input=torch.zeros(2, 4, 0, 6)), "input"),
+    (C, "g.out_channels > 0", lambda: conv(weight=torch.zeros(6, 4, 0, 3)), "weight"),
+    (C, "g.height <= most", lambda: conv(input=huge()), "input and weight"),
+    (C, "g.channels % a.weight.size(1)", lambda: conv(weight=torch.zeros(6, 3, 3, 3)), "weight"),
+    (C, "g.out_channels % g.groups", lambda: conv(weight=torch.zeros(5, 2, 3, 3)), "weight"),
+    (C, "g.out_height >= 0", lambda: conv(dilation=[3, 3]), "input"),
+    (C, "a.offset.size(1) > 0", lambda: conv(offset=torch.zeros(2, 9, 4, 4)), "offset"),
+    (C, "g.channels % g.offset_groups", lambda: conv(offset=torch.zeros(2, 54, 4, 4)), "offset groups"),
+    (C, "t.size(0) == g.batch", lambda: conv(offset=torch.zeros(1, 18, 4, 4)), "offset"),
+    (C, "t.size(0) == g.batch", lambda: conv(mask=torch.zeros(2, 9, 4, 3)), "mask"),
+    (C, "a.bias->dim() == 1", lambda: conv(bias=torch.zeros(5)), "bias"),
+    (C, "is_supported(type)", lambda: conv(input=torch.zeros(2, 4, 6, 6).long()), "input"),
+    *(
+        (C, "t.scalar_type() == type", lambda name=name: conv(**{name: CONV[name].double()}), name)
+        for name in ("weight", "bias", "offset", "mask")
+    ),
+    *(
+        (C, "t.device() == a.input.device()", lambda name=name: conv(**{name: CONV[name].to("meta")}), name)
+        for name in ("weight", "bias", "offset", "mask")
+    ),
+    (C, "countable > 0", too_many_samples, "output pixel"),
+    (C, "grad_output.dim() == 4", lambda: conv_backward(torch.zeros(2, 6, 4, 3)), "grad_output"),
+    (C, "grad_output.scalar_type()", lambda: conv_backward(torch.zeros(2, 6, 4, 4).half()), "grad_output"),
+    (C, "grad_output.device()", lambda: conv_backward(torch.zeros(2, 6, 4, 4, device="meta")), "grad_output"),
+    (R, "a.input.dim() == 4", lambda: align(input=torch.zeros(4, 6, 6)), "input"),
+    (R, "a.rois.dim() == 2", lambda: align(rois=torch.zeros(3, 4)), "rois"),
+    (R, "g.channels > 0", lambda: align(input=torch.zeros(2, 4, 0, 6)), "input"),
+    (R, "value > 0 && value <= most", lambda: align(output_size=[0, 2]), "output_size"),
+    (R, "value > 0 && value <= most", lambda: part(part_size=[2, 2**20 + 1]), "part_size"),
+    (R, "value > 0 && value <= most", lambda: part(group_size=0), "group_size"),
+    (R, "g.grid >= least", lambda: align(sampling_ratio=-1), "samples"),
+    (R, "g.grid >= least", lambda: part(samples_per_part=0), "samples"),
+    (R, "g.spatial_scale > 0", lambda: align(spatial_scale=float("nan")), "spatial_scale"),
+    (R, "g.outputs > 0", lambda: part(output_dim=2), "output_dim"),
+    (R, "g.classes > 0", lambda: part(offset=torch.zeros(3, 4, 2, 2)), "offset"),
+    (R, "is_supported(type)", lambda: align(input=torch.zeros(2, 4, 6, 6).long()), "input"),
+    *(
+        (R, "t.scalar_type() == type", lambda name=name: align(**{name: ALIGN[name].double()}), name)
+        for name in ("rois", "offset", "mask")
+    ),
+    *(
+        (R, "t.device() == a.input.device()", lambda name=name: align(**{name: ALIGN[name].to("meta")}), name)
+        for name in ("rois", "offset", "mask")
+    ),
+    (R, "t.dim() == 4", lambda: align(offset=torch.zeros(2, 2, 2, 2)), "offset"),
+    (R, "t.dim() == 4", lambda: align(mask=torch.zeros(3, 2, 2, 2)), "mask"),
+    (R, "grad_output.dim() == 4", lambda: align_backward(torch.zeros(3, 4, 2, 3)), "grad_output"),
+    (R, "grad_output.scalar_type()", lambda: align_backward(torch.zeros(3, 4, 2, 2).half()), "grad_output"),
+    (R, "grad_output.device()", lambda: align_backward(torch.zeros(3, 4, 2, 2, device="meta")), "grad_output"),
+    (R, "output_size.size() == 2", lambda: align(output_size=[2]), "output_size"),
+    (R, "part_size.size() == 2", lambda: part(part_size=[2, 2, 2]), "part_size"),
+]
+
+
+@pytest.mark.parametrize(("file", "condition", "call", "name"), CASES, ids=[f"{i}-{c[3]}" for i, c in enumerate(CASES)])
+def test_message_is_that_of_the_check_and_names_operator_and_argument(file, condition, call, name):
+    (arguments,) = [text for where, text in checks() if where == file and text.startswith(condition)]
+    with pytest.raises(RuntimeError) as raised:
+        call()
+    said = re.findall(r'"((?:[^"\\]|\\.)*)"', arguments)
+    message = str(raised.value)
+    assert re.search(".*".join(map(re.escape, said)), message), (said, message)
+    assert re.search(rf"deform_(conv2d|roi_pool|ps_roi_pool)(_backward)?: .*{name}", message), message
+
+
+def test_every_check_has_a_case():
+    named = [(file, text) for file, text in checks() if any(c[0] == file and text.startswith(c[1]) for c in CASES)]
+    assert [check for check in checks() if check not in named] == []
+    assert len(checks()) > 30
