@@ -94,6 +94,9 @@ CONV = [
     Case(conv(input=torch.zeros(2, 4, 0, 6)), ValueError, "input:", "channels and pixels", "shape (2, 4, 0, 6)"),
     Case(conv(weight=torch.zeros(0, 4, 3, 3)), ValueError, "weight:", "no empty dimension", "shape (0, 4, 3, 3)"),
     Case(conv(weight=torch.zeros(6, 3, 3, 3)), ValueError, "weight:", "groups dividing C = 4", "shape (6, 3, 3, 3)"),
+    Case(conv(weight=torch.zeros(5, 2, 3, 3)), ValueError, "weight:", "groups dividing C = 4 and O", "(5, 2, 3, 3)"),
+    Case(conv(offset=torch.zeros(2, 54, 6, 6)), ValueError, "offset:", "dividing C = 4", "shape (2, 54, 6, 6)"),
+    Case(conv(offset=torch.zeros(2, 18, 6, 6).half()), TypeError, "offset:", "expected torch.float32", "torch.float16"),
     Case(conv(padding=0, dilation=3), ValueError, "input:", "at least one output pixel", "got output size (0, 0)"),
     Case(conv(offset=torch.zeros(2, 9, 6, 6)), ValueError, "offset:", "2 * offset_groups * 9", "shape (2, 9, 6, 6)"),
 ]

@@ -136,61 +136,42 @@ def good() -> dict:
     return CASE.make("v2", torch.float32)
 
 
+# What Python refuses with a message (errors/table_ops.py), as far as torch lets it through to the compiled operator.
 BAD = [
-    ("input", lambda a: a["input"][0], ValueError, r"input: expected a 4-D .* got shape \(4, 7, 9\)"),
-    ("input", lambda a: a["input"].long(), TypeError, "input: expected float64, float32.*got torch.int64"),
-    ("input", lambda a: a["input"].numpy(), TypeError, "input: expected a tensor.*got ndarray"),
-    ("input", lambda a: a["input"][:, :3], ValueError, r"weight: .*C = 3.*got shape \(6, 4, 3, 3\)"),
-    ("input", lambda a: a["input"][:, :, :0], ValueError, "input: expected channels and pixels"),
-    ("input", lambda a: a["offset"], ValueError, "weight: "),
-    ("offset", lambda a: a["mask"], ValueError, r"offset: expected 2 \* offset_groups \* 9 channels.*\(2, 9, 7, 9\)"),
-    ("offset", lambda a: a["offset"][..., 1:], ValueError, r"offset: .*\(2, 18, 7, 9\), got \(2, 18, 7, 8\)"),
-    ("offset", lambda a: a["offset"][:1], ValueError, r"offset: expected shape \(2, 18, 7, 9\), got \(1, 18, 7, 9\)"),
-    ("offset", lambda a: a["offset"].repeat(1, 3, 1, 1), ValueError, "offset: .*dividing C = 4"),
-    ("offset", lambda a: a["offset"].double(), TypeError, "offset: expected torch.float32.*got torch.float64"),
-    ("offset", lambda a: a["offset"].half(), TypeError, "offset: expected torch.float32.*got torch.float16"),
-    ("offset", lambda a: a["offset"].to("meta"), ValueError, "offset: expected to be on cpu.*got meta"),
-    ("offset", lambda a: None, TypeError, "offset: expected a tensor.*got NoneType"),
-    ("weight", lambda a: a["weight"][:, :3], ValueError, "weight: expected .* groups dividing C = 4"),
-    ("weight", lambda a: a["weight"][:, :2][:5], ValueError, "weight: expected .* groups dividing C = 4 and O"),
-    ("weight", lambda a: a["weight"].double(), TypeError, "weight: expected torch.float32"),
-    ("weight", lambda a: a["weight"][0], ValueError, "weight: expected a 4-D"),
-    ("weight", lambda a: a["weight"][:0], ValueError, "weight: expected no empty dimension"),
-    ("bias", lambda a: a["bias"][:5], ValueError, r"bias: expected shape \(6,\), got \(5,\)"),
-    ("bias", lambda a: a["bias"][None], ValueError, "bias: expected a 1-D"),
-    ("mask", lambda a: a["offset"], ValueError, r"mask: expected shape \(2, 9, 7, 9\), got \(2, 18, 7, 9\)"),
-    ("mask", lambda a: a["mask"].bool(), TypeError, "mask: expected float64"),
-    ("mask", lambda a: a["mask"].double(), TypeError, "mask: expected torch.float32"),
-    ("stride", lambda a: 0, ValueError, "stride must be at least 1, got 0"),
-    ("stride", lambda a: (1, 2, 3), ValueError, "stride must be an integer or 2 integers, got 3"),
-    ("stride", lambda a: 1.5, TypeError, "stride must be an integer, got 1.5"),
-    ("stride", lambda a: (1, 1.5), TypeError, "stride must be an integer, got 1.5"),
-    ("stride", lambda a: "11", TypeError, "stride must be an integer, got '11'"),
-    ("dilation", lambda a: (1, 0), ValueError, "dilation must be at least 1, got 0"),
-    ("dilation", lambda a: 9, ValueError, "input: expected at least one output pixel"),
-    ("padding", lambda a: -1, ValueError, "padding must be at least 0, got -1"),
-    ("padding", lambda a: (1, 1, 1), ValueError, "padding must be an integer or 2 or 4 integers, got 3"),
-    ("padding", lambda a: True, TypeError, "padding must be an integer, got True"),
-]  # fmt: skip
+    ("input", lambda a: a["input"][0]),
+    ("input", lambda a: a["input"].long()),
+    ("input", lambda a: a["input"].numpy()),
+    ("input", lambda a: a["input"][:, :3]),
+    ("input", lambda a: a["input"][:, :, :0]),
+    ("input", lambda a: a["offset"]),
+    ("offset", lambda a: a["mask"]),
+    ("offset", lambda a: a["offset"][..., 1:]),
+    ("offset", lambda a: a["offset"][:1]),
+    ("offset", lambda a: a["offset"].repeat(1, 3, 1, 1)),
+    ("offset", lambda a: a["offset"].double()),
+    ("offset", lambda a: a["offset"].half()),
+    ("offset", lambda a: a["offset"].to("meta")),
+    ("offset", lambda a: None),
+    ("weight", lambda a: a["weight"][:, :3]),
+    ("weight", lambda a: a["weight"][:, :2][:5]),
+    ("weight", lambda a: a["weight"].double()),
+    ("weight", lambda a: a["weight"][0]),
+    ("weight", lambda a: a["weight"][:0]),
+    ("bias", lambda a: a["bias"][:5]),
+    ("bias", lambda a: a["bias"][None]),
+    ("mask", lambda a: a["offset"]),
+    ("mask", lambda a: a["mask"].bool()),
+    ("mask", lambda a: a["mask"].double()),
+    ("stride", lambda a: 0),
+    ("stride", lambda a: (1, 2, 3)),
+    ("dilation", lambda a: (1, 0)),
+    ("dilation", lambda a: 9),
+    ("padding", lambda a: -1),
+    ("padding", lambda a: (1, 1, 1)),
+]
 
 
-@pytest.mark.parametrize(("name", "change", "error", "message"), BAD, ids=[f"{i}-{b[0]}" for i, b in enumerate(BAD)])
-def test_bad_input_names_argument_expected_and_got(name, change, error, message):
-    arguments = good()
-    arguments[name] = change(arguments)
-    with pytest.raises(error, match=message):
-        deform_conv2d(**arguments)
-
-
-# What torch's own argument parser or the Python half of the case refuses never reaches the compiled operator.
-REACHING_THE_OPERATOR = [b for b in BAD if not (b[2] is TypeError and b[0] in ("stride", "padding"))]
-
-
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [b[:2] for b in REACHING_THE_OPERATOR],
-    ids=[f"{i}-{b[0]}" for i, b in enumerate(REACHING_THE_OPERATOR)],
-)
+@pytest.mark.parametrize(("name", "change"), BAD, ids=[f"{i}-{b[0]}" for i, b in enumerate(BAD)])
 def test_the_compiled_operators_protect_memory_by_themselves(name, change):
     """Callers from C++ or exported graphs skip the Python checks; forward and backward name the operator then."""
     arguments = good()

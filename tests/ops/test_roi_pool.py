@@ -542,86 +542,44 @@ def test_equal_bits_on_any_number_of_threads(case):
 # -- errors ---------------------------------------------------------------------------------------------------------
 
 
+# What Python refuses with a message (errors/table_ops.py), as far as torch lets it through to the compiled operators.
 BAD = [
-    (POOLS, "input", lambda a: a["input"][0], ValueError, "input: expected a 4-D"),
-    (POOLS, "input", lambda a: a["input"].long(), TypeError, "input: expected float64.*got torch.int64"),
-    (POOLS, "input", lambda a: a["input"].numpy(), TypeError, "input: expected a tensor.*got ndarray"),
-    (POOLS, "input", lambda a: a["input"][..., :0], ValueError, "input: expected channels and pixels, got"),
-    (POOLS, "rois", lambda a: a["rois"][:, :4], ValueError,
-     r"rois: expected shape \[R, 5\] \(batch index, x1.*got \(6, 4\)"),
-    (POOLS, "rois", lambda a: a["rois"][0], ValueError, "rois: expected a 2-D tensor"),
-    (POOLS, "rois", lambda a: a["rois"].long(), TypeError, "rois: expected float64"),
-    (POOLS, "rois", lambda a: a["rois"].double(), TypeError, "rois: expected torch.float32.*got torch.float64"),
-    (POOLS, "rois", lambda a: a["rois"].to("meta"), ValueError, "rois: expected to be on cpu.*got meta"),
-    (POOLS, "rois", None, TypeError, "rois: expected a tensor"),
-    (POOLS, "rois", lambda a: [a["rois"][:, 1:]], ValueError, "rois: expected 2 tensors .*one for each image, got 1"),
-    (POOLS, "rois", lambda a: [a["rois"], a["rois"]], ValueError, r"rois\[0\]: expected shape \[L, 4\].*got \(6, 5\)"),
-    (POOLS, "rois", lambda a: [[1, 2, 3, 4], a["rois"]], TypeError, r"rois\[0\]: expected a tensor"),
-    (POOLS, "output_size", 0, ValueError, "output_size must be at least 1, got 0"),
-    (POOLS, "output_size", (1, 2, 3), ValueError, "output_size must be an integer or 2 integers, got 3"),
-    (POOLS, "output_size", 2.0, TypeError, "output_size must be an integer, got 2.0"),
-    (POOLS, "spatial_scale", 0.0, ValueError, "spatial_scale must be positive and finite, got 0.0"),
-    (POOLS, "spatial_scale", -0.25, ValueError, "spatial_scale must be positive and finite, got -0.25"),
-    (POOLS, "spatial_scale", math.inf, ValueError, "spatial_scale must be positive and finite, got inf"),
-    (POOLS, "spatial_scale", math.nan, ValueError, "spatial_scale must be positive and finite, got nan"),
-    (POOLS, "spatial_scale", "1", TypeError, "spatial_scale must be a number, got '1'"),
-    ((ALIGN,), "offset", lambda a: a["offset"][:5], ValueError,
-     r"offset: expected shape \(6, 2, 3, 2\), got \(5, 2, 3, 2\)"),
-    ((ALIGN,), "offset", lambda a: a["offset"][:, :1], ValueError, r"offset: expected shape \(6, 2, 3, 2\)"),
-    ((ALIGN,), "offset", lambda a: a["offset"].double(), TypeError,
-     "offset: expected torch.float32.*got torch.float64"),
-    ((ALIGN,), "offset", lambda a: a["offset"].to("meta"), ValueError, "offset: expected to be on cpu"),
-    ((ALIGN,), "mask", lambda a: a["offset"], ValueError, r"mask: expected shape \(6, 1, 3, 2\), got \(6, 2, 3, 2\)"),
-    ((ALIGN,), "mask", lambda a: a["mask"][:, 0], ValueError, "mask: expected a 4-D"),
-    ((ALIGN,), "gamma", math.inf, ValueError, "gamma must be finite, got inf"),
-    ((ALIGN,), "sampling_ratio", 1.5, TypeError, "sampling_ratio must be an integer, got 1.5"),
-    ((ALIGN,), "aligned", 1, TypeError, "aligned must be True or False, got 1"),
-    ((PART, PIXELS), "output_dim", 3, ValueError,
-     r"input: expected output_dim \* group_size \*\* 2 = 12 channels, got"),
-    ((PART, PIXELS), "group_size", 3, ValueError,
-     r"input: expected output_dim \* group_size \*\* 2 = 36 channels, got"),
-    ((PART, PIXELS), "group_size", 0, ValueError, "group_size must be at least 1, got 0"),
-    ((PART, PIXELS), "group_size", (2, 2), TypeError, "group_size must be an integer"),
-    ((PART, PIXELS), "output_dim", True, TypeError, "output_dim must be an integer, got True"),
-    ((PART,), "offset", lambda a: a["offset"][:, :1], ValueError, r"offset: expected 2 \* classes channels.*got shape"),
-    ((PART,), "offset", lambda a: a["offset"].repeat(1, 3, 1, 1), ValueError, "offset: .*dividing output_dim = 4"),
-    ((PART,), "offset", lambda a: a["offset"][1:], ValueError, r"offset: expected shape \(6, 2, 4, 2\), got \(5"),
-    ((PART,), "offset", lambda a: a["offset"][..., :1], ValueError, r"offset: expected shape \(6, 2, 4, 2\)"),
-    ((PART,), "mask", lambda a: a["mask"].repeat(1, 2, 1, 1), ValueError,
-     r"mask: expected shape \(6, 1, 4, 2\), got \(6, 2"),
-    ((PART,), "part_size", (3, 3), ValueError, r"offset: expected shape \(6, 2, 3, 3\), got"),
-    ((PART,), "part_size", (0, 1), ValueError, "part_size must be at least 1, got 0"),
-    ((PART,), "samples_per_part", 0, ValueError, "samples_per_part must be at least 1, got 0"),
-    ((PART,), "offset_scale", None, TypeError, "offset_scale must be a number, got None"),
-]  # fmt: skip
+    (POOLS, "input", lambda a: a["input"][0]),
+    (POOLS, "input", lambda a: a["input"].long()),
+    (POOLS, "input", lambda a: a["input"].numpy()),
+    (POOLS, "input", lambda a: a["input"][..., :0]),
+    (POOLS, "rois", lambda a: a["rois"][:, :4]),
+    (POOLS, "rois", lambda a: a["rois"][0]),
+    (POOLS, "rois", lambda a: a["rois"].long()),
+    (POOLS, "rois", lambda a: a["rois"].double()),
+    (POOLS, "rois", lambda a: a["rois"].to("meta")),
+    (POOLS, "output_size", (1, 2, 3)),
+    (POOLS, "spatial_scale", 0.0),
+    (POOLS, "spatial_scale", -0.25),
+    (POOLS, "spatial_scale", math.inf),
+    (POOLS, "spatial_scale", math.nan),
+    ((ALIGN,), "offset", lambda a: a["offset"][:5]),
+    ((ALIGN,), "offset", lambda a: a["offset"][:, :1]),
+    ((ALIGN,), "offset", lambda a: a["offset"].double()),
+    ((ALIGN,), "offset", lambda a: a["offset"].to("meta")),
+    ((ALIGN,), "mask", lambda a: a["offset"]),
+    ((ALIGN,), "mask", lambda a: a["mask"][:, 0]),
+    ((PART, PIXELS), "output_dim", 3),
+    ((PART, PIXELS), "group_size", 3),
+    ((PART, PIXELS), "group_size", 0),
+    ((PART,), "offset", lambda a: a["offset"][:, :1]),
+    ((PART,), "offset", lambda a: a["offset"].repeat(1, 3, 1, 1)),
+    ((PART,), "offset", lambda a: a["offset"][1:]),
+    ((PART,), "offset", lambda a: a["offset"][..., :1]),
+    ((PART,), "mask", lambda a: a["mask"].repeat(1, 2, 1, 1)),
+    ((PART,), "part_size", (3, 3)),
+    ((PART,), "part_size", (0, 1)),
+    ((PART,), "samples_per_part", 0),
+]
 BAD = [(case, *rest) for cases, *rest in BAD for case in cases]
 
 
-@pytest.mark.parametrize(
-    ("case", "name", "value", "error", "message"), BAD, ids=[f"{i}-{b[0].name}-{b[1]}" for i, b in enumerate(BAD)]
-)
-def test_bad_input_names_argument_expected_and_got(case, name, value, error, message):
-    arguments = case.make(case.full, torch.float32)
-    arguments[name] = value(arguments) if callable(value) else value
-    with pytest.raises(error, match=message):
-        case.function(**arguments)
-
-
-def reaches_the_operator(case, name, value, error, message) -> bool:
-    """Not so what torch's own argument parser refuses, lists of boxes, and what is harmless."""
-    if name in ("input", "rois", "offset", "mask"):
-        return value is not None and "tensors" not in message and not message.startswith("rois\\[")
-    return error is ValueError and name != "gamma" and (name, value) != ("output_size", 0)
-
-
-REACHING = [b for b in BAD if reaches_the_operator(*b)]
-
-
-@pytest.mark.parametrize(
-    ("case", "name", "value"),
-    [b[:3] for b in REACHING],
-    ids=[f"{i}-{b[0].name}-{b[1]}" for i, b in enumerate(REACHING)],
-)
+@pytest.mark.parametrize(("case", "name", "value"), BAD, ids=[f"{i}-{b[0].name}-{b[1]}" for i, b in enumerate(BAD)])
 def test_the_compiled_operators_protect_memory_by_themselves(case, name, value):
     """Callers from C++ or exported graphs skip the Python checks; forward and backward name the operator then."""
     arguments = case.make(case.full, torch.float32)
