@@ -182,7 +182,7 @@ def ps_roi_pool_arguments(
 def _deform_roi_pool_to_op(
     input, rois, output_size, spatial_scale, sampling_ratio, gamma, aligned, offset=None, mask=None
 ):
-    return input, rois, offset, mask, list(output_size), spatial_scale, sampling_ratio, gamma, aligned
+    return input, rois, offset, mask, list(output_size), spatial_scale, max(sampling_ratio, 0), gamma, aligned
 
 
 def _deform_ps_roi_pool_to_op(

@@ -35,7 +35,7 @@ DCN_HOST_DEVICE A rounded_product(A a, A b) {
 #endif
 }
 
-// A region on the map; [0] is y, [1] is x. image < 0: one that names no image, is inside out or not finite.
+// A region on the map; [0] is y, [1] is x. image < 0: one that names no image, is inside out or not finite on the map.
 template <typename A>
 struct RoiFrame {
   int64_t image;
@@ -120,6 +120,10 @@ struct RoiGeometry {
     return part_of(bin_y, 0) * part_width + part_of(bin_x, 1);
   }
   DCN_HOST_DEVICE int64_t first_bin(int64_t part, int axis) const { return first_bin(part, parts_along(axis), axis); }
+  // Whether any bin lies in a part: there may be more parts than bins.
+  DCN_HOST_DEVICE bool has_bins(int64_t part, int axis) const {
+    return first_bin(part, axis) < first_bin(part + 1, axis);
+  }
   DCN_HOST_DEVICE int64_t first_bin_of_group(int64_t group, int axis) const { return first_bin(group, groups, axis); }
   // The channel that output d reads in a bin of group cell (g_y * groups + g_x).
   DCN_HOST_DEVICE int64_t channel(int64_t d, int64_t cell) const { return d * groups * groups + cell; }
@@ -152,6 +156,8 @@ struct RoiGeometry {
       f.bin[axis] = f.size[axis] / static_cast<A>(bins_along(axis));
       f.samples[axis] = grid > 0 ? static_cast<A>(grid) : std::ceil(f.bin[axis]);
       f.step[axis] = f.bin[axis] / f.samples[axis];
+      // Scaled beyond the largest number.
+      if (!(f.start[axis] - f.start[axis] == 0 && f.size[axis] - f.size[axis] == 0)) f.image = -1;
     }
     return f;
   }

@@ -69,6 +69,8 @@ inline void check_roi_pool(const char* op, const RoiArguments& a, RoiGeometry& g
     place(t, name);
   };
   if (a.offset) parts(*a.offset, 2 * g.classes, "offset");
+  // What does not exist moves nothing, however it would be scaled.
+  if (!a.offset) g.offset_scale = 0;
   if (a.mask) parts(*a.mask, g.classes, "mask");
 }
 

@@ -286,11 +286,18 @@ Tensor roi_backward(const Tensor& grad_output, const RoiArguments& a, const RoiP
       });
     if (scatter && !direct_grad) transpose_cells<Turn::kFromRows>(g, view<S>(grad_input), image, images, rows);
   }
-  const int64_t part_count = g.classes * g.parts();
+  // In a region that is refused every bin is NaN, and so is what its bins take their offset and mask from.
+  const auto refuse = [&](A* gradients, int64_t planes, int64_t r) {
+    if (!gradients) return;
+    for (int64_t i = 0; i < planes * g.parts(); ++i) {
+      const int64_t part = i % g.parts();
+      const bool has_bins = g.has_bins(part / g.part_width, 0) && g.has_bins(part % g.part_width, 1);
+      gradients[r * planes * g.parts() + i] = has_bins ? static_cast<A>(NAN) : A(0);
+    }
+  };
   for (int64_t i = regions.starts[g.batch]; i < g.rois; ++i) {
-    const int64_t r = regions.order[i];
-    if (parts.offset_data) std::fill_n(parts.offset_data + r * 2 * part_count, 2 * part_count, static_cast<A>(NAN));
-    if (parts.mask_data) std::fill_n(parts.mask_data + r * part_count, part_count, static_cast<A>(NAN));
+    refuse(parts.offset_data, 2 * g.classes, regions.order[i]);
+    refuse(parts.mask_data, g.classes, regions.order[i]);
   }
   return grad_input;
 }

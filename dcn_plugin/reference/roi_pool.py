@@ -42,14 +42,13 @@ def deform_roi_pool(
 
     ``out[r,c,p] = mask[r,p] / S * sum_s bilinear(input[n_r,c], start + bin * p + gamma * size * offset[r,p] + s)``
     """
-    boxes = _corners(rois.detach(), input, spatial_scale)
+    regions = _regions(rois, input, spatial_scale, 0.5 * aligned, 0 if aligned else 1)
     bins = _pair(output_size)
 
     def axis(i: int) -> _Axis:
-        start, end = boxes[i] - 0.5 * aligned, boxes[2 + i] - 0.5 * aligned
-        size = end - start if aligned else (end - start).clamp(min=1)
+        start, size = regions[i]
         step = size / bins[i]
-        grid = torch.full_like(step, sampling_ratio) if sampling_ratio > 0 else step.ceil()
+        grid = torch.full_like(step, sampling_ratio) if sampling_ratio > 0 else step.ceil().nan_to_num(1)
         origin = _origins(start, step, bins, i, _shift(offset, i, gamma * size, bins, input))
         return _spread(origin, step / grid, 0.5, grid, sampling_ratio, (-1, input.shape[2 + i]), input, i)
 
@@ -74,12 +73,11 @@ def deform_ps_roi_pool(
 
     As :func:`deform_roi_pool`, but bin p reads the channels of its own group, and the average is over samples inside.
     """
-    boxes = _corners(rois.detach(), input, 1.0, whole=True)
+    regions = _regions(rois, input, spatial_scale, 0.5, 0.1, whole=True)
     bins, parts = _pair(output_size), _pair(output_size if part_size is None else part_size)
 
     def axis(i: int) -> _Axis:
-        start, end = boxes[i] * spatial_scale - 0.5, (boxes[2 + i] + 1) * spatial_scale - 0.5
-        size = (end - start).clamp(min=0.1)
+        start, size = regions[i]
         step = size / bins[i]
         origin = _origins(start, step, bins, i, _shift(offset, i, offset_scale * size, bins, input, parts))
         grid = torch.full_like(step, samples_per_part)
@@ -104,18 +102,18 @@ def ps_roi_pool(
 
     The average of the whole pixels that a bin touches, in the channels of its own group; 0 where it touches none.
     """
-    boxes = _corners(rois.detach(), input, 1.0, whole=True)
+    regions = _regions(rois, input, spatial_scale, 0, 0.1, whole=True)
     bins = _pair(output_size)
 
     def axis(i: int) -> _Axis:
-        start, end = boxes[i] * spatial_scale, (boxes[2 + i] + 1) * spatial_scale
-        size = (end - start).clamp(min=0.1)
+        start, size = regions[i]
         number = _numbers(bins, i).to(size)
         # Divided last, so that whole edges stay whole.
         first, last = (_last(start) + n * _last(size) / bins[i] for n in (number, number + 1))  # [R, P] along this axis
         shape = (len(rois), 1, *((bins[0], 1) if i == 0 else (1, bins[1])))
         low, high = (edge.reshape(shape).clamp(0, input.shape[2 + i]) for edge in (first.floor(), last.ceil()))
-        most = input.shape[2 + i] if _is_mapped(rois) else max(int((high - low).max()), 1) if len(rois) else 1
+        pixels = (high - low).nan_to_num(0)
+        most = input.shape[2 + i] if _is_mapped(rois) else max(int(pixels.max()), 1) if len(rois) else 1
         position = low[..., None] + torch.arange(most).to(low)
         read = ~(position >= high[..., None])
         expand = (-1, -1, *bins)
@@ -124,12 +122,24 @@ def ps_roi_pool(
     return _pool(input, rois, axis(0), axis(1), None, bins, group_size)
 
 
-def _corners(rois: Tensor, input: Tensor, scale: float, whole: bool = False) -> list[Tensor]:
-    """(y1, x1, y2, x2), each [R], in at least float32; ``whole``: rounded, half away from zero."""
-    y1_x1_y2_x2 = rois[:, [2, 1, 4, 3]].to(torch.promote_types(input.dtype, torch.float32))
-    if whole:
-        y1_x1_y2_x2 = y1_x1_y2_x2.sign() * (y1_x1_y2_x2.abs() + 0.5).floor()
-    return list((y1_x1_y2_x2 * scale).unbind(1))
+def _regions(
+    rois: Tensor, input: Tensor, scale: float, half: float, least: float, whole: bool = False
+) -> list[tuple[Tensor, Tensor]]:
+    """Start and size along y, and along x, each [R], on the map and in at least float32; ``whole``: of whole pixels.
+
+    NaN, both, for a region that names no image of the batch, is inside out, or not finite on the map.
+    """
+    number, lower, upper = rois.detach().split((1, 2, 2), 1)
+    sound = (number >= 0) & (number < input.shape[0]) & (number == number.trunc()) & (lower <= upper)
+    lower, upper = (t.to(torch.promote_types(input.dtype, torch.float32)) for t in (lower, upper))
+    if whole:  # rounded half away from zero, the last pixel included
+        lower, upper = (t.sign() * (t.abs() + 0.5).floor() for t in (lower, upper))
+        upper = upper + 1
+    start = lower * scale - half
+    size = (upper * scale - half - start).clamp(min=least)
+    sound = (sound & start.isfinite() & size.isfinite()).all(1, keepdim=True)
+    start, size = (torch.where(sound, t, torch.nan) for t in (start, size))
+    return [(start[:, i], size[:, i]) for i in (1, 0)]
 
 
 def _last(t: Tensor) -> Tensor:
@@ -192,12 +202,13 @@ def _spread(
     """
     extent = input.shape[2 + i]
     first = torch.zeros_like(origin)
+    on_map = 2 * extent + 8  # no more than two samples a pixel lie on the map
     if known > 0:
         most = known
-    elif not _is_mapped(grid):
-        most = max(int(grid.nan_to_num(1).max()), 1) if grid.numel() else 1
-    else:  # no more than two samples a pixel lie on the map
-        most = 2 * extent + 8
+    elif not _is_mapped(grid) and (len(grid) == 0 or grid.max() <= on_map):
+        most = max(int(grid.max()), 1) if len(grid) else 1
+    else:
+        most = on_map
         first = ((inside[0] - origin.detach()) / _bins(step)).nan_to_num(0).sub(2).floor().clamp(min=0)
     number = first[..., None] + torch.arange(most).to(origin)
     position = origin[..., None] + (number + phase) * _bins(step)[..., None]
@@ -219,10 +230,8 @@ def _pool(
     """Average the samples of every bin, read from the channels of its class and group, times the mask."""
     n, channels, height, width = input.shape
     acc = torch.promote_types(input.dtype, torch.float32)
-    number = rois[:, 0].detach().double()
-    known = (number >= 0) & (number < n) & (number == number.trunc())
-    # The images of the batch lie one below the other; an unknown image gives NaN. In float64, as they may be many.
-    below = torch.where(known, number * height, torch.nan)[:, None, None, None, None]
+    # The images of the batch lie one below the other. In float64, as they may be many.
+    below = (rois[:, 0].detach().double() * height)[:, None, None, None, None]
     read = vertical.read[..., :, None] & horizontal.read[..., None, :]
     y = torch.where(read, (vertical.position.double() + below)[..., :, None], torch.inf)
     x = torch.where(read, horizontal.position.double()[..., None, :], torch.inf)

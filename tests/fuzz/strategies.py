@@ -56,7 +56,8 @@ def shifted(t):
     return torch.cat([t.new_full((1,), torch.nan), t.flatten()])[1:].view(t.shape)
 
 
-LAYOUTS = st.sampled_from([plain, channels_last, strided, transposed, expanded, negated, shifted])
+# channels_last twice: it has kernels of its own.
+LAYOUTS = st.sampled_from([plain, channels_last, channels_last, strided, transposed, expanded, negated, shifted])
 
 
 # Offsets and corners are multiples of 1/8, and all that they are multiplied with are powers of two: then no position
@@ -98,15 +99,15 @@ def without(draw, arguments, *names):
     return {k: v for k, v in arguments.items() if k not in names or draw(st.booleans())}
 
 
-def regions(draw, generator, shape, steps, whole):
-    """Regions whose bins are ``steps`` samples long, each 1/8, 1/4, ... or 2 pixels from the next."""
+def regions(draw, generator, shape, steps, whole, least):
+    """Regions whose bins are ``steps`` samples long, each 2 ** ``least``, ... or 2 pixels from the next."""
     n, _, height, width = shape
     count = draw(st.integers(0, 5)) if n else 0
     rois = torch.zeros(count, 5, dtype=torch.float64)
     rois[:, 0] = torch.randint(max(n, 1), (count,), generator=generator)
     for i, (step, extent) in enumerate(zip(steps[::-1], (width, height), strict=True)):
         start = torch.randint(-16, 8 * extent + 8, (count,), generator=generator).double() / 8
-        size = step * 2.0 ** torch.randint(0 if whole else -3, 2, (count,), generator=generator)
+        size = step * 2.0 ** torch.randint(least, 2, (count,), generator=generator)
         rois[:, 1 + i] = start.floor() if whole else start
         rois[:, 3 + i] = rois[:, 1 + i] + size - int(whole)
     return rois
@@ -123,7 +124,10 @@ def roi_pool(draw, name):
     whole = name != "deform_roi_pool"
     each = 1 if name == "ps_roi_pool" else samples
     scale = draw(st.sampled_from([0.25, 1.0]))
-    rois = regions(draw, generator, shape, [b * each for b in bins], whole)
+    aligned = whole or draw(st.booleans())
+    # Unaligned regions are at least one pixel, which would make bins or steps of a third.
+    thirds = not aligned and 3 in (*bins, samples)
+    rois = regions(draw, generator, shape, [b * each for b in bins], whole, 0 if whole or thirds else -3)
     if not whole:
         rois[:, 1:] /= scale
     arguments = {
@@ -136,9 +140,8 @@ def roi_pool(draw, name):
         parts = draw(st.sampled_from([bins, [draw(sizes), draw(sizes)]]))
         arguments |= {"part_size": parts, "samples_per_part": samples, "offset_scale": 0.125}
     if name == "deform_roi_pool":
-        # Unaligned regions are at least one pixel, which would make bins of a third.
-        aligned = True if bins != [1, 1] else draw(st.booleans())
-        arguments |= {"sampling_ratio": samples, "gamma": 0.125, "aligned": aligned}
+        ratio = draw(st.sampled_from([samples, samples, 0, -1]))
+        arguments |= {"sampling_ratio": ratio, "gamma": 0.125, "aligned": aligned}
     if name != "ps_roi_pool":
         spread = draw(st.sampled_from([0, 1, 8, 30]))
         arguments["offset"] = eighths(generator, (len(rois), 2 * classes, *parts), spread)

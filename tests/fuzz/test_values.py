@@ -1,13 +1,15 @@
 """Every operator on shapes, layouts and values that nobody thought of, against the reference."""
 
+import dataclasses
 import math
 
+import pytest
 import torch
 from cases import convert, run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fuzz.comparison import both, compare
+from fuzz.comparison import both, compare, cpu
 from fuzz.strategies import CASE, LAYOUTS, calls, each_name, fuzz, in_memory, paths
 
 
@@ -71,6 +73,88 @@ def test_hostile_values_do_what_the_reference_does(name):
                 # or be left out with it.
                 loose = k != "out" and bool(poisoned - {"offset"})
                 compare(v, expected[k], k, loose)
+
+    check()
+
+
+def spoil_regions(draw, rois, batch):
+    """The regions with values in some places that no region has, or that no map is as large as."""
+    info = torch.finfo(rois.dtype)
+    anywhere = [
+        math.nan,
+        math.inf,
+        -math.inf,
+        info.max,
+        -info.max,
+        1e38,
+        -1e38,
+        2.0**31,
+        -(2.0**63),
+        info.smallest_normal / 4,
+        -0.0,
+    ]
+    rois = rois.clone()
+    for _ in range(draw(st.integers(1, 3))):
+        row, column = draw(st.integers(0, len(rois) - 1)), draw(st.integers(0, 4))
+        rois[row, column] = draw(st.sampled_from([*anywhere, -1.0, 0.5, float(batch)]))
+    return rois
+
+
+def is_sound(roi, batch):
+    number, x1, y1, x2, y2 = roi
+    return number in range(batch) and x1 <= x2 and y1 <= y2 and all(map(math.isfinite, roi))
+
+
+each_pool = pytest.mark.parametrize("name", [name for name in CASE if name != "deform_conv2d"])
+
+
+@each_pool
+def test_hostile_regions_are_refused_and_where_nobody_looks_they_give_nan(name):
+    case = CASE[name]
+    op = getattr(torch.ops.dcn_plugin, case.op)  # what compiled graphs call, and what runs on CUDA
+
+    @fuzz
+    @given(st.data(), calls(name).filter(lambda arguments: len(arguments["rois"])), paths)
+    def check(data, arguments, path):
+        arguments = data.draw(in_memory(arguments, case))
+        batch = len(arguments["input"])
+        rois = arguments["rois"] = spoil_regions(data.draw, arguments["rois"], batch)
+        sound = torch.tensor([is_sound(roi, batch) for roi in rois.tolist()])
+        if not sound.all():
+            with pytest.raises(ValueError, match=r"^rois: expected .*, got .* in row \d"):
+                case.function(**arguments)
+        # Where a sample of a region of 2^20 pixels or more lies is a matter of rounding: they must not harm the others.
+        near = ~sound | (rois[:, 1:].abs() < 2**20).all(1)
+        out = case.reference(**convert(arguments, dtype=torch.float64))
+        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)) * near[:, None, None, None]
+        compiled = dataclasses.replace(case, function=lambda **a: op(*case.to_op(**a)))
+        actual, expected = both(compiled, arguments, grad.to(arguments["input"]), path, 1)
+        assert actual["out"][~sound].isnan().all()
+        for k, v in actual.items():
+            of_region = k.removeprefix("grad_") in ("out", *case.per_result)
+            compare(v[near] if of_region else v, expected[k][near] if of_region else expected[k], k)
+
+    check()
+
+
+@each_pool
+def test_hostile_scales_do_what_the_reference_does(name):
+    case = CASE[name]
+    scales = [k for k in ("spatial_scale", "gamma", "offset_scale") if k in case.make(case.full)]
+
+    @fuzz
+    @given(st.data(), calls(name), paths)
+    def check(data, arguments, path):
+        arguments = data.draw(in_memory(arguments, case))
+        values = [5e-324, 1e-300, 1e-38, 1e19, 1e38, 1e300]
+        for k in data.draw(st.lists(st.sampled_from(scales), min_size=1, unique=True)):
+            sign = 1 if k == "spatial_scale" else data.draw(st.sampled_from([1, -1]))
+            arguments[k] = sign * data.draw(st.sampled_from(values))
+        # Beyond the largest float of the type that positions have, which is what the definition is asked for.
+        positions = torch.promote_types(arguments["input"].dtype, torch.float32)
+        with cpu(path, 1):
+            actual = case.function(**arguments)
+        compare(actual, case.reference(**convert(arguments, dtype=positions)), "out")
 
     check()
 
