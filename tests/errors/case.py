@@ -2,10 +2,11 @@
 
 import functools
 import inspect
+import itertools
 import tempfile
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import pytest
@@ -23,7 +24,19 @@ class Case(NamedTuple):
 
 class Outcome(NamedTuple):
     error: BaseException | None
-    lines: frozenset[tuple[str, int]]  # of the package, on the way to the error
+    places: frozenset[tuple[str, int, int | None]]  # file, line and column, of the package, on the way to the error
+
+
+def places(step: TracebackType | None) -> Iterator[tuple[str, int, int | None]]:
+    while step is not None:
+        code = step.tb_frame.f_code
+        path = Path(code.co_filename)
+        if path.is_relative_to(PACKAGE):
+            column = None
+            if hasattr(code, "co_positions"):  # from Python 3.11 on
+                column = next(itertools.islice(code.co_positions(), step.tb_lasti // 2, None))[2]
+            yield str(path.relative_to(PACKAGE)), step.tb_lineno, column
+        step = step.tb_next
 
 
 @functools.cache
@@ -33,8 +46,7 @@ def outcome(case: Case) -> Outcome:
         given = {"tmp_path": Path(folder), "monkeypatch": patch}
         try:
             case.call(**{name: given[name] for name in inspect.signature(case.call).parameters if name in given})
-        except (Exception, SystemExit) as error:
-            frames = [(Path(frame.f_code.co_filename), line) for frame, line in traceback.walk_tb(error.__traceback__)]
-            inside = [(str(f.relative_to(PACKAGE)), line) for f, line in frames if f.is_relative_to(PACKAGE)]
-            return Outcome(error.with_traceback(None), frozenset(inside))
+        except Exception as error:
+            found = frozenset(places(error.__traceback__))
+            return Outcome(error.with_traceback(None), found)
     return Outcome(None, frozenset())

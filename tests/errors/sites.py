@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import dcn_plugin
 
-PACKAGE = Path(dcn_plugin.__file__).resolve().parent
+PACKAGE = Path(dcn_plugin.__file__).parent
 # A function that raises and takes one of these is told by its caller what to call the argument.
 TOLD = {"name", "label", "where"}
 Function = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
@@ -19,10 +19,14 @@ class Site(NamedTuple):
     file: str
     first: int
     last: int
+    column: int
     text: str
 
     def __str__(self) -> str:
         return f"dcn_plugin/{self.file}:{self.first}: {self.text}"
+
+    def is_at(self, file: str, line: int, column: int | None) -> bool:
+        return self.file == file and self.first <= line <= self.last and column in (None, self.column)
 
 
 def files() -> list[str]:
@@ -137,7 +141,7 @@ def sites() -> list[Site]:
             break
         helpers |= more
     return sorted(
-        Site(file, node.lineno, node.end_lineno, ast.unparse(node)[:100])
+        Site(file, node.lineno, node.end_lineno, node.col_offset, ast.unparse(node)[:100])
         for file in trees
         for node in found[file] + calls[file]
     )
