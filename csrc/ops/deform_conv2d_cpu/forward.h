@@ -67,14 +67,14 @@ struct Forward {
     const int64_t bytes = Workspace(Scratch(), *this, pixels).bytes;
     // Few tiles are shared out by outputs too: each part samples the columns again, which costs little.
     const int64_t parts = stored ? divide_up(threads, tiling.size()) : 1, tasks = tiling.size() * parts;
-    // Whoever is free takes the next task: which thread that is does not show in the result.
+    // Whoever is free takes the next task: which thread that is does not show in the result, and orders nothing.
     std::atomic<int64_t> next{0};
     torch::stable::parallel_for(0, std::min(threads, tasks), 1, [&](int64_t begin, int64_t end) {
       const Workspace work(Scratch(bytes), *this, pixels);
       if (stored) std::fill_n(work.turned, turned_size(pixels), A(0));
       for (int64_t i = begin; i < end; ++i)
-        for (int64_t t = next.fetch_add(1); t < tasks;) {
-          const int64_t later = next.fetch_add(1), part = t % parts;
+        for (int64_t t = next.fetch_add(1, std::memory_order_relaxed); t < tasks;) {
+          const int64_t later = next.fetch_add(1, std::memory_order_relaxed), part = t % parts;
           const Outputs outputs{part * g.out_channels / parts, (part + 1) * g.out_channels / parts};
           run_tile(tiling[t / parts], tiling[std::min(later, tasks - 1) / parts], outputs, work);
           t = later;
