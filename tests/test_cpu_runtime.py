@@ -11,12 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, OpCase, assert_close, deform_conv2d_arguments, run
+from cases import CASES, OpCase, assert_close, leaves, run, tensors
 from run_python import run_python
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-
-from dcn_plugin.ops import deform_conv2d
 
 Job = tuple[OpCase, dict[str, Any]]
 needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux tells in /proc/self")
@@ -123,18 +121,44 @@ def test_calls_from_several_python_threads_do_not_disturb_one_another(threads):
                 assert_equal_bits(result, expected[i], f"beside other calls ({jobs[i][0].name})")
 
 
+def test_backward_from_several_python_threads(threads):
+    """Each thread takes gradients through graphs that others made, some of one graph at the same time."""
+    jobs = every_job()
+    expected = results(jobs)
+    callers = 3
+    together = threading.Barrier(callers)
+    graphs = []
+    for case, arguments in jobs:
+        wanted = leaves(arguments)
+        graphs.append((case.function(**wanted), tensors(wanted)))
+
+    def differentiate(_: int) -> list[dict[str, Tensor]]:
+        together.wait(PATIENCE)
+        return [
+            dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), torch.ones_like(out), True), strict=True))
+            for out, wanted in graphs
+        ]
+
+    with ThreadPoolExecutor(callers) as pool:
+        for seen in pool.map(differentiate, range(callers)):
+            for (case, _), found, alone in zip(jobs, seen, expected, strict=True):
+                for name, grad in found.items():
+                    assert torch.equal(grad, alone[f"grad_{name}"]), f"{case.name}: {name}"
+
+
 class Results(Dataset):
     """What a data set does that calls an operator for each of its items."""
 
     def __init__(self, jobs: list[Job]) -> None:
-        self.jobs = jobs
+        # By number, for a case does not go to a process that is spawned.
+        self.jobs = [(CASES.index(case), arguments) for case, arguments in jobs]
 
     def __len__(self) -> int:
         return len(self.jobs)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         case, arguments = self.jobs[index]
-        return run(case.function, arguments)
+        return run(CASES[case].function, arguments)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -163,47 +187,27 @@ def compare_forked() -> None:
     assert child.exitcode is not None, "the forked process hangs"
     assert child.exitcode == 0
 
-    loader = DataLoader(
-        Results(jobs), batch_size=None, num_workers=2, multiprocessing_context=context, timeout=PATIENCE
-    )
-    for actual, wanted in zip(loader, expected, strict=True):
-        assert_equal_bits(actual, wanted, "in a worker of a DataLoader")
+    compare_workers(context, jobs, expected)
     results(jobs)
 
 
-def resident() -> int:
-    """Bytes of this process that are in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def compare_workers(context: Any, jobs: list[Job], expected: list[dict[str, Tensor]]) -> None:
+    """Two epochs of a DataLoader whose workers call the operators."""
+    loader = DataLoader(
+        Results(jobs),
+        batch_size=None,
+        num_workers=2,
+        multiprocessing_context=context,
+        timeout=PATIENCE,
+        persistent_workers=True,
+    )
+    for _ in range(2):
+        for actual, wanted in zip(loader, expected, strict=True):
+            assert_equal_bits(actual, wanted, "in a worker of a DataLoader")
 
 
-@needs_proc
-def test_memory_does_not_grow_from_call_to_call():
-    in_fresh_process(call_many_times)
-
-
-def call_many_times() -> None:
+def test_spawned_workers_of_a_loader_compute_the_same(restore_threads):
+    jobs = every_job()
+    # Workers have one thread.
     torch.set_num_threads(1)
-    for case in CASES:
-        arguments = case.make(case.full, torch.float32)
-        for calls in (200, 2000):
-            before = resident()
-            for _ in range(calls):
-                run(case.function, arguments)
-        assert resident() - before < 2 << 20, f"{case.name}: {resident() - before} bytes more"
-
-
-@needs_proc
-def test_threads_that_end_leave_no_memory_behind():
-    in_fresh_process(call_on_many_threads)
-
-
-def call_on_many_threads() -> None:
-    torch.set_num_threads(1)
-    arguments = deform_conv2d_arguments((1, 64, 40, 40), out=64)()
-    for calls in (4, 40):
-        before = resident()
-        for _ in range(calls):
-            thread = threading.Thread(target=run, args=(deform_conv2d, arguments))
-            thread.start()
-            thread.join()
-    assert resident() - before < 8 << 20, f"{resident() - before} bytes more"
+    compare_workers(multiprocessing.get_context("spawn"), jobs, results(jobs))
