@@ -1,4 +1,4 @@
-"""Fine-tuning on several nodes, which are agents of torchrun on this machine, and going on with fewer processes."""
+"""Fine-tuning on several nodes (agents of torchrun on this machine), and going on with other numbers of processes."""
 
 import os
 import socket
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from test_finetune import DATA, ROOT, TRAINER, config, run, write_config
+from test_finetune import DATA, ROOT, TRAINER, config, launch, run, write_config
 
 
 @pytest.mark.slow
@@ -50,3 +50,26 @@ def test_two_nodes_train_together_and_one_process_goes_on(tmp_path):
         if value.is_floating_point()
     ]
     assert any(moved) and again["optimizer_states"][0]["state"]
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_as_two_and_as_one_again(tmp_path):
+    """The optimizer's moments and the counts of epochs and steps go on; steps an epoch follow the processes."""
+    work_dir = tmp_path / "work"
+    data = dict(DATA, batch_size=8)
+    run(config(trainer=dict(TRAINER, max_epochs=1), data=data), work_dir)
+    states = [torch.load(work_dir / "last.ckpt", weights_only=True)]
+    path = write_config(tmp_path / "two.py", trainer=dict(TRAINER, devices=2, strategy="ddp", max_epochs=2), data=data)
+    process = launch(ROOT / "scripts/finetune.py", str(path), "--work-dir", str(work_dir), "--resume")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    states.append(torch.load(work_dir / "last.ckpt", weights_only=True))
+    run(config(trainer=dict(TRAINER, max_epochs=3), data=data), work_dir, checkpoint="auto")
+    states.append(torch.load(work_dir / "last.ckpt", weights_only=True))
+    assert [state["epoch"] for state in states] == [0, 1, 2]
+    # 32 images, 8 for each process: 4 steps, then 2, then 4.
+    steps = [4, 6, 10]
+    assert [state["global_step"] for state in states] == steps
+    for state, count in zip(states, steps, strict=True):
+        moments = state["optimizer_states"][0]["state"]
+        assert moments and {int(m["step"]) for m in moments.values()} == {count}
