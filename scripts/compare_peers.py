@@ -1,4 +1,4 @@
-"""Ask deform_conv2d of this package, of torchvision and of mmcv (where installed) for the same things: a table.
+"""Ask this package, torchvision and mmcv (or its fork onedl-mmcv) the same questions, where they are installed: a table.
 
     python scripts/compare_peers.py
 
@@ -9,6 +9,7 @@ reference in float64; "wrong" comes with the largest error, everything else with
 from __future__ import annotations
 
 import argparse
+import io
 import subprocess
 import sys
 import warnings
@@ -36,6 +37,19 @@ def operator(name: str) -> Operator:
     from mmcv.ops import modulated_deform_conv2d
 
     return lambda x, offset, weight, mask: modulated_deform_conv2d(x, offset, mask, weight, None, 1, 1, 1, 1, 1)
+
+
+def roi_operator(name: str) -> Operator:
+    """The deformable RoI pooling of a package, called as (input, rois, offset), 3x3 bins of 2x2 samples."""
+    if name == "dcn_plugin":
+        from dcn_plugin.ops import deform_roi_pool
+
+        return lambda x, rois, offset: deform_roi_pool(x, rois, offset, output_size=3, sampling_ratio=2)
+    if name == "torchvision":
+        raise NotImplementedError("has no deformable RoI pooling")
+    from mmcv.ops import deform_roi_pool
+
+    return lambda x, rois, offset: deform_roi_pool(x, rois, offset, (3, 3), 1.0, 2, 0.1)
 
 
 def truth(x: Tensor, offset: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
@@ -119,6 +133,58 @@ def nan_offset(op: Operator) -> str:
     return "NaN where the offset is NaN, and only there" if torch.equal(found.isnan(), expected.isnan()) else "no NaN"
 
 
+def empty_batch(op: Operator) -> str:
+    given = arguments()
+    given = [t[:0].requires_grad_() if i != 2 else t.requires_grad_() for i, t in enumerate(given)]
+    found = op(*given)
+    gradients = torch.autograd.grad(found.sum(), given)
+    whole = found.shape == (0, 3, 6, 7) and all(g.shape == t.shape for g, t in zip(gradients, given, strict=True))
+    return "right" if whole and not gradients[2].any() else "wrong"
+
+
+class Module(torch.nn.Module):
+    def __init__(self, op: Operator) -> None:
+        super().__init__()
+        self.op = op
+
+    def forward(self, *given: Tensor) -> Tensor:
+        return self.op(*given)
+
+
+def exported(op: Operator) -> str:
+    given, sizes = arguments(), {2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
+    file = io.BytesIO()
+    dynamic = ((sizes, sizes, None, sizes),)
+    torch.export.save(torch.export.export(Module(op), tuple(given), dynamic_shapes=dynamic), file)
+    file.seek(0)
+    larger = [torch.cat([t, t], 2) if i != 2 else t for i, t in enumerate(given)]
+    return compare(torch.export.load(file).module()(*larger), truth(*larger))
+
+
+def onnx(op: Operator) -> str:
+    import onnxruntime
+
+    from dcn_plugin.onnx_export import custom_translation_table  # of this package's operators, nobody else's
+
+    given, file = arguments(torch.float32), io.BytesIO()
+    table = custom_translation_table()
+    program = torch.onnx.export(
+        Module(op), tuple(given), dynamo=True, opset_version=19, custom_translation_table=table, verbose=False
+    )
+    program.save(file)
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    feed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), given, strict=True)}
+    nodes = sorted({node.op_type for node in program.model.graph if "eform" in node.op_type})
+    found = torch.from_numpy(session.run(None, feed)[0])
+    return f"{', '.join(nodes)}: {compare(found, truth(*(t.double() for t in given)), 1e-5)}"
+
+
+def roi_pooling(op: Operator) -> str:
+    x, rois = arguments()[0], torch.tensor([[0, 0.5, 1, 4, 5], [1, 2, 0, 6, 3]], dtype=torch.float64)
+    given = (x, rois, torch.ones(2, 2, 3, 3, dtype=torch.float64))
+    return compare(op(*given), reference.deform_roi_pool(*given, output_size=(3, 3), sampling_ratio=2))
+
+
 def missing_channel(op: Operator) -> str:
     x, offset, weight, mask = arguments()
     try:
@@ -139,8 +205,12 @@ QUESTIONS: dict[str, Callable[[Operator], str]] = {
     "torch.func.vmap without a warning": vmap,
     "channels_last in and out": channels_last,
     "torch.compile, whole graph": compiled,
+    "torch.export with dynamic sizes, saved and loaded": exported,
+    "torch.onnx.export, run by onnxruntime": onnx,
+    "an empty batch, with gradients": empty_batch,
     "NaN and huge offsets": nan_offset,
     "offset with a missing channel": missing_channel,
+    "deformable RoI pooling on the CPU": roi_pooling,
 }
 
 
@@ -160,7 +230,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.peer:
         try:
-            print(QUESTIONS[args.question](operator(args.peer)))
+            question = QUESTIONS[args.question]
+            print(question((roi_operator if question is roi_pooling else operator)(args.peer)))
         except Exception as error:  # what is said is the answer
             said = str(error).strip().splitlines() or [""]
             print(f"raises {type(error).__name__}: {said[0][:100]}")

@@ -20,17 +20,17 @@ struct ConvArguments {
 enum Needs : int64_t { kInput = 1, kOffset = 2, kWeight = 4, kMask = 8, kOrdered = 1 << 8 };
 
 // The memory safety of everything that follows rests on this; friendlier messages come from Python.
-inline ConvGeometry check_deform_conv2d(const ConvArguments& a, const std::vector<int64_t>& stride,
+inline ConvGeometry check_deform_conv2d(const char* op, const ConvArguments& a, const std::vector<int64_t>& stride,
                                         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
-  const char* op = "deform_conv2d: ";
+  const auto check = [&](bool condition, const auto&... parts) { dcn::check(condition, op, ": ", parts...); };
   const auto four = [&](const Tensor& t, const char* name) {
-    check(t.dim() == 4, op, name, " must have 4 dimensions, got shape ", shape_of(t));
+    check(t.dim() == 4, name, " must have 4 dimensions, got shape ", shape_of(t));
   };
   four(a.input, "input");
   four(a.offset, "offset");
   four(a.weight, "weight");
   const auto of_size = [&](const std::vector<int64_t>& v, size_t size, const char* name) {
-    check(v.size() == size, op, name, " must hold ", size, " integers, got ", v.size());
+    check(v.size() == size, name, " must hold ", size, " integers, got ", v.size());
   };
   of_size(stride, 2, "stride");
   of_size(padding, 4, "padding");
@@ -39,7 +39,7 @@ inline ConvGeometry check_deform_conv2d(const ConvArguments& a, const std::vecto
   const int64_t most = 1 << 30;
   const auto at_least = [&](const std::vector<int64_t>& v, int64_t least, const char* name) {
     for (int64_t value : v)
-      check(value >= least && value <= most, op, name, " must be from ", least, " to ", most, ", got ", value);
+      check(value >= least && value <= most, name, " must be from ", least, " to ", most, ", got ", value);
   };
   at_least(stride, 1, "stride");
   at_least(padding, 0, "padding");
@@ -50,51 +50,44 @@ inline ConvGeometry check_deform_conv2d(const ConvArguments& a, const std::vecto
   g.out_channels = a.weight.size(0), g.kernel_h = a.weight.size(2), g.kernel_w = a.weight.size(3);
   g.stride_h = stride[0], g.stride_w = stride[1], g.dilation_h = dilation[0], g.dilation_w = dilation[1];
   g.pad_top = padding[0], g.pad_left = padding[1];
-  check(g.channels > 0 && g.height > 0 && g.width > 0, op, "input must have channels and pixels, got shape ",
+  check(g.channels > 0 && g.height > 0 && g.width > 0, "input must have channels and pixels, got shape ",
         shape_of(a.input));
-  check(g.out_channels > 0 && a.weight.size(1) > 0 && g.kernel_h > 0 && g.kernel_w > 0, op,
+  check(g.out_channels > 0 && a.weight.size(1) > 0 && g.kernel_h > 0 && g.kernel_w > 0,
         "weight must not be empty, got shape ", shape_of(a.weight));
-  check(g.height <= most && g.width <= most && g.kernel_h <= most && g.kernel_w <= most, op, "input and weight may be ",
+  check(g.height <= most && g.width <= most && g.kernel_h <= most && g.kernel_w <= most, "input and weight may be ",
         most, " high and wide, got shapes ", shape_of(a.input), " and ", shape_of(a.weight));
-  check(g.channels % a.weight.size(1) == 0, op, "input has ", g.channels,
+  check(g.channels % a.weight.size(1) == 0, "input has ", g.channels,
         " channels, not a multiple of weight.size(1) = ", a.weight.size(1));
   g.groups = g.channels / a.weight.size(1);
-  check(g.out_channels % g.groups == 0, op, "weight has ", g.out_channels, " output channels, not a multiple of its ",
+  check(g.out_channels % g.groups == 0, "weight has ", g.out_channels, " output channels, not a multiple of its ",
         g.groups, " groups");
   g.out_height = (g.height + padding[0] + padding[2] - g.dilation_h * (g.kernel_h - 1) - 1);
   g.out_width = (g.width + padding[1] + padding[3] - g.dilation_w * (g.kernel_w - 1) - 1);
-  check(g.out_height >= 0 && g.out_width >= 0, op, "the output would be empty: input ", shape_of(a.input), ", weight ",
+  check(g.out_height >= 0 && g.out_width >= 0, "the output would be empty: input ", shape_of(a.input), ", weight ",
         shape_of(a.weight));
   g.out_height = g.out_height / g.stride_h + 1;
   g.out_width = g.out_width / g.stride_w + 1;
-  check(a.offset.size(1) > 0 && a.offset.size(1) % (2 * g.taps()) == 0, op, "offset must have 2 * offset_groups * ",
+  check(a.offset.size(1) > 0 && a.offset.size(1) % (2 * g.taps()) == 0, "offset must have 2 * offset_groups * ",
         g.taps(), " channels, got ", a.offset.size(1));
   g.offset_groups = a.offset.size(1) / (2 * g.taps());
-  check(g.channels % g.offset_groups == 0, op, "input channels (", g.channels, ") must be divisible by the ",
+  check(g.channels % g.offset_groups == 0, "input channels (", g.channels, ") must be divisible by the ",
         g.offset_groups, " offset groups");
   const auto matches = [&](const Tensor& t, int64_t channels, const char* name) {
     four(t, name);
-    check(t.size(0) == g.batch && t.size(1) == channels && t.size(2) == g.out_height && t.size(3) == g.out_width, op,
-          name, " must have shape [", g.batch, ", ", channels, ", ", g.out_height, ", ", g.out_width, "], got ",
-          shape_of(t));
+    check(t.size(0) == g.batch && t.size(1) == channels && t.size(2) == g.out_height && t.size(3) == g.out_width, name,
+          " must have shape [", g.batch, ", ", channels, ", ", g.out_height, ", ", g.out_width, "], got ", shape_of(t));
   };
   matches(a.offset, 2 * g.offset_groups * g.taps(), "offset");
   if (a.mask) matches(*a.mask, g.offset_groups * g.taps(), "mask");
   if (a.bias)
-    check(a.bias->dim() == 1 && a.bias->size(0) == g.out_channels, op, "bias must have shape [", g.out_channels,
-          "], got ", shape_of(*a.bias));
+    check(a.bias->dim() == 1 && a.bias->size(0) == g.out_channels, "bias must have shape [", g.out_channels, "], got ",
+          shape_of(*a.bias));
 
-  const ScalarType type = a.input.scalar_type();
-  check(is_supported(type), op, "input must be float64, float32, float16 or bfloat16");
-  const auto alike = [&](const Tensor& t, const char* name, bool or_float) {
-    check(t.scalar_type() == type || (or_float && type != ScalarType::Double && t.scalar_type() == ScalarType::Float),
-          op, name, " has another dtype than input");
-    check(t.device() == a.input.device(), op, name, " is on another device than input");
-  };
-  alike(a.weight, "weight", false);
-  if (a.bias) alike(*a.bias, "bias", false);
-  alike(a.offset, "offset", true);
-  if (a.mask) alike(*a.mask, "mask", true);
+  check_input_type(op, a.input);
+  check_like_input(op, "weight", a.weight, a.input, false);
+  if (a.bias) check_like_input(op, "bias", *a.bias, a.input, false);
+  check_like_input(op, "offset", a.offset, a.input, true);
+  if (a.mask) check_like_input(op, "mask", *a.mask, a.input, true);
   return g;
 }
 
@@ -135,7 +128,8 @@ int64_t gradient_range_size(const ConvGeometry& g) {
   const int64_t fitting = range_size<M, Device>(g, g.offset_groups * sizeof(IndexEntry<A>));
   // The index counts samples in 32 bits.
   const int64_t countable = std::numeric_limits<int32_t>::max() / (g.offset_groups * g.taps());
-  check(countable > 0, "deform_conv2d_backward: an output pixel has 2^31 samples or more");
+  check(countable > 0, "deform_conv2d_backward: offset must hold fewer than 2^31 samples of an output pixel, got ",
+        g.offset_groups * g.taps());
   if (fitting < pixels) {
     const int64_t parts = std::min<int64_t>((pixels + fitting - 1) / fitting, 16);
     return std::min((pixels + parts - 1) / parts, countable);
@@ -287,7 +281,7 @@ template <typename Implementation>
 Tensor deform_conv2d(Tensor input, Tensor offset, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> mask,
                      std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation) {
   ConvArguments a{input, offset, weight, bias, mask};
-  const ConvGeometry g = check_deform_conv2d(a, stride, padding, dilation);
+  const ConvGeometry g = check_deform_conv2d("deform_conv2d", a, stride, padding, dilation);
   unify_displacement_types(a);
   if (a.bias) a.bias = torch::stable::contiguous(*a.bias);
   return Implementation::forward(a, g);
@@ -298,14 +292,13 @@ ConvGradients deform_conv2d_backward(Tensor grad_output, Tensor input, Tensor of
                                      std::optional<Tensor> mask, std::vector<int64_t> stride,
                                      std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t needs) {
   ConvArguments a{input, offset, weight, std::nullopt, mask};
-  const ConvGeometry g = check_deform_conv2d(a, stride, padding, dilation);
-  const char* op = "deform_conv2d_backward: grad_output ";
+  const char* op = "deform_conv2d_backward";
+  const ConvGeometry g = check_deform_conv2d(op, a, stride, padding, dilation);
   check(grad_output.dim() == 4 && grad_output.size(0) == g.batch && grad_output.size(1) == g.out_channels &&
             grad_output.size(2) == g.out_height && grad_output.size(3) == g.out_width,
-        op, "must have shape [", g.batch, ", ", g.out_channels, ", ", g.out_height, ", ", g.out_width, "], got ",
-        shape_of(grad_output));
-  check(grad_output.scalar_type() == input.scalar_type(), op, "has another dtype than input");
-  check(grad_output.device() == input.device(), op, "is on another device than input");
+        op, ": grad_output must have shape [", g.batch, ", ", g.out_channels, ", ", g.out_height, ", ", g.out_width,
+        "], got ", shape_of(grad_output));
+  check_like_input(op, "grad_output", grad_output, input, false);
   if (!mask) needs &= ~static_cast<int64_t>(kMask);
   unify_displacement_types(a);
   auto [grad_input, grad_offset, grad_weight, grad_mask] = Implementation::backward(grad_output, a, g, needs);

@@ -38,9 +38,10 @@ inline void check_roi_pool(const char* op, const RoiArguments& a, RoiGeometry& g
   positive(g.out_height, "output_size"), positive(g.out_width, "output_size");
   positive(g.part_height, "part_size"), positive(g.part_width, "part_size");
   positive(g.groups, "group_size");
-  const int64_t least = g.rule == RoiRule::kPart ? 1 : 0;
-  check(g.grid >= least && g.grid <= most, "samples along each axis must be from ", least, " to ", most, ", got ",
-        g.grid);
+  const bool part = g.rule == RoiRule::kPart;
+  const char* samples = part ? "samples_per_part" : "sampling_ratio";
+  const int64_t least = part ? 1 : 0;
+  check(g.grid >= least && g.grid <= most, samples, " must be from ", least, " to ", most, ", got ", g.grid);
   check(g.spatial_scale > 0 && g.spatial_scale - g.spatial_scale == 0,
         "spatial_scale must be positive and finite, got ", g.spatial_scale);
   // Compared by division: the product may overflow.
@@ -53,20 +54,14 @@ inline void check_roi_pool(const char* op, const RoiArguments& a, RoiGeometry& g
   check(g.classes > 0 && g.outputs % g.classes == 0, "the classes of offset and mask must divide the ", g.outputs,
         " outputs, got ", g.classes);
 
-  const ScalarType type = a.input.scalar_type();
-  check(is_supported(type), "input must be float64, float32, float16 or bfloat16");
-  const auto place = [&](const Tensor& t, const char* name) {
-    check(t.scalar_type() == type || (type != ScalarType::Double && t.scalar_type() == ScalarType::Float), name,
-          " has another dtype than input");
-    check(t.device() == a.input.device(), name, " is on another device than input");
-  };
-  place(a.rois, "rois");
+  check_input_type(op, a.input);
+  check_like_input(op, "rois", a.rois, a.input, true);
   const auto parts = [&](const Tensor& t, int64_t planes, const char* name) {
     check(t.dim() == 4 && t.size(0) == g.rois && t.size(1) == planes && t.size(2) == g.part_height &&
               t.size(3) == g.part_width,
           name, " must have shape [", g.rois, ", ", planes, ", ", g.part_height, ", ", g.part_width, "], got ",
           shape_of(t));
-    place(t, name);
+    check_like_input(op, name, t, a.input, true);
   };
   if (a.offset) parts(*a.offset, 2 * g.classes, "offset");
   // What does not exist moves nothing, however it would be scaled.
@@ -212,8 +207,7 @@ RoiGradients roi_pool_backward(const char* op, const Tensor& grad_output, const 
             grad_output.size(2) == g.out_height && grad_output.size(3) == g.out_width,
         op, ": grad_output must have shape [", g.rois, ", ", g.outputs, ", ", g.out_height, ", ", g.out_width,
         "], got ", shape_of(grad_output));
-  check(grad_output.scalar_type() == a.input.scalar_type(), op, ": grad_output has another dtype than input");
-  check(grad_output.device() == a.input.device(), op, ": grad_output is on another device than input");
+  check_like_input(op, "grad_output", grad_output, a.input, false);
   if (!a.offset) needs &= ~static_cast<int64_t>(kRoiOffset);
   if (!a.mask) needs &= ~static_cast<int64_t>(kRoiMask);
   return dispatch_floating(a.input.scalar_type(), [&](auto s) -> RoiGradients {

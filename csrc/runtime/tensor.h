@@ -45,6 +45,11 @@ inline std::string shape_of(const Tensor& t) {
   return text.str();
 }
 
+inline std::string device_of(const Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "a device without these operators";
+}
+
 // The type of positions and sums for a stored type.
 template <typename S>
 using Accumulate = std::conditional_t<std::is_same_v<S, double>, double, float>;
@@ -60,6 +65,22 @@ constexpr ScalarType scalar_type_of() {
 inline bool is_supported(ScalarType type) {
   return type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::Half ||
          type == ScalarType::BFloat16;
+}
+
+inline void check_input_type(const char* op, const Tensor& input) {
+  check(is_supported(input.scalar_type()), op, ": input must be Double, Float, Half or BFloat16, got ",
+        input.scalar_type());
+}
+
+// That an argument is on the input's device and of its type, or, where that is none for positions, Float.
+inline void check_like_input(const char* op, const char* name, const Tensor& t, const Tensor& input, bool or_float) {
+  const ScalarType type = input.scalar_type();
+  const bool may_be_float = or_float && type != ScalarType::Double && type != ScalarType::Float;
+  const char* like = may_be_float ? " like input or Float" : " like input";
+  check(t.scalar_type() == type || (may_be_float && t.scalar_type() == ScalarType::Float), op, ": ", name, " must be ",
+        type, like, ", got ", t.scalar_type());
+  check(t.device() == input.device(), op, ": ", name, " must be on ", device_of(input), " like input, got ",
+        device_of(t));
 }
 
 // Calls `f` with a value of the C++ type that `type` names.

@@ -100,13 +100,13 @@ def huge():
     return torch.zeros(1).expand(1, 4, 2**30 + 1, 6)
 
 
-C, R = "ops/deform_conv2d.h", "ops/roi_pool.h"
+C, R, T = "ops/deform_conv2d.h", "ops/roi_pool.h", "runtime/tensor.h"
 # File, how the condition begins, a call, what the message names.
 CASES = [
-    (C, "t.dim() == 4, op", lambda: conv(input=torch.zeros(4, 6, 6)), "input"),
-    (C, "t.dim() == 4, op", lambda: conv(offset=torch.zeros(18, 4, 4)), "offset"),
-    (C, "t.dim() == 4, op", lambda: conv(weight=torch.zeros(4, 3, 3)), "weight"),
-    (C, "t.dim() == 4, op", lambda: conv(mask=torch.zeros(9, 4, 4)), "mask"),
+    (C, "t.dim() == 4, name", lambda: conv(input=torch.zeros(4, 6, 6)), "input"),
+    (C, "t.dim() == 4, name", lambda: conv(offset=torch.zeros(18, 4, 4)), "offset"),
+    (C, "t.dim() == 4, name", lambda: conv(weight=torch.zeros(4, 3, 3)), "weight"),
+    (C, "t.dim() == 4, name", lambda: conv(mask=torch.zeros(9, 4, 4)), "mask"),
     (C, "v.size() == size", lambda: conv(stride=[1]), "stride"),
     (C, "v.size() == size", lambda: conv(padding=[0, 0]), "padding"),
     (C, "v.size() == size", lambda: conv(dilation=[1, 1, 1]), "dilation"),
@@ -124,44 +124,44 @@ CASES = [
     (C, "t.size(0) == g.batch", lambda: conv(offset=torch.zeros(1, 18, 4, 4)), "offset"),
     (C, "t.size(0) == g.batch", lambda: conv(mask=torch.zeros(2, 9, 4, 3)), "mask"),
     (C, "a.bias->dim() == 1", lambda: conv(bias=torch.zeros(5)), "bias"),
-    (C, "is_supported(type)", lambda: conv(input=torch.zeros(2, 4, 6, 6).long()), "input"),
+    (T, "is_supported(input", lambda: conv(input=torch.zeros(2, 4, 6, 6).long()), "input"),
     *(
-        (C, "t.scalar_type() == type", lambda name=name: conv(**{name: CONV[name].double()}), name)
+        (T, "t.scalar_type() == type", lambda name=name: conv(**{name: CONV[name].double()}), name)
         for name in ("weight", "bias", "offset", "mask")
     ),
     *(
-        (C, "t.device() == a.input.device()", lambda name=name: conv(**{name: CONV[name].to("meta")}), name)
+        (T, "t.device() == input.device()", lambda name=name: conv(**{name: CONV[name].to("meta")}), name)
         for name in ("weight", "bias", "offset", "mask")
     ),
-    (C, "countable > 0", too_many_samples, "output pixel"),
+    (C, "countable > 0", too_many_samples, "offset"),
     (C, "grad_output.dim() == 4", lambda: conv_backward(torch.zeros(2, 6, 4, 3)), "grad_output"),
-    (C, "grad_output.scalar_type()", lambda: conv_backward(torch.zeros(2, 6, 4, 4).half()), "grad_output"),
-    (C, "grad_output.device()", lambda: conv_backward(torch.zeros(2, 6, 4, 4, device="meta")), "grad_output"),
+    (T, "t.scalar_type() == type", lambda: conv_backward(torch.zeros(2, 6, 4, 4).half()), "grad_output"),
+    (T, "t.device() == input.device()", lambda: conv_backward(torch.zeros(2, 6, 4, 4, device="meta")), "grad_output"),
     (R, "a.input.dim() == 4", lambda: align(input=torch.zeros(4, 6, 6)), "input"),
     (R, "a.rois.dim() == 2", lambda: align(rois=torch.zeros(3, 4)), "rois"),
     (R, "g.channels > 0", lambda: align(input=torch.zeros(2, 4, 0, 6)), "input"),
     (R, "value > 0 && value <= most", lambda: align(output_size=[0, 2]), "output_size"),
     (R, "value > 0 && value <= most", lambda: part(part_size=[2, 2**20 + 1]), "part_size"),
     (R, "value > 0 && value <= most", lambda: part(group_size=0), "group_size"),
-    (R, "g.grid >= least", lambda: align(sampling_ratio=-1), "samples"),
-    (R, "g.grid >= least", lambda: part(samples_per_part=0), "samples"),
+    (R, "g.grid >= least", lambda: align(sampling_ratio=-1), "sampling_ratio"),
+    (R, "g.grid >= least", lambda: part(samples_per_part=0), "samples_per_part"),
     (R, "g.spatial_scale > 0", lambda: align(spatial_scale=float("nan")), "spatial_scale"),
     (R, "g.outputs > 0", lambda: part(output_dim=2), "output_dim"),
     (R, "g.classes > 0", lambda: part(offset=torch.zeros(3, 4, 2, 2)), "offset"),
-    (R, "is_supported(type)", lambda: align(input=torch.zeros(2, 4, 6, 6).long()), "input"),
+    (T, "is_supported(input", lambda: align(input=torch.zeros(2, 4, 6, 6).long()), "input"),
     *(
-        (R, "t.scalar_type() == type", lambda name=name: align(**{name: ALIGN[name].double()}), name)
+        (T, "t.scalar_type() == type", lambda name=name: align(**{name: ALIGN[name].double()}), name)
         for name in ("rois", "offset", "mask")
     ),
     *(
-        (R, "t.device() == a.input.device()", lambda name=name: align(**{name: ALIGN[name].to("meta")}), name)
+        (T, "t.device() == input.device()", lambda name=name: align(**{name: ALIGN[name].to("meta")}), name)
         for name in ("rois", "offset", "mask")
     ),
-    (R, "t.dim() == 4", lambda: align(offset=torch.zeros(2, 2, 2, 2)), "offset"),
-    (R, "t.dim() == 4", lambda: align(mask=torch.zeros(3, 2, 2, 2)), "mask"),
+    (R, "t.dim() == 4 &&", lambda: align(offset=torch.zeros(2, 2, 2, 2)), "offset"),
+    (R, "t.dim() == 4 &&", lambda: align(mask=torch.zeros(3, 2, 2, 2)), "mask"),
     (R, "grad_output.dim() == 4", lambda: align_backward(torch.zeros(3, 4, 2, 3)), "grad_output"),
-    (R, "grad_output.scalar_type()", lambda: align_backward(torch.zeros(3, 4, 2, 2).half()), "grad_output"),
-    (R, "grad_output.device()", lambda: align_backward(torch.zeros(3, 4, 2, 2, device="meta")), "grad_output"),
+    (T, "t.scalar_type() == type", lambda: align_backward(torch.zeros(3, 4, 2, 2).half()), "grad_output"),
+    (T, "t.device() == input.device()", lambda: align_backward(torch.zeros(3, 4, 2, 2, device="meta")), "grad_output"),
     (R, "output_size.size() == 2", lambda: align(output_size=[2]), "output_size"),
     (R, "part_size.size() == 2", lambda: part(part_size=[2, 2, 2]), "part_size"),
 ]
@@ -181,4 +181,4 @@ def test_message_is_that_of_the_check_and_names_operator_and_argument(file, cond
 def test_every_check_has_a_case():
     named = [(file, text) for file, text in checks() if any(c[0] == file and text.startswith(c[1]) for c in CASES)]
     assert [check for check in checks() if check not in named] == []
-    assert len(checks()) > 30
+    assert len(checks()) >= 25
