@@ -1,4 +1,4 @@
-"""Ask this package, torchvision and mmcv (or its fork onedl-mmcv) the same questions, where they are installed: a table.
+"""Ask this package, torchvision and mmcv (or its fork onedl-mmcv) the same questions, where installed: a table.
 
     python scripts/compare_peers.py
 

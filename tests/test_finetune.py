@@ -283,6 +283,30 @@ def test_resume_continues_exactly_where_it_stopped(tmp_path):
     assert rates[0] == rates[1]
 
 
+@pytest.mark.parametrize(("batch_size", "epochs"), [(16, 4), (8, 4), (32, 4), (16, 6)])
+def test_a_resumed_run_follows_its_own_schedule(tmp_path, batch_size, epochs):
+    """With other batches an epoch (so it is with other processes), and over another number of epochs."""
+    schedule, rates = dict(sched="cosine", min_lr=0.0), []
+    run(config(trainer=dict(TRAINER, max_epochs=2), schedule=schedule), tmp_path)
+
+    class Watch(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            rates.append({g["lr_scale"]: g["lr"] for g in optimizer.param_groups})
+
+    resumed = config(
+        trainer=dict(TRAINER, max_epochs=epochs), schedule=schedule, data=dict(DATA, batch_size=batch_size)
+    )
+    trainer, subject, data = build(resumed, tmp_path)
+    trainer.callbacks.append(Watch())
+    trainer.fit(subject, data, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    per_epoch = 32 // batch_size
+    total = epochs * per_epoch
+    assert len(rates) == total - 2 * per_epoch
+    for update, seen in enumerate(rates, 2 * per_epoch):
+        truth = 0.5e-3 * (1 + math.cos(math.pi * update / total))
+        assert seen[1.0] == pytest.approx(truth) and seen[0.1] == pytest.approx(0.1 * truth)
+
+
 def launch(script: Path, *arguments: str, **options) -> subprocess.Popen:
     environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     return subprocess.Popen(

@@ -169,7 +169,10 @@ class TunedModule(pl.LightningModule):
         self.trainer.fit_loop.setup_data()  # else the number of batches is not known yet
         batches = self.trainer.num_training_batches
         per_epoch = math.ceil(batches / self.trainer.accumulate_grad_batches) if math.isfinite(batches) else steps
-        # In optimizer steps, so that a run that ends within an epoch (max_steps) ends its schedule there.
+        self._batches_per_update = self.trainer.accumulate_grad_batches
+        # Whether the run ends with an epoch, not within one (max_steps).
+        self._updates_per_epoch = per_epoch if steps == per_epoch * (self.trainer.max_epochs or -1) else None
+        # In optimizer steps, so that a run that ends within an epoch ends its schedule there.
         scheduler, _ = create_scheduler_v2(
             optimizer,
             **self.schedule_args,
@@ -183,8 +186,22 @@ class TunedModule(pl.LightningModule):
             return optimizer
         return dict(optimizer=optimizer, lr_scheduler=dict(scheduler=scheduler, interval="step"))
 
+    def on_train_start(self) -> None:
+        self._updates_before: int | None = None
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Find, with the first batch of a run, new or resumed, where in its schedule it is."""
+        scheduler = self.lr_schedulers()
+        if scheduler is None or self._updates_before is not None:
+            return
+        updates = self.global_step
+        if self._updates_per_epoch is not None:  # an epoch may have had more or fewer before, with other processes
+            updates = self.current_epoch * self._updates_per_epoch + batch_idx // self._batches_per_update
+        self._updates_before = updates - self.global_step
+        cast(Any, scheduler).step_update(num_updates=updates)
+
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        scheduler.step_update(num_updates=self.global_step)
+        scheduler.step_update(num_updates=(self._updates_before or 0) + self.global_step)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -192,6 +209,8 @@ class TunedModule(pl.LightningModule):
         checkpoint["dcn_plugin"] = {name: getattr(self, name) for name in self.remembered}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # The schedule is a function of the update alone, and its length is that of the run that goes on.
+        checkpoint["lr_schedulers"] = []
         saved = checkpoint.get("dcn_plugin", {})
         for name in self.remembered:
             setattr(self, name, getattr(self, name) or saved.get(name))

@@ -120,6 +120,7 @@ class DetectionModule(TunedModule):
         self.category_ids, self.class_names = ids, getattr(data, "class_names", None)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
         seed = os.environ.get("PL_GLOBAL_SEED")
         if seed is not None:
             torch.manual_seed(mixed_seed(int(seed), self.current_epoch, batch_idx, self.global_rank))
