@@ -8,9 +8,10 @@ import torch
 from cases import OpCase, assert_close, convert, run
 from torch import nn
 
+from dcn_plugin import registry
 from dcn_plugin.layers import DCNv2
 
-from .parts import each_case, names_of
+from .parts import each_case, each_layer, make_layer, names_of
 
 
 class Call(nn.Module):
@@ -115,3 +116,35 @@ def test_model_is_one_graph(name):
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(type="DCNResNet", depth=18, out_indices=(0, 1, 2, 3)),
+        dict(type="TimmBackbone", model_name="resnet18_dcn", out_indices=(2, 3, 4)),
+    ],
+    ids=lambda config: config["type"],
+)
+def test_backbone_of_mmengine_is_one_graph(config):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = registry.MODELS.build(config).train()
+    x = torch.randn(2, 3, 64, 64)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    for found, expected in zip(compiled, model(x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+# torch deprecates it as a whole, and warns of every check of a shape.
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning"
+)
+@each_layer
+def test_torchscript_traces_layers(name):
+    layer, inputs = make_layer(name)
+    traced = torch.jit.trace(layer, inputs)
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    torch.testing.assert_close(torch.jit.load(file)(*inputs), layer(*inputs))
