@@ -5,7 +5,7 @@ Needs ``pip install 'dcn_plugin[onnx]'``. What a runtime makes of offsets that a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,28 @@ except ModuleNotFoundError as error:
 # The first opset that has DeformConv.
 OPSET = 19
 
-# RoI pooling -> what of it exports. ONNX has no operator for it.
-_ROI_POOLING = {
-    "deform_roi_pool": "export_onnx writes it as standard operators when sampling_ratio is at least 1",
-    "deform_ps_roi_pool": "export_onnx writes it as standard operators",
-    "ps_roi_pool": "the number of pixels in its bins depends on the regions; deform_ps_roi_pool exports",
-}
+# ONNX has no operator for these.
+_ROI_POOLING = ("deform_roi_pool", "deform_ps_roi_pool", "ps_roi_pool")
+
+
+@torch.library.custom_op("dcn_plugin_onnx::sum_windows", mutates_args=())
+def sum_windows(maps: Tensor, window: Tensor, weights_y: Tensor, weights_x: Tensor) -> Tensor:
+    """What remains of RoI pooling in the graph, and becomes a Scan over the regions.
+
+    ``out[r,g,d,b] = sum_{i,j} weights_y[r,g,b,i] * weights_x[r,g,b,j] * maps[n_r,g,d,i,j]``
+
+    Args:
+        maps: ``[N, G, D, H, W]``, groups of channels.
+        window: ``[R, 6]``, (image, top, left) and (image + 1, bottom, right): beyond it the weights are 0.
+        weights_y: ``[R, G, B, H]``, for each bin of a group.
+        weights_x: ``[R, G, B, W]``.
+    """
+    return torch.einsum("rgdij,rgbi,rgbj->rgdb", maps[window[:, 0]], weights_y, weights_x)
+
+
+@sum_windows.register_fake
+def _(maps: Tensor, window: Tensor, weights_y: Tensor, weights_x: Tensor) -> Tensor:
+    return maps.new_empty(window.shape[0], *maps.shape[1:3], weights_y.shape[2])
 
 
 def custom_translation_table() -> dict[Callable, Callable]:
@@ -52,7 +68,11 @@ def custom_translation_table() -> dict[Callable, Callable]:
         >>> [node.op_type for node in program.model.graph if node.op_type == "DeformConv"]
         ['DeformConv']
     """
-    return {_op("deform_conv2d"): _deform_conv, **{_op(name): _refusal_of(name) for name in _ROI_POOLING}}
+    return {
+        _op("deform_conv2d"): _deform_conv,
+        torch.ops.dcn_plugin_onnx.sum_windows.default: _scan_windows,
+        **{_op(name): _refusal_of(name) for name in _ROI_POOLING},
+    }
 
 
 def export_onnx(
@@ -89,9 +109,6 @@ def export_onnx(
     pooling = {_op(name): _decomposition_of(name) for name in _ROI_POOLING}
     if any(node.target in pooling for node in program.graph.nodes):
         program = program.run_decompositions(pooling)
-    for node in program.graph.nodes:
-        if node.target in pooling:
-            _refusal_of(node.target.overloadpacket.__name__)()
     exported = torch.onnx.export(
         program,
         dynamo=True,
@@ -152,20 +169,94 @@ def _deform_conv(
 
 
 def _decomposition_of(name: str) -> Callable[..., Tensor]:
-    """The definition in plain PyTorch, where its samples are known in number."""
+    """The definition in plain PyTorch, with its samples summed up along each axis first."""
     names = [argument.name for argument in _op(name)._schema.arguments]
 
-    def decompose(*args: Any) -> Any:
-        given = dict(zip(names, args, strict=True))
-        if name == "ps_roi_pool" or given.get("sampling_ratio", 1) < 1:
-            return NotImplemented
-        return getattr(reference, name)(**given)
+    def decompose(*args: Any) -> Tensor:
+        return getattr(reference, name)(**dict(zip(names, args, strict=True)), pool=_pool_windows)
 
     return decompose
 
 
+def _pool_windows(
+    input: Tensor, rois: Tensor, vertical: Any, horizontal: Any, mask: Tensor | None, bins: Sequence[int], k: int
+) -> Tensor:
+    """As the definition's own average over the samples of ``vertical`` and ``horizontal``, on ``sum_windows``.
+
+    Samples of a bin form a grid and bilinear weights are products, so each axis has weights of its own. They are
+    formed from no more samples than can lie on the map, and multiplied in the region's window alone.
+    """
+    n, channels, height, width = input.shape
+    classes = max(vertical.position.shape[1], 1 if mask is None else mask.shape[1])
+    # Bins of a group along y and x read the same channels; where k does not divide them, each is a group.
+    groups = [k if size % k == 0 else size for size in bins]
+    maps = input.to(torch.promote_types(input.dtype, torch.float32))
+    maps = maps.reshape(n, classes, channels // classes // k**2, k, k, height, width)
+    for i, (size, group) in enumerate(zip(bins, groups, strict=True)):
+        if group != k:
+            maps = maps.index_select(3 + i, torch.tensor([b * k // size for b in range(size)]))
+    maps = maps.permute(0, 1, 3, 4, 2, 5, 6).flatten(1, 3)
+    inner = [size // group for size, group in zip(bins, groups, strict=True)]
+
+    def weights(axis: Any, extent: int) -> Tensor:
+        """[R + 1, G, B, extent]; runtimes cannot scan over no region, so that one without samples comes last."""
+        of_bin = reference.axis_weights(axis.position, axis.read, extent) / axis.divisor.clamp(min=1)[..., None]
+        of_bin = of_bin.expand(-1, classes, *bins, extent)
+        of_bin = of_bin.reshape(-1, classes, groups[0], inner[0], groups[1], inner[1], extent).transpose(3, 4)
+        of_bin = of_bin.flatten(4, 5).flatten(1, 3)
+        return torch.cat((of_bin, of_bin.new_zeros(1, *of_bin.shape[1:])))
+
+    weights_y, weights_x = weights(vertical, height), weights(horizontal, width)
+    image = torch.where((rois[:, 0] >= 0) & (rois[:, 0] < n), rois[:, 0], 0).long()
+    image = torch.cat((image, image.new_zeros(1)))
+    (top, bottom), (left, right) = _window(weights_y), _window(weights_x)
+    window = torch.stack((image, top, left, image + 1, bottom, right), 1)
+    out = torch.ops.dcn_plugin_onnx.sum_windows(maps, window, weights_y, weights_x)[:-1]
+    out = out.reshape(-1, classes, *groups, maps.shape[2], *inner).permute(0, 1, 4, 2, 5, 3, 6)
+    out = out.flatten(5, 6).flatten(3, 4)  # [R, classes, D / classes, P_h, P_w]
+    if mask is not None:
+        out = out * mask[:, :, None]
+    return out.flatten(1, 2).to(input.dtype)
+
+
+def _window(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """First pixel with a weight, and the one after the last, for each region; one pixel where none has one."""
+    used = (weights != 0).any(2).any(1)
+    number = torch.arange(1, used.shape[1] + 1)
+    last = torch.where(used, number, 1).amax(1)
+    return torch.where(used, number - 1, last[:, None] - 1).amin(1), last
+
+
+def _scan_windows(maps: Any, window: Any, weights_y: Any, weights_x: Any) -> Any:
+    """``sum_windows`` as a Scan, whose memory is that of one region; maps are read where they are, not passed along."""
+    recorder: Any = evaluator.default()
+    outside = len(recorder.nodes)
+    at, inputs_y, inputs_x = (
+        ir.Value(name=f"{t.name}_of_region", shape=ir.Shape(t.shape[1:]), type=ir.TensorType(t.dtype))
+        for t in (window, weights_y, weights_x)
+    )
+
+    def entry(i: int) -> Any:
+        return opset19.Slice(at, [i], [i + 1])
+
+    values = opset19.Slice(maps, opset19.Slice(at, [0], [3]), opset19.Slice(at, [3], [6]), [0, 3, 4])
+    values = opset19.Reshape(values, [0, 0, 0, -1])
+    along_y = opset19.Slice(inputs_y, entry(1), entry(4), [2])
+    along_x = opset19.Slice(inputs_x, entry(2), entry(5), [2])
+    weights = opset19.Mul(opset19.Unsqueeze(along_y, [3]), opset19.Unsqueeze(along_x, [2]))
+    weights = opset19.Reshape(weights, [0, 0, -1])
+    out = opset19.Squeeze(opset19.MatMul(values, opset19.Transpose(weights, perm=[0, 2, 1])), [0])
+
+    body = ir.Graph((at, inputs_y, inputs_x), (out,), nodes=recorder.nodes[outside:], name="sum_window")
+    del recorder.nodes[outside:]
+    attributes = (ir.AttrGraph("body", body), ir.AttrInt64("num_scan_inputs", 3))
+    scan = ir.Node("", "Scan", (window, weights_y, weights_x), attributes, version=recorder.opset.version)
+    recorder.nodes.append(scan)
+    return scan.outputs[0]
+
+
 def _refusal_of(name: str) -> Callable[..., Any]:
     def refuse(*_: Any, **__: Any) -> Any:
-        raise NotImplementedError(f"{name} does not export to ONNX like this: {_ROI_POOLING[name]}")
+        raise NotImplementedError(f"{name} does not export to ONNX like this: export_onnx writes it as standard operators")
 
     return refuse

@@ -1,7 +1,7 @@
 """The operators in plain PyTorch: short, differentiable, the executable definitions the kernels are tested against."""
 
-from .bilinear import bilinear_sample
+from .bilinear import axis_weights, bilinear_sample
 from .deform_conv2d import deform_conv2d
 from .roi_pool import deform_ps_roi_pool, deform_roi_pool, ps_roi_pool
 
-__all__ = ["bilinear_sample", "deform_conv2d", "deform_ps_roi_pool", "deform_roi_pool", "ps_roi_pool"]
+__all__ = ["axis_weights", "bilinear_sample", "deform_conv2d", "deform_ps_roi_pool", "deform_roi_pool", "ps_roi_pool"]

@@ -42,3 +42,21 @@ def bilinear_sample(value: Tensor, y: Tensor, x: Tensor) -> Tensor:
     poison = torch.where(not_a_number, torch.nan, 0.0).to(y.dtype)
     safe_sum = torch.where(not_a_number, y, 0) + torch.where(not_a_number, x, 0)
     return out + (safe_sum * poison)[:, None].to(out.dtype)
+
+
+def axis_weights(position: Tensor, read: Tensor, extent: int) -> Tensor:
+    """Sum up how much samples along one axis weigh each of its ``extent`` pixels.
+
+    ``out[..., i] = sum_s read[..., s] * max(0, 1-|position[..., s]-i|)``, so that samples on a grid need no more than
+    the product of two of these: ``sum_{s,t} bilinear(value, y_s, x_t) = sum_{i,j} out_y[i] * out_x[j] * value[i, j]``.
+
+    Args:
+        position: ``[..., S]``, from 0 to ``extent - 1`` where it is read; NaN makes NaN.
+        read: ``[..., S]``, which samples count.
+        extent: of the axis, in pixels.
+    """
+    first = torch.where(read & ~position.isnan(), position, 0).long()
+    beyond = position - first
+    out = position.new_zeros((*position.shape[:-1], extent))
+    out = out.scatter_add(-1, first, torch.where(read, 1 - beyond, 0))
+    return out.scatter_add(-1, (first + 1).clamp(max=extent - 1), torch.where(read, beyond, 0))

@@ -5,7 +5,7 @@ Symbols: R regions, P_h x P_w bins, D output channels, k x k position-sensitive 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,6 +37,7 @@ def deform_roi_pool(
     sampling_ratio: int = 0,
     gamma: float = 0.1,
     aligned: bool = True,
+    pool: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Executable definition of :func:`dcn_plugin.ops.deform_roi_pool`; same arguments (rois as a tensor), any device.
 
@@ -52,7 +53,7 @@ def deform_roi_pool(
         origin = _origins(start, step, bins, i, _shift(offset, i, gamma * size, bins, input))
         return _spread(origin, step / grid, 0.5, grid, sampling_ratio, (-1, input.shape[2 + i]), input, i)
 
-    return _pool(input, rois, axis(0), axis(1), mask, bins, 1)
+    return (pool or _pool)(input, rois, axis(0), axis(1), mask, bins, 1)
 
 
 def deform_ps_roi_pool(
@@ -68,6 +69,7 @@ def deform_ps_roi_pool(
     samples_per_part: int = 4,
     spatial_scale: float = 1.0,
     offset_scale: float = 0.1,
+    pool: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Executable definition of :func:`dcn_plugin.ops.deform_ps_roi_pool`; same arguments (rois as a tensor).
 
@@ -86,7 +88,7 @@ def deform_ps_roi_pool(
         return spread._replace(divisor=spread.read.sum(-1))
 
     mask = None if mask is None else _of_bins(mask, bins, parts)
-    return _pool(input, rois, axis(0), axis(1), mask, bins, group_size)
+    return (pool or _pool)(input, rois, axis(0), axis(1), mask, bins, group_size)
 
 
 def ps_roi_pool(
@@ -97,6 +99,7 @@ def ps_roi_pool(
     group_size: int,
     output_size: int | Sequence[int],
     spatial_scale: float = 1.0,
+    pool: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Executable definition of :func:`dcn_plugin.ops.ps_roi_pool`; same arguments (rois as a tensor).
 
@@ -110,7 +113,7 @@ def ps_roi_pool(
         number = _numbers(bins, i).to(size)
         # Divided last, so that whole edges stay whole.
         first, last = (_last(start) + n * _last(size) / bins[i] for n in (number, number + 1))  # [R, P] along this axis
-        shape = (len(rois), 1, *((bins[0], 1) if i == 0 else (1, bins[1])))
+        shape = (rois.shape[0], 1, *((bins[0], 1) if i == 0 else (1, bins[1])))
         low, high = (edge.reshape(shape).clamp(0, input.shape[2 + i]) for edge in (first.floor(), last.ceil()))
         pixels = (high - low).nan_to_num(0)
         most = input.shape[2 + i] if _is_mapped(rois) else max(int(pixels.max()), 1) if len(rois) else 1
@@ -119,7 +122,7 @@ def ps_roi_pool(
         expand = (-1, -1, *bins)
         return _Axis(position.expand(*expand, -1), read.expand(*expand, -1), read.sum(-1).expand(expand))
 
-    return _pool(input, rois, axis(0), axis(1), None, bins, group_size)
+    return (pool or _pool)(input, rois, axis(0), axis(1), None, bins, group_size)
 
 
 def _regions(
