@@ -5,7 +5,9 @@ import io
 import logging
 import math
 import pickle
+from collections import UserList
 
+import numpy as np
 import pytest
 import torch
 import torch.fx
@@ -396,6 +398,25 @@ def test_symbolic_trace(cls):
         torch.testing.assert_close(traced(x), layer(x))
     with pytest.raises(ValueError, match="input must be"):
         traced(torch.zeros(1, 3, 6, 6))
+
+
+@pytest.mark.parametrize("make", [UserList, np.array, torch.tensor], ids=["sequence", "array", "tensor"])
+def test_sizes_come_as_any_sequence(make):
+    """As nn.Conv2d takes them: configs of other systems hold lists that are not Python's."""
+    given = dict(kernel_size=make([3, 2]), stride=make([2, 1]), dilation=make([1, 2]))
+    layer = shaken(DCNv2(4, 4, padding=make([1, 0, 2, 1]), **given))
+    plain = DCNv2(4, 4, (3, 2), (2, 1), (1, 0, 2, 1), (1, 2))
+    assert layer.padding4 == plain.padding4
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(1, 4, 9, 8)
+    torch.testing.assert_close(layer(x), plain(x))
+
+
+def test_script_is_refused_before_anything_is_compiled():
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), DCNv2(4, 4, 3))
+    with pytest.raises(NotImplementedError, match="got DCNv2: use torch.export, torch.compile or torch.jit.trace"):
+        torch.jit.script(model)
+    assert type(model[1]) is DCNv2 and model(torch.zeros(1, 4, 5, 5)).shape == (1, 4, 3, 3)
 
 
 def test_batch_norm_folds_into_the_layer():

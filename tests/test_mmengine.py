@@ -19,7 +19,7 @@ from torch import nn
 
 import dcn_plugin
 from dcn_plugin.layers import DCNv1, DCNv2, DeformConv2d, OffsetConv
-from dcn_plugin.models import DCNResNet, TimmBackbone
+from dcn_plugin.models import DCNResNet, TimmBackbone, build_dcn
 
 LAYOUT = json.loads((Path(__file__).parent / "data" / "mmdet_resnet50_dcnv2.json").read_text())["shapes"]
 DCNV2 = dict(type="DCNv2", deform_groups=1, fallback_on_stride=False)
@@ -96,6 +96,16 @@ def test_mmcv_defaults():
     assert MODELS.build(dict(type="DCN", **geometry)).bias is None
     assert MODELS.build(dict(type="DCNv2", **geometry)).bias is not None
     assert MODELS.build(dict(type="DCNv2", mask_activation="2*sigmoid", **geometry)).mask_activation == "2*sigmoid"
+
+
+def test_mmcv_arguments_that_have_no_or_another_name_here():
+    geometry = dict(in_channels=4, out_channels=4, kernel_size=3)
+    for name in ("DCN", "DCNv2"):
+        assert MODELS.build(dict(type=name, deformable_groups=2, **geometry)).offset_groups == 2
+    assert MODELS.build(dict(type="DCN", im2col_step=64, deform_groups=4, **geometry)).offset_groups == 4
+    # By position, in mmcv's order.
+    layer = build_dcn(4, 4, 3, 2, 1, 1, 2, 4, False, 64)
+    assert (layer.stride, layer.groups, layer.offset_groups, layer.bias) == ((2, 2), 2, 4, None)
 
 
 ROI_LAYERS = {

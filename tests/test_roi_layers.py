@@ -6,7 +6,9 @@ import logging
 import math
 import pickle
 from collections import OrderedDict
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torch.fx
@@ -794,6 +796,14 @@ except AttributeError as error:
         "MultiScaleDeformRoIPool needs torchvision, which is not installed: pip install torchvision",
         "module 'dcn_plugin.layers' has no attribute 'Absent'",
     ]
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, Fraction])
+def test_scales_come_as_any_real_number(number):
+    x, rois = torch.rand(2, 3, 8, 8).double(), ROIS
+    layer = DeformRoIPool(2, number(0.5), 2, gamma=number(0.25))
+    offset = torch.rand(3, 2, 2, 2).double()
+    assert torch.equal(layer(x, rois, offset), DeformRoIPool(2, 0.5, 2, gamma=0.25)(x, rois, offset))
 
 
 def test_torchvision_takes_it_for_its_own():

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from ..ops import deform_conv2d
 from ..ops._check import integer, integers
+from ._torchscript import NotScriptable
 
 logger = logging.getLogger("dcn_plugin")
 
@@ -35,7 +36,16 @@ torch.fx.wrap("deform_conv2d")
 torch.fx.wrap("_check_input")
 
 
+def activation(value: Any) -> Callable[[Tensor], Tensor]:
+    """Return the function that ``mask_activation`` names."""
+    if not isinstance(value, str) or value not in MASK_ACTIVATIONS:
+        raise ValueError(f"mask_activation must be {' or '.join(map(repr, MASK_ACTIVATIONS))}, got {value!r}")
+    return MASK_ACTIVATIONS[value]
+
+
 def _check_input(x: Tensor, channels: int) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"input must be a tensor [N, {channels}, H, W], got {type(x).__name__}")
     if x.dim() != 4 or x.shape[1] != channels:
         raise ValueError(f"input must be [N, {channels}, H, W], got {list(x.shape)}")
     if not x.is_floating_point():
@@ -55,11 +65,15 @@ def _pair(name: str, value: Any, least: int) -> tuple[int, int]:
 
 
 def _floating(name: str, dtype: torch.dtype | None) -> None:
-    if dtype is not None and not dtype.is_floating_point:
+    if dtype is None:
+        return
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name} must be a torch.dtype or None, got {dtype!r}")
+    if not dtype.is_floating_point:
         raise ValueError(f"{name} must be a real floating-point dtype, got {dtype}")
 
 
-class DeformConv2d(nn.Module):
+class DeformConv2d(NotScriptable, nn.Module):
     """Deformable convolution whose offsets (and mask) are arguments of ``forward``, as in torchvision's module.
 
     ``out(p0) = bias + sum_k weight_k * mask_k(p0) * bilinear(x, p0 * stride - padding + k * dilation + offset_k(p0))``
@@ -479,15 +493,13 @@ class DCNv2(OffsetConv):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
             dtype, offset_groups, offset_bound,
         )  # fmt: skip
-        if mask_activation not in MASK_ACTIVATIONS:
-            known = " or ".join(map(repr, MASK_ACTIVATIONS))
-            raise ValueError(f"mask_activation must be {known}, got {mask_activation!r}")
+        activation(mask_activation)
         self.mask_activation = mask_activation
 
     def offsets(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         raw = self._predict(x)
         split = self.conv_offset.out_channels // 3 * 2
-        return self._bound(raw[:, :split]), MASK_ACTIVATIONS[self.mask_activation](raw[:, split:])
+        return self._bound(raw[:, :split]), activation(self.mask_activation)(raw[:, split:])
 
     offsets.__doc__ = OffsetConv.offsets.__doc__
 

@@ -14,8 +14,8 @@ from torchvision.ops.poolers import _setup_scales
 from ..ops import deform_roi_pool
 from ..ops._check import integer, number
 from ..ops._layout import is_channels_last
-from .conv import _pair
-from .roi import Size, ZeroLinear, _Branched, activation, branch, describe, factory_arguments, flag, predict
+from .conv import _pair, activation
+from .roi import Size, ZeroLinear, _Branched, branch, describe, factory_arguments, flag, predict
 
 # Symbolic tracing records these as calls: they look at shapes and values.
 for _name in ("_setup_scales", "_maps", "_assign", "_pool"):

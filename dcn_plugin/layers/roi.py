@@ -10,7 +10,7 @@ so that its checkpoints mean the same here. All others have (y, x), like the res
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ..ops import deform_ps_roi_pool, deform_roi_pool, ps_roi_pool
 from ..ops._check import integer, number
-from .conv import MASK_ACTIVATIONS, _check_input, _floating, _pair
+from ._torchscript import NotScriptable
+from .conv import _check_input, _floating, _pair, activation
 
 #: Learning rate of the branches below as a multiple of the rest's (Dai et al. 2017, section 2.3).
 BRANCH_LR_MULT = 0.01
@@ -51,13 +52,6 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
-def activation(value: Any) -> Callable[[Tensor], Tensor]:
-    """Return the function that ``mask_activation`` names."""
-    if not isinstance(value, str) or value not in MASK_ACTIVATIONS:
-        raise ValueError(f"mask_activation must be {' or '.join(map(repr, MASK_ACTIVATIONS))}, got {value!r}")
-    return MASK_ACTIVATIONS[value]
-
-
 class ZeroLinear(nn.Linear):
     """The last layer of an offset or mask branch: zero at first and after every reset."""
 
@@ -84,7 +78,7 @@ def describe(module: nn.Module, names: Sequence[str]) -> str:
     return ", ".join(f"{name}={getattr(module, name)!r}" for name in names)
 
 
-class _Branched(nn.Module):
+class _Branched(NotScriptable, nn.Module):
     """What layers with a fully connected branch for offsets (and masks) share."""
 
     #: Submodule -> its default learning rate multiplier, see `offset_parameters`.
@@ -97,7 +91,7 @@ class _Branched(nn.Module):
                 module.reset_parameters()
 
 
-class DeformRoIPool(nn.Module):
+class DeformRoIPool(NotScriptable, nn.Module):
     """Deformable RoI pooling whose offsets are an argument, with mmcv's name, arguments and **(x, y)** offsets.
 
     ``out[r, c, p] = mean_s bilinear(input[n_r, c], corner_r + p * bin_r + s + gamma * size_r * offset[r, p])``
@@ -296,7 +290,7 @@ class ModulatedDeformRoIPoolPack(DeformRoIPoolPack):
     offsets.__doc__ = DeformRoIPoolPack.offsets.__doc__
 
 
-class PSRoIPool(nn.Module):
+class PSRoIPool(NotScriptable, nn.Module):
     """Position-sensitive RoI pooling of R-FCN: bin (i, j) averages the pixels it touches, in channels of its own.
 
     ``out[r, d, p] = mean_{q in bin p of r} input[n_r, (d * k + g_y) * k + g_x, q]``, ``k = group_size``

@@ -16,6 +16,16 @@ from dcn_plugin.layers import DCNv1, DCNv2
 IntPair = int | tuple[int, int]
 
 
+def _offset_groups(deform_groups: int, options: dict[str, Any]) -> int:
+    """Take mmcv's number of offset groups, under either name; the former one is removed from ``options``."""
+    former = options.pop("deformable_groups", None)
+    if former is not None and deform_groups != 1:
+        raise TypeError(
+            f"deform_groups: expected either it or deformable_groups, its former name, got {deform_groups} and {former}"
+        )
+    return deform_groups if former is None else former
+
+
 def build_dcn(
     in_channels: int,
     out_channels: int,
@@ -26,13 +36,16 @@ def build_dcn(
     groups: int = 1,
     deform_groups: int = 1,
     bias: bool = False,
+    im2col_step: int = 32,
     **options: Any,
 ) -> DCNv1:
     """Build a `DCNv1` layer from the arguments of mmcv's ``DCN`` (which has no bias; here it may).
 
-    Options are those of `DCNv1`, as ``offset_bound``. Example: ``build_dcn(64, 64, 3, padding=1, deform_groups=4)``.
+    ``im2col_step``, how many images mmcv works on at once, changes nothing here. ``deform_groups`` may have its former
+    name, ``deformable_groups``. Other options are those of `DCNv1`, as ``offset_bound``.
+    Example: ``build_dcn(64, 64, 3, padding=1, deform_groups=4)``.
     """
-    options.update(offset_groups=deform_groups)
+    options.update(offset_groups=_offset_groups(deform_groups, options))
     return DCNv1(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **options)
 
 
@@ -51,9 +64,10 @@ def build_dcnv2(
 ) -> DCNv2:
     """Build a `DCNv2` layer from the arguments of mmcv's ``DCNv2``, with mmcv's sigmoid mask: 0.5 at the start.
 
-    Options are those of `DCNv2`. Example: ``build_dcnv2(64, 64, 3, padding=1, deform_groups=4)``.
+    ``deform_groups`` may have its former name, ``deformable_groups``. Other options are those of `DCNv2`.
+    Example: ``build_dcnv2(64, 64, 3, padding=1, deform_groups=4)``.
     """
-    options.update(offset_groups=deform_groups, mask_activation=mask_activation)
+    options.update(offset_groups=_offset_groups(deform_groups, options), mask_activation=mask_activation)
     return DCNv2(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **options)
 
 

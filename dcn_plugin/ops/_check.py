@@ -2,6 +2,8 @@
 
 import math
 import operator
+from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -34,7 +36,7 @@ def integer(name: str, value: Any, least: int, most: int = MOST) -> int:
 
 def integers(name: str, value: Any, least: int, lengths: tuple[int, ...] = (2,), most: int = MOST) -> tuple[int, ...]:
     """Return ``value``, an integer (repeated) or a sequence of one of ``lengths`` integers, as a tuple."""
-    if not isinstance(value, (tuple, list)):
+    if not isinstance(value, (tuple, list)) and not _is_sequence(value):
         return (integer(name, value, least, most),) * lengths[0]
     if len(value) not in lengths:
         allowed = " or ".join(map(str, lengths))
@@ -42,9 +44,16 @@ def integers(name: str, value: Any, least: int, lengths: tuple[int, ...] = (2,),
     return tuple(integer(name, item, least, most) for item in value)
 
 
+def _is_sequence(value: Any) -> bool:
+    """Whether ``value`` holds several numbers: lists of config systems, arrays and tensors do, as for ``nn.Conv2d``."""
+    if isinstance(value, (int, torch.SymInt, str)):
+        return False
+    return isinstance(value, Sequence) or getattr(value, "ndim", 0) == 1
+
+
 def number(name: str, value: Any, positive: bool = False) -> float:
     """Return ``value`` as a finite float, above 0 if ``positive``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt, Real)):
         raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
     try:
         found = float(value)

@@ -50,10 +50,14 @@ def choices(call, options):
             Case(call(dtype=dtype), ValueError, "dtype", "must be a real floating-point dtype", f"got {dtype}")
             for dtype in (torch.int64, torch.complex64)
         ]
+        flags += [
+            Case(call(dtype=dtype), TypeError, "dtype", "must be a torch.dtype or None", f"got {dtype!r}")
+            for dtype in (float, "float16")
+        ]
     if "mask_activation" in options:
         flags += [
             Case(call(mask_activation=value), ValueError, "mask_activation", "must be '2*sigmoid' or", f"got {value!r}")
-            for value in ("softmax", None, 2)
+            for value in ("softmax", None, 2, ["sigmoid"])
         ]
     return flags
 
@@ -88,6 +92,11 @@ def convolutions():
     for dtype in (torch.int64, torch.uint8, torch.complex64):
         call = lambda dtype=dtype: DCNv2(4, 6, 3)(torch.zeros(1, 4, 8, 8, dtype=dtype))  # noqa: E731
         yield Case(call, TypeError, "input", "a real floating-point tensor", f"got {dtype}")
+    call = lambda: DCNv2(4, 6, 3)([torch.zeros(1, 4, 8, 8)])  # noqa: E731
+    yield Case(call, TypeError, "input", "a tensor [N, 4, H, W]", "got list")
+    for layer, good in ((DCNv2, CONV), (DeformRoIPoolPack, PACK), (PSRoIPool, PS), (MultiScaleDeformRoIPool, PYRAMID)):
+        script = lambda layer=layer, good=good: torch.jit.script(nn.Sequential(layer(**good)))  # noqa: E731
+        yield Case(script, NotImplementedError, "torch.jit.script", "TorchScript can compile", f"got {layer.__name__}")
 
 
 class OwnForward(nn.Conv2d):

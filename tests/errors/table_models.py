@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from dcn_plugin.models import DCNResNet, TimmBackbone
+from dcn_plugin.models import DCNResNet, TimmBackbone, build_dcn, build_dcnv2
 from dcn_plugin.models.dcn_detection import build_detector
 from dcn_plugin.models.dcn_detection_backbone import _modules_up_to
 from errors.case import Case
@@ -58,6 +58,13 @@ def mmdet(**given):
 
 PER_STAGE = "expected 4 values (num_stages)"
 MMDET = [
+    *(
+        Case(
+            partial(build, 4, 4, 3, deform_groups=2, deformable_groups=2),
+            TypeError, "deform_groups:", "either it or deformable_groups", "got 2 and 2",
+        )
+        for build in (build_dcn, build_dcnv2)
+    ),
     Case(mmdet(depth=20), ValueError, "depth:", "expected one of [18, 34, 50, 101, 152]", "got 20"),
     Case(mmdet(num_stages=5), ValueError, "num_stages:", "expected 1 to 4", "got 5"),
     Case(mmdet(num_stages=3), ValueError, "out_indices:", "expected stages out of 0..2", "got (0, 1, 2, 3)"),

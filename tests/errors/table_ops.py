@@ -63,6 +63,7 @@ def integers(call, name, least=1, lengths="2"):
         Case(call(**{name: (least, least - 1)}), ValueError, name, f"at least {least}", f"got {least - 1}"),
         Case(call(**{name: [1, 1, 1]}), ValueError, name, f"an integer or {lengths} integers", "got 3: [1, 1, 1]"),
         Case(call(**{name: ()}), ValueError, name, f"an integer or {lengths} integers", "got 0: ()"),
+        Case(call(**{name: torch.ones(5)}), ValueError, name, f"an integer or {lengths} integers", "got 5: tensor("),
     ]
 
 
