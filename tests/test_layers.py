@@ -412,6 +412,7 @@ def test_sizes_come_as_any_sequence(make):
     torch.testing.assert_close(layer(x), plain(x))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
 def test_script_is_refused_before_anything_is_compiled():
     model = nn.Sequential(nn.Conv2d(4, 4, 1), DCNv2(4, 4, 3))
     with pytest.raises(NotImplementedError, match="got DCNv2: use torch.export, torch.compile or torch.jit.trace"):

@@ -4,6 +4,7 @@ import builtins
 import math
 import sys
 import warnings
+from functools import partial
 
 import torch
 from torch import nn
@@ -62,6 +63,12 @@ def choices(call, options):
     return flags
 
 
+def script(layer, good):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # deprecated
+        torch.jit.script(nn.Sequential(layer(**good)))
+
+
 def convolutions():
     for layer in (DeformConv2d, DCNv1, DCNv2):
         call = of(layer, CONV)
@@ -95,8 +102,7 @@ def convolutions():
     call = lambda: DCNv2(4, 6, 3)([torch.zeros(1, 4, 8, 8)])  # noqa: E731
     yield Case(call, TypeError, "input", "a tensor [N, 4, H, W]", "got list")
     for layer, good in ((DCNv2, CONV), (DeformRoIPoolPack, PACK), (PSRoIPool, PS), (MultiScaleDeformRoIPool, PYRAMID)):
-        script = lambda layer=layer, good=good: torch.jit.script(nn.Sequential(layer(**good)))  # noqa: E731
-        yield Case(script, NotImplementedError, "torch.jit.script", "TorchScript can compile", f"got {layer.__name__}")
+        yield Case(partial(script, layer, good), NotImplementedError, "torch.jit.script", "TorchScript can compile", f"got {layer.__name__}")
 
 
 class OwnForward(nn.Conv2d):

@@ -1,14 +1,15 @@
 """Operators and models as graphs: exported files, ahead-of-time packages, whole compiled models."""
 
 import io
+from functools import partial
 
 import pytest
 import timm
 import torch
 from cases import OpCase, assert_close, convert, run
-from torch import nn
+from torch import Tensor, nn
 
-from dcn_plugin import registry
+from dcn_plugin import ops, registry
 from dcn_plugin.layers import DCNv2
 
 from .parts import each_case, each_layer, make_layer, names_of
@@ -148,3 +149,31 @@ def test_torchscript_traces_layers(name):
     torch.jit.save(traced, file)
     file.seek(0)
     torch.testing.assert_close(torch.jit.load(file)(*inputs), layer(*inputs))
+
+
+def scripted_pooling(input: Tensor, rois: Tensor, offset: Tensor) -> Tensor:
+    return torch.ops.dcn_plugin.deform_roi_pool(input, rois, offset, None, [2, 3], 0.5, 2, 0.1, True)
+
+
+def scripted_convolution(input: Tensor, offset: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.dcn_plugin.deform_conv2d(input, offset, weight, None, None, [1, 2], [1, 0, 2, 1], [1, 1])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript_compiles_calls_of_the_operators(tmp_path):
+    """The layers refuse it; a module of one's own may call the operator."""
+    x = torch.randn(2, 4, 9, 8, dtype=torch.float64, requires_grad=True)
+    rois = torch.tensor([[0, 1.0, 2.0, 12.0, 9.0], [1, 0.0, 0.0, 8.0, 15.0]], dtype=torch.float64)
+    shift = torch.randn(2, 2, 2, 3, dtype=torch.float64, requires_grad=True)
+    offset, weight = torch.randn(2, 18, 10, 4).double(), torch.randn(6, 2, 3, 3, dtype=torch.float64)
+    public = partial(ops.deform_conv2d, stride=(1, 2), padding=(1, 0, 2, 1))
+    pooling = partial(ops.deform_roi_pool, output_size=(2, 3), spatial_scale=0.5, sampling_ratio=2)
+    for function, plain, given in [
+        (scripted_convolution, public, (x, offset, weight)),
+        (scripted_pooling, pooling, (x, rois, shift)),
+    ]:
+        torch.jit.script(function).save(str(tmp_path / "function.pt"))
+        scripted = torch.jit.load(tmp_path / "function.pt")
+        assert torch.equal(scripted(*given), plain(*given))
+        (found,), (expected,) = (torch.autograd.grad(f(*given).square().sum(), x) for f in (scripted, plain))
+        torch.testing.assert_close(found, expected)
