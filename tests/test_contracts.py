@@ -56,7 +56,7 @@ def test_gradients_equal_finite_differences(case: OpCase, config, device):
     names, values = list(tensors(arguments)), list(tensors(arguments).values())
     assert torch.autograd.gradcheck(
         lambda *t: case.function(**{**arguments, **dict(zip(names, t, strict=True))}), values, fast_mode=True,
-        nondet_tol=1e-10,  # CUDA's bodies add atomically, on the CPU too; where bits are equal a test of its own says so
+        nondet_tol=1e-10,  # the bodies of CUDA add atomically, on the CPU too; another test is about equal bits
     )  # fmt: skip
 
 
