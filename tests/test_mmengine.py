@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from mmengine.config import Config
-from mmengine.model import BaseModel
+from mmengine.model import BaseModel, BaseModule
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, MODELS, DefaultScope
 from mmengine.runner import Runner
@@ -106,6 +106,24 @@ def test_mmcv_arguments_that_have_no_or_another_name_here():
     # By position, in mmcv's order.
     layer = build_dcn(4, 4, 3, 2, 1, 1, 2, 4, False, 64)
     assert (layer.stride, layer.groups, layer.offset_groups, layer.bias) == ((2, 2), 2, 4, None)
+
+
+@pytest.mark.parametrize("name", ["DCN", "DCNv2"])
+def test_initialisers_of_convolutions_leave_offsets_at_zero(name):
+    """A neck's or head's ``init_cfg``: mmcv's DCNv2 sets its offsets back to zero after it."""
+
+    class Neck(BaseModule):
+        def __init__(self):
+            super().__init__(dict(type="Kaiming", layer="Conv2d", bias=1.0))
+            deformable = MODELS.build(dict(type=name, in_channels=4, out_channels=4, kernel_size=3))
+            self.convs = nn.Sequential(nn.Conv2d(4, 4, 1), deformable)
+
+    neck = Neck()
+    weight = neck.convs[1].weight.clone()
+    neck.init_weights()
+    assert neck.convs[0].bias.eq(1).all(), "the initialiser ran"
+    assert not any(parameter.any() for parameter in neck.convs[1].conv_offset.parameters())
+    assert torch.equal(neck.convs[1].weight, weight)
 
 
 ROI_LAYERS = {

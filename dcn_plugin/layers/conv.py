@@ -271,8 +271,17 @@ class DeformConv2d(NotScriptable, nn.Module):
         return ", ".join(parts)
 
 
-class OffsetPredictor(nn.Conv2d):
-    """The convolution that predicts offsets (and masks): zero at first and after every reset, pads on four sides."""
+class _ZeroConv2d(nn.Conv2d):
+    """Zero at first and after every reset."""
+
+    def reset_parameters(self) -> None:
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+
+# Not directly an nn.Conv2d: MMEngine's initialisers for layer="Conv2d" go by the names of a class and its bases.
+class OffsetPredictor(_ZeroConv2d):
+    """The convolution that predicts offsets (and masks): zero at first, pads on four sides."""
 
     def __init__(self, in_channels: int, out_channels: int, layer: DeformConv2d, device: Any, dtype: Any) -> None:
         top, left, bottom, right = layer.padding4
@@ -288,10 +297,6 @@ class OffsetPredictor(nn.Conv2d):
             dtype=dtype,
         )
         self.extra_padding = None if symmetric else (left, right, top, bottom)
-
-    def reset_parameters(self) -> None:
-        for parameter in self.parameters():
-            nn.init.zeros_(parameter)
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input if self.extra_padding is None else F.pad(input, self.extra_padding))

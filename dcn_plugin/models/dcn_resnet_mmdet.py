@@ -255,7 +255,7 @@ class DCNResNet(nn.Module):
         drawn = [cfg for cfg in self.init_cfgs if cfg not in pretrained]
         if drawn:
             initialize(self, drawn)
-            self._zero_offsets()  # an initialiser for every Conv2d has met the offset convolutions too
+            self._zero_offsets()  # one for all layers has met the offset convolutions too
         initialize(self, pretrained)
 
     def _freeze(self) -> None:

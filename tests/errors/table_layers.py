@@ -102,7 +102,8 @@ def convolutions():
     call = lambda: DCNv2(4, 6, 3)([torch.zeros(1, 4, 8, 8)])  # noqa: E731
     yield Case(call, TypeError, "input", "a tensor [N, 4, H, W]", "got list")
     for layer, good in ((DCNv2, CONV), (DeformRoIPoolPack, PACK), (PSRoIPool, PS), (MultiScaleDeformRoIPool, PYRAMID)):
-        yield Case(partial(script, layer, good), NotImplementedError, "torch.jit.script", "TorchScript can compile", f"got {layer.__name__}")
+        call, got = partial(script, layer, good), f"got {layer.__name__}"
+        yield Case(call, NotImplementedError, "torch.jit.script", "TorchScript can compile", got)
 
 
 class OwnForward(nn.Conv2d):
