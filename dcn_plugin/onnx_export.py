@@ -1,6 +1,7 @@
-"""Export to ONNX: deform_conv2d becomes the standard operator DeformConv, RoI pooling standard operators where it can.
+"""Export to ONNX: deform_conv2d becomes the standard operator DeformConv, RoI pooling a graph of standard operators.
 
-Needs ``pip install 'dcn_plugin[onnx]'``. What a runtime makes of offsets that are not finite is its own affair.
+Needs ``pip install 'dcn_plugin[onnx]'``. What a runtime makes of numbers that are not finite is
+its own affair in deform_conv2d.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _ROI_POOLING = ("deform_roi_pool", "deform_ps_roi_pool", "ps_roi_pool")
 
 
 @torch.library.custom_op("dcn_plugin_onnx::sum_windows", mutates_args=())
-def sum_windows(maps: Tensor, window: Tensor, weights_y: Tensor, weights_x: Tensor) -> Tensor:
+def _sum_windows(maps: Tensor, window: Tensor, weights_y: Tensor, weights_x: Tensor) -> Tensor:
     """What remains of RoI pooling in the graph, and becomes a Scan over the regions.
 
     ``out[r,g,d,b] = sum_{i,j} weights_y[r,g,b,i] * weights_x[r,g,b,j] * maps[n_r,g,d,i,j]``
@@ -45,7 +46,7 @@ def sum_windows(maps: Tensor, window: Tensor, weights_y: Tensor, weights_x: Tens
     return torch.einsum("rgdij,rgbi,rgbj->rgdb", maps[window[:, 0]], weights_y, weights_x)
 
 
-@sum_windows.register_fake
+@_sum_windows.register_fake
 def _(maps: Tensor, window: Tensor, weights_y: Tensor, weights_x: Tensor) -> Tensor:
     return maps.new_empty(window.shape[0], *maps.shape[1:3], weights_y.shape[2])
 
@@ -54,8 +55,8 @@ def custom_translation_table() -> dict[Callable, Callable]:
     """Return what ``torch.onnx.export(..., dynamo=True, custom_translation_table=...)`` needs for our operators.
 
     ``deform_conv2d`` becomes ``DeformConv``, which zero padding and border rule fit exactly; float16 and bfloat16 are
-    computed in float32, as they are here. The target must be opset 19 or newer. RoI pooling raises an error that says
-    what exports.
+    computed in float32, as they are here. The target must be opset 19 or newer. RoI pooling that is not decomposed
+    first (``roi_pooling_decompositions``) raises an error that names ``export_onnx``, which does that.
 
     Example:
         >>> import torch
@@ -75,6 +76,16 @@ def custom_translation_table() -> dict[Callable, Callable]:
     }
 
 
+def roi_pooling_decompositions() -> dict[Callable, Callable[..., Tensor]]:
+    """Return what writes RoI pooling with operators that the table above translates, for ``run_decompositions``.
+
+    ``program.run_decompositions(roi_pooling_decompositions())`` of a ``torch.export`` program is what
+    :func:`export_onnx` hands to torch's exporter. Results are the operators', to rounding, and NaN for a region that
+    names no image. A pixel that is not finite reaches every bin of the regions around it, in its channel.
+    """
+    return {_op(name): _decomposition_of(name) for name in _ROI_POOLING}
+
+
 def export_onnx(
     model: nn.Module,
     args: tuple[Any, ...],
@@ -92,8 +103,7 @@ def export_onnx(
         opset_version: at least 19.
 
     Raises:
-        ValueError: an opset before 19. NotImplementedError: RoI pooling that standard operators do not express; it
-            names the operator. torch's own errors for whatever else does not export.
+        ValueError: an opset before 19. torch's own errors for whatever does not export.
 
     Example:
         >>> import tempfile, torch
@@ -106,7 +116,7 @@ def export_onnx(
     """
     _check_opset(opset_version)
     program = torch.export.export(model, args, dynamic_shapes=dynamic_shapes)
-    pooling = {_op(name): _decomposition_of(name) for name in _ROI_POOLING}
+    pooling = roi_pooling_decompositions()
     if any(node.target in pooling for node in program.graph.nodes):
         program = program.run_decompositions(pooling)
     exported = torch.onnx.export(
@@ -173,7 +183,12 @@ def _decomposition_of(name: str) -> Callable[..., Tensor]:
     names = [argument.name for argument in _op(name)._schema.arguments]
 
     def decompose(*args: Any) -> Tensor:
-        return getattr(reference, name)(**dict(zip(names, args, strict=True)), pool=_pool_windows)
+        given = dict(zip(names, args, strict=True))
+        # Runtimes disagree on what is empty, so there is always a region: a last one, left out of the result.
+        for of_regions in ("rois", "offset", "mask"):
+            if (t := given.get(of_regions)) is not None:
+                given[of_regions] = torch.cat((t, t.new_zeros(1, *t.shape[1:])))
+        return getattr(reference, name)(**given, pool=_pool_windows)[:-1]
 
     return decompose
 
@@ -194,24 +209,26 @@ def _pool_windows(
     maps = maps.reshape(n, classes, channels // classes // k**2, k, k, height, width)
     for i, (size, group) in enumerate(zip(bins, groups, strict=True)):
         if group != k:
-            maps = maps.index_select(3 + i, torch.tensor([b * k // size for b in range(size)]))
+            number = torch.arange(size, device=input.device)
+            maps = maps.index_select(3 + i, number.mul(k).div(size, rounding_mode="trunc"))
     maps = maps.permute(0, 1, 3, 4, 2, 5, 6).flatten(1, 3)
     inner = [size // group for size, group in zip(bins, groups, strict=True)]
 
     def weights(axis: Any, extent: int) -> Tensor:
-        """[R + 1, G, B, extent]; runtimes cannot scan over no region, so that one without samples comes last."""
+        """[R, G, B, extent]."""
         of_bin = reference.axis_weights(axis.position, axis.read, extent) / axis.divisor.clamp(min=1)[..., None]
         of_bin = of_bin.expand(-1, classes, *bins, extent)
         of_bin = of_bin.reshape(-1, classes, groups[0], inner[0], groups[1], inner[1], extent).transpose(3, 4)
-        of_bin = of_bin.flatten(4, 5).flatten(1, 3)
-        return torch.cat((of_bin, of_bin.new_zeros(1, *of_bin.shape[1:])))
+        return of_bin.flatten(4, 5).flatten(1, 3)
 
     weights_y, weights_x = weights(vertical, height), weights(horizontal, width)
+    # Where one axis has no sample, none is read: not those of a NaN position either.
+    any_y, any_x = ((t != 0).any(-1, keepdim=True) for t in (weights_y, weights_x))
+    weights_y, weights_x = torch.where(any_x, weights_y, 0), torch.where(any_y, weights_x, 0)
     image = torch.where((rois[:, 0] >= 0) & (rois[:, 0] < n), rois[:, 0], 0).long()
-    image = torch.cat((image, image.new_zeros(1)))
     (top, bottom), (left, right) = _window(weights_y), _window(weights_x)
     window = torch.stack((image, top, left, image + 1, bottom, right), 1)
-    out = torch.ops.dcn_plugin_onnx.sum_windows(maps, window, weights_y, weights_x)[:-1]
+    out = torch.ops.dcn_plugin_onnx.sum_windows(maps, window, weights_y, weights_x)
     out = out.reshape(-1, classes, *groups, maps.shape[2], *inner).permute(0, 1, 4, 2, 5, 3, 6)
     out = out.flatten(5, 6).flatten(3, 4)  # [R, classes, D / classes, P_h, P_w]
     if mask is not None:
@@ -222,7 +239,7 @@ def _pool_windows(
 def _window(weights: Tensor) -> tuple[Tensor, Tensor]:
     """First pixel with a weight, and the one after the last, for each region; one pixel where none has one."""
     used = (weights != 0).any(2).any(1)
-    number = torch.arange(1, used.shape[1] + 1)
+    number = torch.arange(1, used.shape[1] + 1, device=used.device)
     last = torch.where(used, number, 1).amax(1)
     return torch.where(used, number - 1, last[:, None] - 1).amin(1), last
 
@@ -257,6 +274,8 @@ def _scan_windows(maps: Any, window: Any, weights_y: Any, weights_x: Any) -> Any
 
 def _refusal_of(name: str) -> Callable[..., Any]:
     def refuse(*_: Any, **__: Any) -> Any:
-        raise NotImplementedError(f"{name} does not export to ONNX like this: export_onnx writes it as standard operators")
+        raise NotImplementedError(
+            f"{name} does not export to ONNX like this: export_onnx writes it as standard operators"
+        )
 
     return refuse

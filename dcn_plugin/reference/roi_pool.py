@@ -1,6 +1,7 @@
 """Pooling over regions of interest in plain PyTorch (Dai et al. 2017, section 2.2; Zhu et al. 2019; Dai et al. 2016).
 
-Symbols: R regions, P_h x P_w bins, D output channels, k x k position-sensitive groups of channels.
+Symbols: R regions, P_h x P_w bins, D output channels, k x k position-sensitive groups of channels. Whoever sums the
+samples in a way of his own gives a ``pool``, which is called as ``_pool`` is.
 """
 
 from __future__ import annotations
@@ -139,9 +140,9 @@ def _regions(
         lower, upper = (t.sign() * (t.abs() + 0.5).floor() for t in (lower, upper))
         upper = upper + 1
     start = lower * scale - half
-    size = (upper * scale - half - start).clamp(min=least)
+    size = upper * scale - half - start
     sound = (sound & start.isfinite() & size.isfinite()).all(1, keepdim=True)
-    start, size = (torch.where(sound, t, torch.nan) for t in (start, size))
+    start, size = (torch.where(sound, t, torch.nan) for t in (start, size.clamp(min=least)))
     return [(start[:, i], size[:, i]) for i in (1, 0)]
 
 
