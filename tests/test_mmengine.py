@@ -18,7 +18,7 @@ from run_python import run_python
 from torch import nn
 
 import dcn_plugin
-from dcn_plugin.layers import DCNv1, DCNv2, DeformConv2d, OffsetConv
+from dcn_plugin.layers import DCNv1, DCNv2, DeformConv2d, ModulatedDeformRoIPoolPack, OffsetConv
 from dcn_plugin.models import DCNResNet, TimmBackbone, build_dcn
 
 LAYOUT = json.loads((Path(__file__).parent / "data" / "mmdet_resnet50_dcnv2.json").read_text())["shapes"]
@@ -124,6 +124,20 @@ def test_initialisers_of_convolutions_leave_offsets_at_zero(name):
     assert neck.convs[0].bias.eq(1).all(), "the initialiser ran"
     assert not any(parameter.any() for parameter in neck.convs[1].conv_offset.parameters())
     assert torch.equal(neck.convs[1].weight, weight)
+
+
+def test_initialisers_of_linear_layers_leave_offsets_of_regions_at_zero():
+    class Head(BaseModule):
+        def __init__(self):
+            super().__init__(dict(type="Xavier", layer="Linear", bias=1.0))
+            self.pool = nn.ModuleList([ModulatedDeformRoIPoolPack(2, 4, 8)])
+
+    head = Head()
+    head.init_weights()
+    pool = head.pool[0]
+    assert pool.offset_fc[0].bias.eq(1).all(), "the initialiser ran"
+    last = [*pool.offset_fc[-1].parameters(), *pool.mask_fc[-2].parameters()]
+    assert len(last) == 4 and not any(parameter.any() for parameter in last)
 
 
 ROI_LAYERS = {

@@ -52,12 +52,17 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
-class ZeroLinear(nn.Linear):
-    """The last layer of an offset or mask branch: zero at first and after every reset."""
+class _ZeroLinear(nn.Linear):
+    """Zero at first and after every reset."""
 
     def reset_parameters(self) -> None:
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
+
+
+# Not directly an nn.Linear: MMEngine's initialisers for layer="Linear" go by the names of a class and its bases.
+class ZeroLinear(_ZeroLinear):
+    """The last layer of an offset or mask branch."""
 
 
 def branch(inputs: int, hidden: int, outputs: int, factory: dict[str, Any], layers: int = 3) -> nn.Sequential:
