@@ -1,7 +1,6 @@
 """Export to ONNX: deform_conv2d becomes the standard operator DeformConv, RoI pooling a graph of standard operators.
 
-Needs ``pip install 'dcn_plugin[onnx]'``. What a runtime makes of numbers that are not finite is
-its own affair in deform_conv2d.
+Needs ``pip install 'dcn_plugin[onnx]'``. What DeformConv makes of numbers that are not finite is the runtime's affair.
 """
 
 from __future__ import annotations
