@@ -1,6 +1,7 @@
 """The Lightning module, its callbacks, export, the runner and the study, on the embedded digits in small."""
 
 import csv
+import functools
 import json
 import math
 import os
@@ -326,7 +327,9 @@ def test_script_survives_a_signal_and_resumes(tmp_path, stop):
     path = write_config(tmp_path / "long.py", trainer=trainer)
     work_dir = tmp_path / "work"
     script = ROOT / "scripts" / "finetune.py"
-    process = launch(script, str(path), "--work-dir", str(work_dir))
+    # What a shell runs in the background ignores Ctrl+C, and hands that on to its children.
+    listen = functools.partial(signal.signal, stop, signal.SIG_DFL)
+    process = launch(script, str(path), "--work-dir", str(work_dir), preexec_fn=listen)
     deadline = time.time() + 120
     while not (work_dir / "last.ckpt").is_file() and process.poll() is None and time.time() < deadline:
         time.sleep(0.1)
