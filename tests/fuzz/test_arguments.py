@@ -78,7 +78,7 @@ def test_wrong_arguments_are_refused_by_name(name):
             assert names_an_argument(error, case, arguments), error
             assert not own or str(error).startswith(chosen), error
             return
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:  # the oldest torch hands on what C++ says of an endless batch
             assert endless and re.search("alloc|overflow", str(error)), error
             return
         # What was not refused was right after all (a mask left out, one region fewer): then there is a value for it.
@@ -115,7 +115,7 @@ def test_the_compiled_operators_refuse_wrong_arguments(name):
                 given[i] = data.draw(WRONG_INTEGERS | WRONG_TYPES)
         on_meta = any(isinstance(v, torch.Tensor) and v.device.type == "meta" for v in given)
         # A tensor without memory goes to the shape rules, which are those of the Python functions.
-        refusals = (RuntimeError, ValueError, TypeError) if on_meta else RuntimeError
+        refusals = (RuntimeError, ValueError, TypeError) if on_meta else (RuntimeError, MemoryError)
         try:
             result = op(*given)
         except refusals:
