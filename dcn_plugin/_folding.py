@@ -65,16 +65,15 @@ def find_folded(model: nn.Module, plan: Mapping[nn.Module, nn.Module]) -> Folded
 
 def _try(module: nn.Module, method: str, layers: Mapping[str, nn.Module]) -> dict[str, str]:
     """Fold a copy that holds deformable layers, and tell what becomes of those that do not survive it."""
-    devices = sorted({p.device.index or 0 for p in module.parameters() if p.is_cuda})
     # Folding makes convolutions, which draw random numbers.
-    with torch.no_grad(), torch.random.fork_rng(devices):
+    with torch.no_grad(), torch.random.fork_rng(devices=()):
         try:
             folded, placed = _copy_with(module, layers)
             before = {path: {k: v.clone() for k, v in layer.state_dict().items()} for path, layer in placed.items()}
             result = getattr(folded, method)()
         except Exception as error:
             try:
-                getattr(copy.deepcopy(module).eval(), method)()
+                getattr(_copy_with(module, {})[0], method)()
             except Exception:
                 return {}  # cannot be folded as it is, either
             return {next(iter(layers)): f"fails with a deformable layer: {error!r}"}
@@ -90,15 +89,15 @@ def _try(module: nn.Module, method: str, layers: Mapping[str, nn.Module]) -> dic
 
 
 def _copy_with(module: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[nn.Module, dict[str, nn.Module]]:
-    """Copy a module with the layers in it, and norms and weights that show where they have been multiplied in."""
+    """Copy a module with the layers in it to the CPU, with norms and weights that show where they are multiplied in."""
     made = copy.deepcopy(module).eval()
-    # deepcopy() of the layers would copy the weights that they share with the module a second time.
-    copies: dict[int, nn.Module] = {}
+    copies: dict[int, nn.Module] = {}  # what the module holds under two names stays one
     placed = {}
     for path, layer in layers.items():
         parent, _, child = path.rpartition(".")
         placed[path] = copies.setdefault(id(layer), copy.deepcopy(layer).eval())
         made.get_submodule(parent).register_module(child, placed[path])
+    made = made.to_empty(device="cpu") if any(t.is_meta for t in made.state_dict().values()) else made.cpu()
     distinct = list(copies.values())
     norms = [m for m in made.modules() if isinstance(getattr(m, "running_var", None), Tensor)]
     for tensor in (t for m in (*distinct, *norms) for t in m.state_dict().values()):
@@ -110,9 +109,8 @@ def _copy_with(module: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[nn.M
 def _still_right(before: Mapping[str, Tensor], layer: nn.Module) -> bool:
     """Whether a layer computes what it did but for a factor and a summand for each output, those of a norm behind it."""
     after = layer.state_dict()
-    if after.keys() - {"bias"} != before.keys() - {"bias"} or any(t.is_meta for t in after.values()):
-        return after.keys() - {"bias"} == before.keys() - {"bias"}
-    if any(not torch.equal(after[k], before[k]) for k in before if k not in ("weight", "bias")):
+    same = before.keys() - {"weight", "bias"}
+    if after.keys() - {"weight", "bias"} != same or any(not torch.equal(after[k], before[k]) for k in same):
         return False
     factor = (after["weight"].float() / before["weight"].float()).flatten(1)
     return torch.allclose(factor, factor[:, :1].expand_as(factor), rtol=0.05)

@@ -220,25 +220,88 @@ def test_folding_is_tried_without_values_too():
     assert len(dcn_plugin.convert(model, dict(match="0.0.conv", layer=V2))) == 1
 
 
-# timm: module -> a model, what makes it small, a convolution that is folded, one that is not (or None), image size
+# timm's families that fold themselves: module, model, image size, convolutions that are folded, one that is not
 
-TIMM = {
-    "byobnet": [
-        ("repvgg_a0", {}, "stages.3.0.conv_kxk.conv", None, 64),
-        ("mobileone_s0", {}, "stages.3.0.conv_kxk.1.conv", None, 64),
-    ],
-    "efficientvim": [("efficientvim_m1", {}, "stages.0.blocks.0.dwconv1.conv", None, 64)],
-    "efficientvit_msra": [("efficientvit_m0", {}, "patch_embed.conv1.conv", "stages.1.downsample.patchmerge.se.fc1", 224)],
-    "fastvit": [
-        ("fastvit_t8", {}, "stages.2.blocks.0.token_mixer.mixer.conv_kxk.0.conv", "stages.2.blocks.0.mlp.conv.conv", 64)
-    ],
-    "ghostnet": [("ghostnetv3_050", {}, "blocks.3.0.ghost1.primary_rpr_conv.0.conv", None, 64)],
-    "iformer": [("iformer_t", {}, "stages.0.blocks.0.conv.0.conv", None, 64)],
-    "lcnetv2": [("lcnetv2_small", {}, "", None, 64)],
-    "levit": [("levit_conv_128s", {}, "stem.conv1.linear", None, 224)],
-    "nextvit": [("nextvit_small", {}, "stages.0.blocks.0.mlp.fc1", "stages.0.blocks.0.mhca.group_conv3x3", 64)],
-    "repghost": [("repghostnet_050", {}, "blocks.3.0.ghost1.cheap_operation.0", "blocks.3.0.conv_dw", 64)],
-    "repvit": [("repvit_m0_9", {}, "stages.2.blocks.0.token_mixer.conv.c", "stages.2.blocks.0.se.fc1", 64)],
-    "shvit": [("shvit_s1", {}, "", None, 64)],
-    "tiny_vit": [("tiny_vit_5m_224", {}, "stages.0.blocks.0.conv1.conv", None, 224)],
-}
+TIMM = [
+    ("byobnet", "repvgg_a0", 64, ["stages.3.0.conv_kxk.conv", "stem.conv_1x1.conv"], None),
+    ("byobnet", "mobileone_s0", 64, ["stages.2.0.conv_kxk.1.conv", "stem.conv_scale.conv"], None),
+    ("efficientvim", "efficientvim_m1", 64, ["stages.0.blocks.0.dwconv1.conv"], "stages.0.blocks.0.mixer.dw.conv"),
+    ("efficientvit_msra", "efficientvit_m0", 224, ["patch_embed.conv1.conv"], "stages.1.downsample.patchmerge.se.fc1"),
+    (
+        "fastvit", "fastvit_t8", 64,
+        ["stem.0.conv_kxk.0.conv", "stages.2.blocks.0.token_mixer.mixer.conv_scale.conv"],
+        "stages.2.blocks.0.mlp.conv.conv",
+    ),
+    ("ghostnet", "ghostnetv3_050", 64, ["blocks.3.0.ghost1.primary_rpr_conv.0.conv", "blocks.1.0.dw_rpr_scale.conv"], None),
+    ("iformer", "iformer_t", 64, ["stages.0.blocks.0.mixer.module.0.c", "stages.2.blocks.6.cpe.module.c"], None),
+    ("lcnetv2", "lcnetv2_small", 64, ["stages.2.0.dw_conv_list.0.conv"], "stages.2.0.pw_conv.0.conv"),
+    ("levit", "levit_conv_128s", 224, ["stem.conv1.linear"], None),
+    ("nextvit", "nextvit_small", 64, ["stages.0.blocks.0.mlp.fc1"], "stages.0.blocks.0.mhca.group_conv3x3"),
+    ("repghost", "repghostnet_050", 64, ["blocks.3.0.ghost1.cheap_operation.0"], "blocks.3.0.conv_dw"),
+    ("repvit", "repvit_m0_9", 64, ["stages.2.blocks.0.token_mixer.conv.c"], "stages.2.blocks.0.se.fc1"),
+    ("shvit", "shvit_s1", 224, ["stages.0.blocks.0.conv.m.c"], "stages.1.downsample.2.se.fc1"),
+    ("tiny_vit", "tiny_vit_5m_224", 224, ["stages.0.blocks.0.conv1.conv"], None),
+]  # fmt: skip
+
+
+def test_every_family_of_timm_that_folds_itself_is_in_the_table():
+    models = pytest.importorskip("timm.models")
+    found = set()
+    for info in pkgutil.iter_modules(models.__path__):
+        for kind in vars(importlib.import_module(f"timm.models.{info.name}")).values():
+            if isinstance(kind, type) and issubclass(kind, nn.Module) and _folding_methods(kind):
+                found.add(kind.__module__.rpartition(".")[2])
+    assert found == {module for module, *_ in TIMM}
+
+
+@pytest.mark.parametrize("module, name, size, refused, kept", TIMM, ids=[row[1] for row in TIMM])
+def test_timm_models_that_fold_themselves(module, name, size, refused, kept):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5).eval()
+    for match in refused:
+        with pytest.raises(TypeError, match=rf"matches '{match}', which '.*folds: (fuse|reparameterize|switch_to_deploy)"):
+            dcn_plugin.convert(model, dict(match=match, layer=V2))
+    if kept is not None:
+        dcn_plugin.convert(model, dict(match=kept, layer=V2))
+    move_offsets(model)
+    x = torch.rand(1, 3, size, size)
+    with torch.no_grad():
+        before = model(x)
+        flat = timm.utils.model.reparameterize_model(model)
+        after = flat(x)
+    assert before.isfinite().all()
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4 * before.abs().max().item())
+    assert sum(isinstance(m, DCNv2) for m in flat.modules()) == (kept is not None)
+
+
+@pytest.mark.parametrize(
+    "name, match",
+    [("repvgg_a0", "stages.3.*.reparam_conv"), ("repvit_m0_9", "stages.2.blocks.*.token_mixer"),
+     ("fastvit_t8", "stages.2.blocks.*.token_mixer.reparam_conv")],
+)  # fmt: skip
+def test_a_model_that_is_folded_first_is_converted(name, match):
+    timm = pytest.importorskip("timm")
+    model = timm.utils.model.reparameterize_model(timm.create_model(name, num_classes=5).eval())
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model(x)
+        assert len(dcn_plugin.convert(model, dict(match=match, kernel_size=3, layer=V2)))
+        torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-4 * before.abs().max().item())
+
+
+def test_this_packages_models_fold_nothing():
+    timm = pytest.importorskip("timm")
+    models = [timm.create_model("resnet18_dcn", channels=(8, 8, 8, 8)), timm.create_model("resnet50d_dcn")]
+    if importlib.util.find_spec("mmengine"):
+        models.append(dcn_plugin.models.DCNResNet(18, dcn=dict(type="DCNv2"), stage_with_dcn=(False, True, True, True)))
+    for model in models:
+        assert not [m for m in model.modules() if _folding_methods(type(m))]
+
+
+def test_fine_tuning_is_refused_before_any_data_is_read():
+    finetune = pytest.importorskip("dcn_plugin.finetune")
+    with pytest.raises(TypeError, match=r"rules\[0\].*'stages.3.0.conv_kxk.conv', which 'stages.3.0' \(RepVggBlock\) folds"):
+        finetune.FinetuneModule(
+            dict(name="repvgg_a0", num_classes=2), rules=[dict(match="stages.3.*", kernel_size=3, layer=V2)]
+        )
