@@ -16,14 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import IMPORT_MAPPING, NAME_MAPPING
 from torch._weights_only_unpickler import _get_allowed_globals
 
 _BUILTIN = {f"builtins.{kind.__name__}": kind for kind in (set, frozenset, list, dict, tuple, bytearray, complex)}
 # numpy's way to an array; its modules have two names, one before and one since numpy 2.
-_NUMPY = {
-    **{f"numpy.{core}.multiarray.{name}": name for core in ("core", "_core") for name in ("_reconstruct", "scalar")},
-    "numpy.ndarray": "ndarray",
-    "numpy.dtype": "dtype",
+_NUMPY = {"numpy.ndarray", "numpy.dtype"} | {
+    f"numpy.{core}.{name}"
+    for core in ("core", "_core")
+    for name in ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")
 }
 
 
@@ -59,6 +60,7 @@ class _StandIn:
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))  # Python 2's names
         full = f"{module}.{name}"
         for known in (_get_allowed_globals(), _BUILTIN):
             if full in known:
@@ -66,9 +68,7 @@ class _Unpickler(pickle.Unpickler):
         if full == "_codecs.encode":  # bytes in protocol 2
             return lambda text, encoding: text.encode("latin1")
         if full in _NUMPY:
-            import numpy
-
-            return getattr(numpy, _NUMPY[full], None) or getattr(numpy._core.multiarray, _NUMPY[full])
+            return super().find_class(module, name)
         return type(name, (_StandIn,), {"source": full})
 
 
