@@ -26,14 +26,14 @@ MAY_IMPORT = {
     "_unpickling": ("", ""),
     "_weight_files": ("", "safetensors"),
     "checkpoint": ("_unpickling _weight_files layers", ""),
-    "flops": ("layers", ""),
+    "flops": ("layers ops", "mmengine"),
     "onnx_export": ("reference", "onnx onnxruntime onnxscript"),
     "visualize": ("layers ops", "numpy matplotlib"),
     "visualize_detection": ("visualize layers", "numpy matplotlib"),
     # Detectors are torchvision's; they alone import it.
     "models": ("models convert checkpoint layers ops", "timm mmengine torchvision"),
     "mmengine_hooks": ("registry", "mmengine numpy"),
-    "registry": ("models layers mmengine_hooks convert", "mmengine mmcv"),
+    "registry": ("models layers flops mmengine_hooks convert", "mmengine mmcv"),
     "finetune": (
         "finetune models registry convert checkpoint visualize visualize_detection layers ops",
         "timm mmengine pytorch_lightning torchmetrics torchvision sklearn numpy PIL safetensors matplotlib rich",
