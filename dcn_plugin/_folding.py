@@ -1,4 +1,4 @@
-"""Modules that fold their convolutions into fewer for inference (RepVGG, MobileOne, ...), and what that does to a layer.
+"""Modules that fold their convolutions into fewer for inference (RepVGG, MobileOne, ...), and what a layer would lose.
 
 Such a module reads the weights of its convolutions, makes a plain one of them and throws them away: a deformable layer
 among them would lose its offsets without a word. Names alone do not tell: a whole model's ``fuse()`` may leave most
@@ -25,7 +25,7 @@ _FOLDING = re.compile(
 
 
 @functools.cache
-def _folding_methods(kind: type[nn.Module]) -> tuple[str, ...]:
+def _folding_methods(kind: type) -> tuple[str, ...]:
     """Methods of a class that fold: by their name, and callable without arguments (a fusion of feature maps is not)."""
 
     def folds(name: str) -> bool:
@@ -107,7 +107,7 @@ def _copy_with(module: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[nn.M
 
 
 def _still_right(before: Mapping[str, Tensor], layer: nn.Module) -> bool:
-    """Whether a layer computes what it did but for a factor and a summand for each output, those of a norm behind it."""
+    """Whether a layer computes what it did but for a factor and a summand of each output, those of a norm behind it."""
     after = layer.state_dict()
     same = before.keys() - {"weight", "bias"}
     if after.keys() - {"weight", "bias"} != same or any(not torch.equal(after[k], before[k]) for k in same):

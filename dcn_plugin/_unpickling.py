@@ -83,7 +83,8 @@ def _load(path: str | os.PathLike[str]) -> Any:
             with open(path, "rb") as file:
                 return _Unpickler(file, encoding="latin1").load()
         except Exception:
-            raise ValueError(f"{os.fspath(path)} is not a readable checkpoint: {type(error).__name__}: {error}") from error
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{os.fspath(path)} is not a readable checkpoint: {what}") from error
 
 
 def extract_weights(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> list[str]:
@@ -117,7 +118,8 @@ def extract_weights(path: str | os.PathLike[str], target: str | os.PathLike[str]
     left_out: list[str] = []
     found = _plain(_load(path), "", lambda name, kind: left_out.append(f"{name or 'all'} ({kind})"))
     if not isinstance(found, dict) or next(_tensors(found), None) is None:
-        raise ValueError(f"{os.fspath(path)} holds no weights; it has {', '.join(left_out[:6]) or type(found).__name__}")
+        has = ", ".join(left_out[:6]) or type(found).__name__
+        raise ValueError(f"{os.fspath(path)} holds no weights; it has {has}")
     torch.save(found, Path(target))
     return left_out
 

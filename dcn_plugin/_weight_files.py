@@ -128,7 +128,8 @@ def _read_shards(index: Path) -> dict[str, Any]:
     parts = {name: read_file(index.parent / name) for name in shards}
     lost = [name for name, shard in places.items() if name not in parts[shard]]
     if lost:
-        raise ValueError(f"{index}: expected {lost[0]!r} in {places[lost[0]]!r}, which lacks it and {len(lost) - 1} others")
+        others = f" and {len(lost) - 1} others" if len(lost) > 1 else ""
+        raise ValueError(f"{index}: expected {lost[0]!r} in {places[lost[0]]!r}, which lacks it{others}")
     return {name: parts[shard][name] for name, shard in places.items()}
 
 
@@ -148,7 +149,8 @@ def _file_in(folder: Path) -> Path:
         if chosen:
             return chosen[0]
         if found:
-            raise ValueError(f"{folder} holds {len(found)} files of weights ({_some([p.name for p in found])}): give one")
+            names = _some([path.name for path in found])
+            raise ValueError(f"{folder} holds {len(found)} files of weights ({names}): give one")
     held = sorted(path.name for path in folder.iterdir())
     raise FileNotFoundError(f"no checkpoint file in the folder {str(folder)!r}, which holds {_some(held) or 'nothing'}")
 

@@ -166,7 +166,8 @@ def load_checkpoint(
     Understood: timm, torchvision and mmdetection ResNets (the names used here); detectron2's (``bottom_up.res3.0...``);
     ``conv2_offset`` (detectron2, mmdetection before 2.0) and ``conv2.conv_offset_mask`` (chengdazhi, CharlesShang) for
     ``conv2.conv_offset``; ``offset_mask_fc`` (CharlesShang) for a modulated ``DeformPSRoIPoolPack``; what wrappers put
-    into names, at the start or inside (``_orig_mod.`` of ``torch.compile``, ``module.``, FSDP's). Everything is compared before anything is copied: after an error the model is as it was.
+    into names, at the start or inside (``_orig_mod.`` of ``torch.compile``, ``module.``, FSDP's). Everything is
+    compared before anything is copied: after an error the model is as it was.
 
     Args:
         model: receives the weights.
@@ -215,7 +216,8 @@ def load_checkpoint(
     state = _unwrap(content, key, report.source, report.notes)
     shard = re.search(r"-(\d+)-of-(\d+)\.\w+$", report.source)
     if shard and int(shard[2]) > 1:
-        report.notes.append(f"this is shard {int(shard[1])} of {int(shard[2])}: give the index file or the folder for all")
+        which = f"{int(shard[1])} of {int(shard[2])}"
+        report.notes.append(f"this is shard {which}: give the index file or the folder for all")
     own = model.state_dict()
     if any(map(_DETECTRON2_MARK.search, state)):
         state = _rename_detectron2(_inside(state, prefix, report), report)
@@ -394,7 +396,8 @@ def _fit_names(
     inside = _inside(_State({new: state[old] for new, old in bare.items()}, versions), short, report)
     changed = sum(new != old for new, old in bare.items())
     kinds = sorted({part for name in (*names, *own) for part in name.split(".")} & _WRAPPERS)
-    report.notes.append(f"{' and '.join(map(repr, kinds))}, which wrappers put into names, taken out of {changed} names")
+    what = " and ".join(map(repr, kinds))
+    report.notes.append(f"{what}, which wrappers put into names, taken out of {changed} names")
     metadata = inside.metadata and {wrapped(k): v for k, v in inside.metadata.items()}
     return _State({wrapped(name): value for name, value in inside.items()}, metadata)
 

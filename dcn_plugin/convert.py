@@ -331,9 +331,7 @@ def _checked_input_size(value: Any) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def _plan(
-    model: nn.Module, rules: list[_Rule], names: dict[nn.Module, list[str]]
-) -> dict[nn.Module, nn.Module]:
+def _plan(model: nn.Module, rules: list[_Rule], names: dict[nn.Module, list[str]]) -> dict[nn.Module, nn.Module]:
     """Build every new layer, leaving the model alone; the order is the model's."""
     chosen: dict[nn.Module, _Rule] = {}
     deformable = [name for module, own in names.items() if isinstance(module, DeformConv2d) for name in own]
@@ -373,10 +371,11 @@ def _plan(
             raise type(error)(f"{rule.label} matches {own[0]!r}, which cannot be replaced: {error}{hint}") from error
     folded = find_folded(model, plan)
     if folded is not None:
+        label, name = chosen[folded.conv].label, names[folded.conv][0]
         owner = repr(names[folded.owner][0]) if folded.owner is not model else "the model itself"
         raise TypeError(
-            f"{chosen[folded.conv].label} matches {names[folded.conv][0]!r}, which {owner} ({type(folded.owner).__name__}) "
-            f"folds: {folded.method}() {folded.reason}. Leave it out with exclude, or fold the model first (timm's with "
+            f"{label} matches {name!r}, which {owner} ({type(folded.owner).__name__}) folds: {folded.method}() "
+            f"{folded.reason}. Leave it out with exclude, or fold the model first (timm's with "
             "timm.utils.model.reparameterize_model) and convert what is left"
         )
     return plan

@@ -3,7 +3,7 @@
 ``torch.utils.flop_counter.FlopCounterMode`` knows every operator of this package as soon as it is imported, and is the
 one to ask: it counts two operations for a product and the sum it goes into. MMEngine's ``get_model_complexity_info``
 and ``FlopAnalyzer`` are told on import. fvcore, ptflops and thop take the costs with each call, from here. These four
-count multiply-adds, so half of ``FlopCounterMode``'s number. torchinfo cannot be told, and leaves deformable layers out.
+count multiply-adds, half of ``FlopCounterMode``'s number. torchinfo cannot be told, and leaves deformable layers out.
 """
 
 from __future__ import annotations

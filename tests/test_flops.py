@@ -177,7 +177,9 @@ def test_ptflops(models, backend):
             nn.Sequential(model), tuple(x.shape[1:]), custom_modules_hooks=flops.ptflops_hooks(), **options
         )
         conv_offset = getattr(model, "conv_offset", None)
-        chain = [m.conv_offset for m in model if isinstance(m, DeformConv2d)] if isinstance(model, nn.Sequential) else []
+        chain = (
+            [m.conv_offset for m in model if isinstance(m, DeformConv2d)] if isinstance(model, nn.Sequential) else []
+        )
         if backend == "pytorch":
             # Its masks are a Python product of tensors, which ptflops counts one by one.
             assert 0 <= macs - wanted <= 2 * 480 * 27
@@ -224,7 +226,9 @@ def test_counters_that_are_not_told_find_too_little(name):
     layer = nn.Sequential(DCNv2(12, 6, 3, padding=1))
     x = X[:1]
     found = {
-        "fvcore": lambda: __import__("fvcore.nn").nn.FlopCountAnalysis(layer, x).unsupported_ops_warnings(False).total(),
+        "fvcore": lambda: (
+            __import__("fvcore.nn").nn.FlopCountAnalysis(layer, x).unsupported_ops_warnings(False).total()
+        ),
         "thop": lambda: module.profile(layer, (x,), verbose=False)[0],
         "ptflops": lambda: module.get_model_complexity_info(
             layer, (12, 20, 24), as_strings=False, print_per_layer_stat=False

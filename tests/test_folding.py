@@ -102,7 +102,7 @@ class Scales(nn.Sequential):
 
 
 class MergesNormBefore(nn.Module):
-    """A block that multiplies the norm before a convolution into it: the offsets are predicted from the norm's result."""
+    """A block that multiplies the norm before a convolution into it: offsets are predicted from the norm's result."""
 
     def __init__(self):
         super().__init__()
@@ -232,7 +232,10 @@ TIMM = [
         ["stem.0.conv_kxk.0.conv", "stages.2.blocks.0.token_mixer.mixer.conv_scale.conv"],
         "stages.2.blocks.0.mlp.conv.conv",
     ),
-    ("ghostnet", "ghostnetv3_050", 64, ["blocks.3.0.ghost1.primary_rpr_conv.0.conv", "blocks.1.0.dw_rpr_scale.conv"], None),
+    (
+        "ghostnet", "ghostnetv3_050", 64,
+        ["blocks.3.0.ghost1.primary_rpr_conv.0.conv", "blocks.1.0.dw_rpr_scale.conv"], None,
+    ),
     ("iformer", "iformer_t", 64, ["stages.0.blocks.0.mixer.module.0.c", "stages.2.blocks.6.cpe.module.c"], None),
     ("lcnetv2", "lcnetv2_small", 64, ["stages.2.0.dw_conv_list.0.conv"], "stages.2.0.pw_conv.0.conv"),
     ("levit", "levit_conv_128s", 224, ["stem.conv1.linear"], None),
@@ -260,7 +263,9 @@ def test_timm_models_that_fold_themselves(module, name, size, refused, kept):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=5).eval()
     for match in refused:
-        with pytest.raises(TypeError, match=rf"matches '{match}', which '.*folds: (fuse|reparameterize|switch_to_deploy)"):
+        with pytest.raises(
+            TypeError, match=rf"matches '{match}', which '.*folds: (fuse|reparameterize|switch_to_deploy)"
+        ):
             dcn_plugin.convert(model, dict(match=match, layer=V2))
     if kept is not None:
         dcn_plugin.convert(model, dict(match=kept, layer=V2))
@@ -301,7 +306,9 @@ def test_this_packages_models_fold_nothing():
 
 def test_fine_tuning_is_refused_before_any_data_is_read():
     finetune = pytest.importorskip("dcn_plugin.finetune")
-    with pytest.raises(TypeError, match=r"rules\[0\].*'stages.3.0.conv_kxk.conv', which 'stages.3.0' \(RepVggBlock\) folds"):
+    with pytest.raises(
+        TypeError, match=r"rules\[0\].*'stages.3.0.conv_kxk.conv', which 'stages.3.0' \(RepVggBlock\) folds"
+    ):
         finetune.FinetuneModule(
             dict(name="repvgg_a0", num_classes=2), rules=[dict(match="stages.3.*", kernel_size=3, layer=V2)]
         )

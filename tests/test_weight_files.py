@@ -1,4 +1,4 @@
-"""Files of weights as they are found: shards, weights beside other things, averaged weights, and what is no checkpoint."""
+"""Files of weights as they are found: shards, weights beside other things, averaged ones; what is no checkpoint."""
 
 import argparse
 import collections
@@ -109,7 +109,9 @@ def test_the_printed_command_takes_the_weights_out(tmp_path, layout, zipped, for
     assert are(model.state_dict(), WEIGHTS)
 
 
-@pytest.mark.parametrize("layout, file", [("averaged", "x.pth"), ("state dict beside a Namespace", "it's $HOME `a`.pth.tar")])
+@pytest.mark.parametrize(
+    "layout, file", [("averaged", "x.pth"), ("state dict beside a Namespace", "it's $HOME `a`.pth.tar")]
+)
 def test_the_printed_command_runs_in_a_shell(tmp_path, layout, file):
     torch.save(LAYOUTS[layout](), tmp_path / file)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -180,7 +182,10 @@ def torchscript(path):
 
 FOUND = {
     "pointer": (lfs(), r"is a Git LFS pointer, not the file of 102.5 MB itself: run `git lfs pull`"),
-    "page": (b"<!DOCTYPE html>\n<html><head><title>Sign in</title>", r"is an HTML page \('Sign in'\), not a checkpoint"),
+    "page": (
+        b"<!DOCTYPE html>\n<html><head><title>Sign in</title>",
+        r"is an HTML page \('Sign in'\), not a checkpoint",
+    ),
     "page with a mark": (b"\xef\xbb\xbf\n <html lang=en>", "is an HTML page, not a checkpoint"),
     "error in XML": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code>", "is an HTML page, not a checkpoint"),
     "gzip": (gzip.compress(b"x"), "is a gzip archive: unpack it first"),
@@ -251,7 +256,9 @@ def test_shards_are_read_by_index_or_folder(tmp_path, kind):
         load_checkpoint(model, source)
         assert are(model.state_dict(), WEIGHTS)
     one = tmp_path / f"{kind[0]}-00001-of-00002.{kind[1]}"
-    with pytest.raises(RuntimeError, match="1 missing .*a.bias\n.*this is shard 1 of 2: give the index file or the folder"):
+    with pytest.raises(
+        RuntimeError, match="1 missing .*a.bias\n.*this is shard 1 of 2: give the index file or the folder"
+    ):
         load_checkpoint(nn.ModuleDict({"a": nn.Linear(3, 2)}), one)
     one.write_bytes(lfs())
     with pytest.raises(ValueError, match="00001-of-00002.* is a Git LFS pointer"):
@@ -382,7 +389,10 @@ def test_what_lies_beside_the_weights_is_left_alone():
 def network():
     torch.manual_seed(0)
     return nn.ModuleDict(
-        {"layer1": nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)), "layer2": nn.Sequential(DCNv2(4, 4, 3, bias=False))}
+        {
+            "layer1": nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)),
+            "layer2": nn.Sequential(DCNv2(4, 4, 3, bias=False)),
+        }
     )
 
 
@@ -408,13 +418,17 @@ def test_names_with_wrappers_inside_load(kind):
     state = collections.OrderedDict((WRAPPED[kind](name), value) for name, value in source.state_dict().items())
     report = load_checkpoint(target, state)
     assert are(target.state_dict(), source.state_dict())
-    assert report.loaded == list(target.state_dict()) and any("wrappers put into names" in note for note in report.notes)
+    assert report.loaded == list(target.state_dict()) and any(
+        "wrappers put into names" in note for note in report.notes
+    )
     assert are(match_wrappers(target, state), source.state_dict())
 
 
 def test_earlier_names_and_a_prefix_beside_wrappers():
     source, target = network(), network()
-    state = {f"net.layer1._orig_mod.{n[7:]}" if n[:7] == "layer1." else f"net.{n}": v for n, v in source.state_dict().items()}
+    state = {
+        f"net.layer1._orig_mod.{n[7:]}" if n[:7] == "layer1." else f"net.{n}": v for n, v in source.state_dict().items()
+    }
     state = {name.replace("0.conv_offset.", "0_offset."): value + 1 for name, value in state.items()}
     load_checkpoint(target, state, prefix="net.")
     assert all(torch.equal(value, source.state_dict()[name] + 1) for name, value in target.state_dict().items())
@@ -470,12 +484,18 @@ def test_checkpoints_of_compiled_and_plain_modules_restore_each_other(tmp_path):
     plain, compiled = made(), made()
     compiled.model = torch.compile(compiled.model)
     for source in (plain, compiled):
-        saved = dict(state_dict=source.state_dict(), hyper_parameters=dict(source.hparams), dcn_plugin={}, lr_schedulers=[])
+        saved = dict(
+            state_dict=source.state_dict(), hyper_parameters=dict(source.hparams), dcn_plugin={}, lr_schedulers=[]
+        )
         torch.save(saved, tmp_path / "x.ckpt")
         again = finetune.FinetuneModule.restore(tmp_path / "x.ckpt")
-        assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), saved["state_dict"].values(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(again.state_dict().values(), saved["state_dict"].values(), strict=True)
+        )
     compiled.load_saved(dict(saved, state_dict=plain.state_dict()))  # as Lightning does when it continues
-    assert all(torch.equal(a, b) for a, b in zip(compiled.state_dict().values(), plain.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(compiled.state_dict().values(), plain.state_dict().values(), strict=True)
+    )
 
 
 def test_numpy_values_are_taken():

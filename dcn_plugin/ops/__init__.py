@@ -4,9 +4,9 @@ from .. import _extension
 
 _extension.load()
 
+from . import _flops  # noqa: E402, F401  (registers what the operators cost)
 from ._kernels import kernels_used  # noqa: E402  (registrations refer to schemas that the library defines)
 from .deform_conv2d import deform_conv2d  # noqa: E402
 from .roi_pool import deform_ps_roi_pool, deform_roi_pool, ps_roi_pool  # noqa: E402
-from . import _flops  # noqa: E402, F401, I001  (after the operators whose costs it registers)
 
 __all__ = ["deform_conv2d", "deform_ps_roi_pool", "deform_roi_pool", "kernels_used", "ps_roi_pool"]
