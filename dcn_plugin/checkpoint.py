@@ -4,25 +4,38 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import re
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ._unpickling import extract_weights
+from ._weight_files import read_file, refuse_others
 from .layers.conv import OffsetConv, rename_offset_keys, sigmoid_note
 from .layers.roi import split_offset_mask_fc
+
+__all__ = [
+    "LoadReport", "extract_weights", "load_checkpoint", "match_wrappers", "read_checkpoint", "read_file",
+    "refuse_others",
+]  # fmt: skip
 
 logger = logging.getLogger("dcn_plugin")
 
 # Where training frameworks put the weights in what they save, tried in this order.
-_NESTS = ("state_dict", "model", "model_state_dict", "model_state", "state_dict_ema", "model_ema", "ema_state_dict")
+_NESTS = (
+    "state_dict", "model", "model_state_dict", "model_state", "state_dict_ema", "model_ema", "ema_state_dict", "ema",
+    "module", "params", "params_ema",
+)  # fmt: skip
+# These are also names of parts of models: taken only where there are no tensors beside them.
+_WEAK_NESTS = _NESTS[-4:]
+# Dicts of tensors that are no weights.
+_NO_WEIGHTS = re.compile(r"optim|sched|scaler|rng|loops|^state$|averaging_state|message_hub")
+# What wrappers put into names: torch.compile, DDP and other data parallelism, FSDP, activation checkpointing.
+_WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # What wrappers, detectors and Lightning modules put before a backbone's names, tried in this order.
 _PREFIXES = ("module.", "model.", "backbone.", "module.backbone.", "model.backbone.", "_orig_mod.", "module.model.")
 
@@ -103,25 +116,27 @@ class LoadReport:
         return "\n  ".join(lines + self.problems)
 
 
-def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> dict[str, Any]:
-    """Read the weights in a file, without ever executing code from it.
+def read_checkpoint(path: str | os.PathLike[str], key: str | Sequence[str] | None = None) -> dict[str, Any]:
+    """Read the weights in a file, or in the shards of one, without ever executing code from it.
 
-    ``.safetensors`` files are read by safetensors, all others by ``torch.load(weights_only=True)``.
+    safetensors reads its own format, ``torch.load(weights_only=True)`` everything else, whatever the file is called.
 
     Args:
-        path: file on disk.
-        key: entry of the file that holds the weights; by default one of ``state_dict``, ``model``,
-            ``model_state_dict``, ``model_state``, ``state_dict_ema``, ``model_ema``, ``ema_state_dict``, or the
-            file itself.
+        path: a file; an index of shards, such as ``model.safetensors.index.json``; or the folder of either.
+        key: entry of the file that holds the weights, with dots (``'ema.module'``) or as a list where it is nested; by
+            default one of ``state_dict``, ``model``, ``model_state_dict``, ``model_state``, ``state_dict_ema``,
+            ``model_ema``, ``ema_state_dict``, ``ema``, ``module``, ``params``, ``params_ema``, or the file itself.
 
     Returns:
-        Names to tensors, on the CPU.
+        Names to tensors, on the CPU. What else lies beside them is left out.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, holds objects that are code (the message names them and the remedy), or no
+        FileNotFoundError: there is no such file, or a shard is missing.
+        ValueError: the file is damaged, something else (a Git LFS pointer, an HTML page, an archive: it is named),
+            holds objects that are code (the message names them, and a command that takes the weights out), or no
             weights.
-        ImportError: a ``.safetensors`` file without safetensors installed.
+        TypeError: there are no tensors where the weights should be.
+        ImportError: a safetensors file without safetensors installed.
 
     Example::
 
@@ -132,7 +147,7 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> dic
         ...     list(read_checkpoint(file.name))
         ['weight']
     """
-    return _unwrap(_read(path), key, str(path), [])
+    return _unwrap(read_file(path), key, str(path), [])
 
 
 def load_checkpoint(
@@ -141,7 +156,7 @@ def load_checkpoint(
     *,
     strict: bool = True,
     prefix: str | None = None,
-    key: str | None = None,
+    key: str | Sequence[str] | None = None,
     allow_missing: str | Sequence[str] = (),
     allow_unexpected: str | Sequence[str] = (),
     allow_mismatched: str | Sequence[str] = (),
@@ -150,12 +165,13 @@ def load_checkpoint(
 
     Understood: timm, torchvision and mmdetection ResNets (the names used here); detectron2's (``bottom_up.res3.0...``);
     ``conv2_offset`` (detectron2, mmdetection before 2.0) and ``conv2.conv_offset_mask`` (chengdazhi, CharlesShang) for
-    ``conv2.conv_offset``; ``offset_mask_fc`` (CharlesShang) for a modulated ``DeformPSRoIPoolPack``. Everything is
+    ``conv2.conv_offset``; ``offset_mask_fc`` (CharlesShang) for a modulated ``DeformPSRoIPoolPack``; what wrappers put
+    into names, at the start or inside (``_orig_mod.`` of ``torch.compile``, ``module.``, FSDP's). Everything is
     compared before anything is copied: after an error the model is as it was.
 
     Args:
         model: receives the weights.
-        source: path of a file (see :func:`read_checkpoint`) or a state dict.
+        source: path of a file, an index or a folder (see :func:`read_checkpoint`), or a state dict.
         strict: raise if a name is missing or unexpected or a shape differs. False loads what fits and reports the rest.
         prefix: use the names that start with this and drop it, e.g. ``'backbone.'`` of a detector. By default the
             names as they are or, if none of them fits the model, the first usual prefix that does (reported).
@@ -171,7 +187,7 @@ def load_checkpoint(
     Raises:
         RuntimeError: ``strict`` and something does not fit; the message lists every name.
         ValueError: the file cannot be read, or ``prefix`` fits nothing.
-        TypeError: an argument has the wrong type, or the state dict holds something other than tensors.
+        TypeError: an argument has the wrong type, or the state dict holds no tensors.
 
     Example::
 
@@ -194,20 +210,19 @@ def load_checkpoint(
     if isinstance(source, Mapping):
         report, content = LoadReport("state dict"), source
     elif isinstance(source, (str, os.PathLike)):
-        report, content = LoadReport(os.fspath(source)), _read(source)
+        report, content = LoadReport(os.fspath(source)), read_file(source)
     else:
         raise TypeError(f"source must be a path or a state dict, got {type(source).__name__}")
     state = _unwrap(content, key, report.source, report.notes)
+    shard = re.search(r"-(\d+)-of-(\d+)\.\w+$", report.source)
+    if shard and int(shard[2]) > 1:
+        which = f"{int(shard[1])} of {int(shard[2])}"
+        report.notes.append(f"this is shard {which}: give the index file or the folder for all")
     own = model.state_dict()
-    if prefix is not None:
-        state = _strip(state, prefix, report)
-        if not state:
-            has = ", ".join(report.outside[:3])
-            raise ValueError(f"prefix {prefix!r} is not the start of any name in {report.source}, which has {has}, ...")
     if any(map(_DETECTRON2_MARK.search, state)):
-        state = _rename_detectron2(state, report)
-    elif prefix is None:
-        state = _strip(state, _usual_prefix(state, own), report)
+        state = _rename_detectron2(_inside(state, prefix, report), report)
+    else:
+        state = _fit_names(model, own, state, prefix, report)
 
     earlier = {new: old for old, new in report.renamed.items()}
     renamed = rename_offset_keys(model, state) | split_offset_mask_fc(model, state)
@@ -243,87 +258,148 @@ def _globs(name: str, value: Any) -> list[str]:
     return list(items)
 
 
-def _read(path: str | os.PathLike[str]) -> Any:
-    file = Path(path)
-    if not file.is_file():
-        hint = ": download it first" if "://" in os.fspath(path) else ""
-        raise FileNotFoundError(f"no checkpoint file {os.fspath(path)!r}{hint}")
-    if file.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            raise ImportError(f"reading {file} needs safetensors: pip install safetensors") from None
-        try:
-            return load_file(file)
-        except Exception as error:
-            raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(_explain_unsafe(file, error)) from error
-    except Exception as error:
-        raise ValueError(f"{file} is not a readable checkpoint: {type(error).__name__}: {error}") from error
-
-
-def _explain_unsafe(file: Path, error: Exception) -> str:
-    if not zipfile.is_zipfile(file):
-        return (
-            f"{file} was not written by torch.save, or by one older than 1.6 together with objects that are code, so "
-            "it is not read. If you trust it (detectron2's .pkl files are of this kind), read it yourself, for "
-            "example with pickle.load, and pass the state dict to load_checkpoint"
-        )
-    try:
-        classes = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    except Exception:  # damaged inside: the first error says how
-        classes = []
-    if not classes:
-        return f"{file} is not a readable checkpoint: {error}"
-    clean = file.with_name(f"{file.stem}_weights.pth")
-    text = (
-        f"{file} holds more than weights: objects of {', '.join(classes)}. Creating those can run any code the file's "
-        "author chose, so it is not read. If you trust the file, take the weights out of it once: python -c "
-        f"\"import torch; torch.save(torch.load({str(file)!r}, weights_only=False)['state_dict'], {str(clean)!r})\""
-    )
-    if any("mmengine" in name for name in classes):
-        text += (
-            ". MMEngine's Runner saves its log history so; "
-            "custom_hooks=[dict(type='dcn_plugin.WeightsOnlyCheckpointHook')] in the config keeps it out of later files"
-        )
-    return text
-
-
-def _unwrap(content: Any, key: str | None, source: str, notes: list[str]) -> _State:
+def _unwrap(content: Any, key: str | Sequence[str] | None, source: str, notes: list[str]) -> _State:
     if not isinstance(content, Mapping):
         what = "a whole pickled model" if isinstance(content, nn.Module) else f"a {type(content).__name__}"
         raise ValueError(f"{source} holds {what}, not a dict of weights")
+    everywhere = dict(_weights_in(content))
+    path: tuple[str, ...] = ()
     if key is not None:
-        if not isinstance(content.get(key), Mapping):
-            raise ValueError(f"{source} has no dict of weights under {key!r}; it has {', '.join(map(repr, content))}")
-        content = content[key]
+        path = _path_of(content, key)
+        if not path:
+            has = ", ".join(map(repr, content))
+            deeper = [".".join(p) for p in everywhere if len(p) > 1]
+            has += f" (weights under {', '.join(map(repr, deeper))})" if deeper else ""
+            raise ValueError(f"{source} has no dict of weights under {_spelt(key)}; it has {has}")
+        content = _at(content, path)
+    asked = path
     while nests := [name for name in _NESTS if isinstance(content.get(name), Mapping)]:
-        if len(nests) > 1:
-            notes.append(f"took {nests[0]!r}; the file also holds {', '.join(map(repr, nests[1:]))} (choose with key=)")
-        content = content[nests[0]]
+        if nests[0] in _WEAK_NESTS and any(isinstance(value, Tensor) for value in content.values()):
+            break
+        path, content = (*path, nests[0]), content[nests[0]]
+    others = [".".join(p) for p in everywhere if p != path and p[: len(asked)] == asked]
+    if others:
+        took = f"took {'.'.join(path)!r}" if path else "took the file itself"
+        notes.append(f"{took}; the file also holds {', '.join(map(repr, others))} (choose with key=)")
     state = _State(content, getattr(content, "_metadata", None))
-    for name, value in state.items():
+    beside = []
+    for name, value in content.items():
         if hasattr(value, "__array__") and not isinstance(value, Tensor):
             state[name] = torch.as_tensor(value)
         elif not isinstance(value, Tensor) and not str(name).endswith("_extra_state"):
-            raise TypeError(
-                f"{source}: entry {name!r} is a {type(value).__name__}, not a tensor; "
-                "if the weights are deeper inside, say where with key="
-            )
+            beside.append(name)
+            del state[name]
+    if not state and beside:
+        value = content[beside[0]]
+        inside = f"; it has weights under {', '.join(map(repr, others))}" if others else ""
+        raise TypeError(
+            f"{source}: entry {beside[0]!r} is a {type(value).__name__}, not a tensor; "
+            f"if the weights are deeper inside, say where with key={inside}"
+        )
     if not state:
         raise ValueError(f"{source} holds no weights")
+    if beside:
+        notes.append(f"left alone, since they are no tensors: {', '.join(map(repr, beside))}")
     return state
 
 
-def _usual_prefix(state: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    def hits(prefix: str) -> int:
-        return sum(name.startswith(prefix) and name[len(prefix) :] in own for name in state)
+def _weights_in(content: Mapping[Any, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Mapping]]:
+    """Every dict of tensors by name in a file, with its keys from the outside in; not what an optimizer remembers."""
+    if len(path) > 4:
+        return
+    if any(isinstance(name, str) and isinstance(value, Tensor) and value.dim() for name, value in content.items()):
+        yield path, content
+    for name, value in content.items():
+        if isinstance(name, str) and isinstance(value, Mapping) and not _NO_WEIGHTS.search(name):
+            yield from _weights_in(value, (*path, name))
 
+
+def _path_of(content: Any, key: str | Sequence[str]) -> tuple[str, ...]:
+    """Keys, from the outside in, that a dotted key names; keys themselves may have dots. Empty: there is no dict."""
+    if not isinstance(key, str):
+        return tuple(key) if key and isinstance(_at(content, key), Mapping) else ()
+    if isinstance(content.get(key), Mapping):
+        return (key,)
+    for name, value in content.items():
+        if isinstance(name, str) and isinstance(value, Mapping) and key.startswith(f"{name}."):
+            rest = _path_of(value, key[len(name) + 1 :])
+            if rest:
+                return (name, *rest)
+    return ()
+
+
+def _at(content: Any, path: Sequence[str]) -> Any:
+    for name in path:
+        content = content.get(name) if isinstance(content, Mapping) else None
+    return content
+
+
+def _spelt(key: str | Sequence[str]) -> str:
+    return repr(key if isinstance(key, str) else ".".join(map(str, key)))
+
+
+def match_wrappers(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Rename a state dict that has what wrappers such as ``torch.compile`` put into names to what ``model`` has.
+
+    ``model`` may be wrapped in another way, or not. What fits as it is comes back as it is.
+    """
+    given = _State(state, getattr(state, "_metadata", None))
+    return _fit_names(model, model.state_dict(), given, None, LoadReport("state dict"))
+
+
+def _hits(names: Iterable[str], own: Iterable[str], prefix: str) -> int:
+    own = set(own)
+    return sum(name.startswith(prefix) and name[len(prefix) :] in own for name in names)
+
+
+def _usual_prefix(names: Iterable[str], own: Iterable[str]) -> str:
     # max() takes the first of equals: the names as they are.
-    return max(("", *_PREFIXES), key=hits)
+    return max(("", *_PREFIXES), key=lambda prefix: _hits(names, own, prefix))
+
+
+def _inside(state: _State, prefix: str | None, report: LoadReport) -> _State:
+    inside = _strip(state, prefix or "", report)
+    if not inside:
+        has = ", ".join(report.outside[:3])
+        raise ValueError(f"prefix {prefix!r} is not the start of any name in {report.source}, which has {has}, ...")
+    return inside
+
+
+def _bare(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _fit_names(
+    model: nn.Module, own: Mapping[str, Any], state: _State, prefix: str | None, report: LoadReport
+) -> _State:
+    """Drop a prefix and, where more names fit then, what wrappers such as ``torch.compile`` put into names.
+
+    The model may be wrapped as well: its own wrappers are put in.
+    """
+    if prefix == "":
+        return state
+    names, bare = list(state), {_bare(name): name for name in state}
+    plain = {_bare(name) for name in own}
+    used = _usual_prefix(names, own) if prefix is None else prefix
+    short = _usual_prefix(bare, plain) if prefix is None else _bare(prefix)
+    fits = _hits(names, own, used)
+    if len(bare) < len(state) or len(plain) < len(own) or _hits(bare, plain, short) <= fits:
+        return _inside(state, used, report)
+    modules = {_bare(name): name for name, _ in model.named_modules()}  # of two equal ones the inner one
+
+    def wrapped(name: str) -> str:
+        parts = name.split(".")
+        length = next(n for n in range(len(parts), -1, -1) if ".".join(parts[:n]) in modules)
+        return ".".join(filter(None, [modules[".".join(parts[:length])], *parts[length:]]))
+
+    versions = None if state.metadata is None else {_bare(k): v for k, v in state.metadata.items()}
+    inside = _inside(_State({new: state[old] for new, old in bare.items()}, versions), short, report)
+    changed = sum(new != old for new, old in bare.items())
+    kinds = sorted({part for name in (*names, *own) for part in name.split(".")} & _WRAPPERS)
+    what = " and ".join(map(repr, kinds))
+    report.notes.append(f"{what}, which wrappers put into names, taken out of {changed} names")
+    metadata = inside.metadata and {wrapped(k): v for k, v in inside.metadata.items()}
+    return _State({wrapped(name): value for name, value in inside.items()}, metadata)
 
 
 def _strip(state: _State, prefix: str, report: LoadReport) -> _State:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ._folding import find_folded
 from .layers import LAYERS, DeformConv2d
 from .layers.conv import accept_sibling_offset_keys, layer_options
 
@@ -147,7 +148,8 @@ def convert(
     Raises:
         ValueError: a rule matches nothing, has an unknown key or layer type or option, or two rules match one layer.
         TypeError: a rule matches something that cannot be replaced (not an ``nn.Conv2d``, a subclass with a ``forward``
-            of its own, one that is deformable already, ...), or an argument has the wrong type.
+            of its own, one that is deformable already, one that a module above it folds into others, as RepVGG's blocks
+            do, ...), or an argument has the wrong type.
 
     Example::
 
@@ -170,7 +172,7 @@ def convert(
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
-    plan = _plan(parsed, names)
+    plan = _plan(model, parsed, names)
 
     macs, measured_size, note = _measure(model, {module: names[module][0] for module in plan}, input_size)
     replacements = []
@@ -329,7 +331,7 @@ def _checked_input_size(value: Any) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def _plan(rules: list[_Rule], names: dict[nn.Module, list[str]]) -> dict[nn.Module, nn.Module]:
+def _plan(model: nn.Module, rules: list[_Rule], names: dict[nn.Module, list[str]]) -> dict[nn.Module, nn.Module]:
     """Build every new layer, leaving the model alone; the order is the model's."""
     chosen: dict[nn.Module, _Rule] = {}
     deformable = [name for module, own in names.items() if isinstance(module, DeformConv2d) for name in own]
@@ -367,6 +369,15 @@ def _plan(rules: list[_Rule], names: dict[nn.Module, list[str]]) -> dict[nn.Modu
             if not isinstance(module, nn.Conv2d) and not rule.conditions:
                 hint = "; narrow the pattern, or add a condition such as kernel_size, which leaves out other modules"
             raise type(error)(f"{rule.label} matches {own[0]!r}, which cannot be replaced: {error}{hint}") from error
+    folded = find_folded(model, plan)
+    if folded is not None:
+        label, name = chosen[folded.conv].label, names[folded.conv][0]
+        owner = repr(names[folded.owner][0]) if folded.owner is not model else "the model itself"
+        raise TypeError(
+            f"{label} matches {name!r}, which {owner} ({type(folded.owner).__name__}) folds: {folded.method}() "
+            f"{folded.reason}. Leave it out with exclude, or fold the model first (timm's with "
+            "timm.utils.model.reparameterize_model) and convert what is left"
+        )
     return plan
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import mmengine.registry as _mmengine
 from torch import nn
 
+from .flops import register_with_mmengine
 from .layers import LAYERS
 from .models import DCNResNet, TimmBackbone
 from .models.dcn_mmcv import MMCV_LAYERS
@@ -73,3 +74,4 @@ if not mmcv_has_ops():
     for _name, _module in MMCV_LAYERS.items():
         if _name not in _mmengine.MODELS.module_dict:  # another package may fill mmcv's place
             _mmengine.MODELS.register_module(name=_name, module=_module)
+register_with_mmengine()

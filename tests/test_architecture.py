@@ -21,15 +21,19 @@ MAY_IMPORT = {
     "ops": ("ops reference _extension", ""),
     # torchvision: multiscale_roi.py is a subclass of its class; the package imports that file on first use only.
     "layers": ("layers ops", "torchvision"),
-    "convert": ("layers ops", ""),
-    "checkpoint": ("layers", "safetensors"),
+    "_folding": ("", ""),
+    "convert": ("_folding layers ops", ""),
+    "_unpickling": ("", ""),
+    "_weight_files": ("", "safetensors"),
+    "checkpoint": ("_unpickling _weight_files layers", ""),
+    "flops": ("layers ops", "mmengine"),
     "onnx_export": ("reference", "onnx onnxruntime onnxscript"),
     "visualize": ("layers ops", "numpy matplotlib"),
     "visualize_detection": ("visualize layers", "numpy matplotlib"),
     # Detectors are torchvision's; they alone import it.
     "models": ("models convert checkpoint layers ops", "timm mmengine torchvision"),
     "mmengine_hooks": ("registry", "mmengine numpy"),
-    "registry": ("models layers mmengine_hooks convert", "mmengine mmcv"),
+    "registry": ("models layers flops mmengine_hooks convert", "mmengine mmcv"),
     "finetune": (
         "finetune models registry convert checkpoint visualize visualize_detection layers ops",
         "timm mmengine pytorch_lightning torchmetrics torchvision sklearn numpy PIL safetensors matplotlib rich",

@@ -92,7 +92,7 @@ def test_key_chooses_the_entry(tmp_path, caplog):
         read_checkpoint(tmp_path / "x.pth", key="teacher")
     model = nn.ModuleDict({"a": nn.Linear(3, 2)})
     report = load_checkpoint(model, tmp_path / "x.pth")
-    assert "took 'state_dict'; the file also holds 'state_dict_ema' (choose with key=)" in report.notes
+    assert "took 'state_dict'; the file also holds 'state_dict_ema', 'student' (choose with key=)" in report.notes
 
 
 class Evil:

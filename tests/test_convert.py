@@ -334,7 +334,7 @@ FAMILIES = [
     ("dla46_c", dict(), dict(match="level[45].*", kernel_size=3, min_channels=32), 6),
     ("hrnet_w18_small", dict(), dict(match=r"re:stage4\..*\.conv2"), 8),
     ("cspresnet50", dict(), dict(match="stages.[23].blocks.*.conv2.conv"), 7),
-    ("repvgg_a0", dict(), dict(match="stages.[23].*.conv_kxk.conv"), 15),
+    ("fastvit_t8", dict(inference_mode=True), dict(match="stages.[23].blocks.*.reparam_conv"), 6),
     ("edgenext_xx_small", dict(), dict(match="stages.[12].*", groups="depthwise", min_channels=48), 6),
 ]
 

@@ -13,6 +13,7 @@ from timm.models import save_for_hf
 from torch import nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
+from dcn_plugin.checkpoint import refuse_others
 from dcn_plugin.convert import convert
 
 from .config import plain
@@ -85,6 +86,7 @@ def load_exported(directory: str | Path) -> nn.Module:
 
     Raises:
         FileNotFoundError: the folder or one of its two files is missing.
+        ValueError: the weights are a Git LFS pointer, or something else.
 
     Example:
         >>> import tempfile, timm, torch, dcn_plugin
@@ -98,6 +100,7 @@ def load_exported(directory: str | Path) -> nn.Module:
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
             raise FileNotFoundError(f"directory: expected an exported model with {name}, got {directory}")
+    refuse_others(directory / WEIGHTS)
     config = json.loads((directory / CONFIG).read_text())
     ours = config.get(KEY, {})
     if not ours:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from dcn_plugin.checkpoint import load_checkpoint
+from dcn_plugin.checkpoint import load_checkpoint, match_wrappers, read_file
 from dcn_plugin.convert import convert
 from dcn_plugin.layers import offset_parameters
 from dcn_plugin.layers.roi import BRANCH_LR_MULT
@@ -133,13 +133,17 @@ class TunedModule(pl.LightningModule):
     @classmethod
     def restore(cls: type[Module], path: str | Path, **overrides: Any) -> Module:
         """Rebuild the module of a Lightning checkpoint without fetching the weights it once started from."""
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if "hyper_parameters" not in saved:
+        saved = read_file(path)
+        if not isinstance(saved, Mapping) or "hyper_parameters" not in saved:
             raise ValueError(f"path: expected a Lightning checkpoint of a {cls.__name__}, got {path}")
         module = cls(**(cls.without_initial_weights(saved["hyper_parameters"]) | overrides))
-        module.load_state_dict(saved["state_dict"])
-        module.on_load_checkpoint(saved)
+        module.load_saved(dict(saved))
         return module
+
+    def load_saved(self, saved: dict[str, Any]) -> None:
+        """Take weights, and what the module remembers, from what a Lightning checkpoint holds."""
+        self.on_load_checkpoint(saved)
+        self.load_state_dict(saved["state_dict"])
 
     @classmethod
     def without_initial_weights(cls, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,6 +215,8 @@ class TunedModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # The schedule is a function of the update alone, and its length is that of the run that goes on.
         checkpoint["lr_schedulers"] = []
+        # The model may have been compiled when it was saved, or be compiled now.
+        checkpoint["state_dict"] = match_wrappers(self, checkpoint["state_dict"])
         saved = checkpoint.get("dcn_plugin", {})
         for name in self.remembered:
             setattr(self, name, getattr(self, name) or saved.get(name))

@@ -283,8 +283,10 @@ def _load_weights(module: TunedModule, checkpoint: str | Path) -> None:
     Given a checkpoint's path, Lightning's trainer would put the weights back that training goes on with.
     """
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    module.load_state_dict(saved["state_dict"])
-    module.on_load_checkpoint(saved)
+    if "state_dict" not in saved:
+        has = ", ".join(map(repr, list(saved)[:6]))
+        raise ValueError(f"checkpoint: expected one of Lightning with 'state_dict', got {checkpoint} with {has}")
+    module.load_saved(saved)
 
 
 def export_module(module: TunedModule, directory: str | Path) -> Path:

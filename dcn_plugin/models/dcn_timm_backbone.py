@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..checkpoint import refuse_others
+
 
 class TimmBackbone(nn.Module):
     """A timm model that returns a tuple of feature maps, or with ``features_only=False`` its logits.
@@ -13,7 +15,8 @@ class TimmBackbone(nn.Module):
     Input [N, C, H, W]; output the maps ``out_indices``, [N, C_i, H_i, W_i] each, whose channels and strides are in
     ``channels`` and ``reductions``. ``pretrained`` takes timm's weights for the model, ``checkpoint_path`` a local file
     in their place; a head that does not fit is left out. All other arguments are those of `timm.create_model`. Raises
-    ImportError without timm, RuntimeError for a name or weights that timm does not know, FileNotFoundError. Example::
+    ImportError without timm, RuntimeError for a name or weights that timm does not know, FileNotFoundError, ValueError
+    for a file that is something else (a Git LFS pointer, an HTML page). Example::
 
         backbone = MODELS.build(dict(type="dcn_plugin.TimmBackbone", model_name="resnet18_dcn", out_indices=(2, 3, 4)))
     """
@@ -41,6 +44,7 @@ class TimmBackbone(nn.Module):
         if checkpoint_path:
             if not Path(checkpoint_path).is_file():
                 raise FileNotFoundError(f"checkpoint_path: expected a file, got {str(checkpoint_path)!r}")
+            refuse_others(checkpoint_path)
             # timm's own checkpoint_path takes nothing but a file with every key of this very model.
             overlay = {**(kwargs.pop("pretrained_cfg_overlay", None) or {}), "file": str(checkpoint_path)}
             kwargs["pretrained_cfg_overlay"], pretrained = overlay, True

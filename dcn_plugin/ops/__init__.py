@@ -4,6 +4,7 @@ from .. import _extension
 
 _extension.load()
 
+from . import _flops  # noqa: E402, F401  (registers what the operators cost)
 from ._kernels import kernels_used  # noqa: E402  (registrations refer to schemas that the library defines)
 from .deform_conv2d import deform_conv2d  # noqa: E402
 from .roi_pool import deform_ps_roi_pool, deform_roi_pool, ps_roi_pool  # noqa: E402

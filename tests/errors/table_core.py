@@ -40,6 +40,13 @@ def convert(rules, of=model, **options):
     return call
 
 
+class Folds(nn.Sequential):
+    """Makes one convolution of itself."""
+
+    def fuse(self):
+        return nn.Conv2d(3, 4, 3)
+
+
 def rule(**given):
     return convert(dict(match="0", layer=V2) | given)
 
@@ -95,6 +102,10 @@ CONVERT = [
     Case(
         convert(dict(match="0", layer=V2), of=converted),
         TypeError, "rules[0] (match='0') matches '0'", "exclude it", "'0' is deformable already",
+    ),
+    Case(
+        convert(dict(match="0.0", layer=V2), of=lambda: nn.Sequential(Folds(nn.Conv2d(3, 4, 3)))),
+        TypeError, "matches '0.0'", "fold the model first", "'0' (Folds) folds: fuse() would put a plain convolution",
     ),
     Case(rule(match="1"), TypeError, "matches '1'", "conv must be an nn.Conv2d", "got ReLU; narrow the pattern"),
     Case(

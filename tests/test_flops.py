@@ -1,0 +1,249 @@
+"""What the operators cost: formulas by hand, and every counter of operations that can be told agrees with them."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import dcn_plugin
+from dcn_plugin import DCNv1, DCNv2, DeformConv2d, flops, ops
+from dcn_plugin.layers import DeformPSRoIPool, DeformPSRoIPoolPack, DeformRoIPool, DeformRoIPoolPack, PSRoIPool
+
+X = torch.rand(2, 12, 20, 24)
+# Image, x1, y1, x2, y2: 6 x 8 and 3 x 3 pixels, within the map.
+ROIS = torch.tensor([[0, 2.0, 3.0, 10.0, 9.0], [1, 4.0, 4.0, 7.0, 7.0]])
+
+
+def counted(call, *arguments, **options):
+    """Multiply-adds by torch's own counter, which counts two operations for each."""
+    with FlopCounterMode(display=False) as counter:
+        call(*arguments, **options)
+    return counter.get_total_flops() / 2
+
+
+def convolution(pixels, taps, channels, outputs, groups=1):
+    """Products with the weights, and four for each channel of each sample."""
+    return pixels * taps * (outputs * channels // groups + 4 * channels)
+
+
+LAYERS = [
+    # layer, pixels of the result, outputs of conv_offset
+    (DCNv1(12, 6, 3, padding=1), 20 * 24, 2 * 9),
+    (DCNv2(12, 6, 3, padding=1), 20 * 24, 3 * 9),
+    (DCNv2(12, 6, 3, padding=1, stride=2, bias=False), 10 * 12, 3 * 9),
+    (DCNv2(12, 6, (1, 3), padding=(0, 1), groups=3, offset_groups=2), 20 * 24, 2 * 3 * 3),
+    (DCNv2(12, 12, 3, padding=2, dilation=2, groups=12), 20 * 24, 3 * 9),
+]
+
+
+def layer_cost(layer, pixels, predicted, images):
+    taps = layer.kernel_size[0] * layer.kernel_size[1]
+    own = convolution(images * pixels, taps, 12, layer.out_channels, layer.groups)
+    return own + images * pixels * taps * 12 * predicted
+
+
+@pytest.mark.parametrize("layer, pixels, predicted", LAYERS)
+def test_convolutions_cost_what_the_formula_says(layer, pixels, predicted):
+    assert counted(layer, X) == layer_cost(layer, pixels, predicted, 2)
+
+
+def test_convolutions_with_offsets_from_elsewhere():
+    layer, offset = DeformConv2d(12, 6, 3, padding=1), torch.zeros(2, 18, 20, 24)
+    wanted = convolution(2 * 480, 9, 12, 6)
+    assert counted(layer, X, offset) == wanted
+    assert counted(layer, X, offset, torch.ones(2, 9, 20, 24)) == wanted
+
+
+POOLING = [
+    # Samples of all bins of both regions, times 4 for each channel; pixels of all bins of R-FCN's pooling.
+    (ops.deform_roi_pool, dict(output_size=3, sampling_ratio=2), 2 * 9 * 4 * 4 * 12),
+    (ops.deform_roi_pool, dict(output_size=(1, 2), sampling_ratio=3), 2 * 2 * 9 * 4 * 12),
+    # bins of 6/3 x 8/3 and 3/3 x 3/3 pixels: 2 x 3 and 1 x 1 samples
+    (ops.deform_roi_pool, dict(output_size=3, sampling_ratio=0), (9 * 6 + 9 * 1) * 4 * 12),
+    (
+        ops.deform_ps_roi_pool,
+        dict(output_dim=3, group_size=2, output_size=2, samples_per_part=3), 2 * 4 * 9 * 4 * 3,
+    ),
+    # 7 x 9 and 4 x 4 whole pixels, the last included; in two bins of 4 or 5, and 2, along each axis
+    (ops.ps_roi_pool, dict(output_dim=3, group_size=2, output_size=2), ((4 + 4) * (5 + 5) + 4 * 4) * 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pool, options, wanted", POOLING)
+def test_pooling_costs_what_the_formula_says(pool, options, wanted):
+    assert counted(pool, X, ROIS, **options) == wanted
+    empty = counted(pool, X, ROIS[:0], **options)
+    assert empty == 0
+
+
+def test_shapes_alone_give_two_samples_along_each_axis():
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        x, rois = mode.from_tensor(X), mode.from_tensor(ROIS)
+        assert counted(ops.deform_roi_pool, x, rois, output_size=3, sampling_ratio=0) == 2 * 9 * 4 * 4 * 12
+        assert counted(ops.deform_roi_pool, x, rois, output_size=3, sampling_ratio=3) == 2 * 9 * 9 * 4 * 12
+        assert counted(ops.ps_roi_pool, x, rois, output_dim=3, group_size=2, output_size=2) == 2 * 4 * 4 * 3
+
+
+@pytest.mark.parametrize("pool, options, wanted", POOLING)
+def test_backward_of_pooling(pool, options, wanted):
+    x = X.clone().requires_grad_()
+    assert counted(lambda: pool(x, ROIS, **options).sum().backward()) == 2 * wanted
+    if pool is not ops.ps_roi_pool:
+        size = options["output_size"]
+        size = size if isinstance(size, tuple) else (size, size)
+        offset = torch.zeros(2, 2, *size, requires_grad=True)
+        assert counted(lambda: pool(x, ROIS, offset, **options).sum().backward()) == 3 * wanted
+        assert counted(lambda: pool(X, ROIS, offset, **options).sum().backward()) == 2 * wanted
+
+
+# Other counters. They count multiply-adds.
+
+
+class Pools(nn.Module):
+    """All three poolings, called as in a detector."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain = DeformRoIPool(output_size=3, spatial_scale=1.0, sampling_ratio=2)
+        self.parts = PSRoIPool(output_dim=3, group_size=2, output_size=2, spatial_scale=1.0)
+        self.moved = DeformPSRoIPool(output_dim=3, group_size=2, output_size=2, spatial_scale=1.0)
+
+    def forward(self, x):
+        rois = ROIS[:1].to(x)
+        return self.plain(x, rois), self.parts(x, rois), self.moved(x, rois)
+
+
+@pytest.fixture
+def models():
+    """Models without biases and activations, which counters see in different ways; image; multiply-adds."""
+    x = X[:1]
+    chain = nn.Sequential(
+        DCNv2(12, 8, 3, padding=1, groups=2, bias=False), DCNv1(8, 12, 3, padding=1, stride=2, bias=False)
+    )
+    return [(model, x, counted(model, x)) for model in (chain, *(layer for layer, *_ in LAYERS), Pools())]
+
+
+def exactly(wanted, model):
+    """Adaptive regions are not in a traced graph: R-FCN's pooling reads 2 x 2 pixels a bin there."""
+    if not isinstance(model, Pools):
+        return wanted
+    return wanted - counted(model.parts, X[:1], ROIS[:1]) + 3 * 4 * 4
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fvcore(models, caplog):
+    fvcore = pytest.importorskip("fvcore.nn")
+    for model, x, wanted in models:
+        found = fvcore.FlopCountAnalysis(model, x).set_op_handle(**flops.fvcore_handles())
+        assert found.unsupported_ops_warnings(False).total() == exactly(wanted, model)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mmengine_is_told_on_import(models, caplog):
+    analysis = pytest.importorskip("mmengine.analysis")
+    with caplog.at_level(logging.CRITICAL):
+        for model, x, wanted in models:
+            assert analysis.FlopAnalyzer(model, (x,)).total() == exactly(wanted, model)
+        layer = models[1][0]
+        info = analysis.get_model_complexity_info(layer, (12, 20, 24), show_table=False, show_arch=False)
+    assert info["flops"] == models[1][2]
+    assert info["activations"] == 480 * (layer.out_channels + layer.conv_offset.out_channels)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mmengine_finds_the_deformable_model_dearer_than_the_plain_one(caplog):
+    analysis, timm = pytest.importorskip("mmengine.analysis"), pytest.importorskip("timm")
+    image, costs = torch.zeros(1, 3, 64, 64), {}
+    for name in ("resnet18", "resnet18_dcn"):
+        model = timm.create_model(name, channels=(8, 8, 16, 16), num_classes=4).eval()
+        with caplog.at_level(logging.CRITICAL):
+            found = analysis.FlopAnalyzer(model, (image,)).by_operator()
+        costs[name] = sum(found[kind] for kind in ("conv", "deform_conv2d", "linear", "addmm"))
+        assert costs[name] == counted(model, image)
+    assert costs["resnet18_dcn"] > costs["resnet18"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["pytorch", "aten"])
+def test_ptflops(models, backend):
+    ptflops = pytest.importorskip("ptflops")
+    options = dict(backend=backend, as_strings=False, print_per_layer_stat=False)
+    for model, x, wanted in models:
+        macs, _ = ptflops.get_model_complexity_info(
+            nn.Sequential(model), tuple(x.shape[1:]), custom_modules_hooks=flops.ptflops_hooks(), **options
+        )
+        conv_offset = getattr(model, "conv_offset", None)
+        chain = (
+            [m.conv_offset for m in model if isinstance(m, DeformConv2d)] if isinstance(model, nn.Sequential) else []
+        )
+        if backend == "pytorch":
+            # Its masks are a Python product of tensors, which ptflops counts one by one.
+            assert 0 <= macs - wanted <= 2 * 480 * 27
+        else:  # the bias of each ordinary convolution
+            pixels = {id(conv): 480 // conv.stride[0] ** 2 for conv in (conv_offset, *chain) if conv is not None}
+            biases = sum(pixels[id(conv)] * conv.out_channels for conv in (conv_offset, *chain) if conv is not None)
+            assert macs - wanted == biases
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_thop(models):
+    thop = pytest.importorskip("thop")
+    for model, x, wanted in models:
+        macs, _ = thop.profile(nn.Sequential(model), (x,), custom_ops=flops.thop_ops(), verbose=False)
+        assert macs == wanted
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_that_pool_twice_and_predict_in_between():
+    thop = pytest.importorskip("thop")
+    packs = [
+        DeformRoIPoolPack(3, 12, deform_fc_channels=16, sampling_ratio=2),
+        DeformPSRoIPoolPack(3, 2, 2, deform_fc_channels=16),
+    ]
+    for pack in packs:
+
+        class Head(nn.Module):
+            def __init__(self, pack=pack):
+                super().__init__()
+                self.pack = pack
+
+            def forward(self, x):
+                return self.pack(x, ROIS)
+
+        macs, _ = thop.profile(Head(), (X,), custom_ops=flops.thop_ops(), verbose=False)
+        assert macs == counted(pack, X, ROIS) > counted(pack.eval(), X, ROIS[:1])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["fvcore", "thop", "ptflops", "torchinfo"])
+def test_counters_that_are_not_told_find_too_little(name):
+    """What the documents say of them; where this fails, they have learnt it, and the documents should say so."""
+    module = pytest.importorskip(name)
+    layer = nn.Sequential(DCNv2(12, 6, 3, padding=1))
+    x = X[:1]
+    found = {
+        "fvcore": lambda: (
+            __import__("fvcore.nn").nn.FlopCountAnalysis(layer, x).unsupported_ops_warnings(False).total()
+        ),
+        "thop": lambda: module.profile(layer, (x,), verbose=False)[0],
+        "ptflops": lambda: module.get_model_complexity_info(
+            layer, (12, 20, 24), as_strings=False, print_per_layer_stat=False
+        )[0],
+        "torchinfo": lambda: module.summary(layer, input_data=x, verbose=0).total_mult_adds,
+    }[name]()
+    assert found < 0.8 * counted(layer, x)
+
+
+def test_what_another_package_registered_with_mmengine_stays(monkeypatch):
+    analysis = pytest.importorskip("mmengine.analysis.complexity_analysis")
+    table = {"dcn_plugin::deform_conv2d": len}
+    monkeypatch.setattr(analysis, "_DEFAULT_SUPPORTED_FLOP_OPS", table)
+    flops.register_with_mmengine()
+    assert table["dcn_plugin::deform_conv2d"] is len and len(table) == 4
+    monkeypatch.delattr(analysis, "_DEFAULT_SUPPORTED_FLOP_OPS")
+    flops.register_with_mmengine()
+    assert dcn_plugin.__version__
