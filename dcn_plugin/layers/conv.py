@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from ..ops import deform_conv2d
 from ..ops._check import integer, integers
 from ._torchscript import NotScriptable
+from .sampling import SamplingModule
 
 logger = logging.getLogger("dcn_plugin")
 
@@ -73,7 +74,7 @@ def _floating(name: str, dtype: torch.dtype | None) -> None:
         raise ValueError(f"{name} must be a real floating-point dtype, got {dtype}")
 
 
-class DeformConv2d(NotScriptable, nn.Module):
+class DeformConv2d(NotScriptable, SamplingModule):
     """Deformable convolution whose offsets (and mask) are arguments of ``forward``, as in torchvision's module.
 
     ``out(p0) = bias + sum_k weight_k * mask_k(p0) * bilinear(x, p0 * stride - padding + k * dilation + offset_k(p0))``
@@ -203,7 +204,10 @@ class DeformConv2d(NotScriptable, nn.Module):
             ``[N, O, H', W']``.
         """
         weight = _dense(self.weight)
-        return deform_conv2d(input, offset, weight, self.bias, self.stride, self.padding4, self.dilation, mask)
+        output = deform_conv2d(input, offset, weight, self.bias, self.stride, self.padding4, self.dilation, mask)
+        if self._sampling_hooks is not None:
+            self._sampled(input, offset, mask)
+        return output
 
     @classmethod
     def from_conv(cls: type[Layer], conv: nn.Conv2d, **options: Any) -> Layer:
