@@ -22,6 +22,7 @@ from ..ops._check import integer, integers, require_dense
 from ..ops._transforms import unrecorded
 from ._start import OffsetPredictor, OwnStart, warn_if_redrawn
 from ._torchscript import NotScriptable
+from .sampling import SamplingModule
 
 logger = logging.getLogger("dcn_plugin")
 
@@ -87,7 +88,7 @@ def _floating(name: str, dtype: torch.dtype | None) -> None:
         raise ValueError(f"{name} must be a real floating-point dtype, got {dtype}")
 
 
-class DeformConv2d(NotScriptable, OwnStart):
+class DeformConv2d(NotScriptable, SamplingModule, OwnStart):
     """Deformable convolution whose offsets (and mask) are arguments of ``forward``, as in torchvision's module.
 
     ``out(p0) = bias + sum_k weight_k * mask_k(p0) * bilinear(x, p0 * stride - padding + k * dilation + offset_k(p0))``
@@ -227,13 +228,16 @@ class DeformConv2d(NotScriptable, OwnStart):
         Returns:
             ``[N, O, H', W']``.
         """
-        return self._sample(input, offset, mask, self.weight, self.bias)
+        return self._convolve(input, offset, mask, self.weight, self.bias)
 
-    def _sample(
+    def _convolve(
         self, input: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
-        """The one way to the operator."""
-        return deform_conv2d(input, offset, _dense(weight), bias, self.stride, self.padding4, self.dilation, mask)
+        weight = _dense(weight)
+        output = deform_conv2d(input, offset, weight, bias, self.stride, self.padding4, self.dilation, mask)
+        if self._sampling_hooks is not None:
+            self._sampled(input, offset, mask)
+        return output
 
     @classmethod
     def from_conv(cls: type[Layer], conv: nn.Conv2d, **options: Any) -> Layer:
@@ -400,7 +404,7 @@ class OffsetConv(DeformConv2d):
 
         mmcv's ``efficient_conv_bn_eval`` scales the two by a norm that follows.
         """
-        return self._sample(input, *self.offsets(input), weight, bias)
+        return self._convolve(input, *self.offsets(input), weight, bias)
 
     def _load_from_state_dict(
         self,

@@ -146,7 +146,11 @@ class MultiScaleDeformRoIPool(_Branched, MultiScaleRoIAlign):
             ``[sum of L_n, C, P_h, P_w]``, in the order of the boxes.
         """
         levels = self._levels(x, boxes, image_shapes)
-        return self._pool(levels, *self._offsets(levels))
+        offset, mask = self._offsets(levels)
+        output = self._pool(levels, offset, mask)
+        if self._sampling_hooks is not None:
+            self._sampled(x, offset, mask, boxes, image_shapes)
+        return output
 
     def _levels(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> _Levels:
         maps = _maps(x, self.featmap_names, self.in_channels)

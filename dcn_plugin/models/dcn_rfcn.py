@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
-from dcn_plugin.layers import DeformPSRoIPool, PSRoIPool
+from dcn_plugin.layers import DeformPSRoIPool, PSRoIPool, SamplingModule
 
 
 class FirstMapRPN(RegionProposalNetwork):
@@ -18,7 +18,7 @@ class FirstMapRPN(RegionProposalNetwork):
         return super().forward(images, OrderedDict(list(features.items())[:1]), targets)
 
 
-class PSRoIMaps(nn.Module):
+class PSRoIMaps(SamplingModule):
     """Position-sensitive score and box maps of the last feature map, pooled per RoI (``box_roi_pool`` of R-FCN).
 
     1x1 convolutions of ``x = relu(conv(map))`` give k*k*C score maps and k*k*4B box maps, where C counts the background
@@ -30,6 +30,7 @@ class PSRoIMaps(nn.Module):
 
     Input: maps by name, boxes [L_n, 4] in image pixels for each image, image sizes (unused, for torchvision's heads).
     Output: scores [R, C, k, k] and box deltas [R, 4B, k, k]; the votes of the bins, not yet averaged.
+    A sampling hook sees the offsets of the scores, then, in a call of its own, those of the boxes.
 
     Sources: https://arxiv.org/abs/1605.06409 (R-FCN), https://arxiv.org/abs/1703.06211 (its deformable form).
     """
@@ -90,10 +91,12 @@ class PSRoIMaps(nn.Module):
         scores, deltas = self.scores(x), self.boxes(x)
         if self.score_offsets is None or self.box_offsets is None:
             return self.score_pool(scores, boxes), self.box_pool(deltas, boxes)
-        return (
-            self.score_pool(scores, boxes, self.score_offsets(x, boxes)),
-            self.box_pool(deltas, boxes, self.box_offsets(x, boxes)),
-        )
+        of_scores, of_boxes = self.score_offsets(x, boxes), self.box_offsets(x, boxes)
+        votes = self.score_pool(scores, boxes, of_scores), self.box_pool(deltas, boxes, of_boxes)
+        if self._sampling_hooks is not None:
+            for maps, offset in ((scores, of_scores), (deltas, of_boxes)):
+                self._sampled(maps, offset, None, boxes, image_shapes)
+        return votes
 
     def offsets(
         self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]

@@ -252,6 +252,10 @@ def without_torchvision(monkeypatch):
 
 CALLS = [
     Case(
+        lambda: DCNv1(**CONV).register_sampling_hook("print"),
+        TypeError, "hook:", "expected a function of the layer and its samples", "got 'print'",
+    ),
+    Case(
         lambda: DeformRoIPoolPack(2, 8, 4)(IMAGE, ROIS), ValueError, "input", "must be [N, 8, H, W]", "got [2, 4, 8, 8]"
     ),
     *(
