@@ -1,9 +1,9 @@
 """How parameters of ours start, and what keeps frameworks that initialise whatever they find from changing it.
 
-transformers hands every module of a model to the model's ``_init_weights``, which draws an ``nn.Conv2d`` from N(0, 0.02)
-whatever it is for. It asks a module for ``_is_hf_initialized`` before, and sets that attribute afterwards; tensors that
-came from a file carry an attribute of the same name. ``from_pretrained`` builds on the meta device and gives what the
-file lacks uninitialised memory, so skipping would not do: something has to write.
+transformers hands every module of a model to the model's ``_init_weights``, which draws an ``nn.Conv2d`` from
+N(0, 0.02) whatever it is for. It asks a module for ``_is_hf_initialized`` before, and sets that attribute afterwards;
+tensors that came from a file carry an attribute of the same name. ``from_pretrained`` builds on the meta device and
+gives what the file lacks uninitialised memory, so skipping would not do: something has to write.
 """
 
 from __future__ import annotations

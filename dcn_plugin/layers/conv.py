@@ -310,8 +310,8 @@ class OffsetConv(DeformConv2d):
     """What :class:`DCNv1` and :class:`DCNv2` share: a ``conv_offset`` that predicts what ``forward`` samples with.
 
     ``conv_offset`` is an ``nn.Conv2d`` from C channels to ``outputs_per_tap * G * K``, with the layer's own kernel
-    size, stride, padding and dilation, groups 1 and a bias, all zero at first. Where the padding differs between opposite
-    sides, which ``nn.Conv2d`` does not know, ``forward`` pads the input and ``conv_offset`` does not.
+    size, stride, padding and dilation, groups 1 and a bias, all zero at first. Where the padding differs between
+    opposite sides, which ``nn.Conv2d`` does not know, the layer pads the input and ``conv_offset`` does not.
     """
 
     drop_in = True

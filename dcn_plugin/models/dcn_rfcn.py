@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from dcn_plugin.layers import DeformPSRoIPool, PSRoIPool, SamplingModule
+from dcn_plugin.layers._start import OffsetPredictor, warn_if_redrawn
 
 
 class FirstMapRPN(RegionProposalNetwork):
@@ -112,17 +113,12 @@ class OffsetField(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, pool: nn.Module) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 1)
+        self.conv = OffsetPredictor(in_channels, out_channels, 1)
         self.pool = pool
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Start at zero, where the pooling is the undeformed one."""
-        for parameter in self.conv.parameters():
-            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, boxes: list[Tensor]) -> Tensor:
         """Return the offsets of every RoI."""
+        warn_if_redrawn(self)
         return self.pool(self.conv(x), boxes)
 
 

@@ -12,6 +12,11 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def is_tracing() -> bool:
+    """Whether ``torch.jit.trace`` records this call."""
+    return torch.jit.is_tracing()  # type: ignore[attr-defined]  # public, but not in its list of names
+
+
 def unrecorded(function: Callable[P, R]) -> Callable[P, R]:
     """Let ``torch.jit.trace`` see sizes and values as plain numbers in ``function``, and none of what it computes.
 
@@ -20,14 +25,14 @@ def unrecorded(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch.jit.is_tracing():
+        if not is_tracing():
             return function(*args, **kwargs)
         state = torch._C._get_tracing_state()
-        torch._C._set_tracing_state(None)
+        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
         try:
             return function(*args, **kwargs)
         finally:
-            torch._C._set_tracing_state(state)
+            torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
     return run
 
@@ -51,7 +56,7 @@ def _differentiates() -> bool:
 
 def values_are_known(t: torch.Tensor) -> bool:
     """Whether Python may look at the values of ``t``: not while tracing, nor inside ``torch.func`` transforms."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or get_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or is_tracing() or get_interpreter_stack() is not None:
         return False
     return (
         type(t) in (torch.Tensor, torch.nn.Parameter)
