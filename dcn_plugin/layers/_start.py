@@ -113,12 +113,17 @@ def warn_if_redrawn(layer: nn.Module) -> None:
     """
     if torch.compiler.is_compiling() or getattr(layer, "_looked_at_start", False) or hasattr(layer, "_is_replica"):
         return
-    found: list[tuple[str, Any]] = [(n, m) for n, m in layer.named_modules() if isinstance(m, StartsAtZero)]
+    # Not what pruning or a parametrisation computes, whose bias may be zero for other reasons.
+    found: list[tuple[str, Any]] = [
+        (name, module)
+        for name, module in layer.named_modules()
+        if isinstance(module, StartsAtZero) and isinstance(module.weight, nn.Parameter)
+    ]
     if not all(values_are_known(m.weight) and not m.weight.is_meta and not _captures(m.weight) for _, m in found):
         return
     layer._looked_at_start = True  # type: ignore[assignment]
     for name, module in found:
-        if module.bias is not None and module.weight.any() and not module.bias.any():
+        if isinstance(module.bias, nn.Parameter) and module.weight.any() and not module.bias.any():
             warnings.warn(
                 f"{type(layer).__name__}: {name} is expected to start at zero, but its weight has been drawn while its "
                 "bias is zero: an initialiser of another framework does so, and the layer then samples elsewhere than "

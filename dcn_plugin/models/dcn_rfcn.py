@@ -9,6 +9,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from dcn_plugin.layers import DeformPSRoIPool, PSRoIPool, SamplingModule
 from dcn_plugin.layers._start import OffsetPredictor, warn_if_redrawn
+from dcn_plugin.ops._transforms import unrecorded
 
 
 class FirstMapRPN(RegionProposalNetwork):
@@ -136,4 +137,10 @@ class ForEachClass(nn.Module):
     def forward(self, votes: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Return logits [R, C] and deltas [R, 4C], as torchvision's RoI heads expect them."""
         logits, deltas = votes
-        return logits, deltas if deltas.shape[1] == 4 * logits.shape[1] else deltas.repeat(1, logits.shape[1])
+        copies = _copies(logits, deltas)
+        return logits, deltas if copies == 1 else deltas.repeat(1, copies)
+
+
+@unrecorded
+def _copies(logits: Tensor, deltas: Tensor) -> int:
+    return 1 if deltas.shape[1] == 4 * logits.shape[1] else logits.shape[1]
