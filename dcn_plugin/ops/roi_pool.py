@@ -308,6 +308,7 @@ def _shape_of_deform_ps_roi_pool(
 ) -> list[int]:
     classes = None
     for name, value, each in (("offset", offset, 2), ("mask", mask, 1)):
+        _check.require_dense(name, value)
         if not isinstance(value, Tensor) or value.dim() != 4:
             continue
         if value.shape[1] == 0 or value.shape[1] % each or output_dim % (value.shape[1] // each):
