@@ -96,11 +96,8 @@ def convolutions():
         for shape in ((4, 8, 8), (1, 3, 8, 8), (1, 4, 8), (1, 4, 8, 8, 1)):
             call = lambda layer=layer, shape=shape: layer(4, 6, 3)(torch.zeros(shape))  # noqa: E731
             yield Case(call, ValueError, "input", "must be [N, 4, H, W]", f"got {list(shape)}")
-        call, wanted = (
-            lambda layer=layer: layer(4, 6, 3)(IMAGE.to("meta")),
-            "must be on cpu like the layer's parameters",
-        )  # noqa: E731
-        yield Case(call, ValueError, "input", wanted, "got meta")
+        call = lambda layer=layer: layer(4, 6, 3)(IMAGE.to("meta"))  # noqa: E731
+        yield Case(call, ValueError, "input", "must be on cpu like the layer's parameters", "got meta")
         call = lambda layer=layer: layer(4, 6, 3)(IMAGE.to_sparse())  # noqa: E731
         yield Case(call, TypeError, "input", "expected a dense tensor", "torch.sparse_coo")
     yield from choices(of(DCNv2, CONV), ("mask_activation",))
@@ -269,7 +266,7 @@ CALLS = [
         Case(lambda o=offset: DeformRoIPool(2)(IMAGE, ROIS, o), ValueError, "offset", "must be [R, 2, P_h, P_w]", got)
         for offset, got in ((torch.zeros(3, 4, 2, 2), "got [3, 4, 2, 2]"), ([0, 0], "got list"))
     ),
-    Case(lambda: DeformRoIPool(2)(IMAGE, ROIS, IMAGE.to_mkldnn()), TypeError, "offset:", "a dense tensor", "torch._mkldnn"),
+    Case(lambda: DeformRoIPool(2)(IMAGE, ROIS, IMAGE.to_mkldnn()), TypeError, "offset:", "a dense tensor", "_mkldnn"),
     Case(
         lambda: DeformRoIPoolPack(2, 4, 4)(IMAGE.to("meta"), ROIS),
         ValueError, "input", "must be on cpu like the layer's parameters", "got meta",
@@ -283,6 +280,12 @@ CALLS = [
     Case(pyramid({"p2": IMAGE}), ValueError, "x", "must hold feature maps named ['0']", "got ['p2']"),
     Case(pyramid({"0": IMAGE[:, :3]}), ValueError, "x", "feature maps [N, 4, H, W]", "got [2, 3, 8, 8]"),
     Case(pyramid({"0": IMAGE.to_sparse()}), TypeError, "x['0']:", "expected a dense tensor", "torch.sparse_coo"),
+    Case(
+        lambda: MultiScaleDeformRoIPool(**PYRAMID | dict(featmap_names=["0", "1"]))(
+            {"0": IMAGE, "1": IMAGE.to("meta")}, BOXES, [(8, 8)] * 2
+        ),
+        ValueError, "x['1']:", "expected to be on cpu", "got meta",
+    ),
     Case(pyramid({"0": IMAGE[0]}), ValueError, "x['0']:", "a 4-D tensor [N, 4, H, W]", "got shape (4, 8, 8)"),
     Case(pyramid(boxes=[BOXES[0], ROIS]), ValueError, "boxes[1]:", "[L, 4] (x1, y1, x2, y2)", f"got {(*ROIS.shape,)}"),
     Case(pyramid(boxes=[BOXES[0], None]), TypeError, "boxes[1]:", "expected a tensor [L, 4]", "got NoneType"),
