@@ -15,6 +15,7 @@ from .roi import (
     PSRoIPool,
     offset_parameters,
 )
+from .sampling import Samples, SamplingHandle, SamplingModule
 
 if TYPE_CHECKING:
     from .multiscale_roi import MultiScaleDeformRoIPool as MultiScaleDeformRoIPool
@@ -47,6 +48,9 @@ __all__ = [
     "ModulatedDeformRoIPoolPack",
     "OffsetConv",
     "PSRoIPool",
+    "Samples",
+    "SamplingHandle",
+    "SamplingModule",
     "accept_sibling_offset_keys",
     "offset_parameters",
 ]

@@ -18,9 +18,12 @@ import torch.fx
 from torch import Tensor, nn
 
 from ..ops import deform_ps_roi_pool, deform_roi_pool, ps_roi_pool
-from ..ops._check import integer, number
+from ..ops._check import integer, number, require_dense
+from ..ops._transforms import unrecorded
+from ._start import ZeroLinear, warn_if_redrawn
 from ._torchscript import NotScriptable
 from .conv import _check_input, _floating, _pair, activation
+from .sampling import SamplingModule
 
 #: Learning rate of the branches below as a multiple of the rest's (Dai et al. 2017, section 2.3).
 BRANCH_LR_MULT = 0.01
@@ -38,31 +41,22 @@ torch.fx.wrap("_swap")
 
 def _swap(offset: Tensor | None) -> Tensor | None:
     """Turn (x, y) into (y, x)."""
-    if offset is None:
-        return None
+    return None if offset is None else _check_pairs(offset).flip(1)
+
+
+@unrecorded
+def _check_pairs(offset: Tensor) -> Tensor:
+    require_dense("offset", offset)
     if not isinstance(offset, Tensor) or offset.dim() != 4 or offset.shape[1] != 2:
         got = list(offset.shape) if isinstance(offset, Tensor) else type(offset).__name__
         raise ValueError(f"offset must be [R, 2, P_h, P_w], got {got}")
-    return offset.flip(1)
+    return offset
 
 
 def flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
-
-
-class _ZeroLinear(nn.Linear):
-    """Zero at first and after every reset."""
-
-    def reset_parameters(self) -> None:
-        for parameter in self.parameters():
-            nn.init.zeros_(parameter)
-
-
-# Not directly an nn.Linear: MMEngine's initialisers for layer="Linear" go by the names of a class and its bases.
-class ZeroLinear(_ZeroLinear):
-    """The last layer of an offset or mask branch."""
 
 
 def branch(inputs: int, hidden: int, outputs: int, factory: dict[str, Any], layers: int = 3) -> nn.Sequential:
@@ -83,7 +77,7 @@ def describe(module: nn.Module, names: Sequence[str]) -> str:
     return ", ".join(f"{name}={getattr(module, name)!r}" for name in names)
 
 
-class _Branched(NotScriptable, nn.Module):
+class _Branched(NotScriptable, SamplingModule):
     """What layers with a fully connected branch for offsets (and masks) share."""
 
     #: Submodule -> its default learning rate multiplier, see `offset_parameters`.
@@ -96,7 +90,7 @@ class _Branched(NotScriptable, nn.Module):
                 module.reset_parameters()
 
 
-class DeformRoIPool(NotScriptable, nn.Module):
+class DeformRoIPool(NotScriptable, SamplingModule):
     """Deformable RoI pooling whose offsets are an argument, with mmcv's name, arguments and **(x, y)** offsets.
 
     ``out[r, c, p] = mean_s bilinear(input[n_r, c], corner_r + p * bin_r + s + gamma * size_r * offset[r, p])``
@@ -139,6 +133,12 @@ class DeformRoIPool(NotScriptable, nn.Module):
         self.sampling_ratio = integer("sampling_ratio", sampling_ratio, -1)
         self.gamma = number("gamma", gamma, positive=True)
 
+    def _deform(self, input: Tensor, rois: RoIs, offset: Tensor | None, mask: Tensor | None = None) -> Tensor:
+        output = self._pool(input, rois, offset, mask)
+        if self._sampling_hooks is not None:
+            self._sampled(input, offset, mask, rois)
+        return output
+
     def _pool(self, input: Tensor, rois: RoIs, offset: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Pool with offsets in (y, x)."""
         return deform_roi_pool(
@@ -163,7 +163,7 @@ class DeformRoIPool(NotScriptable, nn.Module):
         Returns:
             ``[R, C, P_h, P_w]``.
         """
-        return self._pool(input, rois, _swap(offset))
+        return self._deform(input, rois, _swap(offset))
 
     def extra_repr(self) -> str:
         return describe(self, ("output_size", "spatial_scale", "sampling_ratio", "gamma"))
@@ -229,15 +229,16 @@ class DeformRoIPoolPack(_Branched, DeformRoIPool):
         return self._offset(self._pooled(input, rois)), None
 
     def _pooled(self, input: Tensor, rois: RoIs) -> Tensor:
-        return self._pool(_check_input(input, self.output_channels), rois).flatten(1)
+        _check_input(input, self.output_channels, next(self.parameters()))
+        warn_if_redrawn(self)
+        return self._pool(input, rois).flatten(1)
 
     def _offset(self, pooled: Tensor) -> Tensor:
         return self.offset_fc(pooled).unflatten(1, (2, *self.output_size)).flip(1)
 
     def forward(self, input: Tensor, rois: RoIs) -> Tensor:  # type: ignore[override]
         """Pool ``[N, C, H, W]`` to ``[R, C, P_h, P_w]``."""
-        offset, mask = self.offsets(input, rois)
-        return self._pool(input, rois, offset, mask)
+        return self._deform(input, rois, *self.offsets(input, rois))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {describe(self, ('output_channels', 'deform_fc_channels'))}"
@@ -345,7 +346,7 @@ class PSRoIPool(NotScriptable, nn.Module):
         return describe(self, ("output_dim", "group_size", "output_size", "spatial_scale"))
 
 
-class DeformPSRoIPool(PSRoIPool):
+class DeformPSRoIPool(PSRoIPool, SamplingModule):
     """Deformable position-sensitive RoI pooling whose offsets (and mask) are arguments of ``forward``.
 
     ``out[r, d, p] = mask[r, e, p] * mean_s bilinear(input[n_r, (d * k + g_y) * k + g_x], start_r + p * bin_r + s +``
@@ -404,6 +405,12 @@ class DeformPSRoIPool(PSRoIPool):
         Returns:
             ``[R, D, P_h, P_w]``.
         """
+        output = self._pool(input, rois, offset, mask)
+        if self._sampling_hooks is not None:
+            self._sampled(input, offset, mask, rois)
+        return output
+
+    def _pool(self, input: Tensor, rois: RoIs, offset: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         return deform_ps_roi_pool(
             input,
             rois,
@@ -501,7 +508,7 @@ class DeformPSRoIPoolPack(_Branched, DeformPSRoIPool):
             Offset ``[R, 2 * classes, part_h, part_w]``, (y, x) for each class, in units of
             offset_scale times the RoI's size, and mask ``[R, classes, part_h, part_w]`` (None unless ``modulated``).
         """
-        offset, mask = predict(self, super().forward(input, rois))
+        offset, mask = predict(self, self._pool(input, rois))
         offset = offset.unflatten(1, (2 * self.offset_classes, *self.part_size))
         return offset, None if mask is None else mask.unflatten(1, (self.offset_classes, *self.part_size))
 
@@ -522,10 +529,13 @@ class DeformPSRoIPoolPack(_Branched, DeformPSRoIPool):
 def predict(layer: Any, pooled: Tensor) -> tuple[Tensor, Tensor | None]:
     """Run a branch whose mask shares the hidden layers of the offset: rows of offsets, rows of masks or None."""
     hidden = pooled.flatten(1)
+    warn_if_redrawn(layer)
+    if not layer.modulated:
+        return layer.offset_fc(hidden), None
     *trunk, last = layer.offset_fc
     for module in trunk:
         hidden = module(hidden)
-    return last(hidden), activation(layer.mask_activation)(layer.mask_fc(hidden)) if layer.modulated else None
+    return last(hidden), activation(layer.mask_activation)(layer.mask_fc(hidden))
 
 
 def split_offset_mask_fc(module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
-from dcn_plugin.layers import DeformPSRoIPool, PSRoIPool
+from dcn_plugin.layers import DeformPSRoIPool, PSRoIPool, SamplingModule
+from dcn_plugin.layers._start import OffsetPredictor, warn_if_redrawn
+from dcn_plugin.ops._transforms import unrecorded
 
 
 class FirstMapRPN(RegionProposalNetwork):
@@ -18,7 +20,7 @@ class FirstMapRPN(RegionProposalNetwork):
         return super().forward(images, OrderedDict(list(features.items())[:1]), targets)
 
 
-class PSRoIMaps(nn.Module):
+class PSRoIMaps(SamplingModule):
     """Position-sensitive score and box maps of the last feature map, pooled per RoI (``box_roi_pool`` of R-FCN).
 
     1x1 convolutions of ``x = relu(conv(map))`` give k*k*C score maps and k*k*4B box maps, where C counts the background
@@ -30,6 +32,7 @@ class PSRoIMaps(nn.Module):
 
     Input: maps by name, boxes [L_n, 4] in image pixels for each image, image sizes (unused, for torchvision's heads).
     Output: scores [R, C, k, k] and box deltas [R, 4B, k, k]; the votes of the bins, not yet averaged.
+    A sampling hook sees the offsets of the scores, then, in a call of its own, those of the boxes.
 
     Sources: https://arxiv.org/abs/1605.06409 (R-FCN), https://arxiv.org/abs/1703.06211 (its deformable form).
     """
@@ -90,10 +93,12 @@ class PSRoIMaps(nn.Module):
         scores, deltas = self.scores(x), self.boxes(x)
         if self.score_offsets is None or self.box_offsets is None:
             return self.score_pool(scores, boxes), self.box_pool(deltas, boxes)
-        return (
-            self.score_pool(scores, boxes, self.score_offsets(x, boxes)),
-            self.box_pool(deltas, boxes, self.box_offsets(x, boxes)),
-        )
+        of_scores, of_boxes = self.score_offsets(x, boxes), self.box_offsets(x, boxes)
+        votes = self.score_pool(scores, boxes, of_scores), self.box_pool(deltas, boxes, of_boxes)
+        if self._sampling_hooks is not None:
+            for maps, offset in ((scores, of_scores), (deltas, of_boxes)):
+                self._sampled(maps, offset, None, boxes, image_shapes)
+        return votes
 
     def offsets(
         self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
@@ -109,17 +114,12 @@ class OffsetField(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, pool: nn.Module) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 1)
+        self.conv = OffsetPredictor(in_channels, out_channels, 1)
         self.pool = pool
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Start at zero, where the pooling is the undeformed one."""
-        for parameter in self.conv.parameters():
-            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, boxes: list[Tensor]) -> Tensor:
         """Return the offsets of every RoI."""
+        warn_if_redrawn(self)
         return self.pool(self.conv(x), boxes)
 
 
@@ -137,4 +137,10 @@ class ForEachClass(nn.Module):
     def forward(self, votes: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Return logits [R, C] and deltas [R, 4C], as torchvision's RoI heads expect them."""
         logits, deltas = votes
-        return logits, deltas if deltas.shape[1] == 4 * logits.shape[1] else deltas.repeat(1, logits.shape[1])
+        copies = _copies(logits, deltas)
+        return logits, deltas if copies == 1 else deltas.repeat(1, copies)
+
+
+@unrecorded
+def _copies(logits: Tensor, deltas: Tensor) -> int:
+    return 1 if deltas.shape[1] == 4 * logits.shape[1] else logits.shape[1]

@@ -31,6 +31,7 @@ POOL = dict(output_size=2)
 PACK = POOL | dict(output_channels=4, deform_fc_channels=4)
 PS = POOL | dict(output_dim=2, group_size=2)
 PS_PACK = PS | dict(deform_fc_channels=4)
+IMAGE = torch.zeros(2, 4, 8, 8)
 PYRAMID = dict(featmap_names=["0"], output_size=2, sampling_ratio=2, in_channels=4, deform_fc_channels=4)
 
 
@@ -95,6 +96,10 @@ def convolutions():
         for shape in ((4, 8, 8), (1, 3, 8, 8), (1, 4, 8), (1, 4, 8, 8, 1)):
             call = lambda layer=layer, shape=shape: layer(4, 6, 3)(torch.zeros(shape))  # noqa: E731
             yield Case(call, ValueError, "input", "must be [N, 4, H, W]", f"got {list(shape)}")
+        call = lambda layer=layer: layer(4, 6, 3)(IMAGE.to("meta"))  # noqa: E731
+        yield Case(call, ValueError, "input", "must be on cpu like the layer's parameters", "got meta")
+        call = lambda layer=layer: layer(4, 6, 3)(IMAGE.to_sparse())  # noqa: E731
+        yield Case(call, TypeError, "input", "expected a dense tensor", "torch.sparse_coo")
     yield from choices(of(DCNv2, CONV), ("mask_activation",))
     for dtype in (torch.int64, torch.uint8, torch.complex64):
         call = lambda dtype=dtype: DCNv2(4, 6, 3)(torch.zeros(1, 4, 8, 8, dtype=dtype))  # noqa: E731
@@ -227,7 +232,6 @@ def pools():
     yield from choices(call, ("modulated", "aligned", "dtype", "mask_activation"))
 
 
-IMAGE = torch.zeros(2, 4, 8, 8)
 BOXES = [ROIS[:, 1:]] * 2
 
 
@@ -252,11 +256,20 @@ def without_torchvision(monkeypatch):
 
 CALLS = [
     Case(
+        lambda: DCNv1(**CONV).register_sampling_hook("print"),
+        TypeError, "hook:", "expected a function of the layer and its samples", "got 'print'",
+    ),
+    Case(
         lambda: DeformRoIPoolPack(2, 8, 4)(IMAGE, ROIS), ValueError, "input", "must be [N, 8, H, W]", "got [2, 4, 8, 8]"
     ),
     *(
         Case(lambda o=offset: DeformRoIPool(2)(IMAGE, ROIS, o), ValueError, "offset", "must be [R, 2, P_h, P_w]", got)
         for offset, got in ((torch.zeros(3, 4, 2, 2), "got [3, 4, 2, 2]"), ([0, 0], "got list"))
+    ),
+    Case(lambda: DeformRoIPool(2)(IMAGE, ROIS, IMAGE.to_mkldnn()), TypeError, "offset:", "a dense tensor", "_mkldnn"),
+    Case(
+        lambda: DeformRoIPoolPack(2, 4, 4)(IMAGE.to("meta"), ROIS),
+        ValueError, "input", "must be on cpu like the layer's parameters", "got meta",
     ),
     Case(lambda: layers.offset_parameters({}), TypeError, "model", "must be an nn.Module", "got dict"),
     Case(lambda: layers.DCNv9, AttributeError, "'dcn_plugin.layers'", "attribute", "'DCNv9'"),
@@ -266,6 +279,17 @@ CALLS = [
     ),
     Case(pyramid({"p2": IMAGE}), ValueError, "x", "must hold feature maps named ['0']", "got ['p2']"),
     Case(pyramid({"0": IMAGE[:, :3]}), ValueError, "x", "feature maps [N, 4, H, W]", "got [2, 3, 8, 8]"),
+    Case(pyramid({"0": IMAGE.to_sparse()}), TypeError, "x['0']:", "expected a dense tensor", "torch.sparse_coo"),
+    Case(
+        lambda: MultiScaleDeformRoIPool(**PYRAMID | dict(featmap_names=["0", "1"]))(
+            {"0": IMAGE, "1": IMAGE.to("meta")}, BOXES, [(8, 8)] * 2
+        ),
+        ValueError, "x['1']:", "expected to be on cpu", "got meta",
+    ),
+    Case(pyramid({"0": IMAGE[0]}), ValueError, "x['0']:", "a 4-D tensor [N, 4, H, W]", "got shape (4, 8, 8)"),
+    Case(pyramid(boxes=[BOXES[0], ROIS]), ValueError, "boxes[1]:", "[L, 4] (x1, y1, x2, y2)", f"got {(*ROIS.shape,)}"),
+    Case(pyramid(boxes=[BOXES[0], None]), TypeError, "boxes[1]:", "expected a tensor [L, 4]", "got NoneType"),
+    Case(pyramid(boxes=[BOXES[0], BOXES[0].to("meta")]), ValueError, "boxes[1]:", "on cpu like input", "got meta"),
     Case(pyramid(boxes=BOXES[:1]), ValueError, "boxes", "2 tensors [L, 4], one for each image", "got 1"),
 ]  # fmt: skip
 CASES = [*convolutions(), *FROM_CONV, *pools(), *CALLS]

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from dcn_plugin import ops
+from dcn_plugin import ops, reference
 from errors.case import Case
 
 
@@ -17,7 +17,8 @@ def conv(**given):
 
 
 ROIS = torch.tensor([[0.0, 1, 1, 4, 4], [1, 0, 0, 5, 5]])
-ALIGN = dict(input=torch.zeros(2, 4, 6, 6), rois=ROIS, output_size=2)
+IMAGE = torch.zeros(2, 4, 6, 6)
+ALIGN = dict(input=IMAGE, rois=ROIS, output_size=2)
 PS = ALIGN | dict(output_dim=1, group_size=2)
 
 
@@ -37,6 +38,7 @@ def spoilt(call, name, good, shape, text, double="expected torch.float32"):
     """A tensor that is none, has another shape, another type and is elsewhere."""
     return [
         Case(call(**{name: [1]}), TypeError, f"{name}:", f"expected a tensor {text}", "got list"),
+        Case(call(**{name: good.to_sparse()}), TypeError, f"{name}:", "expected a dense tensor", "torch.sparse_coo"),
         Case(call(**{name: good[..., None]}), ValueError, f"{name}:", f"-D tensor {text}", f"got shape {(*shape, 1)}"),
         Case(call(**{name: good.long()}), TypeError, f"{name}:", "expected float64, float32", "got torch.int64"),
         Case(call(**{name: good[1:]}), ValueError, f"{name}:", f"expected shape {shape}", f"got ({shape[0] - 1},"),
@@ -135,6 +137,8 @@ for pool, channels in ((align, "C"), (part, "output_dim * group_size ** 2"), (pi
         Case(pool(rois=[short]), ValueError, "rois:", "expected 2 tensors [L, 4], one for each image", "got 1"),
         Case(pool(rois=[short, None]), TypeError, "rois[1]:", "expected a tensor [L, 4]", "got NoneType"),
         Case(pool(rois=[short, ROIS]), ValueError, "rois[1]:", "[L, 4] (x1, y1, x2, y2)", "got (2, 5)"),
+        Case(pool(rois=[short, short.to_sparse()]), TypeError, "rois[1]:", "a dense tensor", "torch.sparse_coo"),
+        Case(pool(rois=[short, short.to("meta")]), ValueError, "rois[1]:", "to be on cpu like input", "got meta"),
         Case(pool(rois=ROIS + 1), ValueError, "rois:", "a batch index from 0 to 1", "got [2.0, 1.0, 1.0, 6.0, 6.0]"),
         Case(pool(rois=ROIS * torch.inf), ValueError, "rois:", "a batch index from 0 to 1", "got [nan, inf"),
         Case(pool(rois=ROIS * torch.tensor([1, 1, 1, 1, torch.inf])), ValueError, "rois:", "finite corners", "inf]"),
@@ -153,4 +157,9 @@ META = [
         ValueError, "input:", "expected a 4-D tensor [N, C, H, W]", "shape (4, 6, 6)",
     ),
 ]  # fmt: skip
-CASES = CONV + POOLS + META
+DEFINITIONS = [
+    Case(
+        lambda: reference.bilinear_sample(IMAGE, ROIS, ROIS.to_mkldnn()), TypeError, "x:", "a dense tensor", "_mkldnn"
+    ),
+]
+CASES = CONV + POOLS + META + DEFINITIONS

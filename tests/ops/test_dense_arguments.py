@@ -1,0 +1,161 @@
+"""Tensors that are not dense are refused by the name of the argument: by operators, their definitions and layers."""
+
+import inspect
+
+import pytest
+import torch
+
+from dcn_plugin import layers, ops, reference
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning", "ignore:Sparse CSR:UserWarning")
+
+IMAGE = torch.rand(2, 4, 6, 6)
+ROIS = torch.tensor([[0.0, 1, 1, 4, 4], [1, 0, 0, 5, 5]])
+SHIFT, FACTOR = torch.zeros(2, 2, 2, 2), torch.ones(2, 1, 2, 2)
+KINDS = {
+    "nested": (lambda t: torch.nested.nested_tensor(list(t)), "a nested tensor"),
+    "jagged": (lambda t: torch.nested.nested_tensor(list(torch.atleast_2d(t)), layout=torch.jagged), "a nested tensor"),
+    "coo": (torch.Tensor.to_sparse, "layout torch.sparse_coo"),
+    "hybrid": (lambda t: t.to_sparse(1), "layout torch.sparse_coo"),
+    "csr": (lambda t: t.reshape(t.shape[0], -1).to_sparse_csr(), "layout torch.sparse_csr"),
+    "csc": (lambda t: t.reshape(t.shape[0], -1).to_sparse_csc(), "layout torch.sparse_csc"),
+    "bsr": (lambda t: t.reshape(t.shape[0], -1)[:1].to_sparse_bsr((1, 1)), "layout torch.sparse_bsr"),
+    "onednn": (torch.Tensor.to_mkldnn, "layout torch._mkldnn"),
+}
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+CONV = dict(
+    input=IMAGE, offset=torch.zeros(2, 18, 6, 6), weight=torch.rand(6, 4, 3, 3), bias=torch.rand(6), padding=(1, 1),
+    mask=torch.ones(2, 9, 6, 6),
+)  # fmt: skip
+POOL = dict(input=IMAGE, rois=ROIS, output_size=2)
+PS = dict(output_dim=1, group_size=2)
+CALLS = {
+    "deform_conv2d": CONV,
+    "deform_roi_pool": POOL | dict(offset=SHIFT, mask=FACTOR),
+    "deform_ps_roi_pool": POOL | PS | dict(offset=SHIFT, mask=FACTOR),
+    "ps_roi_pool": POOL | PS,
+}
+each_call = pytest.mark.parametrize(
+    ("name", "argument"), [(n, a) for n, call in CALLS.items() for a, v in call.items() if isinstance(v, torch.Tensor)]
+)
+
+
+def refused(kind, argument):
+    make, got = KINDS[kind]
+    return make, rf"{argument}: expected a dense tensor \(torch.strided\), got a .*{got.removeprefix('a ')}"
+
+
+@each_call
+@each_kind
+@pytest.mark.parametrize("module", [ops, reference], ids=["ops", "reference"])
+def test_operators_and_their_definitions(module, name, argument, kind):
+    make, message = refused(kind, argument)
+    call = CALLS[name]
+    with pytest.raises(TypeError, match=message):
+        getattr(module, name)(**call | {argument: make(call[argument])})
+    parameters = list(inspect.signature(getattr(module, name)).parameters)
+    if argument == parameters[0]:  # by position, too
+        with pytest.raises(TypeError, match=message):
+            getattr(module, name)(make(call[argument]), **{k: v for k, v in call.items() if k != argument})
+
+
+@each_kind
+@pytest.mark.parametrize("name", ["deform_roi_pool", "deform_ps_roi_pool", "ps_roi_pool"])
+def test_boxes_for_each_image(name, kind):
+    make, message = refused(kind, r"rois\[1\]")
+    boxes = torch.tensor([[1.0, 1, 4, 4], [0, 0, 5, 5]])
+    with pytest.raises(TypeError, match=message):
+        getattr(ops, name)(**CALLS[name] | dict(rois=[boxes, make(boxes)]))
+
+
+@each_kind
+@pytest.mark.parametrize("function", [reference.bilinear_sample, reference.axis_weights], ids=lambda f: f.__name__)
+def test_the_sampler(function, kind):
+    positions = torch.rand(2, 3)
+    good = dict(value=IMAGE, y=positions, x=positions)
+    if function is reference.axis_weights:
+        good = dict(position=positions, read=torch.ones(2, 3, dtype=torch.bool))
+    more = {} if "value" in good else dict(extent=4)
+    function(**good, **more)
+    for argument, value in good.items():
+        if kind == "onednn" and value.dtype == torch.bool:
+            continue  # there is none
+        make, message = refused(kind, argument)
+        with pytest.raises(TypeError, match=message):
+            function(**good | {argument: make(value)}, **more)
+
+
+BOXES = [ROIS[:, 1:]] * 2
+LAYERS = {
+    "DeformConv2d": (lambda: layers.DeformConv2d(4, 6, 3, padding=1), dict(
+        input=IMAGE, offset=CONV["offset"], mask=CONV["mask"])),
+    "DCNv1": (lambda: layers.DCNv1(4, 6, 3), dict(input=IMAGE)),
+    "DCNv2": (lambda: layers.DCNv2(4, 6, 3, padding=(0, 0, 1, 1)), dict(input=IMAGE)),
+    "DeformRoIPool": (lambda: layers.DeformRoIPool(2), dict(input=IMAGE, rois=ROIS, offset=SHIFT)),
+    "DeformRoIPoolPack": (lambda: layers.DeformRoIPoolPack(2, 4, 4), dict(input=IMAGE, rois=ROIS)),
+    "ModulatedDeformRoIPoolPack": (lambda: layers.ModulatedDeformRoIPoolPack(2, 4, 4), dict(input=IMAGE, rois=ROIS)),
+    "PSRoIPool": (lambda: layers.PSRoIPool(1, 2, 2), dict(input=IMAGE, rois=ROIS)),
+    "DeformPSRoIPool": (lambda: layers.DeformPSRoIPool(1, 2, 2), dict(
+        input=IMAGE, rois=ROIS, offset=SHIFT, mask=FACTOR)),
+    "DeformPSRoIPoolPack": (lambda: layers.DeformPSRoIPoolPack(1, 2, 2, deform_fc_channels=4), dict(
+        input=IMAGE, rois=ROIS)),
+}  # fmt: skip
+assert LAYERS.keys() == layers.LAYERS.keys()
+
+
+@each_kind
+@pytest.mark.parametrize(("name", "argument"), [(n, a) for n, (_, call) in LAYERS.items() for a in call])
+def test_layers(name, argument, kind):
+    make, message = refused(kind, argument)
+    layer, call = LAYERS[name][0](), LAYERS[name][1]
+    with pytest.raises(TypeError, match=message):
+        layer(**call | {argument: make(call[argument])})
+    if argument == "input" and hasattr(layer, "offsets"):
+        with pytest.raises(TypeError, match=message):
+            layer.offsets(*(make(v) if k == "input" else v for k, v in call.items()))
+
+
+@each_kind
+def test_pooling_from_a_pyramid(kind):
+    pool = layers.MultiScaleDeformRoIPool(["0", "1"], 2, 2, in_channels=4, deform_fc_channels=4)
+    make, message = refused(kind, r"x\['1'\]")
+    with pytest.raises(TypeError, match=message):
+        pool({"0": IMAGE, "1": make(IMAGE)}, BOXES, [(6, 6)] * 2)
+    make, message = refused(kind, r"boxes\[1\]")
+    with pytest.raises(TypeError, match=message):
+        pool({"0": IMAGE, "1": IMAGE[:, :, ::2, ::2]}, [BOXES[0], make(BOXES[1])], [(6, 6)] * 2)
+
+
+def test_dense_tensors_that_are_stored_unusually_are_served():
+    """Strides of 0, negated views, zeros without memory, views of a larger one."""
+    expanded = torch.rand(1, 4, 1, 1).expand(2, 4, 6, 6)
+    negated = torch.complex(torch.zeros(2, 4, 6, 6), IMAGE).conj().imag
+    assert negated.is_neg()
+    zeros = torch._efficientzerotensor((2, 4, 6, 6))
+    for image in (expanded, negated, zeros, torch.rand(2, 8, 12, 6)[:, ::2, ::2]):
+        dense = torch.empty(2, 4, 6, 6).copy_(image)
+        for name, call in CALLS.items():
+            call = call | dict(input=image)
+            torch.testing.assert_close(getattr(ops, name)(**call), getattr(ops, name)(**call | dict(input=dense)))
+
+
+def test_arguments_on_another_device_are_named():
+    for name, call in CALLS.items():
+        for argument, value in call.items():
+            if isinstance(value, torch.Tensor) and argument != "input":
+                with pytest.raises(ValueError, match=rf"{argument}: expected to be on cpu like input, got meta"):
+                    getattr(ops, name)(**call | {argument: value.to("meta")})
+    meta = IMAGE.to("meta")
+    for layer, rest in (
+        (layers.DCNv1(4, 6, 3), ()),
+        (layers.DCNv2(4, 6, 3), ()),
+        (layers.DeformRoIPoolPack(2, 4, 4), (ROIS,)),
+        (layers.ModulatedDeformRoIPoolPack(2, 4, 4), (ROIS,)),
+    ):
+        with pytest.raises(ValueError, match="input must be on cpu like the layer's parameters, got meta"):
+            layer(meta, *rest)
+        with pytest.raises(ValueError, match="input must be on meta like the layer's parameters, got cpu"):
+            layer.to("meta")(IMAGE, *rest)
+    with pytest.raises(ValueError, match="weight: expected to be on cpu like input, got meta"):
+        layers.DeformConv2d(4, 6, 3, padding=1, device="meta")(IMAGE, CONV["offset"])
