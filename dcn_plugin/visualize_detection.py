@@ -96,27 +96,27 @@ def record_bins(
             raise ValueError(f"boxes: expected [L, 4] for each image, got {list(given.shape)}")
     sizes = [tuple(image.shape[-2:]) for image in images]
     records: list[BinRecord] = []
-    calls: list[tuple[nn.Module, BoundArguments]] = []
+    calls: list[tuple[SamplingModule, BoundArguments]] = []
 
     def look(layer: SamplingModule, samples: Samples) -> None:
         records.append(_bins(names[layer], layer, samples, sizes))
 
-    def keep(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def keep(layer: SamplingModule, args: tuple, kwargs: dict[str, Any]) -> None:
         calls.append((layer, signature(layer.forward).bind(*args, **kwargs)))
 
     with _evaluating(model), ExitStack() as hooks:
-        for layer in names:
+        for pool in names:
             if boxes is not None:
-                hooks.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
+                hooks.callback(pool.register_forward_pre_hook(keep, with_kwargs=True).remove)
             else:
-                hooks.callback(layer.register_sampling_hook(look).remove)
+                hooks.callback(pool.register_sampling_hook(look).remove)
         parameter = next(model.parameters(), torch.empty(0))
         moved = [image.to(parameter.device, parameter.dtype) for image in images]
         model(torch.stack(moved) if isinstance(images, Tensor) else moved)
         hooks.close()
-        for layer, call in calls:  # none where the model's own boxes are wanted
+        for pool, call in calls:  # none where the model's own boxes are wanted
             if call.arguments.get("offset") is not None:
-                raise ValueError(f"boxes: expected None, as {names[layer]} is given offsets for its own, got boxes")
+                raise ValueError(f"boxes: expected None, as {names[pool]} is given offsets for its own, got boxes")
             places = list(call.arguments)[1]
             like = call.arguments[places]
             like = like if isinstance(like, Tensor) else next(iter(like), moved[0])
@@ -124,8 +124,8 @@ def record_bins(
             call.arguments[places] = [
                 b.to(like) * r.flip(0).repeat(2).to(like) for b, r in zip(boxes or (), ratios, strict=True)
             ]
-            with layer.register_sampling_hook(look):
-                layer(*call.args, **call.kwargs)
+            with pool.register_sampling_hook(look):
+                pool(*call.args, **call.kwargs)
     if not records:
         raise ValueError(
             f"model: expected deformable RoI pooling that runs, got {', '.join(names.values())}, which did not"

@@ -166,5 +166,7 @@ def test_offsets_of_regions_from_elsewhere_are_recorded():
 def test_bins_of_a_keyword_call_are_drawn():
     pytest.importorskip("matplotlib")
     figure = bin_shifts(Pooled(pack()), torch.rand(1, 24, 24), torch.tensor([[0.0, 0.0, 8.0, 8.0]]))
-    rest, moved = (torch.tensor(drawn.get_offsets().tolist()) for drawn in figure.axes[0].collections)
-    torch.testing.assert_close(moved - rest, torch.tensor([4.0, 0.0]).double().expand(4, 2))
+    rest, moved = (
+        torch.tensor(drawn.get_offsets().tolist(), dtype=torch.float32) for drawn in figure.axes[0].collections
+    )
+    torch.testing.assert_close(moved - rest, torch.tensor([4.0, 0.0]).expand(4, 2))

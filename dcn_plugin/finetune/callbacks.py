@@ -19,7 +19,7 @@ from dcn_plugin.visualize import effective_dilation
 
 
 class _Moments(NamedTuple):
-    count: int
+    number: int
     mean: Tensor
     variance: Tensor
 
@@ -42,7 +42,7 @@ def _moments(values: Tensor) -> _Moments:
 
 def _together(parts: Sequence[_Moments]) -> tuple[Tensor, Tensor]:
     """Mean and variance of all the values that went into ``parts``."""
-    counts = torch.tensor([float(part.count) for part in parts])
+    counts = torch.tensor([float(part.number) for part in parts])
     means = torch.stack([part.mean.cpu() for part in parts])
     variances = torch.stack([part.variance.cpu() for part in parts])
     share = counts / counts.sum()
