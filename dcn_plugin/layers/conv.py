@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..ops import deform_conv2d
-from ..ops._check import integer, integers
+from ..ops._check import integer, integers, require_dense
+from ..ops._transforms import unrecorded
+from ._start import OffsetPredictor, OwnStart, warn_if_redrawn
 from ._torchscript import NotScriptable
 from .sampling import SamplingModule
 
@@ -35,6 +37,7 @@ MASK_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 # Symbolic tracing (timm's and torchvision's feature extractors) records these as calls: they look at shapes.
 torch.fx.wrap("deform_conv2d")
 torch.fx.wrap("_check_input")
+torch.fx.wrap("_offset_channels")
 
 
 def activation(value: Any) -> Callable[[Tensor], Tensor]:
@@ -44,14 +47,25 @@ def activation(value: Any) -> Callable[[Tensor], Tensor]:
     return MASK_ACTIVATIONS[value]
 
 
-def _check_input(x: Tensor, channels: int) -> Tensor:
+@unrecorded
+def _check_input(x: Tensor, channels: int, parameter: Tensor | None = None) -> Tensor:
+    """Return ``x`` if it is an image with so many channels, where ``parameter`` is."""
     if not isinstance(x, Tensor):
         raise TypeError(f"input must be a tensor [N, {channels}, H, W], got {type(x).__name__}")
+    require_dense("input", x)
     if x.dim() != 4 or x.shape[1] != channels:
         raise ValueError(f"input must be [N, {channels}, H, W], got {list(x.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"input must be a real floating-point tensor, got {x.dtype}")
+    if parameter is not None and x.device != parameter.device:
+        raise ValueError(f"input must be on {parameter.device} like the layer's parameters, got {x.device}")
     return x
+
+
+@unrecorded
+def _offset_channels(raw: Tensor) -> int:
+    """How many of the channels that ``conv_offset`` returned are offsets; as many as half of them are mask logits."""
+    return raw.shape[1] // 3 * 2
 
 
 def _dense(weight: Tensor) -> Tensor:
@@ -74,7 +88,7 @@ def _floating(name: str, dtype: torch.dtype | None) -> None:
         raise ValueError(f"{name} must be a real floating-point dtype, got {dtype}")
 
 
-class DeformConv2d(NotScriptable, SamplingModule):
+class DeformConv2d(NotScriptable, SamplingModule, OwnStart):
     """Deformable convolution whose offsets (and mask) are arguments of ``forward``, as in torchvision's module.
 
     ``out(p0) = bias + sum_k weight_k * mask_k(p0) * bilinear(x, p0 * stride - padding + k * dilation + offset_k(p0))``
@@ -180,6 +194,17 @@ class DeformConv2d(NotScriptable, SamplingModule):
         if self.bias is not None:
             bound = 1 / math.sqrt(self.weight[0].numel())
             nn.init.uniform_(self.bias, -bound, bound)
+        self._note_memory()
+
+    def _start_again(self, before: dict[str, Tensor], changed: set[str]) -> None:
+        # A model's initialiser that knows this class has drawn; others have left the memory as it was.
+        untouched = self._open().keys() - changed
+        if not (self._without_memory and untouched):
+            return
+        kept = {name: p.clone() for name, p in self.named_parameters(recurse=False) if name not in untouched}
+        DeformConv2d.reset_parameters(self)
+        for name, value in kept.items():
+            self.get_parameter(name).copy_(value)
 
     @property
     def padding4(self) -> tuple[int, int, int, int]:
@@ -203,8 +228,13 @@ class DeformConv2d(NotScriptable, SamplingModule):
         Returns:
             ``[N, O, H', W']``.
         """
-        weight = _dense(self.weight)
-        output = deform_conv2d(input, offset, weight, self.bias, self.stride, self.padding4, self.dilation, mask)
+        return self._convolve(input, offset, mask, self.weight, self.bias)
+
+    def _convolve(
+        self, input: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        weight = _dense(weight)
+        output = deform_conv2d(input, offset, weight, bias, self.stride, self.padding4, self.dilation, mask)
         if self._sampling_hooks is not None:
             self._sampled(input, offset, mask)
         return output
@@ -255,6 +285,7 @@ class DeformConv2d(NotScriptable, SamplingModule):
         layer._materialize_like(conv)
         layer.weight = conv.weight  # type: ignore[assignment]
         layer.bias = conv.bias  # type: ignore[assignment]
+        layer._note_memory()
         return layer.train(conv.training)
 
     def _materialize_like(self, conv: nn.Conv2d) -> None:
@@ -275,46 +306,12 @@ class DeformConv2d(NotScriptable, SamplingModule):
         return ", ".join(parts)
 
 
-class _ZeroConv2d(nn.Conv2d):
-    """Zero at first and after every reset."""
-
-    def reset_parameters(self) -> None:
-        for parameter in self.parameters():
-            nn.init.zeros_(parameter)
-
-
-# Not directly an nn.Conv2d: MMEngine's initialisers for layer="Conv2d" go by the names of a class and its bases.
-class OffsetPredictor(_ZeroConv2d):
-    """The convolution that predicts offsets (and masks): zero at first, pads on four sides."""
-
-    def __init__(self, in_channels: int, out_channels: int, layer: DeformConv2d, device: Any, dtype: Any) -> None:
-        top, left, bottom, right = layer.padding4
-        symmetric = (top, left) == (bottom, right)
-        super().__init__(
-            in_channels,
-            out_channels,
-            layer.kernel_size,
-            layer.stride,
-            (top, left) if symmetric else 0,
-            layer.dilation,
-            device=device,
-            dtype=dtype,
-        )
-        self.extra_padding = None if symmetric else (left, right, top, bottom)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input if self.extra_padding is None else F.pad(input, self.extra_padding))
-
-    def extra_repr(self) -> str:
-        pad = "" if self.extra_padding is None else f", extra_padding(left, right, top, bottom)={self.extra_padding}"
-        return super().extra_repr() + pad
-
-
 class OffsetConv(DeformConv2d):
     """What :class:`DCNv1` and :class:`DCNv2` share: a ``conv_offset`` that predicts what ``forward`` samples with.
 
     ``conv_offset`` is an ``nn.Conv2d`` from C channels to ``outputs_per_tap * G * K``, with the layer's own kernel
-    size, stride, padding and dilation, groups 1 and a bias, all zero at first.
+    size, stride, padding and dilation, groups 1 and a bias, all zero at first. Where the padding differs between
+    opposite sides, which ``nn.Conv2d`` does not know, the layer pads the input and ``conv_offset`` does not.
     """
 
     drop_in = True
@@ -348,7 +345,16 @@ class OffsetConv(DeformConv2d):
         self.offset_bound = offset_bound
         taps = self.kernel_size[0] * self.kernel_size[1]
         outputs = self.outputs_per_tap * self.offset_groups * taps
-        self.conv_offset = OffsetPredictor(self.in_channels, outputs, self, device, dtype)
+        self.conv_offset = OffsetPredictor(
+            self.in_channels,
+            outputs,
+            self.kernel_size,
+            self.stride,
+            0 if self._uneven_padding else self.padding4[:2],
+            self.dilation,
+            device=device,
+            dtype=dtype,
+        )
 
     def reset_parameters(self) -> None:
         """Initialise weight and bias as ``nn.Conv2d`` does, and ``conv_offset`` with zeros."""
@@ -362,7 +368,18 @@ class OffsetConv(DeformConv2d):
         self.conv_offset.reset_parameters()
 
     def _predict(self, x: Tensor) -> Tensor:
-        return self.conv_offset(_check_input(x, self.in_channels))
+        x = _check_input(x, self.in_channels, self.weight)
+        warn_if_redrawn(self)
+        return self.conv_offset(F.pad(x, self._uneven_padding) if self._uneven_padding else x)
+
+    @property
+    def _uneven_padding(self) -> tuple[int, ...]:
+        """For ``F.pad``, where opposite sides differ; else ().
+
+        Outside of ``conv_offset``, which so is an ``nn.Conv2d`` like any other: adapters repeat it by its attributes.
+        """
+        top, left, bottom, right = self.padding4
+        return () if (top, left) == (bottom, right) else (left, right, top, bottom)
 
     def _bound(self, raw: Tensor) -> Tensor:
         return raw if self.offset_bound is None else self.offset_bound * torch.tanh(raw / self.offset_bound)
@@ -380,7 +397,14 @@ class OffsetConv(DeformConv2d):
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         """Apply the layer to ``[N, C, H, W]``; returns ``[N, O, H', W']``."""
-        return super().forward(input, *self.offsets(input))
+        return self._conv_forward(input, self.weight, self.bias)
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Apply the layer with another weight and bias, as ``nn.Conv2d._conv_forward`` does.
+
+        mmcv's ``efficient_conv_bn_eval`` scales the two by a norm that follows.
+        """
+        return self._convolve(input, *self.offsets(input), weight, bias)
 
     def _load_from_state_dict(
         self,
@@ -399,7 +423,8 @@ class OffsetConv(DeformConv2d):
             if old in unexpected_keys:
                 unexpected_keys.remove(old)
         given = state_dict.get(f"{prefix}conv_offset.weight")
-        if isinstance(given, Tensor) and given.shape != self.conv_offset.weight.shape:
+        own = getattr(self.conv_offset, "weight", None)  # what wraps it need not have one
+        if isinstance(given, Tensor) and isinstance(own, Tensor) and given.shape != own.shape:
             error_msgs.append(self.explain_mismatch(f"{prefix}conv_offset.weight", given.shape))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -507,7 +532,7 @@ class DCNv2(OffsetConv):
 
     def offsets(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         raw = self._predict(x)
-        split = self.conv_offset.out_channels // 3 * 2
+        split = _offset_channels(raw)
         return self._bound(raw[:, :split]), activation(self.mask_activation)(raw[:, split:])
 
     offsets.__doc__ = OffsetConv.offsets.__doc__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,15 +12,20 @@ from torch import Tensor, nn
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import _setup_scales
 
-from ..ops import deform_roi_pool
+from ..ops import _check, deform_roi_pool
 from ..ops._check import integer, number
 from ..ops._layout import is_channels_last
+from ..ops._transforms import is_tracing, unrecorded
+from ._start import ZeroLinear
 from .conv import _pair, activation
-from .roi import Size, ZeroLinear, _Branched, branch, describe, factory_arguments, flag, predict
+from .roi import Size, _Branched, branch, describe, factory_arguments, flag, predict
 
 # Symbolic tracing records these as calls: they look at shapes and values.
-for _name in ("_setup_scales", "_maps", "_assign", "_pool"):
+for _name in ("_scales_of", "_maps", "_assign", "_pool"):
     torch.fx.wrap(_name)
+
+# Numbers that are settled at the first call, not part of a graph.
+_scales_of = unrecorded(_setup_scales)
 
 
 class MultiScaleDeformRoIPool(_Branched, MultiScaleRoIAlign):
@@ -157,7 +163,7 @@ class MultiScaleDeformRoIPool(_Branched, MultiScaleRoIAlign):
         scales, mapper = self.scales, self.map_levels
         tracing = isinstance(maps, torch.fx.Proxy)
         if scales is None or mapper is None or tracing:
-            scales, mapper = _setup_scales(maps, image_shapes, self.canonical_scale, self.canonical_level)
+            scales, mapper = _scales_of(maps, image_shapes, self.canonical_scale, self.canonical_level)
             if not tracing:  # what a graph computes is not for this module to keep
                 self.scales, self.map_levels = scales, mapper
         return _assign(maps, boxes, scales, mapper)
@@ -189,27 +195,52 @@ class _Levels(NamedTuple):
     members: list[Tensor]
 
 
+@unrecorded
 def _maps(x: dict[str, Tensor], names: list[str], channels: int) -> list[Tensor]:
     maps = [value for name, value in x.items() if name in names]
     if not maps:
         raise ValueError(f"x must hold feature maps named {names}, got {list(x)}")
-    for value in maps:
-        if value.dim() != 4 or value.shape[1] != channels:
+    for name, value in x.items():
+        if name not in names:
+            continue
+        _check.tensor(value, f"x[{name!r}]", 4, f"[N, {channels}, H, W]")
+        if value.shape[1] != channels:
             raise ValueError(f"x must hold feature maps [N, {channels}, H, W], got {list(value.shape)}")
+        _check.same_device(value, f"x[{name!r}]", maps[0])
     return maps
 
 
-def _assign(maps: list[Tensor], boxes: list[Tensor], scales: list[float], mapper: Any) -> _Levels:
+@unrecorded
+def _check_boxes(boxes: Sequence[Tensor], maps: list[Tensor]) -> None:
     n = maps[0].shape[0]
     if len(boxes) != n:
         raise ValueError(f"boxes must be {n} tensors [L, 4], one for each image, got {len(boxes)}")
+    for i, value in enumerate(boxes):
+        _check.tensor(value, f"boxes[{i}]", 2, "[L, 4]")
+        if value.shape[1] != 4:
+            raise ValueError(f"boxes[{i}]: expected shape [L, 4] (x1, y1, x2, y2), got {tuple(value.shape)}")
+        _check.same_device(value, f"boxes[{i}]", maps[0])
+
+
+def _level_of(boxes: list[Tensor], mapper: Any) -> Tensor:
+    """The number of the level of each box, by torchvision's rule."""
+    if not is_tracing():
+        return mapper(boxes)
+    with warnings.catch_warnings():
+        # torchvision's mapper makes a tensor of a constant, as which the trace keeps it.
+        warnings.filterwarnings("ignore", "torch.tensor results are registered as constants")
+        return mapper(boxes)
+
+
+def _assign(maps: list[Tensor], boxes: list[Tensor], scales: list[float], mapper: Any) -> _Levels:
+    _check_boxes(boxes, maps)
     boxes = list(boxes) or [maps[0].new_empty(0, 4)]  # an empty batch
     image = [torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)]
     rois = torch.cat([torch.cat(image), torch.cat(boxes)], 1)
     if len(maps) == 1:
         return _Levels(maps, scales, rois, [])
     # Boxes whose size is no number have no level; left out here, they would shift the results of the others.
-    number = mapper(boxes).clamp(0, len(maps) - 1)
+    number = _level_of(boxes, mapper).clamp(0, len(maps) - 1)
     members = [torch.where(number == level)[0] for level in range(len(maps))]
     return _Levels(maps, scales, rois, members)
 

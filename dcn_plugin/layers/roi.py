@@ -18,7 +18,9 @@ import torch.fx
 from torch import Tensor, nn
 
 from ..ops import deform_ps_roi_pool, deform_roi_pool, ps_roi_pool
-from ..ops._check import integer, number
+from ..ops._check import integer, number, require_dense
+from ..ops._transforms import unrecorded
+from ._start import ZeroLinear, warn_if_redrawn
 from ._torchscript import NotScriptable
 from .conv import _check_input, _floating, _pair, activation
 from .sampling import SamplingModule
@@ -39,31 +41,22 @@ torch.fx.wrap("_swap")
 
 def _swap(offset: Tensor | None) -> Tensor | None:
     """Turn (x, y) into (y, x)."""
-    if offset is None:
-        return None
+    return None if offset is None else _check_pairs(offset).flip(1)
+
+
+@unrecorded
+def _check_pairs(offset: Tensor) -> Tensor:
+    require_dense("offset", offset)
     if not isinstance(offset, Tensor) or offset.dim() != 4 or offset.shape[1] != 2:
         got = list(offset.shape) if isinstance(offset, Tensor) else type(offset).__name__
         raise ValueError(f"offset must be [R, 2, P_h, P_w], got {got}")
-    return offset.flip(1)
+    return offset
 
 
 def flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
-
-
-class _ZeroLinear(nn.Linear):
-    """Zero at first and after every reset."""
-
-    def reset_parameters(self) -> None:
-        for parameter in self.parameters():
-            nn.init.zeros_(parameter)
-
-
-# Not directly an nn.Linear: MMEngine's initialisers for layer="Linear" go by the names of a class and its bases.
-class ZeroLinear(_ZeroLinear):
-    """The last layer of an offset or mask branch."""
 
 
 def branch(inputs: int, hidden: int, outputs: int, factory: dict[str, Any], layers: int = 3) -> nn.Sequential:
@@ -236,7 +229,9 @@ class DeformRoIPoolPack(_Branched, DeformRoIPool):
         return self._offset(self._pooled(input, rois)), None
 
     def _pooled(self, input: Tensor, rois: RoIs) -> Tensor:
-        return self._pool(_check_input(input, self.output_channels), rois).flatten(1)
+        _check_input(input, self.output_channels, next(self.parameters()))
+        warn_if_redrawn(self)
+        return self._pool(input, rois).flatten(1)
 
     def _offset(self, pooled: Tensor) -> Tensor:
         return self.offset_fc(pooled).unflatten(1, (2, *self.output_size)).flip(1)
@@ -534,10 +529,13 @@ class DeformPSRoIPoolPack(_Branched, DeformPSRoIPool):
 def predict(layer: Any, pooled: Tensor) -> tuple[Tensor, Tensor | None]:
     """Run a branch whose mask shares the hidden layers of the offset: rows of offsets, rows of masks or None."""
     hidden = pooled.flatten(1)
+    warn_if_redrawn(layer)
+    if not layer.modulated:
+        return layer.offset_fc(hidden), None
     *trunk, last = layer.offset_fc
     for module in trunk:
         hidden = module(hidden)
-    return last(hidden), activation(layer.mask_activation)(layer.mask_fc(hidden)) if layer.modulated else None
+    return last(hidden), activation(layer.mask_activation)(layer.mask_fc(hidden))
 
 
 def split_offset_mask_fc(module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str = "") -> dict[str, str]:

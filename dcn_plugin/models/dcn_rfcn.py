@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from dcn_plugin.layers import DeformPSRoIPool, PSRoIPool, SamplingModule
+from dcn_plugin.layers._start import OffsetPredictor, warn_if_redrawn
+from dcn_plugin.ops._transforms import unrecorded
 
 
 class FirstMapRPN(RegionProposalNetwork):
@@ -113,17 +115,12 @@ class OffsetField(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, pool: nn.Module) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 1)
+        self.conv = OffsetPredictor(in_channels, out_channels, 1)
         self.pool = pool
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Start at zero, where the pooling is the undeformed one."""
-        for parameter in self.conv.parameters():
-            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, boxes: list[Tensor]) -> Tensor:
         """Return the offsets of every RoI."""
+        warn_if_redrawn(self)
         return self.pool(self.conv(x), boxes)
 
 
@@ -141,4 +138,10 @@ class ForEachClass(nn.Module):
     def forward(self, votes: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Return logits [R, C] and deltas [R, 4C], as torchvision's RoI heads expect them."""
         logits, deltas = votes
-        return logits, deltas if deltas.shape[1] == 4 * logits.shape[1] else deltas.repeat(1, logits.shape[1])
+        copies = _copies(logits, deltas)
+        return logits, deltas if copies == 1 else deltas.repeat(1, copies)
+
+
+@unrecorded
+def _copies(logits: Tensor, deltas: Tensor) -> int:
+    return 1 if deltas.shape[1] == 4 * logits.shape[1] else logits.shape[1]

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference._dense import require_dense as require_dense
+
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -65,9 +67,10 @@ def number(name: str, value: Any, positive: bool = False) -> float:
 
 
 def tensor(value: object, name: str, dim: int, shape: str) -> None:
-    """Check that ``value`` is a floating-point tensor of ``dim`` dimensions; ``shape`` is how to say it."""
+    """Check that ``value`` is a dense floating-point tensor of ``dim`` dimensions; ``shape`` is how to say it."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
+    require_dense(name, value)
     if value.dim() != dim:
         raise ValueError(f"{name}: expected a {dim}-D tensor {shape}, got shape {tuple(value.shape)}")
     if value.dtype not in FLOATING:

@@ -5,7 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._transforms import unrecorded
 
+
+@unrecorded
 def is_channels_last(t: Tensor) -> bool:
     """Whether a result computed from ``t`` is channels_last: torch's own rule (``suggest_memory_format``)."""
     if t.dim() != 4 or t.stride(1) == 0:

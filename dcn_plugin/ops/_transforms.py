@@ -1,8 +1,40 @@
-"""Function transforms that a compiled operator cannot follow."""
+"""What looks at a call instead of running it: function transforms, which a compiled operator cannot follow, tracing."""
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def is_tracing() -> bool:
+    """Whether ``torch.jit.trace`` records this call."""
+    return torch.jit.is_tracing()  # type: ignore[attr-defined]  # public, but not in its list of names
+
+
+def unrecorded(function: Callable[P, R]) -> Callable[P, R]:
+    """Let ``torch.jit.trace`` see sizes and values as plain numbers in ``function``, and none of what it computes.
+
+    For checks. The tracer would warn of each that it does not become part of the graph, which is what is wanted.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not is_tracing():
+            return function(*args, **kwargs)
+        state = torch._C._get_tracing_state()
+        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+    return run
 
 
 def need_plain_torch() -> bool:
@@ -24,7 +56,7 @@ def _differentiates() -> bool:
 
 def values_are_known(t: torch.Tensor) -> bool:
     """Whether Python may look at the values of ``t``: not while tracing, nor inside ``torch.func`` transforms."""
-    if torch.compiler.is_compiling() or get_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or is_tracing() or get_interpreter_stack() is not None:
         return False
     return (
         type(t) in (torch.Tensor, torch.nn.Parameter)

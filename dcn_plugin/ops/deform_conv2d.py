@@ -73,6 +73,7 @@ def _out_size(input: Tensor, weight: Tensor, stride: list[int], padding: list[in
     return [(input.shape[2 + i] + padding[i] + padding[2 + i] - spans[i]) // stride[i] + 1 for i in (0, 1)]
 
 
+@_transforms.unrecorded
 def _check_tensors(
     input: Tensor,
     offset: Tensor,

@@ -221,17 +221,24 @@ def _as_tensor(rois: Rois, input: Tensor) -> Tensor:
     """Put the batch index before the boxes of each image, where they come as a list."""
     if not isinstance(rois, (list, tuple)):
         return rois  # type: ignore[return-value]
+    _check_boxes(rois, input)
+    if not rois:
+        return input.new_empty(0, 5)
+    return torch.cat([torch.nn.functional.pad(boxes, (1, 0), value=i) for i, boxes in enumerate(rois)])
+
+
+@_transforms.unrecorded
+def _check_boxes(rois: Sequence[Tensor], input: Tensor) -> None:
     if len(rois) != input.shape[0]:
         raise ValueError(f"rois: expected {input.shape[0]} tensors [L, 4], one for each image, got {len(rois)}")
     for i, boxes in enumerate(rois):
         _check.tensor(boxes, f"rois[{i}]", 2, "[L, 4]")
         if boxes.shape[1] != 4:
             raise ValueError(f"rois[{i}]: expected shape [L, 4] (x1, y1, x2, y2), got {tuple(boxes.shape)}")
-    if not rois:
-        return input.new_empty(0, 5)
-    return torch.cat([torch.nn.functional.pad(boxes, (1, 0), value=i) for i, boxes in enumerate(rois)])
+        _check.same_device(boxes, f"rois[{i}]", input)
 
 
+@_transforms.unrecorded
 def _check_values(rois: Tensor, input: Tensor) -> None:
     """Look at the regions themselves, where that is possible without waiting for a device or breaking a graph."""
     if rois.device.type != "cpu" or not _transforms.values_are_known(rois):
@@ -248,6 +255,7 @@ def _check_values(rois: Tensor, input: Tensor) -> None:
             raise ValueError(f"rois: expected {what}, got {rois[i].tolist()} in row {i}")
 
 
+@_transforms.unrecorded
 def _check_tensors(input: Tensor, rois: Tensor, shifts: Mapping[str, tuple[Tensor | None, str, Sequence[Any]]]) -> None:
     _check.tensor(input, "input", 4, "[N, C, H, W]")
     if 0 in input.shape[1:]:
@@ -265,6 +273,7 @@ def _check_tensors(input: Tensor, rois: Tensor, shifts: Mapping[str, tuple[Tenso
             _check.same_device(value, name, input)
 
 
+@_transforms.unrecorded
 def _check_groups(input: Tensor, output_dim: int, group_size: int) -> None:
     if input.shape[1] != output_dim * group_size**2:
         raise ValueError(
@@ -273,6 +282,7 @@ def _check_groups(input: Tensor, output_dim: int, group_size: int) -> None:
         )
 
 
+@_transforms.unrecorded
 def _shape_of_deform_roi_pool(
     input: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None, output_size: list[int], **_: Any
 ) -> list[int]:
@@ -284,6 +294,7 @@ def _shape_of_deform_roi_pool(
     return [rois.shape[0], input.shape[1], *output_size]
 
 
+@_transforms.unrecorded
 def _shape_of_deform_ps_roi_pool(
     input: Tensor,
     rois: Tensor,
@@ -315,6 +326,7 @@ def _shape_of_deform_ps_roi_pool(
     return [rois.shape[0], output_dim, *output_size]
 
 
+@_transforms.unrecorded
 def _shape_of_ps_roi_pool(
     input: Tensor, rois: Tensor, output_dim: int, group_size: int, output_size: list[int], **_: Any
 ) -> list[int]:

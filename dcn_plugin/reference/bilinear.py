@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
+from ._dense import dense_arguments
 
+
+@dense_arguments
 def bilinear_sample(value: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """Sample ``value`` bilinearly at real positions, with zeros outside the map.
 
@@ -44,6 +47,7 @@ def bilinear_sample(value: Tensor, y: Tensor, x: Tensor) -> Tensor:
     return out + (safe_sum * poison)[:, None].to(out.dtype)
 
 
+@dense_arguments
 def axis_weights(position: Tensor, read: Tensor, extent: int) -> Tensor:
     """Sum up how much samples along one axis weigh each of its ``extent`` pixels.
 

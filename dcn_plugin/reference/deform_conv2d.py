@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._dense import dense_arguments
 from .bilinear import bilinear_sample
 
 
@@ -12,6 +13,7 @@ def _pair(value: int | Sequence[int]) -> Sequence[int]:
     return (value, value) if isinstance(value, int) else value
 
 
+@dense_arguments
 def deform_conv2d(
     input: Tensor,
     offset: Tensor,

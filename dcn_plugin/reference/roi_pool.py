@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._dense import dense_arguments
 from .bilinear import bilinear_sample
 
 
@@ -27,6 +28,7 @@ class _Axis(NamedTuple):
     divisor: Tensor  # how many samples the average is over; broadcasts against [R, classes, P_h, P_w]
 
 
+@dense_arguments
 def deform_roi_pool(
     input: Tensor,
     rois: Tensor,
@@ -57,6 +59,7 @@ def deform_roi_pool(
     return (pool or _pool)(input, rois, axis(0), axis(1), mask, bins, 1)
 
 
+@dense_arguments
 def deform_ps_roi_pool(
     input: Tensor,
     rois: Tensor,
@@ -92,6 +95,7 @@ def deform_ps_roi_pool(
     return (pool or _pool)(input, rois, axis(0), axis(1), mask, bins, group_size)
 
 
+@dense_arguments
 def ps_roi_pool(
     input: Tensor,
     rois: Tensor,

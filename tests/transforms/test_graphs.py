@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dcn_plugin import ops, registry
 from dcn_plugin.layers import DCNv2
 
-from .parts import each_case, each_layer, make_layer, names_of
+from .parts import each_case, names_of
 
 
 class Call(nn.Module):
@@ -135,20 +135,6 @@ def test_backbone_of_mmengine_is_one_graph(config):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
     for found, expected in zip(compiled, model(x), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-# torch deprecates it as a whole, and warns of every check of a shape.
-@pytest.mark.filterwarnings(
-    "ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning"
-)
-@each_layer
-def test_torchscript_traces_layers(name):
-    layer, inputs = make_layer(name)
-    traced = torch.jit.trace(layer, inputs)
-    file = io.BytesIO()
-    torch.jit.save(traced, file)
-    file.seek(0)
-    torch.testing.assert_close(torch.jit.load(file)(*inputs), layer(*inputs))
 
 
 def scripted_pooling(input: Tensor, rois: Tensor, offset: Tensor) -> Tensor:
