@@ -6,15 +6,17 @@ state and so work without a display. Positions are (y, x) everywhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .layers import DeformConv2d, OffsetConv
+from .layers import DeformConv2d, Samples, sampling_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,20 +26,22 @@ Unit = tuple[float, float]
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """What one deformable layer did to one batch.
+    """What one call of a deformable layer did to one batch: what its `forward` sampled with.
 
     `offset` [N, G, K, 2, H', W'] in pixels of the layer's input, (y, x); `mask` [N, G, K, H', W'] or None.
     `grid` maps a pixel p of the layer's input to image pixels, per axis `p * scale + shift`, as
-    ((scale_y, shift_y), (scale_x, shift_x)); `out_grid` does the same for the layer's output.
+    ((scale_y, shift_y), (scale_x, shift_x)); `out_grid` does the same for the layer's output. `call` counts the calls
+    of the layer from 0.
     """
 
     name: str
-    layer: OffsetConv
+    layer: DeformConv2d
     offset: Tensor
     mask: Tensor | None
     input_size: tuple[int, int]
     grid: tuple[tuple[float, float], tuple[float, float]]
     out_grid: tuple[tuple[float, float], tuple[float, float]]
+    call: int = 0
 
     def taps(self) -> Tensor:
         """Return where the taps of output pixel (0, 0) lie without offsets, [K, 2]."""
@@ -128,18 +132,24 @@ def _size(tensor: Tensor) -> tuple[int, int]:
     return tensor.shape[-2], tensor.shape[-1]
 
 
-def record(model: nn.Module, images: Tensor, layers: Sequence[str] | None = None) -> list[LayerRecord]:
-    """Run `model` on `images` and return a `LayerRecord` of each of its deformable layers, in the order they ran.
+def record(
+    model: nn.Module, images: Tensor, layers: Sequence[str] | None = None, call: int | None = None
+) -> list[LayerRecord]:
+    """Run `model` on `images` and return a `LayerRecord` of each call of its deformable layers, in the order they ran.
 
-    The link between a feature map and the image is followed through every strided or unpadded layer with a kernel.
+    What `forward` sampled with is read by a hook (`register_sampling_hook`), wherever the offsets come from. The link
+    between a feature map and the image is followed through every strided or unpadded layer with a kernel.
 
     Args:
-        model: any module with DCNv1 or DCNv2 layers inside; its training mode is left as it was.
+        model: any module with DeformConv2d, DCNv1 or DCNv2 layers inside; its training mode is left as it was.
         images: [N, C, H, W] as the model takes them (or [C, H, W] for one).
         layers: names of layers to keep, as in `model.named_modules()`; None keeps all.
+        call: which call of each layer to keep, where one runs several times (shared over the levels of a pyramid): 0
+            is the first, -1 the last; None keeps all.
 
     Raises:
-        ValueError: no deformable layer in the model, or a name that is not one of them.
+        ValueError: no deformable layer in the model, a name that is not one of them, or one that did not run (so
+            often).
 
     Example:
         >>> import torch
@@ -149,13 +159,14 @@ def record(model: nn.Module, images: Tensor, layers: Sequence[str] | None = None
         torch.Size([1, 1, 9, 2, 8, 8])
     """
     images = _batch(images)
-    names = {module: name for name, module in model.named_modules() if isinstance(module, OffsetConv)}
-    if not names:
-        raise ValueError(f"model: expected DCNv1 or DCNv2 layers inside, {type(model).__name__} has none")
+    found = {name: layer for name, layer in sampling_layers(model).items() if isinstance(layer, DeformConv2d)}
+    if not found:
+        raise ValueError(f"model: expected deformable convolutions inside, {type(model).__name__} has none")
     for name in layers or ():
-        if name not in names.values():
-            raise ValueError(f"layers: {name!r} is no deformable layer; there are {', '.join(names.values())}")
+        if name not in found:
+            raise ValueError(f"layers: {name!r} is no deformable layer; there are {', '.join(found)}")
     records: list[LayerRecord] = []
+    calls = dict.fromkeys(found, 0)
     height, width = _size(images)
     # Size of a feature map -> how its pixels lie on the image. The first layer that makes a size defines it: parallel
     # branches of the same size agree up to their padding.
@@ -165,12 +176,7 @@ def record(model: nn.Module, images: Tensor, layers: Sequence[str] | None = None
         spread = [(full / part, (full / part - 1) / 2) for full, part in zip((height, width), size, strict=True)]
         return grids.setdefault(size, (spread[0], spread[1]))
 
-    def follow(module: nn.Module, args: tuple, output: Any) -> None:
-        if not (args and isinstance(args[0], Tensor) and isinstance(output, Tensor)):
-            return
-        if args[0].dim() != 4 or output.dim() != 4:
-            return
-        before, after = _size(args[0]), _size(output)
+    def advance(module: nn.Module, before: tuple[int, int], after: tuple[int, int]) -> None:
         geometry = _spatial(module)
         if geometry is not None and after not in grids and before in grids:
             moved = [
@@ -178,22 +184,36 @@ def record(model: nn.Module, images: Tensor, layers: Sequence[str] | None = None
                 for (scale, shift), k, s, p, d in zip(grids[before], *geometry, strict=True)
             ]
             grids[after] = (moved[0], moved[1])
-        if isinstance(module, OffsetConv) and (layers is None or names[module] in layers):
-            offset, mask = module.offsets(args[0])
-            groups, (kh, kw) = module.offset_groups, module.kernel_size
-            records.append(
-                LayerRecord(
-                    names[module],
-                    module,
-                    offset.float().cpu().reshape(len(offset), groups, kh * kw, 2, *after),
-                    None if mask is None else mask.float().cpu().reshape(len(mask), groups, kh * kw, *after),
-                    before,
-                    grid_of(before),
-                    grid_of(after),
-                )
-            )
 
-    handles = [m.register_forward_hook(follow) for m in model.modules() if m in names or _spatial(m) is not None]
+    def follow(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if given is not None and isinstance(output, Tensor) and given.dim() == output.dim() == 4:
+            advance(module, _size(given), _size(output))
+
+    def look(name: str, layer: DeformConv2d, samples: Samples) -> None:
+        offset, mask, input = samples.offset, samples.mask, samples.input
+        assert offset is not None and isinstance(input, Tensor)  # a convolution's always are
+        before, after = _size(input), _size(offset)
+        advance(layer, before, after)
+        item = LayerRecord(
+            name,
+            layer,
+            offset.float().cpu().unflatten(1, (-1, math.prod(layer.kernel_size), 2)),
+            None if mask is None else mask.float().cpu().unflatten(1, (-1, math.prod(layer.kernel_size))),
+            before,
+            grid_of(before),
+            grid_of(after),
+            calls[name],
+        )
+        calls[name] += 1
+        records.append(item)
+
+    # What a layer has inside, such as its own predictor of offsets, says nothing about the map that it makes.
+    inner = {module for layer in found.values() for module in layer.modules()}
+    handles: list[Any] = [layer.register_sampling_hook(partial(look, name)) for name, layer in found.items()]
+    for module in model.modules():
+        if module not in inner and _spatial(module) is not None:
+            handles.append(module.register_forward_hook(follow, with_kwargs=True))
     try:
         with _evaluating(model):
             parameter = next(model.parameters(), images)
@@ -201,7 +221,18 @@ def record(model: nn.Module, images: Tensor, layers: Sequence[str] | None = None
     finally:
         for handle in handles:
             handle.remove()
-    return records
+    for name in layers or ():
+        if not calls[name]:
+            raise ValueError(f"layers: expected layers that run, got {name!r}, which did not")
+    kept = [item for item in records if layers is None or item.name in layers]
+    if call is not None:
+        most = max((calls[item.name] for item in kept), default=0)
+        kept = [item for item in kept if item.call == (call if call >= 0 else calls[item.name] + call)]
+        if not kept:
+            raise ValueError(f"call: expected one of the calls of a layer, at most {most} of each, got {call}")
+    if not kept:
+        raise ValueError(f"model: expected deformable convolutions that run, got {', '.join(found)}, which did not")
+    return kept
 
 
 def _batch(images: Tensor) -> Tensor:
@@ -254,14 +285,24 @@ def trace(records: Sequence[LayerRecord], unit: Unit, sample: int = 0, group: in
 
 
 def dilation_by_layer(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Return the effective dilation of every deformable layer, name -> [N, G, H', W'] (see `effective_dilation`)."""
-    result = {}
-    for item in record(model, images):
-        n, _, _, _, h, w = item.offset.shape
-        result[item.name] = effective_dilation(
-            item.offset.reshape(n, -1, h, w), item.layer.kernel_size, item.layer.dilation
+    """Return the effective dilation of every deformable layer, name -> [N, G, H', W'] (see `effective_dilation`).
+
+    A layer that runs several times has an entry for each call: `<name>[0]`, `<name>[1]`, ... in the order they ran.
+    """
+    return {key: dilation for key, _, dilation in _dilations(model, images)}
+
+
+def _dilations(model: nn.Module, images: Tensor) -> list[tuple[str, DeformConv2d, Tensor]]:
+    records = record(model, images)
+    several = {item.name for item in records if item.call}
+    return [
+        (
+            f"{item.name}[{item.call}]" if item.name in several else item.name,
+            item.layer,
+            effective_dilation(item.offset.flatten(1, 3), item.layer.kernel_size, item.layer.dilation),
         )
-    return result
+        for item in records
+    ]
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------
@@ -300,16 +341,18 @@ def sampling_points(
     layers: int | Sequence[str] = 3,
     picture: Tensor | None = None,
     group: int = 0,
+    call: int = 0,
 ) -> Figure:
     """Draw where units of the last deformable layer sample the image, through several layers (see `trace`).
 
     Args:
-        model: any module with DCNv1 or DCNv2 layers inside.
+        model: any module with deformable convolutions inside.
         image: [C, H, W] as the model takes it, or [N, C, H, W] for several.
         units: (y, x) in image pixels, one or several; None draws the centre.
         layers: how many of the last deformable layers to follow, or their names.
         picture: what to draw instead of `image`, of the same size, for example before normalisation.
         group: offset group to follow.
+        call: which call of each layer to draw, where one runs several times: 0 is the first, -1 the last.
 
     Returns:
         A matplotlib figure: the unit as a green cross, its sampling points in red; one column of panels per image and
@@ -321,7 +364,7 @@ def sampling_points(
     pictures = images if picture is None else _batch(picture)
     if len(pictures) != len(images):
         raise ValueError(f"picture: expected {len(images)} pictures, one for each image, got {len(pictures)}")
-    records = record(model, images, None if isinstance(layers, int) else layers)
+    records = record(model, images, None if isinstance(layers, int) else layers, call)
     if isinstance(layers, int):
         if layers < 1:
             raise ValueError(f"layers: expected at least 1 layer, got {layers}")
@@ -355,22 +398,24 @@ def offset_field(
     layer: str | None = None,
     picture: Tensor | None = None,
     group: int = 0,
+    call: int = 0,
 ) -> Figure:
     """Draw the offsets of one layer as arrows on the image: the mean over taps, and each tap of the kernel by itself.
 
     Args:
-        model: any module with DCNv1 or DCNv2 layers inside.
+        model: any module with deformable convolutions inside.
         image: [C, H, W] as the model takes it.
         layer: name of the layer; None takes the first deformable one (the finest map).
         picture: [C, H, W] to draw instead of `image`.
         group: offset group to draw.
+        call: which call of the layer to draw, where it runs several times: 0 is the first, -1 the last.
 
     Returns:
         A matplotlib figure; arrows have their true length in image pixels and are coloured by it.
     """
     batch = _batch(image)
     image = batch[0]
-    item = record(model, batch, None if layer is None else [layer])[0]
+    item = record(model, batch, None if layer is None else [layer], call)[0]
     offset = item.offset[0, group % item.offset.shape[1]]
     scale = torch.tensor([item.grid[0][0], item.grid[1][0]]).reshape(1, 2, 1, 1)
     arrows = offset * scale
@@ -414,30 +459,30 @@ def offset_field(
 def dilation_plot(model: nn.Module, images: Tensor) -> Figure:
     """Draw the effective dilation of every deformable layer: median, quartiles and 5th to 95th percentile.
 
+    Each call of a layer that runs several times has a box of its own.
+
     Args:
-        model: any module with DCNv1 or DCNv2 layers inside.
+        model: any module with deformable convolutions inside.
         images: [N, C, H, W] as the model takes them.
 
     Returns:
         A matplotlib figure; the dilation each layer would have with zero offsets is marked.
     """
-    values = dilation_by_layer(model, images)
-    layers = dict(model.named_modules())
+    names, layers, values = zip(*_dilations(model, images), strict=True)
     figure, grid = _figure(1, width=max(4.0, 0.55 * len(values) + 2.0), height=3.6)
     axes = grid[0, 0]
     boxes = axes.boxplot(
-        [value.flatten().numpy() for value in values.values()], whis=(5, 95), showfliers=False, patch_artist=True,
+        [value.flatten().numpy() for value in values], whis=(5, 95), showfliers=False, patch_artist=True,
         medianprops=dict(color="black"),
     )  # fmt: skip
     for box in boxes["boxes"]:
         box.set_facecolor("#9ecae1")
     still = []
-    for name in values:
-        layer = layers[name]
+    for layer in layers:
         zeros = torch.zeros(1, 2 * layer.kernel_size[0] * layer.kernel_size[1], 1, 1)
         still.append(effective_dilation(zeros, layer.kernel_size, layer.dilation).item())
     axes.plot(range(1, len(still) + 1), still, "_", color="#ff2d2d", markersize=18, label="with zero offsets")
-    axes.set_xticks(range(1, len(values) + 1), list(values), rotation=45, ha="right", fontsize=8)
+    axes.set_xticks(range(1, len(values) + 1), list(names), rotation=45, ha="right", fontsize=8)
     axes.set_ylabel("effective dilation (pixels)")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)

@@ -7,12 +7,15 @@ x2, y2) in pixels of the image, as torchvision has them; points and shifts are (
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from inspect import BoundArguments, signature
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from .layers import DeformConv2d, Samples, SamplingModule, sampling_layers
 from .visualize import _evaluating, _figure, _show_image
 
 if TYPE_CHECKING:
@@ -24,11 +27,12 @@ Names = Sequence[str] | Mapping[int, str]
 
 @dataclass(frozen=True)
 class BinRecord:
-    """Where one deformable RoI pooling layer put the bins of its boxes.
+    """Where one call of a deformable RoI pooling layer put the bins of its boxes: what its `forward` sampled with.
 
     `images` [R] says on which image each of the `boxes` [R, 4] lies. `bins` [R, P_h, P_w, 2] are the centres of the
     undeformed bins, (y, x), and `shifts` [R, classes, P_h, P_w, 2] what is added to them, both in pixels of the image;
-    a layer without class-aware offsets has one class. `mask` [R, classes, P_h, P_w] or None.
+    a layer without class-aware offsets has one class. `mask` [R, classes, P_h, P_w] or None. `part` tells the two
+    poolings of a call of R-FCN apart, `"scores"` and `"boxes"`.
     """
 
     name: str
@@ -38,6 +42,7 @@ class BinRecord:
     bins: Tensor
     shifts: Tensor
     mask: Tensor | None
+    part: str = ""
 
     def shifted(self, labels: Tensor | None = None) -> Tensor:
         """Return the centres of the shifted bins, [R, P_h, P_w, 2]; `labels` [R] choose the class of each box."""
@@ -53,19 +58,21 @@ def record_bins(
     boxes: Sequence[Tensor] | None = None,
     layer: str | None = None,
 ) -> list[BinRecord]:
-    """Run `model` on `images` and return a `BinRecord` of each of its deformable RoI pooling layers.
+    """Run `model` on `images` and return a `BinRecord` of each call of its deformable RoI pooling layers, as they ran.
 
-    A layer is any module with ``offsets(...)`` and ``output_size``: MultiScaleDeformRoIPool, the ``...Pack`` layers,
-    and the position-sensitive maps of a deformable R-FCN.
+    What `forward` sampled with is read by a hook (`register_sampling_hook`), wherever the offsets come from and however
+    the layer is called. R-FCN has two records a call: of its scores, then of its boxes.
 
     Args:
         model: a detector, or any module with such a layer; its training mode is left as it was.
         images: as the model takes them, [N, C, H, W] or a list of [C, H, W]; or one [C, H, W].
-        boxes: boxes [L_n, 4] of each image, in its pixels, to look at; None takes those that the model itself pooled.
+        boxes: boxes [L_n, 4] of each image, in its pixels, to look at: each layer that predicts its offsets is called
+            with them once more, on the features it was called with. None takes those that the model itself pooled.
         layer: the layer's name as in `model.named_modules()`; None takes all.
 
     Raises:
-        ValueError: no such layer, or boxes for another number of images.
+        ValueError: no such layer, none that ran, boxes for another number of images, or for a layer whose offsets are
+            arguments.
 
     Example:
         >>> from dcn_plugin.layers import DeformRoIPoolPack
@@ -87,30 +94,51 @@ def record_bins(
     for given in boxes or ():
         if given.dim() != 2 or given.shape[1] != 4:
             raise ValueError(f"boxes: expected [L, 4] for each image, got {list(given.shape)}")
-    calls: list[tuple[nn.Module, tuple]] = []
+    sizes = [tuple(image.shape[-2:]) for image in images]
+    records: list[BinRecord] = []
+    calls: list[tuple[SamplingModule, BoundArguments]] = []
 
-    def keep(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        calls.append((module, (*args, *kwargs.values())))
+    def look(layer: SamplingModule, samples: Samples) -> None:
+        records.append(_bins(names[layer], layer, samples, sizes))
 
-    handles = [module.register_forward_hook(keep, with_kwargs=True) for module in names]
-    try:
-        with _evaluating(model):
-            parameter = next(model.parameters())
-            moved = [image.to(parameter.device, parameter.dtype) for image in images]
-            model(torch.stack(moved) if isinstance(images, Tensor) else moved)
-            return [_bins(names[module], module, args, images, boxes) for module, args in calls]
-    finally:
-        for handle in handles:
-            handle.remove()
+    def keep(layer: SamplingModule, args: tuple, kwargs: dict[str, Any]) -> None:
+        calls.append((layer, signature(layer.forward).bind(*args, **kwargs)))
+
+    with _evaluating(model), ExitStack() as hooks:
+        for pool in names:
+            if boxes is not None:
+                hooks.callback(pool.register_forward_pre_hook(keep, with_kwargs=True).remove)
+            else:
+                hooks.callback(pool.register_sampling_hook(look).remove)
+        parameter = next(model.parameters(), torch.empty(0))
+        moved = [image.to(parameter.device, parameter.dtype) for image in images]
+        model(torch.stack(moved) if isinstance(images, Tensor) else moved)
+        hooks.close()
+        for pool, call in calls:  # none where the model's own boxes are wanted
+            if call.arguments.get("offset") is not None:
+                raise ValueError(f"boxes: expected None, as {names[pool]} is given offsets for its own, got boxes")
+            places = list(call.arguments)[1]
+            like = call.arguments[places]
+            like = like if isinstance(like, Tensor) else next(iter(like), moved[0])
+            ratios = _ratios(call.arguments.get("image_shapes"), sizes)
+            call.arguments[places] = [
+                b.to(like) * r.flip(0).repeat(2).to(like) for b, r in zip(boxes or (), ratios, strict=True)
+            ]
+            with pool.register_sampling_hook(look):
+                pool(*call.args, **call.kwargs)
+    if not records:
+        raise ValueError(
+            f"model: expected deformable RoI pooling that runs, got {', '.join(names.values())}, which did not"
+        )
+    return records
 
 
-def _pools(model: nn.Module, chosen: str | None) -> dict[str, nn.Module]:
-    found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        deformable = hasattr(module, "output_size") and callable(getattr(module, "offsets", None))
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if deformable and not inside and getattr(module, "deformable", True):
-            found[name] = module
+def _pools(model: nn.Module, chosen: str | None) -> dict[str, SamplingModule]:
+    found = {
+        name: layer
+        for name, layer in sampling_layers(model).items()
+        if not isinstance(layer, DeformConv2d) and getattr(layer, "deformable", True)
+    }
     if not found:
         raise ValueError(f"model: expected a deformable RoI pooling layer inside, {type(model).__name__} has none")
     if chosen is not None and chosen not in found:
@@ -118,23 +146,27 @@ def _pools(model: nn.Module, chosen: str | None) -> dict[str, nn.Module]:
     return {chosen: found[chosen]} if chosen is not None else found
 
 
-def _bins(name: str, layer: Any, args: tuple, images: Any, boxes: Sequence[Tensor] | None) -> BinRecord:
-    features, rois, *rest = args
+def _ratios(resized: Any, sizes: Sequence[tuple[int, int]]) -> Tensor:
+    """How many pixels of the layer's image one of ours is, [N, 2], where the detector resizes the images."""
+    if resized is None:
+        return torch.ones(len(sizes), 2)
+    return torch.tensor([tuple(size) for size in resized], dtype=torch.float32) / torch.tensor(sizes)
+
+
+def _bins(name: str, layer: Any, samples: Samples, sizes: Sequence[tuple[int, int]]) -> BinRecord:
+    rois = samples.rois
     if isinstance(rois, Tensor):
-        rois = [rois[rois[:, 0] == n, 1:] for n in range(len(images))]
-    # The layer works in pixels of the resized images, where the detector resizes them.
-    ratios = torch.ones(len(images), 2)
-    if rest:
-        sizes = torch.tensor([tuple(size) for size in rest[0]], dtype=torch.float32)
-        ratios = sizes / torch.tensor([tuple(image.shape[-2:]) for image in images])
-    if boxes is not None:
-        like = rois[0] if rois else torch.empty(0, 4)
-        rois = [b.to(like) * r.flip(0).repeat(2).to(like) for b, r in zip(boxes, ratios, strict=True)]
-    of_image = torch.cat([torch.full((len(r),), n) for n, r in enumerate(rois)])
-    offset, mask = layer.offsets(features, rois, *rest)
-    rois = torch.cat(list(rois)).float().cpu()
-    ratio = ratios[of_image]
-    (height, width), (part_h, part_w) = _pair(layer.output_size), offset.shape[-2:]
+        of_image, rois = rois[:, 0].long().cpu(), rois[:, 1:].float().cpu()
+    else:
+        of_image = torch.cat([torch.full((len(r),), n) for n, r in enumerate(rois)])
+        rois = torch.cat(list(rois)).float().cpu()
+    (height, width), offset = _pair(layer.output_size), samples.offset
+    offset = torch.zeros(len(rois), 2, height, width) if offset is None else offset.float().cpu()
+    mask = None if samples.mask is None else samples.mask.float().cpu()
+    order = of_image.argsort(stable=True)  # the boxes of one image after the other
+    of_image, rois, offset = of_image[order], rois[order], offset[order]
+    ratio = _ratios(samples.image_sizes, sizes)[of_image]
+    part_h, part_w = offset.shape[-2:]
     frame = rois
     if hasattr(layer, "offset_scale"):  # position-sensitive pooling rounds the box and counts its last pixel
         frame = rois.sign() * (rois.abs() + 0.5).floor()
@@ -147,12 +179,11 @@ def _bins(name: str, layer: Any, args: tuple, images: Any, boxes: Sequence[Tenso
     def of_bin(values: Tensor) -> Tensor:  # a bin takes the part that its corner lies in
         return values[..., (torch.arange(height) * part_h) // height, :][..., (torch.arange(width) * part_w) // width]
 
-    scale = layer.gamma if hasattr(layer, "gamma") else layer.offset_scale
-    moves = of_bin(offset.float().cpu()).reshape(len(rois), -1, 2, height, width).permute(0, 1, 3, 4, 2)
-    shifts = moves * (scale * size / ratio)[:, None, None, None]
+    moves = of_bin(offset).reshape(len(rois), -1, 2, height, width).permute(0, 1, 3, 4, 2)
+    shifts = moves * (samples.scale * size / ratio)[:, None, None, None]
     in_image = rois / ratio.flip(1).repeat(1, 2)
-    weights = None if mask is None else of_bin(mask.float().cpu())
-    return BinRecord(name, layer, of_image, in_image, bins, shifts, weights)
+    weights = None if mask is None else of_bin(mask[order])
+    return BinRecord(name, layer, of_image, in_image, bins, shifts, weights, samples.part)
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -253,7 +284,8 @@ def bin_shifts(
         image: [C, H, W] as the model takes it.
         boxes: [L, 4] in pixels of the image; None takes the `count` detections with the highest scores.
         labels: [L], with class-aware offsets the class whose bins are drawn; None takes the detected class, or class 0.
-        layer: name of the layer, where there are several; None takes the first that ran.
+        layer: name of the layer, where there are several; None takes the first that ran. The first of
+            several calls is drawn; of R-FCN's, the scores.
         count: how many detections to draw.
         class_names: name of each label, by position or by key.
         picture: [C, H, W] to draw instead of `image`.
@@ -293,7 +325,7 @@ def bin_shifts(
         _draw_bins(axes, item.boxes[index], item.bins[index], points[index])
         if labels is not None:
             axes.set_title(_name(int(labels[index]), class_names), fontsize=9)
-    figure.suptitle(f"bins of {item.name}", fontsize=9)
+    figure.suptitle(f"bins of {item.name}" + (f", {item.part}" if item.part else ""), fontsize=9)
     return figure
 
 

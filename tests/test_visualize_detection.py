@@ -115,7 +115,10 @@ def test_rfcn_has_the_bins_of_each_class():
     with torch.no_grad():  # class 2 moves down by 0.1 * 10 pixels
         field.bias.reshape(3, 2, 9)[2, 0] = 1.0
     boxes = torch.tensor([[10.0, 20.0, 29.0, 29.0]])  # 20 x 10 with the last pixel
-    (item,) = record_bins(model, torch.rand(1, 64, 64), [boxes])
+    model.roi_heads.box_roi_pool.box_offsets.conv.bias.data[9:] = 1.0  # the deltas' bins move to the right
+    item, of_deltas = record_bins(model, torch.rand(1, 64, 64), [boxes])
+    assert (item.part, of_deltas.part) == ("scores", "boxes") and of_deltas.shifts.shape == (1, 1, 3, 3, 2)
+    torch.testing.assert_close(of_deltas.shifts, torch.tensor([0.0, 2.0]).expand(1, 1, 3, 3, 2))
     assert item.name == "roi_heads.box_roi_pool" and item.shifts.shape == (1, 3, 3, 3, 2)
     torch.testing.assert_close(item.shifts[0, 2, ..., 0], torch.ones(3, 3))
     assert item.shifts[0, :2].abs().max() == 0 and item.shifts[..., 1].abs().max() == 0

@@ -6,7 +6,7 @@ import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -14,8 +14,40 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from dcn_plugin.layers import OffsetConv
+from dcn_plugin.layers import DeformConv2d, Samples, sampling_layers
 from dcn_plugin.visualize import effective_dilation
+
+
+class _Moments(NamedTuple):
+    number: int
+    mean: Tensor
+    variance: Tensor
+
+
+class _Call(NamedTuple):
+    """What one call of a layer says about its offsets: tensors without dimensions, read when the step is over."""
+
+    name: str
+    lengths: _Moments
+    largest: Tensor
+    masks: _Moments | None
+    dilation: _Moments | None
+    limit: float
+    words: str
+
+
+def _moments(values: Tensor) -> _Moments:
+    return _Moments(values.numel(), values.mean(), values.var(correction=0))
+
+
+def _together(parts: Sequence[_Moments]) -> tuple[Tensor, Tensor]:
+    """Mean and variance of all the values that went into ``parts``."""
+    counts = torch.tensor([float(part.number) for part in parts])
+    means = torch.stack([part.mean.cpu() for part in parts])
+    variances = torch.stack([part.variance.cpu() for part in parts])
+    share = counts / counts.sum()
+    mean = (share * means).sum()
+    return mean, (share * (variances + (means - mean).square())).sum()
 
 
 class OffsetMonitor(pl.Callback):
@@ -23,8 +55,14 @@ class OffsetMonitor(pl.Callback):
 
     Every `every_n_steps` training steps, per layer: `offset/<layer>/mean` and `/max` (length |offset|), and for masks
     `/mask_mean` and `/mask_std`. A convolution's lengths are in pixels of its input, and it has a `/dilation` too
-    (effective dilation in pixels). Those of RoI pooling are shifts of the bins, in sizes of their RoI. Between samples
-    it costs nothing; a sample costs one more pass through what predicts the offsets.
+    (effective dilation in pixels). Those of RoI pooling are shifts of the bins, in sizes of their RoI; R-FCN has
+    `<layer>.scores` and `<layer>.boxes`.
+
+    `/max` is the largest over all calls of the layer in the step, the others are over all calls together: a layer may
+    be shared over the levels of a pyramid, run several times, or be given its offsets from elsewhere (DeformConv2d). A
+    step is what one optimizer step is made of, so with `accumulate_grad_batches` all its batches. What `forward`
+    sampled with is read by a hook (`register_sampling_hook`): nothing is computed twice, and between samples it costs
+    nothing. Values are those of each process; what its first process sees makes the warnings.
 
     Args:
         every_n_steps: steps between two samples.
@@ -32,7 +70,8 @@ class OffsetMonitor(pl.Callback):
             input: beyond 1 a point lies outside the image from wherever it starts. For RoI pooling in sizes of the RoI.
         max_pixels: the same for convolutions in pixels, whatever the size; None sets no such limit.
 
-    Each layer warns once per cause: beyond the limit, or not finite. A model without deformable layers logs nothing.
+    Each layer warns once per cause: beyond the limit of the call in question, or not finite. A model without deformable
+    layers logs nothing.
     """
 
     def __init__(self, every_n_steps: int = 50, limit: float = 1.0, max_pixels: float | None = None) -> None:
@@ -41,98 +80,112 @@ class OffsetMonitor(pl.Callback):
                 raise ValueError(f"{name}: expected a positive number, got {value}")
         self.every_n_steps, self.limit, self.max_pixels = every_n_steps, limit, max_pixels
         self._handles: list[Any] = []
-        self._sampling = False
-        self._values: dict[str, Tensor] = {}
-        self._limits: dict[str, tuple[float, str]] = {}
+        # One function for each layer, always the same: torch.compile keeps a graph with it and one without.
+        self._hooks: dict[str, Any] = {}
+        self._seen: list[_Call] = []  # of this batch
+        self._calls: list[_Call] = []  # of the batches of this step before it
+        self._started: int | None = None  # the optimizer steps before the one that is sampled
+        self._open = False
         self._warned: set[tuple[str, str]] = set()
 
+    def _hook(self, name: str) -> Any:
+        def look(layer: Any, samples: Samples) -> None:
+            layer_input: Any = samples.input
+            offset = samples.offset
+            if offset is None or offset.numel() == 0:
+                return
+            label = f"{name}.{samples.part}" if samples.part else name
+            shape, dilation = offset.shape, None
+            length = samples.scale * offset.float().reshape(shape[0], -1, 2, *shape[2:]).norm(dim=2)
+            if isinstance(layer, DeformConv2d):
+                limit = self.limit * max(layer_input.shape[-2:])
+                limit = limit if self.max_pixels is None else min(limit, self.max_pixels)
+                words = "samples up to {:.1f} pixels away (limit {:.1f})"
+                dilation = _moments(effective_dilation(offset, layer.kernel_size, layer.dilation))
+            else:
+                limit, words = self.limit, "shifts bins by up to {:.1f} RoI sizes (limit {:.1f})"
+            masks = None if samples.mask is None else _moments(samples.mask.float())
+            self._seen.append(_Call(label, _moments(length), length.max(), masks, dilation, limit, words))
+
+        return look
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for name, layer in pl_module.named_modules():
-            name = name.removeprefix("model.")
-            if isinstance(layer, OffsetConv):
-                self._handles.append(layer.register_forward_hook(self._look_at_conv(name)))
-            elif (scale := roi_offset_scale(layer)) is not None:
-                look = self._look_at_roi_pool(name, scale)
-                self._handles.append(layer.register_forward_hook(look, with_kwargs=True))
-
-    def _note(self, name: str, length: Tensor, mask: Tensor | None, limit: float, said: str) -> None:
-        self._values |= {f"offset/{name}/mean": length.mean(), f"offset/{name}/max": length.max()}
-        if mask is not None:
-            self._values[f"offset/{name}/mask_mean"] = mask.float().mean()
-            self._values[f"offset/{name}/mask_std"] = mask.float().std(correction=0)
-        self._limits[name] = (limit, said)
-
-    def _look_at_conv(self, name: str) -> Any:
-        def look(layer: OffsetConv, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if not self._sampling:
-                return
-            limit = self.limit * max(args[0].shape[-2:])
-            limit = limit if self.max_pixels is None else min(limit, self.max_pixels)
-            with torch.no_grad():
-                offset, mask = layer.offsets(args[0])
-                n, _, h, w = offset.shape
-                length = offset.float().reshape(n, -1, 2, h, w).norm(dim=2)
-                dilation = effective_dilation(offset, layer.kernel_size, layer.dilation).mean()
-                self._note(name, length, mask, limit, "samples up to {:.1f} pixels away (limit {:.1f})")
-            self._values[f"offset/{name}/dilation"] = dilation
-
-        return look
-
-    def _look_at_roi_pool(self, name: str, scale: float) -> Any:
-        def look(layer: Any, args: tuple, kwargs: dict, output: Any) -> None:
-            if not self._sampling:
-                return
-            with torch.no_grad():
-                offset, mask = layer.offsets(*args, **kwargs)
-                if len(offset):
-                    length = scale * offset.float().unflatten(1, (-1, 2)).norm(dim=2)
-                    self._note(name, length, mask, self.limit, "shifts bins by up to {:.1f} RoI sizes (limit {:.1f})")
-
-        return look
+        self._hooks, self._calls, self._started, self._open = {}, [], None, False
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
-        self._sampling = bool(self._handles) and index % self.every_n_steps == 0
+        every, step = self.every_n_steps, trainer.global_step
+        if not self._open and (self._started is None or step // every > self._started // every):
+            self._open, self._started = True, step
+        if not self._open:
+            return
+        # Anew for each sample: the layers may have changed, and validation between two batches is none of ours.
+        for name, layer in sampling_layers(pl_module).items():
+            name = name.replace("_orig_mod.", "").removeprefix("model.")
+            hook = self._hooks.setdefault(name, self._hook(name))
+            self._handles.append(layer.register_sampling_hook(hook))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
-        if not self._sampling:
+        if not self._open:
             return
-        self._sampling = False
-        pl_module.log_dict(self._values, batch_size=1)
-        for name, (limit, words) in self._limits.items():
-            largest = float(self._values[f"offset/{name}/max"])
-            cause = "not finite" if not largest < float("inf") else "too far" if largest > limit else None
-            if cause is None or (name, cause) in self._warned:
+        self._look_away()
+        if trainer.global_step == self._started:
+            return  # gradients accumulate: the step goes on in the next batch
+        values, calls = self._close()
+        pl_module.log_dict(values, batch_size=1)
+        self._warn(calls, trainer.global_step)
+
+    def _look_away(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._calls += self._seen
+        self._seen.clear()
+
+    def _close(self) -> tuple[dict[str, Tensor], dict[str, list[_Call]]]:
+        calls: dict[str, list[_Call]] = {}
+        for call in self._calls:
+            calls.setdefault(call.name, []).append(call)
+        self._calls, self._open = [], False
+        values = {}
+        for name, own in calls.items():
+            values[f"offset/{name}/mean"] = _together([call.lengths for call in own])[0]
+            values[f"offset/{name}/max"] = torch.stack([call.largest.cpu() for call in own]).max()
+            if masks := [call.masks for call in own if call.masks is not None]:
+                mean, variance = _together(masks)
+                values |= {f"offset/{name}/mask_mean": mean, f"offset/{name}/mask_std": variance.sqrt()}
+            if dilations := [call.dilation for call in own if call.dilation is not None]:
+                values[f"offset/{name}/dilation"] = _together(dilations)[0]
+        return values, calls
+
+    def _warn(self, calls: dict[str, list[_Call]], step: int) -> None:
+        for name, own in calls.items():
+            sizes = [(float(call.largest), call) for call in own]
+            broken = [largest for largest, _ in sizes if not largest < float("inf")]
+            # The limit of a convolution follows from its input's size, which differs from call to call.
+            largest, call = max(sizes, key=lambda pair: pair[0] / pair[1].limit)
+            if broken:
+                cause, said = "not finite", f"has offsets that are not finite (largest: {broken[0]})"
+            elif largest > call.limit:
+                cause, said = "too far", call.words.format(largest, call.limit)
+            else:
+                continue
+            if (name, cause) in self._warned:
                 continue
             self._warned.add((name, cause))
-            said = (
-                f"has offsets that are not finite (largest: {largest})"
-                if cause == "not finite"
-                else words.format(largest, limit)
-            )
             rank_zero_warn(
-                f"OffsetMonitor: {name} {said} at step {trainer.global_step}: the offsets run away. Lower "
+                f"OffsetMonitor: {name} {said} at step {step}: the offsets run away. Lower "
                 "optimizer.offset_lr_mult (roi_offset_lr_mult for RoI pooling) or the learning rate, clip gradients, "
                 "or bound them with offset_bound"
             )
-        self._values, self._limits = {}, {}
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._sampling = [], False
+        self._look_away()
+        self._warn(self._close()[1], trainer.global_step)  # a step that never came
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
-
-
-def roi_offset_scale(layer: torch.nn.Module) -> float | None:
-    """Return how many RoI sizes an offset of 1 is in a layer that predicts offsets for RoIs, None for other layers."""
-    # R-FCN's maps exist without offsets too, and then have no branch for them.
-    if not callable(getattr(layer, "offsets", None)) or getattr(layer, "score_offsets", layer) is None:
-        return None
-    return getattr(layer, "gamma", getattr(layer, "offset_scale", None))
 
 
 class _EpochWriter(BasePredictionWriter):

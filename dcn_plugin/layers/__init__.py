@@ -15,7 +15,7 @@ from .roi import (
     PSRoIPool,
     offset_parameters,
 )
-from .sampling import Samples, SamplingHandle, SamplingModule
+from .sampling import Samples, SamplingHandle, SamplingModule, sampling_layers
 
 if TYPE_CHECKING:
     from .multiscale_roi import MultiScaleDeformRoIPool as MultiScaleDeformRoIPool
@@ -53,6 +53,7 @@ __all__ = [
     "SamplingModule",
     "accept_sibling_offset_keys",
     "offset_parameters",
+    "sampling_layers",
 ]
 
 

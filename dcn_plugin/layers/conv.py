@@ -21,6 +21,7 @@ from ..ops import deform_conv2d
 from ..ops._check import integer, integers, require_dense
 from ..ops._transforms import unrecorded
 from ._start import OffsetPredictor, OwnStart, warn_if_redrawn
+from ._symbolic import recorded_call
 from ._torchscript import NotScriptable
 from .sampling import SamplingModule
 
@@ -228,7 +229,8 @@ class DeformConv2d(NotScriptable, SamplingModule, OwnStart):
         Returns:
             ``[N, O, H', W']``.
         """
-        return self._convolve(input, offset, mask, self.weight, self.bias)
+        call = recorded_call(self, input, offset, mask)
+        return self._convolve(input, offset, mask, self.weight, self.bias) if call is None else call
 
     def _convolve(
         self, input: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor | None
@@ -397,7 +399,8 @@ class OffsetConv(DeformConv2d):
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         """Apply the layer to ``[N, C, H, W]``; returns ``[N, O, H', W']``."""
-        return self._conv_forward(input, self.weight, self.bias)
+        call = recorded_call(self, input)
+        return self._conv_forward(input, self.weight, self.bias) if call is None else call
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Apply the layer with another weight and bias, as ``nn.Conv2d._conv_forward`` does.

@@ -155,7 +155,7 @@ class MultiScaleDeformRoIPool(_Branched, MultiScaleRoIAlign):
         offset, mask = self._offsets(levels)
         output = self._pool(levels, offset, mask)
         if self._sampling_hooks is not None:
-            self._sampled(x, offset, mask, boxes, image_shapes)
+            self._sampled(x, offset, mask, boxes, image_shapes, self.gamma)
         return output
 
     def _levels(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> _Levels:

@@ -136,7 +136,7 @@ class DeformRoIPool(NotScriptable, SamplingModule):
     def _deform(self, input: Tensor, rois: RoIs, offset: Tensor | None, mask: Tensor | None = None) -> Tensor:
         output = self._pool(input, rois, offset, mask)
         if self._sampling_hooks is not None:
-            self._sampled(input, offset, mask, rois)
+            self._sampled(input, offset, mask, rois, None, self.gamma)
         return output
 
     def _pool(self, input: Tensor, rois: RoIs, offset: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -407,7 +407,7 @@ class DeformPSRoIPool(PSRoIPool, SamplingModule):
         """
         output = self._pool(input, rois, offset, mask)
         if self._sampling_hooks is not None:
-            self._sampled(input, offset, mask, rois)
+            self._sampled(input, offset, mask, rois, None, self.offset_scale)
         return output
 
     def _pool(self, input: Tensor, rois: RoIs, offset: Tensor | None = None, mask: Tensor | None = None) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.fx
@@ -24,6 +24,8 @@ class Samples(NamedTuple):
         mask: after its activation, one for each pair of ``offset``; None: all ones.
         rois: what the layer was given, ``[R, 5]`` or boxes for each image; None for a convolution.
         image_sizes: (height, width) of each image, where the layer is told.
+        scale: what an offset of 1 moves: ``gamma`` (``offset_scale``) RoI sizes; 1 pixel of the input in a convolution.
+        part: which of several poolings of one layer this is (``"scores"`` or ``"boxes"`` in R-FCN), or ``""``.
     """
 
     input: Tensor | Mapping[str, Tensor]
@@ -31,6 +33,8 @@ class Samples(NamedTuple):
     mask: Tensor | None = None
     rois: Any = None
     image_sizes: Any = None
+    scale: float = 1.0
+    part: str = ""
 
 
 SamplingHook = Callable[[Any, Samples], None]
@@ -77,6 +81,8 @@ class SamplingHandle:
 class SamplingModule(nn.Module):
     """A module that samples at positions it is given or predicts, and lets hooks see them."""
 
+    #: True where this module's hooks see what the layers inside it sample with.
+    speaks_for_inner: ClassVar[bool] = False
     _sampling_hooks: _Hooks | None = None
 
     def register_sampling_hook(self, hook: SamplingHook) -> SamplingHandle:
@@ -115,7 +121,7 @@ class SamplingModule(nn.Module):
         return SamplingHandle(self, hook)
 
     def _sampled(
-        self, input: Any, offset: Tensor | None, mask: Tensor | None = None, rois: Any = None, image_sizes: Any = None
+        self, input: Any, offset: Tensor | None, mask: Tensor | None = None, rois: Any = None, *others: Any
     ) -> None:
         """Tell the hooks; ``forward`` calls this where ``_sampling_hooks`` is not None."""
         hooks = self._sampling_hooks
@@ -125,9 +131,21 @@ class SamplingModule(nn.Module):
             return  # inside a backward pass: a checkpointed part runs again
         with torch.no_grad():
             input, offset, mask, rois = (_detached(value) for value in (input, offset, mask, rois))
-            samples = Samples(input, offset, mask, rois, image_sizes)
+            samples = Samples(input, offset, mask, rois, *others)
             for hook in hooks.hooks:
                 hook(self, samples)
+
+
+def sampling_layers(model: nn.Module) -> dict[str, SamplingModule]:
+    """The layers of ``model`` whose sampling hooks together see every sample once, by their (first) names."""
+    found: dict[str, SamplingModule] = {}
+    spoken_for: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, SamplingModule) and module not in spoken_for:
+            found[name] = module
+            if module.speaks_for_inner:
+                spoken_for.update(module.modules())
+    return found
 
 
 def _detached(value: Any) -> Any:

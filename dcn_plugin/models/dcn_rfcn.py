@@ -37,6 +37,7 @@ class PSRoIMaps(SamplingModule):
     Sources: https://arxiv.org/abs/1605.06409 (R-FCN), https://arxiv.org/abs/1703.06211 (its deformable form).
     """
 
+    speaks_for_inner = True
     # For `offset_parameters`: the original trains them at the rate of the other layers.
     offset_branches: ClassVar[dict[str, float]] = {"score_offsets": 1.0, "box_offsets": 1.0}
 
@@ -96,8 +97,8 @@ class PSRoIMaps(SamplingModule):
         of_scores, of_boxes = self.score_offsets(x, boxes), self.box_offsets(x, boxes)
         votes = self.score_pool(scores, boxes, of_scores), self.box_pool(deltas, boxes, of_boxes)
         if self._sampling_hooks is not None:
-            for maps, offset in ((scores, of_scores), (deltas, of_boxes)):
-                self._sampled(maps, offset, None, boxes, image_shapes)
+            for maps, offset, part in ((scores, of_scores, "scores"), (deltas, of_boxes, "boxes")):
+                self._sampled(maps, offset, None, boxes, image_shapes, self.offset_scale, part)
         return votes
 
     def offsets(

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dcn_plugin import visualize
-from dcn_plugin.layers import DCNv2
+from dcn_plugin.layers import DCNv2, DeformRoIPool, DeformRoIPoolPack
 from dcn_plugin.visualize_detection import bin_shifts, draw_detections, record_bins
 from errors.case import Case
 from errors.table_models import faster, rfcn
@@ -25,6 +25,28 @@ def detector():
     return made
 
 
+class Idle(nn.Module):
+    """Has a layer that does not run."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, images):
+        return images
+
+
+class Given(nn.Module):
+    """Pools with offsets of its own making."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool = DeformRoIPool(2)
+
+    def forward(self, images):
+        return self.pool(images, torch.tensor([[0.0, 0.0, 0.0, 4.0, 4.0]]), offset=torch.ones(1, 2, 2, 2))
+
+
 def without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     visualize.dilation_plot(model(), BATCH)
@@ -41,11 +63,23 @@ LAYERS = [
     ),
     Case(
         lambda: visualize.record(nn.Conv2d(1, 1, 1), BATCH),
-        ValueError, "model:", "expected DCNv1 or DCNv2 layers inside", "Conv2d has none",
+        ValueError, "model:", "expected deformable convolutions inside", "Conv2d has none",
     ),
     Case(
         lambda: visualize.record(model(), BATCH, ["1"]),
         ValueError, "layers:", "there are 0", "'1' is no deformable layer",
+    ),
+    Case(
+        lambda: visualize.record(model(), BATCH, call=1),
+        ValueError, "call:", "expected one of the calls of a layer, at most 1 of each", "got 1",
+    ),
+    Case(
+        lambda: visualize.offset_field(nn.Sequential(model(), Idle(model())), IMAGE, "1.layer.0"),
+        ValueError, "layers:", "expected layers that run", "got '1.layer.0', which did not",
+    ),
+    Case(
+        lambda: visualize.dilation_plot(Idle(model()), BATCH),
+        ValueError, "model:", "expected deformable convolutions that run", "got layer.0, which did not",
     ),
     Case(
         lambda: visualize.record(model(), BATCH[0, 0]),
@@ -79,6 +113,14 @@ DETECTION = [
     Case(
         lambda: record_bins(detector(), IMAGE, layer="x"),
         ValueError, "layer:", "there are roi_heads.box_roi_pool", "'x' is no deformable RoI pooling layer",
+    ),
+    Case(
+        lambda: record_bins(Idle(DeformRoIPoolPack(2, 1, deform_fc_channels=4)), IMAGE),
+        ValueError, "model:", "expected deformable RoI pooling that runs", "got layer, which did not",
+    ),
+    Case(
+        lambda: record_bins(Given(), IMAGE, [torch.zeros(1, 4)]),
+        ValueError, "boxes:", "expected None, as pool is given offsets for its own", "got boxes",
     ),
     Case(
         lambda: record_bins(detector(), IMAGE, [torch.zeros(0, 4)] * 2),
