@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -24,6 +25,8 @@ from dcn_plugin.layers import offset_parameters
 from dcn_plugin.layers.roi import BRANCH_LR_MULT
 
 from .config import arguments, check_keys, plain
+from .freezing import split_added_groups
+from .guard import RunGuard
 
 Module = TypeVar("Module", bound="TunedModule")
 
@@ -163,8 +166,9 @@ class TunedModule(pl.LightningModule):
             return param_groups(model, args["weight_decay"], self.layer_decay, no_weight_decay=never, **self.lr_mults)
 
         optimizer = create_optimizer_v2(self.model, **args, param_group_fn=groups)
+        split_added_groups(optimizer, groups, self.model)
         steps = self.trainer.estimated_stepping_batches
-        if not math.isfinite(steps):
+        if not math.isfinite(steps) or steps < 0:  # without an end, or with epochs that have none
             raise ValueError("schedule: expected an end, trainer.max_epochs or trainer.max_steps, got none")
         self.trainer.fit_loop.setup_data()  # else the number of batches is not known yet
         batches = self.trainer.num_training_batches
@@ -190,18 +194,27 @@ class TunedModule(pl.LightningModule):
         self._updates_before: int | None = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.find_place_in_schedule(batch_idx)
+
+    def find_place_in_schedule(self, batch_idx: int) -> None:
         """Find, with the first batch of a run, new or resumed, where in its schedule it is."""
         scheduler = self.lr_schedulers()
-        if scheduler is None or self._updates_before is not None:
+        if self._updates_before is not None or not isinstance(scheduler, Scheduler):
             return
         updates = self.global_step
         if self._updates_per_epoch is not None:  # an epoch may have had more or fewer before, with other processes
             updates = self.current_epoch * self._updates_per_epoch + batch_idx // self._batches_per_update
         self._updates_before = updates - self.global_step
-        cast(Any, scheduler).step_update(num_updates=updates)
+        scheduler.step_update(num_updates=updates)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        scheduler.step_update(num_updates=(self._updates_before or 0) + self.global_step)
+        if isinstance(scheduler, Scheduler):
+            scheduler.step_update(num_updates=(self._updates_before or 0) + self.global_step)
+        else:  # a callback's, such as the one of StochasticWeightAveraging
+            super().lr_scheduler_step(scheduler, metric)
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        return [] if any(isinstance(c, RunGuard) for c in self.trainer.callbacks) else [RunGuard()]
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 

@@ -20,14 +20,17 @@ from mmengine.config import Config
 
 from ..checkpoint import read_checkpoint
 from .callbacks import DetectionWriter, OffsetMonitor, PredictionWriter
+from .command_line import at
 from .config import arguments, build_object, check_keys, plain, unknown
 from .data import ImageDataModule
 from .detection import CocoDataModule, DetectionModule
 from .export import export_model
+from .freezing import BackboneFinetuning
+from .guard import RunGuard, require_batches
 from .module import FinetuneModule, TunedModule
 
 TASKS = ("fit", "validate", "test", "predict")
-_OURS = {cls.__name__: cls for cls in (OffsetMonitor, PredictionWriter, DetectionWriter)}
+_OURS = {cls.__name__: cls for cls in (BackboneFinetuning, OffsetMonitor, PredictionWriter, DetectionWriter)}
 
 
 class Kind(NamedTuple):
@@ -129,9 +132,13 @@ def load_config(path: str | Path, options: Mapping[str, Any] | None = None) -> d
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"config: expected a file, got {str(path)!r}, which does not exist")
-    config = Config.fromfile(str(path))
+    try:
+        config = Config.fromfile(str(path))
+    except Exception as error:  # the file is a program of the user's
+        raise ValueError(f"config: {path} does not load: {type(error).__name__}: {error}") from error
     if options:
-        config.merge_from_dict(dict(options))
+        with at(f"options {dict(options)}"):
+            config.merge_from_dict(dict(options))
     values = plain(config.to_dict())
     check_config(values)
     return values
@@ -163,7 +170,8 @@ def build_callbacks(config: Mapping[str, Any], work_dir: Path) -> list[pl.Callba
             spec.setdefault("dirpath", str(work_dir))
         if spec.get("type") in ("PredictionWriter", "DetectionWriter"):
             spec.setdefault("directory", str(work_dir))
-        callbacks.append(build_object(f"callbacks.{name}", spec, CALLBACKS))
+        with at(f"callbacks.{name}"):
+            callbacks.append(build_object(f"callbacks.{name}", spec, CALLBACKS))
     return callbacks
 
 
@@ -176,23 +184,31 @@ def build(config: Mapping[str, Any], work_dir: str | Path) -> tuple[pl.Trainer, 
     config = plain(config)
     check_config(config)
     if config.get("seed") is not None:
-        pl.seed_everything(config["seed"], workers=True, verbose=False)
+        with at("seed"):
+            pl.seed_everything(config["seed"], workers=True, verbose=False)
     kind = kind_of(config)
-    data = kind.data(**config["data"])
+    with at("data"):
+        data = kind.data(**config["data"])
     values = {key: config[key] for key in arguments(kind.module) if key in config}
     model = values["model"]
     if "num_classes" not in values and not (isinstance(model, dict) and ("num_classes" in model or "type" in model)):
-        values["num_classes"] = data.num_classes
-    module = kind.module(**values)
+        with at("data"):
+            values["num_classes"] = data.num_classes
+    with at("config"):
+        module = kind.module(**values)
 
     options = dict(config.get("trainer", {}))
     if isinstance(options.get("strategy"), Mapping):
-        options["strategy"] = build_object("trainer.strategy", options["strategy"], STRATEGIES)
+        with at("trainer.strategy"):
+            options["strategy"] = build_object("trainer.strategy", options["strategy"], STRATEGIES)
     logger = config.get("logger", dict(type="CSVLogger", name="logs"))
     if logger:
-        logger = build_object("logger", dict(dict(save_dir=str(work_dir)), **logger), LOGGERS)
-    callbacks = build_callbacks(config.get("callbacks", {}), work_dir)
-    trainer = pl.Trainer(**options, callbacks=callbacks, logger=logger, default_root_dir=str(work_dir))
+        with at("logger"):
+            logger = build_object("logger", dict(dict(save_dir=str(work_dir)), **logger), LOGGERS)
+    # First, so that a run without data is stopped before another callback looks at it.
+    callbacks = [RunGuard(), *build_callbacks(config.get("callbacks", {}), work_dir)]
+    with at("trainer"):
+        trainer = pl.Trainer(**options, callbacks=callbacks, logger=logger, default_root_dir=str(work_dir))
     return trainer, module, data
 
 
@@ -245,20 +261,29 @@ def _run(config: Mapping[str, Any], work_dir: Path, task: str, checkpoint: str |
     trainer, module, data = build(config, work_dir)
     if module.conversion is not None and trainer.is_global_zero:
         print(module.conversion)
+    if checkpoint is not None:
+        _check_fits(module, checkpoint)
     if task != "fit":
         if checkpoint is not None:
             _load_weights(module, checkpoint)
-        if task == "validate":
-            return dict(trainer.validate(module, data, verbose=False)[0])
-        if task == "test":
-            return dict(trainer.test(module, data, verbose=False)[0])
+        if task in ("validate", "test"):
+            return _evaluate(trainer, module, data, task)
         writer = kind_of(config).writer
         if not any(isinstance(callback, writer) for callback in trainer.callbacks):
             trainer.callbacks.append(writer(work_dir))
         trainer.predict(module, data, return_predictions=False)
+        _check_limit(trainer, "predict")
+        require_batches(trainer, "predict", sum(trainer.num_predict_batches))
         return dict(predictions=str(work_dir / writer.filename))
 
-    trainer.fit(module, data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
+    try:
+        trainer.fit(module, data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
+    except ValueError as error:
+        if not str(error).startswith("loaded state dict"):
+            raise
+        said = "the optimizer of the config (its groups, what is frozen, its callbacks) is not that of"
+        raise ValueError(f"checkpoint: {said} {str(checkpoint)!r}: {error}") from error
+    _require_training(trainer)
     results: dict[str, Any] = {
         key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val_")
     }
@@ -270,11 +295,54 @@ def _run(config: Mapping[str, Any], work_dir: Path, task: str, checkpoint: str |
         if saver.monitor is not None and saver.best_model_score is not None:
             results = {"checkpoint": best, saver.monitor: float(saver.best_model_score)}
         _load_weights(module, best)
-    if data.splits["test"] is not None:
-        results |= trainer.test(module, data, verbose=False)[0]
+    if data.splits["test"] is not None and trainer.limit_test_batches != 0:
+        results |= _evaluate(trainer, module, data, "test")
     if trainer.is_global_zero:
         results["export"] = str(export_module(module, work_dir / "export"))
     return results
+
+
+def _evaluate(trainer: pl.Trainer, module: TunedModule, data: pl.LightningDataModule, task: str) -> dict[str, Any]:
+    """Return the numbers of 'validate' or 'test'."""
+    stage = "val" if task == "validate" else "test"
+    found = getattr(trainer, task)(module, data, verbose=False)
+    _check_limit(trainer, stage)
+    require_batches(trainer, stage, len(found))  # Lightning passes over an empty set that knows its length
+    return dict(found[0])
+
+
+def _check_limit(trainer: pl.Trainer, stage: str) -> None:
+    key = f"limit_{stage}_batches"
+    if getattr(trainer, key) == 0:
+        raise ValueError(f"trainer.{key}: expected batches to run on, got 0")
+
+
+def _require_training(trainer: pl.Trainer) -> None:
+    """Raise ValueError if no step was ever taken, in this run or before the checkpoint that it continues from."""
+    if trainer.global_step:
+        return
+    limits = dict(
+        max_steps=trainer.max_steps, max_epochs=trainer.max_epochs, limit_train_batches=trainer.limit_train_batches
+    )
+    given = ", ".join(f"{key}=0" for key, value in limits.items() if value == 0)
+    why = f"trainer has {given}" if given else "it stopped before its first step"
+    raise ValueError(f"trainer: expected at least one step of training, got none ({why}); nothing is exported")
+
+
+def _check_fits(module: TunedModule, checkpoint: str | Path) -> None:
+    """Raise ValueError if a checkpoint is not Lightning's, or is of another model than the config's."""
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if not isinstance(saved, Mapping) or "state_dict" not in saved:
+        raise ValueError(f"checkpoint: expected one that Lightning wrote, got {str(checkpoint)!r} without 'state_dict'")
+    theirs = {name: tuple(value.shape) for name, value in saved["state_dict"].items()}
+    ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    for name in [*ours, *theirs]:
+        if ours.get(name) != theirs.get(name):
+            has, wants = (f"shape {found[name]}" if name in found else "no such weights" for found in (theirs, ours))
+            raise ValueError(
+                f"checkpoint: expected the weights of the config's model, got {str(checkpoint)!r} of another: "
+                f"{name} has {has}, the model {wants}"
+            )
 
 
 def _load_weights(module: TunedModule, checkpoint: str | Path) -> None:
