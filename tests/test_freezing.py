@@ -32,7 +32,8 @@ def subject(kind, **changes):
     if kind == "classifier":
         return FinetuneModule(BACKBONE, num_classes=2, **options)
     detector = dict(name="faster_rcnn", backbone=BACKBONE, fpn_channels=8, box_head=dict(representation_size=8))
-    return DetectionModule(dict(detector, min_size=32, roi_pool=dict(type="MultiScaleDeformRoIPool")), num_classes=2, **options)
+    detector |= dict(min_size=32, roi_pool=dict(type="MultiScaleDeformRoIPool"))
+    return DetectionModule(detector, num_classes=2, **options)
 
 
 def data(kind):

@@ -36,8 +36,8 @@ class RunGuard(pl.Callback):
 
     def _check_validation(self, trainer: pl.Trainer) -> None:
         # Lightning passes over an empty set that knows its length.
-        counts = trainer.num_val_batches
-        if counts and not sum(counts) and trainer.limit_val_batches:
+        asked = trainer.limit_val_batches and trainer.val_dataloaders not in (None, [])
+        if asked and not sum(trainer.num_val_batches):
             require_batches(trainer, "val", 0)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -26,7 +26,7 @@ from dcn_plugin.layers.roi import BRANCH_LR_MULT
 
 from .config import arguments, check_keys, plain
 from .freezing import split_added_groups
-from .guard import RunGuard
+from .guard import RunGuard, require_batches
 
 Module = TypeVar("Module", bound="TunedModule")
 
@@ -167,12 +167,17 @@ class TunedModule(pl.LightningModule):
 
         optimizer = create_optimizer_v2(self.model, **args, param_group_fn=groups)
         split_added_groups(optimizer, groups, self.model)
+        if self.trainer.limit_train_batches == 0:  # nothing will be done
+            return optimizer
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps) or steps < 0:  # without an end, or with epochs that have none
             raise ValueError("schedule: expected an end, trainer.max_epochs or trainer.max_steps, got none")
         self.trainer.fit_loop.setup_data()  # else the number of batches is not known yet
         batches = self.trainer.num_training_batches
-        per_epoch = math.ceil(batches / self.trainer.accumulate_grad_batches) if math.isfinite(batches) else steps
+        require_batches(self.trainer, "train", batches)
+        per_epoch = (
+            math.ceil(batches / self.trainer.accumulate_grad_batches) if math.isfinite(batches) else max(steps, 1)
+        )
         self._batches_per_update = self.trainer.accumulate_grad_batches
         # Whether the run ends with an epoch, not within one (max_steps).
         self._updates_per_epoch = per_epoch if steps == per_epoch * (self.trainer.max_epochs or -1) else None
@@ -180,7 +185,7 @@ class TunedModule(pl.LightningModule):
         scheduler, _ = create_scheduler_v2(
             optimizer,
             **self.schedule_args,
-            num_epochs=steps / per_epoch,
+            num_epochs=max(steps, 1) / per_epoch,
             step_on_epochs=False,
             updates_per_epoch=per_epoch,
         )

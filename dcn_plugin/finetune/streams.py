@@ -65,6 +65,7 @@ def _wanted(reader: Any) -> str:
     label = getattr(reader, "target_key", None)
     labels = f"field {label!r} of .json" if label else "the number in .cls"
     return (
-        f"timm takes the image of a sample from {images} (data.dataset.input_key) and its label from {labels} "
-        "(data.dataset.target_key), and leaves out a sample that lacks one or does not decode"
+        f"timm takes the image of a sample from {images} (data.dataset.input_key='jpg;jpeg' would add one) and its "
+        f"label from {labels} (data.dataset.target_key names a field of .json); a sample that lacks one, or does not "
+        "decode, is left out"
     )
