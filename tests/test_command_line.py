@@ -1,6 +1,7 @@
 """The scripts' options, and their errors: one line where the user can mend it, a traceback where we have to."""
 
 import csv
+import importlib
 import json
 import runpy
 import sys
@@ -15,7 +16,6 @@ from mmengine.config import DictAction  # noqa: E402
 from PIL import Image  # noqa: E402
 from test_finetune import CALLBACKS, DATA, MODEL, TRAINER, config  # noqa: E402
 
-import dcn_plugin.finetune.run  # noqa: E402
 from dcn_plugin.finetune import load_config, run  # noqa: E402
 from dcn_plugin.finetune.command_line import errors_in_one_line, parse_options  # noqa: E402
 
@@ -69,7 +69,8 @@ def test_strings_are_kept_and_dicts_are_read(text, wanted):
 
 
 @pytest.mark.parametrize(
-    "text", ["[1,2", "(old", "a)b,c", "dict(a=1", "dict(a=f(2))", "dict(1)", "dict(**x)", "{'a'", "{**{}}", "['a]", "[1)"]
+    "text",
+    ["[1,2", "(old", "a)b,c", "dict(a=1", "dict(a=f(2))", "dict(1)", "dict(**x)", "{'a'", "{**{}}", "['a]", "[1)"],
 )
 def test_what_does_not_parse_is_named(text):
     with pytest.raises(ValueError, match="--cfg-options: expected a value that parses, got 'key=|got \"key=") as caught:
@@ -149,43 +150,44 @@ def test_a_dict_can_be_an_option(path, script, tmp_path):
 
 
 OPTIONS = {
-    "data.batch_size=abc": "data: these values do not fit: TypeError",
+    "data.batch_size=abc": "data.batch_size: expected a number, got 'abc'",
     "data.batch_size=0": "batch_size: expected at least 1, got 0",
     "data.name=5": "data: ",
     "data=5": "data: expected a dict",
     "data.name=nothing": "unknown data set name 'nothing'",
-    "data.dataset.limit=x": "data: ",
+    "data.dataset.limit=x": "data.dataset.limit: expected a number, got 'x'",
     "data.val_split=nothing": "nothing",
     "data.splits.x=1": "unknown key 'splits'",
     "model=5": "model: expected a timm name",
     "model=dict(nam=x)": "model: ",
     "model.name=resnet18_dcm": "unknown timm model 'resnet18_dcm'",
     "model.name.x=1": "options",
-    "model.layers=abc": "config: these values do not fit",
+    "model.layers=abc": "model: resnet18_dcn does not take these arguments",
     "model.in_chans=3": "input_size: the model takes 3 channels",
     "modell=5": "unknown key 'modell' (did you mean 'model'?)",
     "num_classes=7": "num_classes: the model has 7 classes, the data has 10",
-    "num_classes=abc": "config: ",
+    "num_classes=abc": "num_classes: expected a number, got 'abc'",
     "rules=5": "rules",
     "checkpoint=nowhere.pth": "nowhere.pth",
-    "mixup.mixup_alpha=x": "config: ",
+    "mixup.mixup_alpha=x": "mixup.mixup_alpha: expected a number, got 'x'",
     "optimizer.opt=nothing": "optimizer: ",
     "optimizer.lr=abc": "optimizer: ",
-    "optimizer=5": "optimizer",
+    "optimizer=5": "optimizer: expected a dict, got int 5",
     "optimizer.offset_lr_mult=x": "config: ",
     "schedule.sched=nothing": "schedule.sched: expected one of",
-    "schedule.warmup_epochs=x": "schedule",
+    "schedule.warmup_epochs=x": "schedule.warmup_epochs: expected a number, got 'x'",
+    "schedule=dict(sched=step, decay_epochs=0)": "schedule: ",
     "seed=abc": "seed: ",
     "trainer=5": "trainer: expected a dict",
     "trainer.max_epochs=-5": "max_epochs",
-    "trainer.max_epochs=x": "trainer",
+    "trainer.max_epochs=x": "trainer.max_epochs: expected a number, got 'x'",
     "trainer.max_epochs=-1": "schedule: expected an end",
     "trainer.max_steps=0": "expected at least one step of training",
     "trainer.precision=half": "half",
     "trainer.accelerator=abacus": "abacus",
     "trainer.strategy=nothing": "nothing",
     "trainer.strategy=dict(type=nothing)": "unknown type 'nothing'",
-    "trainer.profiler=nothing": "nothing",
+    "trainer.profiler=nothing": "profiler",
     "trainer.limit_val_batches=-1": "limit_val_batches",
     "trainer.gradient_clip_algorithm=nothing": "nothing",
     "trainer.nothing=1": "unknown key 'nothing'",
@@ -197,7 +199,7 @@ OPTIONS = {
     "callbacks.stop=dict(type=EarlyStopping)": "callbacks.stop: ",
     "callbacks.freeze=dict(type=BackboneFinetuning, unfreeze_backbone_at_epoch=-1)": "expected 0 or more, got -1",
     "logger=5": "logger: expected dict(type=...",
-    "logger=dict(type=nothing)": "unknown type 'nothing'",
+    "logger=dict(_delete_=True, type=nothing)": "unknown type 'nothing'",
 }
 
 
@@ -272,7 +274,7 @@ def test_the_exporter_too(script, tmp_path):
     for arguments, wanted in {
         ("resnet18_dcm",): "resnet18_dcm",
         (tmp_path / "empty",): "expected an exported model",
-        ("resnet18_dcn", "--image-size", "0"): "--image-size: expected positive numbers, got [0]",
+        ("resnet18_dcn", "--image-size", "0"): "--image-size: expected one or two positive numbers, got [0]",
         ("resnet18_dcn", "--opset", "5"): "opset",
         ("resnet18_dcn", "--tolerance", "-1"): "--tolerance: expected a positive number, got -1.0",
     }.items():
@@ -286,13 +288,14 @@ def test_a_bug_keeps_its_traceback(path, script, tmp_path, monkeypatch, error):
     def broken(*arguments):
         raise error("of no argument")  # raised in this file, not by a statement of the package
 
-    monkeypatch.setattr(dcn_plugin.finetune.run, "export_module", broken)
+    monkeypatch.setattr(importlib.import_module("dcn_plugin.finetune.run"), "export_module", broken)
     with pytest.raises(error, match="of no argument"):
         script("finetune.py", path, "--work-dir", tmp_path / "work")
 
 
 def test_what_the_system_says_is_one_line():
-    for error in (OSError(28, "No space left", "a/b"), torch.OutOfMemoryError("CUDA out of memory.\n Tried"), ImportError("x")):
+    full, memory = OSError(28, "No space left", "a/b"), torch.OutOfMemoryError("CUDA out of memory.\n Tried")
+    for error in (full, memory, ImportError("x")):
         with pytest.raises(SystemExit) as caught, errors_in_one_line("before: "):
             raise error
         assert caught.value.code.startswith(f"before: {type(error).__name__}: ") and "\n" not in caught.value.code

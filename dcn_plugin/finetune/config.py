@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -44,6 +45,23 @@ def arguments(function: Callable, *leave_out: str) -> list[str]:
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.kind not in kinds and p.name not in ("self", *leave_out)]
+
+
+def check_kinds(where: str, values: Mapping, function: Callable) -> None:
+    """Raise TypeError for a value that is text where `function` takes a number, or no dict where it takes one.
+
+    Such a value, a slip on the command line, would otherwise end a run in the middle, far from its name.
+    """
+    for name, parameter in inspect.signature(function).parameters.items():
+        value = values.get(name)
+        if value is None:
+            continue
+        kind = str(parameter.annotation)
+        number = isinstance(parameter.default, (int, float)) or re.search(r"\b(int|float)\b", kind)
+        if isinstance(value, str) and number and not re.search(r"\bstr\b|PRECISION|Literal|Any\b", kind):
+            raise TypeError(f"{where}{name}: expected a number, got {value!r}")
+        if re.fullmatch(r"Mapping\[str, Any\]( \| None)?", kind) and not isinstance(value, Mapping):
+            raise TypeError(f"{where}{name}: expected a dict, got {type(value).__name__} {value!r}")
 
 
 def build_object(where: str, spec: Mapping, table: Mapping[str, type]) -> Any:

@@ -182,13 +182,20 @@ class TunedModule(pl.LightningModule):
         # Whether the run ends with an epoch, not within one (max_steps).
         self._updates_per_epoch = per_epoch if steps == per_epoch * (self.trainer.max_epochs or -1) else None
         # In optimizer steps, so that a run that ends within an epoch ends its schedule there.
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            **self.schedule_args,
-            num_epochs=max(steps, 1) / per_epoch,
-            step_on_epochs=False,
-            updates_per_epoch=per_epoch,
-        )
+        try:
+            scheduler, _ = create_scheduler_v2(
+                optimizer,
+                **self.schedule_args,
+                num_epochs=max(steps, 1) / per_epoch,
+                step_on_epochs=False,
+                updates_per_epoch=per_epoch,
+            )
+            if scheduler is not None:
+                scheduler.step_update(num_updates=0)
+        except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"schedule: {self.schedule_args!r} does not fit: {type(error).__name__}: {error}"
+            ) from error
         if scheduler is None:
             for group in optimizer.param_groups:
                 group["lr"] *= group["lr_scale"]

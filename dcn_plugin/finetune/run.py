@@ -17,13 +17,16 @@ import pytorch_lightning.loggers
 import pytorch_lightning.strategies
 import torch
 from mmengine.config import Config
+from timm.data import Mixup
+from timm.scheduler import create_scheduler_v2
 
 from ..checkpoint import read_checkpoint
 from .callbacks import DetectionWriter, OffsetMonitor, PredictionWriter
 from .command_line import at
-from .config import arguments, build_object, check_keys, plain, unknown
+from .config import arguments, build_object, check_keys, check_kinds, plain, unknown
 from .data import ImageDataModule
 from .detection import CocoDataModule, DetectionModule
+from .digits import Digits
 from .export import export_model
 from .freezing import BackboneFinetuning
 from .guard import RunGuard, require_batches
@@ -153,7 +156,18 @@ def check_config(config: Mapping[str, Any]) -> None:
             raise ValueError(f"config: key {key!r} is missing; it has {', '.join(map(repr, config)) or 'none'}")
     check_keys("data", config["data"], arguments(kind.data))
     check_keys("trainer", config.get("trainer", {}), arguments(pl.Trainer, "callbacks", "logger"))
-    for name, spec in config.get("callbacks", {}).items():
+    check_kinds("", config, kind.module)
+    check_kinds("data.", config["data"], kind.data)
+    check_kinds("trainer.", config.get("trainer", {}), pl.Trainer)
+    for key, function in dict(schedule=create_scheduler_v2, mixup=Mixup).items():
+        check_kinds(f"{key}.", config.get(key) or {}, function)
+    if config["data"].get("name") == "digits":
+        for key in ("dataset", "train_dataset"):
+            check_kinds(f"data.{key}.", config["data"].get(key) or {}, Digits)
+    callbacks = config.get("callbacks", {})
+    if not isinstance(callbacks, Mapping):
+        raise TypeError(f"callbacks: expected a dict, got {type(callbacks).__name__} {callbacks!r}")
+    for name, spec in callbacks.items():
         if spec is not None and (not isinstance(spec, Mapping) or spec.get("type") not in CALLBACKS):
             got = spec.get("type") if isinstance(spec, Mapping) else spec
             raise ValueError(unknown("type", got, CALLBACKS, f"callbacks.{name}"))
@@ -201,10 +215,12 @@ def build(config: Mapping[str, Any], work_dir: str | Path) -> tuple[pl.Trainer, 
     if isinstance(options.get("strategy"), Mapping):
         with at("trainer.strategy"):
             options["strategy"] = build_object("trainer.strategy", options["strategy"], STRATEGIES)
-    logger = config.get("logger", dict(type="CSVLogger", name="logs"))
+    logger = config.get("logger", True)
+    logger = dict(type="CSVLogger", name="logs") if logger is True else logger
     if logger:
         with at("logger"):
-            logger = build_object("logger", dict(dict(save_dir=str(work_dir)), **logger), LOGGERS)
+            given = dict(save_dir=str(work_dir)) | plain(logger) if isinstance(logger, Mapping) else logger
+            logger = build_object("logger", given, LOGGERS)
     # First, so that a run without data is stopped before another callback looks at it.
     callbacks = [RunGuard(), *build_callbacks(config.get("callbacks", {}), work_dir)]
     with at("trainer"):
