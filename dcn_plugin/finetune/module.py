@@ -118,6 +118,8 @@ class TunedModule(pl.LightningModule):
         if self.schedule_args["sched"] not in SCHEDULES:
             got = self.schedule_args["sched"]
             raise ValueError(f"schedule.sched: expected one of {', '.join(SCHEDULES)}, got {got!r}")
+        self._updates_before: int | None = None
+        self._rate_is_new = False
         self.data_config: dict[str, Any] | None = None
         self.class_names: list[str] | None = None
 
@@ -163,6 +165,14 @@ class TunedModule(pl.LightningModule):
             return param_groups(model, args["weight_decay"], self.layer_decay, no_weight_decay=never, **self.lr_mults)
 
         optimizer = create_optimizer_v2(self.model, **args, param_group_fn=groups)
+        scheduler = self._scheduler(optimizer)
+        if scheduler is None:
+            self._scale_rates(optimizer)
+            return optimizer
+        return dict(optimizer=optimizer, lr_scheduler=dict(scheduler=scheduler, interval="step"))
+
+    def _scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Build timm's scheduler over the trainer's whole run, or None where the rate is constant."""
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
             raise ValueError("schedule: expected an end, trainer.max_epochs or trainer.max_steps, got none")
@@ -180,18 +190,53 @@ class TunedModule(pl.LightningModule):
             step_on_epochs=False,
             updates_per_epoch=per_epoch,
         )
-        if scheduler is None:
-            for group in optimizer.param_groups:
-                group["lr"] *= group["lr_scale"]
-            return optimizer
-        return dict(optimizer=optimizer, lr_scheduler=dict(scheduler=scheduler, interval="step"))
+        return scheduler
+
+    def _scale_rates(self, optimizer: Any, rates: Sequence[float] | None = None) -> None:
+        """Give every group its factor of the learning rate where no scheduler of timm's does so."""
+        groups = optimizer.param_groups
+        for group, rate in zip(groups, rates or [self.lr] * len(groups), strict=True):
+            group["lr"] = rate * group["lr_scale"]
+
+    @property
+    def lr(self) -> float:
+        """The learning rate before factors and schedule, `optimizer['lr']`, where Lightning's tools look for it.
+
+        Setting it changes the hyper-parameters, and an optimizer and schedule that exist already: so Lightning's
+        `Tuner(trainer).lr_find(...)` and `LearningRateFinder` work. The groups' factors hold in their search, too.
+        """
+        return self.optimizer_args["lr"]
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"lr: expected a positive number, got {value!r}")
+        self.optimizer_args["lr"] = float(value)
+        # A dict of its own: Lightning hands the first one to its loggers.
+        self.hparams["optimizer"] = {**(self.hparams.get("optimizer") or {}), "lr": float(value)}
+        trainer = self._trainer
+        if trainer is None or not trainer.optimizers or not trainer.training:
+            return
+        (optimizer,) = trainer.optimizers
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = float(value)
+        for config in trainer.lr_scheduler_configs:
+            config.scheduler = self._scheduler(optimizer)
+        # Whoever set the rate may set that of the groups, too, without their factors: the next batch mends it.
+        self._updates_before, self._rate_is_new = None, True
 
     def on_train_start(self) -> None:
-        self._updates_before: int | None = None
+        self._updates_before = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Find, with the first batch of a run, new or resumed, where in its schedule it is."""
         scheduler = self.lr_schedulers()
+        if _searches(scheduler):
+            self._scale_rates(self.trainer.optimizers[0], cast(Any, scheduler).lr)
+            return
+        if scheduler is None and self._rate_is_new:
+            self._scale_rates(self.trainer.optimizers[0])
+        self._rate_is_new = False
         if scheduler is None or self._updates_before is not None:
             return
         updates = self.global_step
@@ -201,6 +246,9 @@ class TunedModule(pl.LightningModule):
         cast(Any, scheduler).step_update(num_updates=updates)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        if _searches(scheduler):
+            scheduler.step()
+            return
         scheduler.step_update(num_updates=(self._updates_before or 0) + self.global_step)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
@@ -214,6 +262,11 @@ class TunedModule(pl.LightningModule):
         saved = checkpoint.get("dcn_plugin", {})
         for name in self.remembered:
             setattr(self, name, getattr(self, name) or saved.get(name))
+
+
+def _searches(scheduler: Any) -> bool:
+    """Whether Lightning's search for a learning rate has put a schedule of its own in place of the module's."""
+    return type(scheduler).__module__ == "pytorch_lightning.tuner.lr_finder"
 
 
 class FinetuneModule(TunedModule):
