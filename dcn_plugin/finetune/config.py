@@ -11,7 +11,7 @@ from typing import Any
 
 
 def plain(value: Any) -> Any:
-    """Return `value` with every mapping as a dict, every sequence as a list and every path as a string.
+    """Return `value` with every mapping as a dict, every sequence or array as a list and every path as a string.
 
     Lightning reads its checkpoints with `weights_only=True`, which knows these but no `ConfigDict` and no `Path`.
     """
@@ -19,7 +19,31 @@ def plain(value: Any) -> Any:
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
+    if hasattr(value, "__array__") and hasattr(value, "tolist"):  # numpy's numbers, too
+        return value.tolist()
     return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def storable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments as plain types; raise TypeError for one that neither checkpoints nor exported folders can hold.
+
+    Found at the start of a run, not where it is resumed or exported.
+    """
+
+    def check(where: str, value: Any) -> None:
+        if isinstance(value, (dict, list)):
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                check(f"{where}.{key}", item)
+        elif value is not None and not isinstance(value, (bool, int, float, str)):
+            raise TypeError(
+                f"{where}: expected numbers, strings, lists or dicts, which checkpoints and exported folders hold, got "
+                f"{type(value).__name__} {value!r}"
+            )
+
+    result = {key: plain(value) for key, value in values.items()}
+    for key, value in result.items():
+        check(key, value)
+    return result
 
 
 def unknown(what: str, name: Any, known: Iterable[str], where: str = "") -> str:

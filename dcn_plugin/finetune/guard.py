@@ -93,6 +93,11 @@ class RunGuard(pl.Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._epoch = trainer.current_epoch
+        for callback in trainer.callbacks:
+            if isinstance(callback, pl.callbacks.StochasticWeightAveraging) and isinstance(callback._swa_lrs, float):
+                # One rate for all, which Lightning would give the groups without their factors.
+                groups = trainer.optimizers[0].param_groups
+                callback._swa_lrs = [callback._swa_lrs * group.get("lr_scale", 1.0) for group in groups]
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
         if self._epoch == trainer.current_epoch:

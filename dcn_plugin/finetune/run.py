@@ -54,7 +54,9 @@ def _classes(module: Any, base: type) -> dict[str, type]:
     return {name: value for name, value in vars(module).items() if isinstance(value, type) and issubclass(value, base)}
 
 
-CALLBACKS = _classes(pytorch_lightning.callbacks, pl.Callback) | _OURS
+# Without those that do nothing until they are subclassed.
+_BASES = ("Callback", "Checkpoint", "ProgressBar", "BaseFinetuning", "BasePredictionWriter")
+CALLBACKS = {k: v for k, v in _classes(pytorch_lightning.callbacks, pl.Callback).items() if k not in _BASES} | _OURS
 LOGGERS = _classes(pytorch_lightning.loggers, pytorch_lightning.loggers.Logger)
 STRATEGIES = _classes(pytorch_lightning.strategies, pytorch_lightning.strategies.Strategy)
 RUN_KEYS = ("module", "data", "trainer", "callbacks", "logger", "seed")

@@ -149,6 +149,10 @@ MODULE = [
     Case(built(optimizer=dict(learning_rate=1)), ValueError, "optimizer:", "does not fit", "'learning_rate'"),
     Case(built(schedule=dict(warm_epochs=1)), ValueError, "schedule:", "'warmup_epochs'?", "unknown key 'warm_epochs'"),
     Case(built(schedule=dict(sched="cosin")), ValueError, "schedule.sched:", "expected one of", "got 'cosin'"),
+    *(
+        Case(lambda value=value: setattr(module(), "lr", value), ValueError, "lr:", "a positive number", f"got {value}")
+        for value in (0, -1.0, math.inf, True)
+    ),
     Case(built(checkpoint=dict(file="x")), ValueError, "checkpoint:", "a path or dict(path=..., ...)", "'file'"),
     Case(restored, ValueError, "path:", "a Lightning checkpoint of a FinetuneModule", "x.ckpt"),
     Case(endless, ValueError, "schedule:", "trainer.max_epochs or trainer.max_steps", "got none"),
