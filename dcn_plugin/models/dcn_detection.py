@@ -81,8 +81,8 @@ def faster_rcnn(
 
     ``model(images, targets)`` gives torchvision's four losses in training mode, and in evaluation mode a dict of
     ``boxes`` [L, 4] (x1, y1, x2, y2 in pixels), ``labels`` and ``scores`` for each image. Images are a list of
-    [C, H, W] in 0..1, of any sizes. A training batch that leaves the heads nothing, without boxes and with every proposal
-    fallen away, has losses of 0 there, where torchvision's are NaN.
+    [C, H, W] in 0..1, of any sizes. A training batch that leaves the heads nothing, without boxes and with every
+    proposal fallen away, has losses of 0 there, where torchvision's are NaN.
 
     Args:
         num_classes: classes with the background, which is class 0.

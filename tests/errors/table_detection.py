@@ -199,7 +199,10 @@ FILES = [
     ),
     Case(coco(num_classes=80), ValueError, "num_classes:", "expected 80 categories", "train.json has 3"),
     Case(of_two_processes("train", batch_size=3), ValueError, "batch_size:", "at most the 2 images", "got 3"),
-    Case(of_two_processes("val", limit=1, batch_size=1), ValueError, "val:", "an image for each of 2 processes", "got 1"),
+    Case(
+        of_two_processes("val", limit=1, batch_size=1),
+        ValueError, "val:", "an image for each of 2 processes", "got 1",
+    ),
 ]  # fmt: skip
 
 

@@ -133,7 +133,7 @@ class CocoDataModule(pl.LightningDataModule):
         self.splits: dict[str, Any] = dict(given)
         self.splits["test"] = self.splits["test"] or self.splits["val"]
         self.splits["predict"] = self.splits["test"] if predict is None else predict
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.batch_size, self._eval_batch_size = batch_size, eval_batch_size
         self.num_workers, self.empty_images, self.bad_boxes, self.limit = num_workers, empty_images, bad_boxes, limit
         self.bad_images = bad_images
         self.augment = build_transforms("augment", augment)
@@ -170,6 +170,15 @@ class CocoDataModule(pl.LightningDataModule):
             if self.splits[stage] is not None:
                 return self._dataset(stage)
         raise ValueError("num_classes: without train, val and test nothing names the categories; pass num_classes")
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Images per batch outside training: as given, else `batch_size`, also where that is changed later."""
+        return self._eval_batch_size or self.batch_size
+
+    @eval_batch_size.setter
+    def eval_batch_size(self, value: int) -> None:
+        self._eval_batch_size = value
 
     # -- data sets ----------------------------------------------------------------------------------------------------
 
@@ -246,8 +255,10 @@ class CocoDataModule(pl.LightningDataModule):
 
     def _loader(self, stage: str) -> DataLoader:
         dataset, training = self._dataset(stage), stage == "train"
-        batch_size = self.batch_size if training else self.eval_batch_size
         place = self._place()
+        if training and self.batch_size != self.hparams_initial["batch_size"]:
+            # Lightning's search for a batch size doubles it until memory or images run out, and may go too far.
+            self.batch_size = min(self.batch_size, max(1, len(dataset) // place["num_replicas"]))
         self._check_share(stage, len(dataset))
         sampler: DistributedSampler
         if training:
@@ -259,7 +270,7 @@ class CocoDataModule(pl.LightningDataModule):
             sampler = UnrepeatedDistributedSampler(dataset, **place, shuffle=False)
         return DataLoader(
             dataset,
-            batch_size=batch_size,
+            batch_size=self.batch_size if training else self.eval_batch_size,
             sampler=sampler,
             drop_last=training,
             num_workers=self.num_workers,
