@@ -3,7 +3,6 @@
 The tables are compared with Lightning's signature and classes: what a new version adds fails here until it is in them.
 """
 
-import importlib
 import inspect
 import math
 from typing import Any, NamedTuple
@@ -47,11 +46,10 @@ def config(scenes):
             data = dict(name="digits", batch_size=2, input_size=(1, 32, 32), val_split="val", test_split="test")
             data["dataset"] = dict(limit=8, size=32, digit_size=20)
             return common | dict(model=BACKBONE, data=data) | changes
-        parts = {
-            s: dict(images=f"images/{s}", annotations=f"annotations/instances_{s}.json") for s in ("train", "val", "test")
-        }
+        splits = ("train", "val", "test")
+        parts = {s: dict(images=f"images/{s}", annotations=f"annotations/instances_{s}.json") for s in splits}
         detector = dict(name="faster_rcnn", backbone=BACKBONE, fpn_channels=8, box_head=dict(representation_size=8))
-        model = detector | dict(min_size=48, max_size=48, rpn_pre_nms_top_n_test=8, rpn_post_nms_top_n_test=8)
+        model = detector | dict(min_size=32, max_size=32, rpn_pre_nms_top_n_test=8, rpn_post_nms_top_n_test=8)
         data = dict(name="coco", root=scenes, in_chans=1, batch_size=2, **parts)
         return common | dict(module="DetectionModule", model=model, data=data) | changes
 
@@ -67,29 +65,29 @@ class Refused(NamedTuple):
 
 # Flag -> values to try beside a short run on the CPU; a dict is several flags at once.
 FLAGS = {
-    "accelerator": ["auto", "cpu", Refused("abacus", "abacus")],
+    "accelerator": ["cpu", Refused("abacus", "abacus")],
     "strategy": ["auto", Refused("nothing", "nothing")],
-    "devices": ["auto", 1],
+    "devices": ["auto"],
     "num_nodes": [1],
-    "precision": ["32-true", "bf16-mixed", "64-true", Refused("half", "half")],
+    "precision": ["bf16-mixed", "64-true", Refused("half", "half")],
     "logger": [dict(config_logger=True)],
     "callbacks": [],  # below
-    "fast_dev_run": [True, 2],
-    "max_epochs": [2, Refused(-5, "max_epochs"), Refused(-1, "expected an end"), Refused(0, "at least one step")],
+    "fast_dev_run": [True],
+    "max_epochs": [1, Refused(-5, "max_epochs"), Refused(-1, "expected an end"), Refused(0, "at least one step")],
     "min_epochs": [1],
     "max_steps": [1, Refused(0, "at least one step")],
     "min_steps": [1],
-    "max_time": ["00:00:10:00", dict(max_time=dict(minutes=10)), Refused("soon", "soon")],
-    "limit_train_batches": [1, 0.5, Refused(0, "at least one step"), Refused(-1, "limit_train_batches")],
-    "limit_val_batches": [0, 1, 1.0],
-    "limit_test_batches": [0, 1, 1.0],
-    "limit_predict_batches": [0, 1, 1.0],
-    "overfit_batches": [1, 0.5],
-    "val_check_interval": [1, 0.5, dict(val_check_interval=1, check_val_every_n_epoch=None), "00:00:00:01"],
-    "check_val_every_n_epoch": [1, 2],
-    "num_sanity_val_steps": [-1, 0, 1],
+    "max_time": [dict(max_time=dict(minutes=10)), Refused("soon", "soon")],
+    "limit_train_batches": [1, Refused(0, "at least one step"), Refused(-1, "limit_train_batches")],
+    "limit_val_batches": [0],
+    "limit_test_batches": [0],
+    "limit_predict_batches": [],  # below
+    "overfit_batches": [1],
+    "val_check_interval": [1, dict(val_check_interval=1, check_val_every_n_epoch=None), "00:00:00:01"],
+    "check_val_every_n_epoch": [2],
+    "num_sanity_val_steps": [-1],
     "log_every_n_steps": [1],
-    "enable_checkpointing": [True, False],
+    "enable_checkpointing": [False],
     "enable_progress_bar": [True],
     "enable_model_summary": [True],
     "accumulate_grad_batches": [2],
@@ -116,6 +114,8 @@ CASES = [
     for flag, values in FLAGS.items()
     for i, value in enumerate(values)
     for kind in KINDS
+    # A detector takes longer: one value of each flag has to do.
+    if kind == "classifier" or i == 0 and not isinstance(value, Refused)
 ]
 
 
@@ -257,7 +257,8 @@ def test_a_schedule_follows_a_changing_accumulation(config, tmp_path, accumulati
             rates.append(optimizer.param_groups[0]["lr"])
 
     callback = dict(type="GradientAccumulationScheduler", scheduling=accumulation)
-    values = config("classifier", dict(max_epochs=4, limit_train_batches=4), callbacks=dict(it=callback))
+    flags = dict(max_epochs=4, limit_train_batches=4, limit_val_batches=0)
+    values = config("classifier", flags, callbacks=dict(it=callback))
     values["schedule"] = dict(sched="cosine", min_lr=0.0)
     trainer, module, data = build(values, tmp_path)
     trainer.callbacks.append(Watch())
@@ -277,8 +278,3 @@ def test_a_resume_within_an_epoch_goes_on_accumulating(config, tmp_path):
     trainer, module, data = build(values, tmp_path / "again")
     trainer.fit(module, data, ckpt_path=tmp_path / "step=1.ckpt", weights_only=True)
     assert trainer.accumulate_grad_batches == 2 and trainer.global_step == 2
-
-
-def test_the_table_of_a_config_is_the_documented_one():
-    module = importlib.import_module("dcn_plugin.finetune.run")
-    assert not {"Callback", "Checkpoint", "ProgressBar", "BaseFinetuning", "BasePredictionWriter"} & set(module.CALLBACKS)

@@ -31,6 +31,7 @@ class RunGuard(pl.Callback):
     def __init__(self) -> None:
         self._frozen: Mapping[str, Any] | None = None
         self._epoch: int | None = None
+        self._begun = False
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
@@ -57,7 +58,7 @@ class RunGuard(pl.Callback):
     # -- what is trained ----------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._frozen, self._epoch = None, None  # a checkpoint is read after this
+        self._frozen, self._epoch, self._begun = None, None, False  # a checkpoint is read after this
         if stage == "fit":
             refuse_callbacks(trainer)
 
@@ -86,10 +87,6 @@ class RunGuard(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._check_validation(trainer)
-        # A run that goes on within an epoch does not come to where this one sets its factor.
-        for callback in trainer.callbacks:
-            if isinstance(callback, pl.callbacks.GradientAccumulationScheduler):
-                trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._epoch = trainer.current_epoch
@@ -100,6 +97,12 @@ class RunGuard(pl.Callback):
                 callback._swa_lrs = [callback._swa_lrs * group.get("lr_scale", 1.0) for group in groups]
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
+        if not self._begun:
+            self._begun = True
+            # A run that goes on within an epoch does not come to where this one sets its factor.
+            for callback in trainer.callbacks:
+                if isinstance(callback, pl.callbacks.GradientAccumulationScheduler):
+                    trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
         if self._epoch == trainer.current_epoch:
             return
         # From a checkpoint of an epoch's last step Lightning goes on with the next epoch and leaves out its start.
