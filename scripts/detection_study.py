@@ -6,8 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from mmengine.config import DictAction
-
+from dcn_plugin.finetune.command_line import add_options, errors_in_one_line, parse_options
 from dcn_plugin.finetune.detection.study import ARMS, run_study
 
 
@@ -16,10 +15,12 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="three or more give mean and spread")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
     parser.add_argument("--work-dir", default="work_dirs/detection_study")
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="overrides for every arm's config")
+    add_options(parser, "overrides for every arm's config")
     args = parser.parse_args()
     configs = Path(__file__).resolve().parents[1] / "configs" / "detection"
-    study = run_study(configs, args.work_dir, args.seeds, args.arms, args.cfg_options)
+    with errors_in_one_line():
+        options = parse_options(args.cfg_options)
+        study = run_study(configs, args.work_dir, args.seeds, args.arms, options)
     print(f"\n{study['table']}")
     for name, path in study["files"].items():
         print(f"{name:>33}  {os.path.relpath(path)}")

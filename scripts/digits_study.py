@@ -6,8 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from mmengine.config import DictAction
-
+from dcn_plugin.finetune.command_line import add_options, errors_in_one_line, parse_options
 from dcn_plugin.finetune.study import run_study
 
 
@@ -16,10 +15,12 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="three or more give mean and spread")
     parser.add_argument("--upright-arms", action="store_true", help="also fine-tune both networks without warps")
     parser.add_argument("--work-dir", default="work_dirs/digits_study")
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="overrides for every stage's config")
+    add_options(parser, "overrides for every stage's config")
     args = parser.parse_args()
     configs = Path(__file__).resolve().parents[1] / "configs" / "classification"
-    study = run_study(configs, args.work_dir, args.seeds, args.upright_arms, args.cfg_options)
+    with errors_in_one_line():
+        options = parse_options(args.cfg_options)
+        study = run_study(configs, args.work_dir, args.seeds, args.upright_arms, options)
     print(f"\n{study['table']}")
     for name, path in study["files"].items():
         print(f"{name.replace('_', ' '):>20}  {os.path.relpath(path)}")

@@ -36,7 +36,11 @@ def load(name: str, pretrained: bool) -> nn.Module:
 
 def image_shape(model: nn.Module, size: list[int] | None) -> tuple[int, int, int]:
     """Channels, height and width: of the first convolution; as asked for, or as the model was trained."""
-    channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
+    channels = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if channels is None:
+        raise ValueError(
+            "model: expected one that begins with a convolution of images, got one without any convolution"
+        )
     if size is None:
         size = list(getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[1:])
     return channels, size[0], size[-1]
@@ -65,6 +69,10 @@ def difference(found: Any, wanted: Any) -> float:
 
 def export(args: argparse.Namespace) -> float:
     """Write to a folder beside the target and move from there once the outputs agree; return how well they do."""
+    if args.image_size is not None and (len(args.image_size) > 2 or min(args.image_size) < 1):
+        raise ValueError(f"--image-size: expected one or two positive numbers, got {args.image_size}")
+    if not args.tolerance > 0:
+        raise ValueError(f"--tolerance: expected a positive number, got {args.tolerance}")
     model = load(args.model, args.pretrained)
     shape = image_shape(model, args.image_size)
     dynamic = args.batch == "dynamic"
@@ -107,13 +115,12 @@ def main() -> None:
         "--tolerance", type=float, default=1e-4, help="difference allowed, in parts of the largest output"
     )
     args = parser.parse_args()
-    if args.image_size is not None and len(args.image_size) > 2:
-        parser.error("--image-size takes one or two numbers")
     torch.manual_seed(0)
     try:
         worst = export(args)
     except (ArithmeticError, ImportError, OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"nothing written: {type(error).__name__}: {error}")
+        said = str(error).strip().splitlines() or ["no reason given"]  # torch's exporter says much after its first line
+        sys.exit(f"nothing written: {type(error).__name__}: {said[0]}")
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB, within {worst:.1e} of the largest output")
 
 

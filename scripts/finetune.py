@@ -6,11 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from mmengine.config import DictAction
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from dcn_plugin.finetune import load_config, run
+from dcn_plugin.finetune.command_line import add_options, errors_in_one_line, parse_options
 from dcn_plugin.finetune.run import TASKS, quiet
 
 
@@ -21,25 +21,21 @@ def main() -> None:
     parser.add_argument("--work-dir", help="default: work_dirs/<name of the config>")
     parser.add_argument("--resume", nargs="?", const="auto", help="continue from a checkpoint, or from last.ckpt")
     parser.add_argument("--checkpoint", help="checkpoint to validate, test or predict with (default: best.ckpt)")
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="overrides, e.g. trainer.max_epochs=3")
+    add_options(parser, "overrides, e.g. trainer.max_epochs=3")
     args = parser.parse_args()
     work_dir = Path(args.work_dir or f"work_dirs/{Path(args.config).stem}")
     checkpoint = args.resume if args.task == "fit" else args.checkpoint
     if args.task != "fit" and checkpoint is None and (work_dir / "best.ckpt").is_file():
         checkpoint = work_dir / "best.ckpt"
-    try:
-        config = load_config(args.config, args.cfg_options)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    try:
-        with quiet():
-            results = run(config, work_dir, args.task, checkpoint)
-    except SIGTERMException:
-        sys.exit("stopped by SIGTERM; the same command with --resume continues from last.ckpt")
-    except SystemExit:  # Lightning's answer to Ctrl+C, without a word where its remarks are hidden
-        sys.exit("interrupted; the same command with --resume continues from last.ckpt")
-    except OSError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    with errors_in_one_line():
+        config = load_config(args.config, parse_options(args.cfg_options))
+        try:
+            with quiet():
+                results = run(config, work_dir, args.task, checkpoint)
+        except SIGTERMException:
+            sys.exit("stopped by SIGTERM; the same command with --resume continues from last.ckpt")
+        except SystemExit:  # Lightning's answer to Ctrl+C, without a word where its remarks are hidden
+            sys.exit("interrupted; the same command with --resume continues from last.ckpt")
     if rank_zero_only.rank != 0:
         return
     for name, value in results.items():

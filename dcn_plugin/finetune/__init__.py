@@ -8,6 +8,7 @@ try:
     from .detection import CocoDataModule, DetectionModule
     from .digits import Digits
     from .export import export_model, load_exported
+    from .freezing import BackboneFinetuning
     from .module import FinetuneModule
     from .run import build, load_config, run
 except ModuleNotFoundError as error:
@@ -19,6 +20,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 __all__ = [
+    "BackboneFinetuning",
     "CocoDataModule",
     "DetectionModule",
     "Digits",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -204,25 +205,50 @@ class _EpochWriter(BasePredictionWriter):
 
 
 class PredictionWriter(_EpochWriter):
-    """Write `predictions.csv` (file, label, class name, score) after prediction, one file per process if several."""
+    """Write `predictions.csv` (file, label, class name, score) after prediction, one file per process if several.
+
+    An image has one line, that of its best class. Where it may have several labels it has a line for each whose score
+    is at least `threshold`, the best first; if there is none, one without label and class, with the highest score.
+
+    Args:
+        directory: folder to write to; made if missing.
+        threshold: smallest score, in 0..1, of a label among several.
+    """
 
     filename = "predictions.csv"
+
+    def __init__(self, directory: str | Path, threshold: float = 0.5) -> None:
+        super().__init__(directory)
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold: expected a score in 0..1, got {threshold}")
+        self.threshold = threshold
+
+    def _rows(self, batch: Any) -> Iterator[list[tuple[int | None, float]]]:
+        """Give the labels of each image of a batch and their scores."""
+        if "label" in batch:
+            for label, score in zip(batch["label"].tolist(), batch["score"].tolist(), strict=True):
+                yield [(label, score)]
+            return
+        for scores in batch["scores"].tolist():
+            found = [(label, score) for label, score in enumerate(scores) if score >= self.threshold]
+            yield sorted(found, key=lambda pair: -pair[1]) or [(None, max(scores))]
 
     def write_on_epoch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, predictions: Sequence[Any], batch_indices: Sequence
     ) -> None:
-        names = trainer.datamodule.filenames("predict") if trainer.datamodule is not None else None
+        names = trainer.datamodule.filenames("predict") if hasattr(trainer.datamodule, "filenames") else None
         indices = [i for batch in batch_indices[0] for i in batch] if batch_indices else []
-        labels = torch.cat([batch["label"] for batch in predictions]).tolist()
-        scores = torch.cat([batch["score"] for batch in predictions]).tolist()
         classes = getattr(pl_module, "class_names", None)
+        images = itertools.chain.from_iterable(map(self._rows, predictions))
         with open(self._path(trainer), "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["file", "label", "class", "score"])
-            for row, (label, score) in enumerate(zip(labels, scores, strict=True)):
+            for row, found in enumerate(images):
                 index = indices[row] if indices else row
                 name = names[index] if names is not None else index
-                writer.writerow([name, label, classes[label] if classes else label, f"{score:.6f}"])
+                for label, score in found:
+                    said = classes[label] if classes and label is not None else label
+                    writer.writerow([name, label, said, f"{score:.6f}"])
 
 
 class DetectionWriter(_EpochWriter):
@@ -237,7 +263,7 @@ class DetectionWriter(_EpochWriter):
     def write_on_epoch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, predictions: Sequence[Any], batch_indices: Sequence
     ) -> None:
-        names = trainer.datamodule.filenames("predict") if trainer.datamodule is not None else {}
+        names = trainer.datamodule.filenames("predict") if hasattr(trainer.datamodule, "filenames") else {}
         ids = getattr(pl_module, "category_ids", None)
         results = []
         for image in (image for batch in predictions for image in batch):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 
 def plain(value: Any) -> Any:
-    """Return `value` with every mapping as a dict, every sequence as a list and every path as a string.
+    """Return `value` with every mapping as a dict, every sequence or array as a list and every path as a string.
 
     Lightning reads its checkpoints with `weights_only=True`, which knows these but no `ConfigDict` and no `Path`.
     """
@@ -18,7 +19,31 @@ def plain(value: Any) -> Any:
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
+    if hasattr(value, "__array__") and hasattr(value, "tolist"):  # numpy's numbers, too
+        return value.tolist()
     return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def storable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments as plain types; raise TypeError for one that neither checkpoints nor exported folders can hold.
+
+    Found at the start of a run, not where it is resumed or exported.
+    """
+
+    def check(where: str, value: Any) -> None:
+        if isinstance(value, (dict, list)):
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                check(f"{where}.{key}", item)
+        elif value is not None and not isinstance(value, (bool, int, float, str)):
+            raise TypeError(
+                f"{where}: expected numbers, strings, lists or dicts, which checkpoints and exported folders hold, got "
+                f"{type(value).__name__} {value!r}"
+            )
+
+    result = {key: plain(value) for key, value in values.items()}
+    for key, value in result.items():
+        check(key, value)
+    return result
 
 
 def unknown(what: str, name: Any, known: Iterable[str], where: str = "") -> str:
@@ -44,6 +69,23 @@ def arguments(function: Callable, *leave_out: str) -> list[str]:
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.kind not in kinds and p.name not in ("self", *leave_out)]
+
+
+def check_kinds(where: str, values: Mapping, function: Callable) -> None:
+    """Raise TypeError for a value that is text where `function` takes a number, or no dict where it takes one.
+
+    Such a value, a slip on the command line, would otherwise end a run in the middle, far from its name.
+    """
+    for name, parameter in inspect.signature(function).parameters.items():
+        value = values.get(name)
+        if value is None:
+            continue
+        kind = str(parameter.annotation)
+        number = isinstance(parameter.default, (int, float)) or re.search(r"\b(int|float)\b", kind)
+        if isinstance(value, str) and number and not re.search(r"\bstr\b|PRECISION|Literal|Any\b", kind):
+            raise TypeError(f"{where}{name}: expected a number, got {value!r}")
+        if re.fullmatch(r"Mapping\[str, Any\]( \| None)?", kind) and not isinstance(value, Mapping):
+            raise TypeError(f"{where}{name}: expected a dict, got {type(value).__name__} {value!r}")
 
 
 def build_object(where: str, spec: Mapping, table: Mapping[str, type]) -> Any:

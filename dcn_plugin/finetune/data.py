@@ -174,6 +174,11 @@ class ImageDataModule(pl.LightningDataModule):
         return None if classes is None else [str(name) for name in classes]
 
     @property
+    def known_class_names(self) -> list[str] | None:
+        """The same without reading the training split, which prediction needs not: None where that was not read."""
+        return self.class_names if self.name == "digits" or "train" in self._datasets else None
+
+    @property
     def num_classes(self) -> int:
         """Number of classes, as given or as the training split has them."""
         if self._num_classes is not None:

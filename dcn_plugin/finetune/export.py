@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import timm
+import torch
 from timm.models import save_for_hf
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from dcn_plugin.checkpoint import refuse_others
 from dcn_plugin.convert import convert
 
+from .classes import as_names
 from .config import plain
 from .detection.module import build, without_pretrained_backbone
-from .module import build_model
+from .models import build_model
 
 CONFIG, WEIGHTS, KEY = "config.json", "model.safetensors", "dcn_plugin"
 
@@ -36,10 +41,13 @@ def export_model(
     """Write `model.safetensors` and `config.json` of a model to `directory` and return it.
 
     A model that a timm name describes (`resnet50_dcn`, ...) becomes a timm `local-dir:` folder: after
-    `import dcn_plugin`, `timm.create_model('local-dir:<directory>', pretrained=True)` gives the same outputs. A model
-    changed by replacement rules, built by MMEngine, or a detector has no timm name: its folder also holds the rules and
-    the MMEngine config or the detector's specification, and `dcn_plugin.finetune.load_exported(directory)`, which reads
-    all kinds, builds it again.
+    `import dcn_plugin`, `timm.create_model('local-dir:<directory>', pretrained=True)` gives the same outputs, and so
+    does `transformers.AutoModelForImageClassification.from_pretrained(directory)`. A model changed by replacement
+    rules, built by MMEngine, or a detector has no timm name: its folder also holds the rules and the MMEngine config or
+    the detector's specification, and `dcn_plugin.finetune.load_exported(directory)`, which reads all kinds, builds it
+    again. (transformers refuses such a folder: model type `dcn_plugin`, which it does not know.)
+
+    The files are written beside what is there and moved once they are whole: after an error the folder is as it was.
 
     Args:
         model: the trained model (the classifier or detector itself, not the Lightning module).
@@ -54,8 +62,7 @@ def export_model(
     Raises:
         ValueError: a model that neither a timm name nor `spec` describes.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    model = getattr(model, "_orig_mod", model)  # of torch.compile, whose names nobody else knows
     extra: dict[str, Any] = {}
     is_timm = hasattr(model, "pretrained_cfg")
     if rules:
@@ -68,21 +75,78 @@ def export_model(
         if not isinstance(spec, Mapping) or "type" not in spec:
             raise ValueError(f"spec: expected the MMEngine config of a {type(model).__name__}, got {spec!r}")
         extra[KEY] = extra.get(KEY, {}) | dict(model=plain(spec))
+    if KEY in extra:
+        # transformers takes a folder without this for a plain timm model and drops the weights that such a one lacks.
+        extra["model_type"] = KEY
     data = {key: value for key, value in plain(data_config or {}).items() if value is not None}
-    if is_timm:
-        names = dict(label_names=list(class_names)) if class_names is not None else {}
-        save_for_hf(model, str(directory), model_config=extra | names, safe_serialization=True, data_config=data)
-        return directory
-    safetensors.torch.save_model(model, str(directory / WEIGHTS))
-    extra |= dict(pretrained_cfg=data, label_names=None if class_names is None else list(class_names))
-    if category_ids is not None:
-        extra["category_ids"] = list(category_ids)
-    (directory / CONFIG).write_text(json.dumps(extra, indent=2))
-    return directory
+    with _all_or_nothing(Path(directory)) as folder:
+        if is_timm:
+            names = dict(label_names=list(class_names)) if class_names is not None else {}
+            _save_timm_model(model, folder, extra | names, data)
+        else:
+            state = model.state_dict()
+            _copy_views(state)
+            safetensors.torch.save_file(state, str(folder / WEIGHTS))
+            extra |= dict(pretrained_cfg=data, label_names=None if class_names is None else list(class_names))
+            if category_ids is not None:
+                extra["category_ids"] = list(category_ids)
+            (folder / CONFIG).write_text(json.dumps(extra, indent=2))
+    return Path(directory)
+
+
+def _save_timm_model(model: nn.Module, folder: Path, extra: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    def plain_tensors(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+        _copy_views(state)
+
+    hook = model.register_state_dict_post_hook(plain_tensors)
+    try:
+        save_for_hf(model, str(folder), model_config=dict(extra), safe_serialization=True, data_config=dict(data))
+    finally:
+        hook.remove()
+    # timm writes the number of classes twice, as an argument too, and transformers would pass both.
+    config = json.loads((folder / CONFIG).read_text())
+    if config.get("model_args", {}).pop("num_classes", config["num_classes"]) == config["num_classes"]:
+        (folder / CONFIG).write_text(json.dumps(config, indent=2))
+
+
+def _copy_views(state: dict[str, Tensor]) -> None:
+    """Replace what safetensors does not write: other memory formats, and memory that two names share."""
+    seen: set[int] = set()
+    for name, value in state.items():
+        value = value.detach()
+        place = value.untyped_storage().data_ptr()
+        if not value.is_contiguous() or place in seen:
+            value = value.clone(memory_format=torch.contiguous_format)
+        seen.add(place)
+        state[name] = value
+
+
+@contextmanager
+def _all_or_nothing(directory: Path) -> Iterator[Path]:
+    """Give a folder to write to, whose files become those of `directory` once all are written."""
+    before = directory.is_dir()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    # Beside or in it, so that moving is renaming.
+    folder = (directory if before else directory.parent) / f".{directory.name}.{os.getpid()}.partial"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+        if before:
+            for name in (WEIGHTS, CONFIG):
+                os.replace(folder / name, directory / name)
+            folder.rmdir()
+        else:
+            folder.rename(directory)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def load_exported(directory: str | Path) -> nn.Module:
     """Build the model that `export_model` wrote to `directory`, in eval mode, with its weights.
+
+    Its attributes `class_names` and `category_ids` are what the folder says of them, or None.
 
     Raises:
         FileNotFoundError: the folder or one of its two files is missing.
@@ -103,15 +167,27 @@ def load_exported(directory: str | Path) -> nn.Module:
     refuse_others(directory / WEIGHTS)
     config = json.loads((directory / CONFIG).read_text())
     ours = config.get(KEY, {})
+    model: Any
     if not ours:
-        return timm.create_model(f"local-dir:{directory}", pretrained=True).eval()
-    if "detector" in ours:
-        model = build(ours["detector"])
-    elif "model" in ours:
-        model = build_model(ours["model"])
+        model = timm.create_model(f"local-dir:{directory}", pretrained=True)
     else:
-        model = timm.create_model(f"local-dir:{directory}", pretrained=False)
-    if "rules" in ours:
-        convert(model, ours["rules"])
-    safetensors.torch.load_model(model, str(directory / WEIGHTS), strict=True)
+        if "detector" in ours:
+            model = build(ours["detector"])
+        elif "model" in ours:
+            model = build_model(ours["model"])
+        else:
+            model = timm.create_model(f"local-dir:{directory}", pretrained=False)
+        if "rules" in ours:
+            convert(model, ours["rules"])
+        _load_weights(model, directory / WEIGHTS)
+    model.class_names, model.category_ids = as_names(config.get("label_names")), config.get("category_ids")
     return model.eval()
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    state = safetensors.torch.load_file(str(path))
+    own = model.state_dict()
+    # Older folders hold a tensor that the model has under two names only once.
+    given = {(own[name].data_ptr(), own[name].shape) for name in state if name in own}
+    again = {name: value for name, value in own.items() if (value.data_ptr(), value.shape) in given and value.numel()}
+    model.load_state_dict({name: value for name, value in again.items() if name not in state} | state)

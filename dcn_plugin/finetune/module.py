@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
 import pytorch_lightning as pl
-import timm
 import torch
-import torch.nn.functional as F
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
 
-from dcn_plugin.checkpoint import load_checkpoint, match_wrappers, read_file
+from dcn_plugin.checkpoint import LoadReport, load_checkpoint, match_wrappers, read_file
 from dcn_plugin.convert import convert
 from dcn_plugin.layers import offset_parameters
 from dcn_plugin.layers.roi import BRANCH_LR_MULT
 
-from .config import arguments, check_keys, plain
+from .classes import compare, head_was_loaded, names_in, names_of_pretrained
+from .config import arguments, check_keys, plain, storable
+from .freezing import split_added_groups
+from .guard import RunGuard, require_batches
+from .losses import Criterion, check_saved, stored
+from .models import build_model
 
 Module = TypeVar("Module", bound="TunedModule")
 
@@ -67,29 +69,6 @@ def param_groups(
     return result
 
 
-def build_model(spec: str | Mapping[str, Any], num_classes: int | None = None) -> nn.Module:
-    """Build a classifier from a timm name, `dict(name=<timm name>, ...)` or an MMEngine `dict(type=..., ...)`."""
-    if isinstance(spec, str):
-        spec = dict(name=spec)
-    if not isinstance(spec, Mapping) or ("name" in spec) == ("type" in spec):
-        raise ValueError(f"model: expected a timm name, dict(name=...) or an MMEngine dict(type=...), got {spec!r}")
-    kwargs = plain(spec)
-    if "type" in kwargs:
-        from dcn_plugin.registry import MODELS
-
-        return MODELS.build(kwargs)
-    name = kwargs.pop("name")
-    if num_classes is not None:
-        kwargs["num_classes"] = num_classes
-    if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name.split(".")[0]):
-        close = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*dcn*") or timm.list_models("*_dcn")
-        raise ValueError(f"model: unknown timm model {name!r}; deformable ones close to it: {', '.join(close[:8])}")
-    try:
-        return timm.create_model(name, **kwargs)
-    except TypeError as error:
-        raise TypeError(f"model: {name} does not take these arguments: {error}") from error
-
-
 class TunedModule(pl.LightningModule):
     """What the Lightning modules share: weights to start from, optimizer and schedule, and what checkpoints remember.
 
@@ -118,17 +97,24 @@ class TunedModule(pl.LightningModule):
         if self.schedule_args["sched"] not in SCHEDULES:
             got = self.schedule_args["sched"]
             raise ValueError(f"schedule.sched: expected one of {', '.join(SCHEDULES)}, got {got!r}")
+        self._updates_before: int | None = None
+        self._rate_is_new = False
         self.data_config: dict[str, Any] | None = None
         self.class_names: list[str] | None = None
+        # Class names of the weights to start from, and where they come from.
+        self.started_from: tuple[list[str] | None, str] = (None, "")
 
     def _adapt(self, rules: Sequence[Mapping] | None, checkpoint: str | Mapping[str, Any] | None) -> None:
         """Replace layers of the model by rules, then load the weights to start from."""
         self.conversion = convert(self.model, plain(rules)) if rules else None
+        self.load_report: LoadReport | None = None
         if checkpoint is not None:
             options = dict(path=checkpoint) if isinstance(checkpoint, (str, Path)) else plain(checkpoint)
             if "path" not in options:
                 raise ValueError(f"checkpoint: expected a path or dict(path=..., ...), got {checkpoint!r}")
-            self.load_report = load_checkpoint(self.model, options.pop("path"), **options)
+            path = options.pop("path")
+            self.load_report = load_checkpoint(self.model, path, **options)
+            self.started_from = (names_in(path), str(path))
 
     @classmethod
     def restore(cls: type[Module], path: str | Path, **overrides: Any) -> Module:
@@ -136,6 +122,8 @@ class TunedModule(pl.LightningModule):
         saved = read_file(path)
         if not isinstance(saved, Mapping) or "hyper_parameters" not in saved:
             raise ValueError(f"path: expected a Lightning checkpoint of a {cls.__name__}, got {path}")
+        if "loss" not in overrides:
+            check_saved(saved["hyper_parameters"].get("loss"))
         module = cls(**(cls.without_initial_weights(saved["hyper_parameters"]) | overrides))
         module.load_saved(dict(saved))
         return module
@@ -167,45 +155,124 @@ class TunedModule(pl.LightningModule):
             return param_groups(model, args["weight_decay"], self.layer_decay, no_weight_decay=never, **self.lr_mults)
 
         optimizer = create_optimizer_v2(self.model, **args, param_group_fn=groups)
-        steps = self.trainer.estimated_stepping_batches
-        if not math.isfinite(steps):
-            raise ValueError("schedule: expected an end, trainer.max_epochs or trainer.max_steps, got none")
-        self.trainer.fit_loop.setup_data()  # else the number of batches is not known yet
-        batches = self.trainer.num_training_batches
-        per_epoch = math.ceil(batches / self.trainer.accumulate_grad_batches) if math.isfinite(batches) else steps
-        self._batches_per_update = self.trainer.accumulate_grad_batches
-        # Whether the run ends with an epoch, not within one (max_steps).
-        self._updates_per_epoch = per_epoch if steps == per_epoch * (self.trainer.max_epochs or -1) else None
-        # In optimizer steps, so that a run that ends within an epoch ends its schedule there.
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            **self.schedule_args,
-            num_epochs=steps / per_epoch,
-            step_on_epochs=False,
-            updates_per_epoch=per_epoch,
-        )
+        split_added_groups(optimizer, groups, self.model)
+        if self.trainer.limit_train_batches == 0:  # nothing will be done
+            return optimizer
+        scheduler = self._scheduler(optimizer)
         if scheduler is None:
-            for group in optimizer.param_groups:
-                group["lr"] *= group["lr_scale"]
+            self._scale_rates(optimizer)
             return optimizer
         return dict(optimizer=optimizer, lr_scheduler=dict(scheduler=scheduler, interval="step"))
 
+    def _scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Build timm's scheduler over the trainer's whole run, or None where the rate is constant."""
+        self.trainer.fit_loop.setup_data()  # else the number of batches is not known yet
+        require_batches(self.trainer, "train", self.trainer.num_training_batches)
+        epochs, limit = self.trainer.max_epochs, self.trainer.max_steps
+        whole = math.inf if epochs is None or epochs < 0 else self._updates_until(epochs)
+        steps = whole if limit == -1 else min(whole, limit)
+        if not math.isfinite(steps):
+            raise ValueError("schedule: expected an end, trainer.max_epochs or trainer.max_steps, got none")
+        # Whether the run ends with an epoch, not within one (max_steps).
+        self._ends_with_epoch = steps == whole
+        per_epoch = min(self._updates_until(1), max(steps, 1))
+        try:  # in optimizer steps, so that a run that ends within an epoch ends its schedule there
+            scheduler, _ = create_scheduler_v2(
+                optimizer,
+                **self.schedule_args,
+                num_epochs=max(steps, 1) / per_epoch,
+                step_on_epochs=False,
+                updates_per_epoch=per_epoch,
+            )
+            if scheduler is not None:
+                scheduler.step_update(num_updates=0)
+        except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
+            said = f"{self.schedule_args!r} does not fit: {type(error).__name__}: {error}"
+            raise ValueError(f"schedule: {said}") from error
+        return scheduler
+
+    def _accumulation(self, epoch: int) -> int:
+        """Return of how many batches an optimizer step is made in an epoch."""
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, pl.callbacks.GradientAccumulationScheduler):
+                return callback.get_accumulate_grad_batches(epoch)
+        return self.trainer.accumulate_grad_batches
+
+    def _updates_until(self, epoch: int) -> float:
+        """Return the number of optimizer steps before an epoch, in a run with as many batches as this one."""
+        batches = self.trainer.num_training_batches
+        if not math.isfinite(batches):
+            return math.inf if epoch else 0
+        return sum(math.ceil(batches / self._accumulation(e)) for e in range(epoch))
+
+    def _scale_rates(self, optimizer: Any, rates: Sequence[float] | None = None) -> None:
+        """Give every group its factor of the learning rate where no scheduler of timm's does so."""
+        groups = optimizer.param_groups
+        for group, rate in zip(groups, rates or [self.lr] * len(groups), strict=True):
+            group["lr"] = rate * group["lr_scale"]
+
+    @property
+    def lr(self) -> float:
+        """The learning rate before factors and schedule, `optimizer['lr']`, where Lightning's tools look for it.
+
+        Setting it changes the hyper-parameters, and an optimizer and schedule that exist already: so Lightning's
+        `Tuner(trainer).lr_find(...)` and `LearningRateFinder` work. The groups' factors hold in their search, too.
+        """
+        return self.optimizer_args["lr"]
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"lr: expected a positive number, got {value!r}")
+        self.optimizer_args["lr"] = float(value)
+        # A dict of its own: Lightning hands the first one to its loggers.
+        self.hparams["optimizer"] = {**(self.hparams.get("optimizer") or {}), "lr": float(value)}
+        trainer = self._trainer
+        if trainer is None or not trainer.optimizers or not trainer.training:
+            return
+        (optimizer,) = trainer.optimizers
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = float(value)
+        for config in trainer.lr_scheduler_configs:
+            config.scheduler = self._scheduler(optimizer)
+        # Whoever set the rate may set that of the groups, too, without their factors: the next batch mends it.
+        self._updates_before, self._rate_is_new = None, True
+
     def on_train_start(self) -> None:
-        self._updates_before: int | None = None
+        self._updates_before = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.find_place_in_schedule(batch_idx)
+
+    def find_place_in_schedule(self, batch_idx: int) -> None:
         """Find, with the first batch of a run, new or resumed, where in its schedule it is."""
         scheduler = self.lr_schedulers()
-        if scheduler is None or self._updates_before is not None:
+        if _searches(scheduler):
+            self._scale_rates(self.trainer.optimizers[0], cast(Any, scheduler).lr)
+            return
+        if scheduler is None and self._rate_is_new:
+            self._scale_rates(self.trainer.optimizers[0])
+        self._rate_is_new = False
+        if self._updates_before is not None or not isinstance(scheduler, Scheduler):
             return
         updates = self.global_step
-        if self._updates_per_epoch is not None:  # an epoch may have had more or fewer before, with other processes
-            updates = self.current_epoch * self._updates_per_epoch + batch_idx // self._batches_per_update
+        if self._ends_with_epoch:  # an epoch may have had more or fewer before, with other processes
+            epoch = self.current_epoch
+            updates = int(self._updates_until(epoch)) + batch_idx // self._accumulation(epoch)
         self._updates_before = updates - self.global_step
-        cast(Any, scheduler).step_update(num_updates=updates)
+        scheduler.step_update(num_updates=updates)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        scheduler.step_update(num_updates=(self._updates_before or 0) + self.global_step)
+        if isinstance(scheduler, Scheduler):
+            scheduler.step_update(num_updates=(self._updates_before or 0) + self.global_step)
+        else:  # Lightning's search for a rate, or a callback's such as that of StochasticWeightAveraging
+            super().lr_scheduler_step(scheduler, metric)
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        callbacks = self.trainer.callbacks
+        if not any(isinstance(callback, RunGuard) for callback in callbacks):
+            callbacks.insert(0, RunGuard())  # first, so that a run without data stops before others look at it
+        return []
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -222,8 +289,13 @@ class TunedModule(pl.LightningModule):
             setattr(self, name, getattr(self, name) or saved.get(name))
 
 
+def _searches(scheduler: Any) -> bool:
+    """Whether Lightning's search for a learning rate has put a schedule of its own in place of the module's."""
+    return type(scheduler).__module__ == "pytorch_lightning.tuner.lr_finder"
+
+
 class FinetuneModule(TunedModule):
-    """Train a classifier: cross-entropy, Mixup/CutMix, timm optimizer and schedule, top-1 and top-5 accuracy.
+    """Train a classifier: its loss, Mixup/CutMix, timm optimizer and schedule, and metrics that fit the loss.
 
     Args:
         model: timm model name, `dict(name=<timm name>, pretrained=..., ...)`, or an MMEngine config `dict(type=...)` of
@@ -233,8 +305,16 @@ class FinetuneModule(TunedModule):
             are loaded).
         checkpoint: path of weights to start from, or `dict(path=..., **options of dcn_plugin.load_checkpoint)`; loaded
             after the replacement.
-        label_smoothing: smoothing of the targets in [0, 1).
-        mixup: arguments of `timm.data.Mixup`, such as `dict(mixup_alpha=0.2, cutmix_alpha=1.0)`; needs even batches.
+        loss: `'cross_entropy'`, or `dict(type='cross_entropy', weight=[one number a class])`; for images with any
+            number of labels `'binary_cross_entropy'`, or `dict(type='binary_cross_entropy', pos_weight=...,
+            weight=...)` (one number a class; in `pos_weight` also one for all); any other as `dict(type=<name in
+            timm.loss, or import path>, **arguments)`, or a callable of logits [N, K] and targets that returns one
+            number. It has no parameters of its own.
+        multi_label: targets are multi-hot [N, K], each label for itself; None follows the loss (False for one that
+            is neither torch's nor timm's). Targets are otherwise class indices [N] or probabilities [N, K].
+        label_smoothing: smoothing of the targets in [0, 1), for `'cross_entropy'`.
+        mixup: arguments of `timm.data.Mixup`, such as `dict(mixup_alpha=0.2, cutmix_alpha=1.0)`; needs even batches,
+            and a loss that takes probabilities [N, K]; not for several labels an image.
         optimizer: arguments of `timm.optim.create_optimizer_v2` (`opt`, `lr`, `weight_decay`, ...) plus `layer_decay`
             and factors on the learning rate: `offset_lr_mult` of every `conv_offset` (0.1 is usual) and
             `roi_offset_lr_mult` of the branches of RoI pooling (default 0.01).
@@ -242,8 +322,13 @@ class FinetuneModule(TunedModule):
             after every optimizer step, over the trainer's whole run.
         channels_last: keep model and images in channels-last memory format.
 
+    Logged are `train_loss`, and for validation and test (`val_`, `test_`) `loss` (of the targets as they are, without
+    smoothing or Mixup) and `top1`, `top5` (of K classes at most), or for several labels an image `map` (mean over the
+    labels of the average precision) and `f1` (mean over the labels, scores from 0.5 on).
+
     Raises:
-        ValueError, TypeError: an unknown model, key or schedule, or a value that makes no sense.
+        ValueError, TypeError: an unknown model, key, loss or schedule, or a value that makes no sense; in training, a
+            target that is not of the loss's kind.
 
     Example:
         >>> import torch
@@ -261,6 +346,8 @@ class FinetuneModule(TunedModule):
         *,
         rules: Sequence[Mapping] | None = None,
         checkpoint: str | Mapping[str, Any] | None = None,
+        loss: str | Mapping[str, Any] | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
+        multi_label: bool | None = None,
         label_smoothing: float = 0.0,
         mixup: Mapping[str, Any] | None = None,
         optimizer: Mapping[str, Any] | None = None,
@@ -268,10 +355,10 @@ class FinetuneModule(TunedModule):
         channels_last: bool = False,
     ) -> None:
         super().__init__()
-        # Plain types only: Lightning stores these in the checkpoint and reads it with weights_only=True.
-        self.save_hyperparameters(
-            {key: plain(value) for key, value in locals().items() if key in arguments(type(self))}
-        )
+        given = {key: value for key, value in locals().items() if key in arguments(type(self))}
+        if "loss" in given:
+            given["loss"] = stored(loss)
+        self.save_hyperparameters(storable(given))
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing: expected 0 <= label_smoothing < 1, got {label_smoothing}")
         self._configure(optimizer, schedule)
@@ -281,8 +368,8 @@ class FinetuneModule(TunedModule):
             self.model.to(memory_format=torch.channels_last)
         self.channels_last = channels_last
 
-        given = num_classes or (model.get("num_classes") if isinstance(model, Mapping) else None)
-        self.num_classes = given or getattr(self.model, "num_classes", None)
+        classes = num_classes or (model.get("num_classes") if isinstance(model, Mapping) else None)
+        self.num_classes = classes or getattr(self.model, "num_classes", None)
         if self.num_classes is None or self.num_classes < 2:
             raise ValueError(f"num_classes: expected at least 2 classes, got {self.num_classes}")
         self.label_smoothing = label_smoothing
@@ -291,11 +378,13 @@ class FinetuneModule(TunedModule):
             check_keys("mixup", mixup, arguments(Mixup, "label_smoothing", "num_classes"))
             # Smoothing is left to the loss, which treats hard and mixed targets alike.
             self.mixup = Mixup(**plain(mixup), label_smoothing=0.0, num_classes=self.num_classes)
-        top = {f"top{k}": k for k in (1, min(5, self.num_classes))}
-        accuracy = {name: MulticlassAccuracy(self.num_classes, top_k=k, average="micro") for name, k in top.items()}
-        self.metrics = nn.ModuleDict(
-            {stage: MetricCollection(accuracy, prefix=f"{stage}_").clone() for stage in ("val", "test")}
-        )
+        if self.started_from[0] is None:
+            self.started_from = names_of_pretrained(self.model, model, self.num_classes)
+            if self.started_from[1].startswith("local-dir:"):
+                self.class_names = self.started_from[0]
+        self.criterion = Criterion(loss, self.num_classes, label_smoothing, self.mixup is not None, multi_label)
+        self.multi_label = self.criterion.multi_label
+        self.metrics = nn.ModuleDict({stage: self.criterion.metrics(f"{stage}_") for stage in ("val", "test")})
 
     @classmethod
     def bare(cls, model: Any) -> Any:
@@ -326,32 +415,52 @@ class FinetuneModule(TunedModule):
             return
         self.data_config = plain(getattr(data, "data_config", None))
         if stage == "predict":
-            return
-        found = getattr(data, "num_classes", self.num_classes)
-        if found != self.num_classes:
-            raise ValueError(f"num_classes: the model has {self.num_classes} classes, the data has {found}")
-        self.class_names = getattr(data, "class_names", None)
+            names = getattr(data, "known_class_names" if hasattr(data, "known_class_names") else "class_names", None)
+        else:
+            found = getattr(data, "num_classes", self.num_classes)
+            if found != self.num_classes:
+                raise ValueError(f"num_classes: the model has {self.num_classes} classes, the data has {found}")
+            names = getattr(data, "class_names", None)
+        compare(self.class_names, "in what the model was trained on", names, "in the data")
+        start, where = self.started_from
+        if self.class_names is None and start is not None and head_was_loaded(self.model, self.load_report, start):
+            compare(start, f"in {where}", names, "in the data", warn=stage == "fit")
+            self.class_names = None if stage == "fit" else start
+        self.class_names = self.class_names if names is None else [str(name) for name in names]
         if self.mixup is not None and getattr(data, "batch_size", 2) % 2:
             raise ValueError(f"batch_size: Mixup and CutMix need an even batch size, got {data.batch_size}")
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("dcn_plugin", {}).get("class_names")
+        compare(saved, "in the checkpoint", self.class_names, "in the data")
+        super().on_load_checkpoint(checkpoint)
 
     def on_train_epoch_start(self) -> None:
         if hasattr(self.trainer.datamodule, "set_epoch"):
             self.trainer.datamodule.set_epoch(self.current_epoch)
 
+    def _logits(self, images: Tensor) -> Tensor:
+        logits = self(images)
+        if not isinstance(logits, Tensor) or logits.shape != (len(images), self.num_classes):
+            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"model: expected logits [{len(images)}, {self.num_classes}] from it, got {got}")
+        return logits
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, target = batch
+        target = self.criterion.check(target, len(images))
         if self.mixup is not None:
             images, target = self.mixup(images, target)
-        loss = F.cross_entropy(self(images), target, label_smoothing=self.label_smoothing)
+        loss = self.criterion(self._logits(images), target, training=True)
         self.log("train_loss", loss, prog_bar=True, on_step=True, on_epoch=False, batch_size=len(images))
         return loss
 
     def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
         images, target = batch
-        logits = self(images)
+        target, logits = self.criterion.check(target, len(images)), self._logits(images)
         metrics: Any = cast(Any, self.metrics)[stage]
-        metrics.update(logits, target)
-        loss = F.cross_entropy(logits, target)
+        metrics.update(logits, self.criterion.labels(target))
+        loss = self.criterion(logits, target, training=False)
         self.log(f"{stage}_loss", loss, batch_size=len(images), sync_dist=True)
         self.log_dict(metrics, prog_bar=True, batch_size=len(images))
 
@@ -362,8 +471,13 @@ class FinetuneModule(TunedModule):
         self._evaluate("test", batch)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return label [N], its score [N] and all scores [N, num_classes] (softmax) of a batch."""
+        """Return label [N], its score [N] and all scores [N, K] (softmax) of a batch.
+
+        For several labels an image: labels [N, K] (bool, scores from 0.5 on) and scores [N, K] (sigmoid).
+        """
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
-        scores = self(images).float().softmax(dim=-1)
+        scores = self.criterion.scores(self._logits(images))
+        if self.multi_label:
+            return dict(labels=scores >= 0.5, scores=scores)
         score, label = scores.max(dim=-1)
         return dict(label=label, score=score, scores=scores)

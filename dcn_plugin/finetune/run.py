@@ -17,17 +17,23 @@ import pytorch_lightning.loggers
 import pytorch_lightning.strategies
 import torch
 from mmengine.config import Config
+from timm.data import Mixup
+from timm.scheduler import create_scheduler_v2
 
 from ..checkpoint import read_checkpoint
 from .callbacks import DetectionWriter, OffsetMonitor, PredictionWriter
-from .config import arguments, build_object, check_keys, plain, unknown
+from .command_line import at
+from .config import arguments, build_object, check_keys, check_kinds, plain, unknown
 from .data import ImageDataModule
 from .detection import CocoDataModule, DetectionModule
+from .digits import Digits
 from .export import export_model
+from .freezing import BackboneFinetuning
+from .guard import RunGuard, require_batches
 from .module import FinetuneModule, TunedModule
 
 TASKS = ("fit", "validate", "test", "predict")
-_OURS = {cls.__name__: cls for cls in (OffsetMonitor, PredictionWriter, DetectionWriter)}
+_OURS = {cls.__name__: cls for cls in (BackboneFinetuning, OffsetMonitor, PredictionWriter, DetectionWriter)}
 
 
 class Kind(NamedTuple):
@@ -48,7 +54,9 @@ def _classes(module: Any, base: type) -> dict[str, type]:
     return {name: value for name, value in vars(module).items() if isinstance(value, type) and issubclass(value, base)}
 
 
-CALLBACKS = _classes(pytorch_lightning.callbacks, pl.Callback) | _OURS
+# Without those that do nothing until they are subclassed.
+_BASES = ("Callback", "Checkpoint", "ProgressBar", "BaseFinetuning", "BasePredictionWriter")
+CALLBACKS = {k: v for k, v in _classes(pytorch_lightning.callbacks, pl.Callback).items() if k not in _BASES} | _OURS
 LOGGERS = _classes(pytorch_lightning.loggers, pytorch_lightning.loggers.Logger)
 STRATEGIES = _classes(pytorch_lightning.strategies, pytorch_lightning.strategies.Strategy)
 RUN_KEYS = ("module", "data", "trainer", "callbacks", "logger", "seed")
@@ -129,9 +137,13 @@ def load_config(path: str | Path, options: Mapping[str, Any] | None = None) -> d
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"config: expected a file, got {str(path)!r}, which does not exist")
-    config = Config.fromfile(str(path))
+    try:
+        config = Config.fromfile(str(path))
+    except Exception as error:  # the file is a program of the user's
+        raise ValueError(f"config: {path} does not load: {type(error).__name__}: {error}") from error
     if options:
-        config.merge_from_dict(dict(options))
+        with at(f"options {dict(options)}"):
+            config.merge_from_dict(dict(options))
     values = plain(config.to_dict())
     check_config(values)
     return values
@@ -146,7 +158,18 @@ def check_config(config: Mapping[str, Any]) -> None:
             raise ValueError(f"config: key {key!r} is missing; it has {', '.join(map(repr, config)) or 'none'}")
     check_keys("data", config["data"], arguments(kind.data))
     check_keys("trainer", config.get("trainer", {}), arguments(pl.Trainer, "callbacks", "logger"))
-    for name, spec in config.get("callbacks", {}).items():
+    check_kinds("", config, kind.module)
+    check_kinds("data.", config["data"], kind.data)
+    check_kinds("trainer.", config.get("trainer", {}), pl.Trainer)
+    for key, function in dict(schedule=create_scheduler_v2, mixup=Mixup).items():
+        check_kinds(f"{key}.", config.get(key) or {}, function)
+    if config["data"].get("name") == "digits":
+        for key in ("dataset", "train_dataset"):
+            check_kinds(f"data.{key}.", config["data"].get(key) or {}, Digits)
+    callbacks = config.get("callbacks", {})
+    if not isinstance(callbacks, Mapping):
+        raise TypeError(f"callbacks: expected a dict, got {type(callbacks).__name__} {callbacks!r}")
+    for name, spec in callbacks.items():
         if spec is not None and (not isinstance(spec, Mapping) or spec.get("type") not in CALLBACKS):
             got = spec.get("type") if isinstance(spec, Mapping) else spec
             raise ValueError(unknown("type", got, CALLBACKS, f"callbacks.{name}"))
@@ -163,7 +186,8 @@ def build_callbacks(config: Mapping[str, Any], work_dir: Path) -> list[pl.Callba
             spec.setdefault("dirpath", str(work_dir))
         if spec.get("type") in ("PredictionWriter", "DetectionWriter"):
             spec.setdefault("directory", str(work_dir))
-        callbacks.append(build_object(f"callbacks.{name}", spec, CALLBACKS))
+        with at(f"callbacks.{name}"):
+            callbacks.append(build_object(f"callbacks.{name}", spec, CALLBACKS))
     return callbacks
 
 
@@ -176,23 +200,33 @@ def build(config: Mapping[str, Any], work_dir: str | Path) -> tuple[pl.Trainer, 
     config = plain(config)
     check_config(config)
     if config.get("seed") is not None:
-        pl.seed_everything(config["seed"], workers=True, verbose=False)
+        with at("seed"):
+            pl.seed_everything(config["seed"], workers=True, verbose=False)
     kind = kind_of(config)
-    data = kind.data(**config["data"])
+    with at("data"):
+        data = kind.data(**config["data"])
     values = {key: config[key] for key in arguments(kind.module) if key in config}
     model = values["model"]
     if "num_classes" not in values and not (isinstance(model, dict) and ("num_classes" in model or "type" in model)):
-        values["num_classes"] = data.num_classes
-    module = kind.module(**values)
+        with at("data"):
+            values["num_classes"] = data.num_classes
+    with at("config"):
+        module = kind.module(**values)
 
     options = dict(config.get("trainer", {}))
     if isinstance(options.get("strategy"), Mapping):
-        options["strategy"] = build_object("trainer.strategy", options["strategy"], STRATEGIES)
-    logger = config.get("logger", dict(type="CSVLogger", name="logs"))
+        with at("trainer.strategy"):
+            options["strategy"] = build_object("trainer.strategy", options["strategy"], STRATEGIES)
+    logger = config.get("logger", True)
+    logger = dict(type="CSVLogger", name="logs") if logger is True else logger
     if logger:
-        logger = build_object("logger", dict(dict(save_dir=str(work_dir)), **logger), LOGGERS)
-    callbacks = build_callbacks(config.get("callbacks", {}), work_dir)
-    trainer = pl.Trainer(**options, callbacks=callbacks, logger=logger, default_root_dir=str(work_dir))
+        with at("logger"):
+            given = dict(save_dir=str(work_dir)) | plain(logger) if isinstance(logger, Mapping) else logger
+            logger = build_object("logger", given, LOGGERS)
+    # First, so that a run without data is stopped before another callback looks at it.
+    callbacks = [RunGuard(), *build_callbacks(config.get("callbacks", {}), work_dir)]
+    with at("trainer"):
+        trainer = pl.Trainer(**options, callbacks=callbacks, logger=logger, default_root_dir=str(work_dir))
     return trainer, module, data
 
 
@@ -245,20 +279,29 @@ def _run(config: Mapping[str, Any], work_dir: Path, task: str, checkpoint: str |
     trainer, module, data = build(config, work_dir)
     if module.conversion is not None and trainer.is_global_zero:
         print(module.conversion)
+    if checkpoint is not None:
+        _check_fits(module, checkpoint)
     if task != "fit":
         if checkpoint is not None:
             _load_weights(module, checkpoint)
-        if task == "validate":
-            return dict(trainer.validate(module, data, verbose=False)[0])
-        if task == "test":
-            return dict(trainer.test(module, data, verbose=False)[0])
+        if task in ("validate", "test"):
+            return _evaluate(trainer, module, data, task)
         writer = kind_of(config).writer
         if not any(isinstance(callback, writer) for callback in trainer.callbacks):
             trainer.callbacks.append(writer(work_dir))
         trainer.predict(module, data, return_predictions=False)
+        _check_limit(trainer, "predict")
+        require_batches(trainer, "predict", sum(trainer.num_predict_batches))
         return dict(predictions=str(work_dir / writer.filename))
 
-    trainer.fit(module, data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
+    try:
+        trainer.fit(module, data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
+    except ValueError as error:
+        if not str(error).startswith("loaded state dict"):
+            raise
+        said = "the optimizer of the config (its groups, what is frozen, its callbacks) is not that of"
+        raise ValueError(f"checkpoint: {said} {str(checkpoint)!r}: {error}") from error
+    _require_training(trainer)
     results: dict[str, Any] = {
         key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val_")
     }
@@ -270,11 +313,54 @@ def _run(config: Mapping[str, Any], work_dir: Path, task: str, checkpoint: str |
         if saver.monitor is not None and saver.best_model_score is not None:
             results = {"checkpoint": best, saver.monitor: float(saver.best_model_score)}
         _load_weights(module, best)
-    if data.splits["test"] is not None:
-        results |= trainer.test(module, data, verbose=False)[0]
+    if data.splits["test"] is not None and trainer.limit_test_batches != 0:
+        results |= _evaluate(trainer, module, data, "test")
     if trainer.is_global_zero:
         results["export"] = str(export_module(module, work_dir / "export"))
     return results
+
+
+def _evaluate(trainer: pl.Trainer, module: TunedModule, data: pl.LightningDataModule, task: str) -> dict[str, Any]:
+    """Return the numbers of 'validate' or 'test'."""
+    stage = "val" if task == "validate" else "test"
+    found = getattr(trainer, task)(module, data, verbose=False)
+    _check_limit(trainer, stage)
+    require_batches(trainer, stage, len(found))  # Lightning passes over an empty set that knows its length
+    return dict(found[0])
+
+
+def _check_limit(trainer: pl.Trainer, stage: str) -> None:
+    key = f"limit_{stage}_batches"
+    if getattr(trainer, key) == 0:
+        raise ValueError(f"trainer.{key}: expected batches to run on, got 0")
+
+
+def _require_training(trainer: pl.Trainer) -> None:
+    """Raise ValueError if no step was ever taken, in this run or before the checkpoint that it continues from."""
+    if trainer.global_step:
+        return
+    limits = dict(
+        max_steps=trainer.max_steps, max_epochs=trainer.max_epochs, limit_train_batches=trainer.limit_train_batches
+    )
+    given = ", ".join(f"{key}=0" for key, value in limits.items() if value == 0)
+    why = f"trainer has {given}" if given else "it stopped before its first step"
+    raise ValueError(f"trainer: expected at least one step of training, got none ({why}); nothing is exported")
+
+
+def _check_fits(module: TunedModule, checkpoint: str | Path) -> None:
+    """Raise ValueError if a checkpoint is not Lightning's, or is of another model than the config's."""
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if not isinstance(saved, Mapping) or "state_dict" not in saved:
+        raise ValueError(f"checkpoint: expected one that Lightning wrote, got {str(checkpoint)!r} without 'state_dict'")
+    theirs = {name: tuple(value.shape) for name, value in saved["state_dict"].items()}
+    ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    for name in [*ours, *theirs]:
+        if ours.get(name) != theirs.get(name):
+            has, wants = (f"shape {found[name]}" if name in found else "no such weights" for found in (theirs, ours))
+            raise ValueError(
+                f"checkpoint: expected the weights of the config's model, got {str(checkpoint)!r} of another: "
+                f"{name} has {has}, the model {wants}"
+            )
 
 
 def _load_weights(module: TunedModule, checkpoint: str | Path) -> None:

@@ -11,7 +11,6 @@ from torch import nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
@@ -20,6 +19,7 @@ from torchvision.ops.poolers import initLevelMapper
 from dcn_plugin.layers import MultiScaleDeformRoIPool
 
 from .dcn_detection_backbone import DetectionBackbone
+from .dcn_detection_heads import box_heads
 from .dcn_detection_options import OPTIONS, check_options, choose, fill_in
 from .dcn_rfcn import FirstMapRPN, ForEachClass, PSRoIMaps, Vote
 
@@ -81,7 +81,8 @@ def faster_rcnn(
 
     ``model(images, targets)`` gives torchvision's four losses in training mode, and in evaluation mode a dict of
     ``boxes`` [L, 4] (x1, y1, x2, y2 in pixels), ``labels`` and ``scores`` for each image. Images are a list of
-    [C, H, W] in 0..1, of any sizes.
+    [C, H, W] in 0..1, of any sizes. A training batch that leaves the heads nothing, without boxes and with every
+    proposal fallen away, has losses of 0 there, where torchvision's are NaN.
 
     Args:
         num_classes: classes with the background, which is class 0.
@@ -127,7 +128,9 @@ def faster_rcnn(
         box_head = _box_head(box_head, body.out_channels, options["box_roi_pool"].output_size)
     if box_predictor is None:
         box_predictor = _box_predictor(box_head, num_classes)
-    return FasterRCNN(body, box_head=box_head, box_predictor=box_predictor, **options)
+    model = FasterRCNN(body, box_head=box_head, box_predictor=box_predictor, **options)
+    model.roi_heads = box_heads(options["box_roi_pool"], box_head, box_predictor, {**OPTIONS, **options})
+    return model
 
 
 def rfcn(
@@ -213,19 +216,7 @@ def rfcn(
         samples_per_part,
         offset_scale,
     )
-    roi_heads = RoIHeads(
-        pool,
-        Vote(),
-        ForEachClass(),
-        o["box_fg_iou_thresh"],
-        o["box_bg_iou_thresh"],
-        o["box_batch_size_per_image"],
-        o["box_positive_fraction"],
-        o["bbox_reg_weights"],
-        o["box_score_thresh"],
-        o["box_nms_thresh"],
-        o["box_detections_per_img"],
-    )
+    roi_heads = box_heads(pool, Vote(), ForEachClass(), o)
     transform = GeneralizedRCNNTransform(
         o["min_size"], o["max_size"], o["image_mean"], o["image_std"], o["size_divisible"], o["fixed_size"]
     )

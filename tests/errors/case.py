@@ -47,6 +47,8 @@ def outcome(case: Case) -> Outcome:
         try:
             case.call(**{name: given[name] for name in inspect.signature(case.call).parameters if name in given})
         except Exception as error:
-            found = frozenset(places(error.__traceback__))
+            found, cause = frozenset(places(error.__traceback__)), error.__cause__
+            while cause is not None:  # raised by the package too, or by what it calls
+                found, cause = found | frozenset(places(cause.__traceback__)), cause.__cause__
             return Outcome(error.with_traceback(None), found)
     return Outcome(None, frozenset())

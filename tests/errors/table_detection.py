@@ -1,18 +1,19 @@
 """Fine-tuning detectors: annotations in COCO's format, embedded scenes, module, study."""
 
 import json
-import sys
 import warnings
 from functools import partial
 from types import SimpleNamespace
 
+from PIL import Image
 from test_detection_finetune import FASTER, write_coco
 from torchmetrics.detection import mean_ap
 
 from dcn_plugin.finetune import CocoDataModule, DetectionModule
-from dcn_plugin.finetune.detection.data import CocoImages
+from dcn_plugin.finetune.detection.datasets import CocoImages
 from dcn_plugin.finetune.detection.scenes import draw_scene, write_scenes
 from dcn_plugin.finetune.detection.study import run_study
+from dcn_plugin.finetune.images import UnreadableImage
 from errors.case import Case
 
 BOX = dict(id=1, image_id=100, category_id=3, bbox=[1, 1, 5, 5])
@@ -29,7 +30,7 @@ def coco(changes=None, stage="fit", text=None, spoil=None, look=None, **options)
             spoil(tmp_path)
         data = CocoDataModule(root=str(tmp_path), **{"train": split, **options})
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*less than a pixel")
+            warnings.filterwarnings("ignore", ".*(less than a pixel|is left out)")
             data.setup(stage)
             if look is not None:
                 look(data)
@@ -41,14 +42,32 @@ def annotation(**changes):
     return coco(dict(annotations=[BOX | changes]))
 
 
-def val_with_other_categories(tmp_path):
-    categories = [dict(id=i, name="x") for i in (3, 7, 8)]
-    coco(val=write_coco(tmp_path, [], name="val", categories=categories))(tmp_path)
+def entry(key, number, **changes):
+    """The set as it is, but for one of its images, categories or annotations."""
+
+    def spoil(path):
+        whole = json.loads((path / "train.json").read_text())
+        whole[key][number].update(changes)
+        (path / "train.json").write_text(json.dumps(whole))
+
+    return coco(spoil=spoil)
 
 
-def without_pycocotools(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
-    coco()(tmp_path)
+def val_with_categories(**names):
+    def call(tmp_path):
+        categories = [dict(id=int(key[1:]), name=name) for key, name in names.items()]
+        coco(val=write_coco(tmp_path, [], name="val", categories=categories))(tmp_path)
+
+    return call
+
+
+def another_size(path):
+    Image.new("RGB", (80, 60)).save(path / "train" / "2.png")
+
+
+def unreadable(path, number="*"):
+    for file in (path / "train").glob(f"{number}.png"):
+        file.write_bytes(b"no image")
 
 
 def of_two_processes(stage, **options):
@@ -85,59 +104,105 @@ FILES = [
         coco(stage="predict", predict="empty", spoil=lambda path: (path / "empty").mkdir()),
         FileNotFoundError, "predict:", "expected images in", "found none",
     ),
-    Case(without_pycocotools, ModuleNotFoundError, "COCO data", "'dcn_plugin[detection]'", "needs pycocotools"),
     Case(coco(text='{"images": ['), ValueError, ANNOTATIONS, "is not JSON", "line 1 column"),
-    Case(coco(text="[]"), ValueError, ANNOTATIONS, "is not in COCO's format", "<class 'list'>"),
+    Case(coco(text="[]"), ValueError, ANNOTATIONS, "expected a dict", "got []"),
     Case(
-        coco(dict(annotations=None)), ValueError, ANNOTATIONS, "is not in COCO's format", "'NoneType' object"
+        coco(dict(annotations=None)), ValueError, ANNOTATIONS, "expected a list 'annotations'", "got None"
     ),
     Case(
         coco(dict(images={}, annotations=[])),
         ValueError, ANNOTATIONS, "expected a list 'images'", "got {}",
     ),
     Case(coco(dict(categories=[])), ValueError, ANNOTATIONS, "categories", "has no"),
+    Case(coco(dict(annotations=["x"])), ValueError, "annotations[0]:", "expected a dict", "got 'x'"),
     Case(
         coco(dict(annotations=[BOX, BOX])),
-        ValueError, ANNOTATIONS, "an 'id' of its own for everything in 'annotations'", "got [1, 1]",
+        ValueError, "annotations[1]:", "an 'id' of its own", "got 1, which another one of 'annotations' has too",
+    ),
+    *(
+        Case(entry("images", 2, id=key), ValueError, "images[2]:", "a whole number or a string", f"got {key!r}")
+        for key in (None, 1.5, True, "", [1], float("nan"))
+    ),
+    *(
+        Case(entry("categories", 1, name=name), ValueError, "category 7:", "expected 'name'", f"got {name!r}")
+        for name in (None, "", " ", ["a"], True)
+    ),
+    Case(
+        entry("categories", 1, name="kind3"),
+        ValueError, ANNOTATIONS, "a name of its own for every category", "got 'kind3' for categories 3 and 7",
+    ),
+    *(
+        Case(entry("images", 2, file_name=name), ValueError, "image 98:", "expected 'file_name'", f"got {name!r}")
+        for name in (None, "", 7)
+    ),
+    *(
+        Case(entry("images", 2, **sides), ValueError, "image 98:", "'width' and 'height' in whole pixels", got)
+        for sides, got in (
+            (dict(width=None), "got width None, height 30"), (dict(width="40", height="30"), "got width '40'"),
+            (dict(height=0), "height 0"), (dict(height=29.5), "height 29.5"), (dict(width=True), "got width True"),
+        )
     ),
     Case(annotation(image_id=5), ValueError, "annotation 1 is of image", "among the images", "5, which is not"),
+    Case(annotation(image_id="100"), ValueError, "annotation 1 is of image", "100, which is a number", "'100', which"),
     Case(annotation(category_id=4), ValueError, "annotation 1 has category", "among them", "4, which is not"),
+    Case(annotation(category_id="3"), ValueError, "annotation 1 has category", "3, which is a number", "'3', which"),
     *(
-        Case(annotation(bbox=box), ValueError, "annotation 1:", "'bbox' [x, y, width, height]", f"got {box!r}")
-        for box in ([1, 2, 3], [1, 2, 3, float("nan")], None)
+        Case(annotation(iscrowd=crowd), ValueError, "annotation 1:", "expected 'iscrowd' 0 or 1", f"got {crowd!r}")
+        for crowd in (None, "0", 2, [])
+    ),
+    *(
+        Case(annotation(area=area), ValueError, "annotation 1:", "expected 'area'", f"got {area!r}")
+        for area in (None, "25", -1, float("inf"))
+    ),
+    *(
+        Case(annotation(bbox=box), ValueError, "annotation 1:", "'bbox' [x, y, width, height]", f"got {box!r:.60}")
+        for box in ([1, 2, 3], [1, 2, 3, float("nan")], None, ["1", "2", "3", "4"], [1, 2, 3, True], [0, 0, 9, 10**400])
     ),
     Case(
         coco(spoil=lambda path: (path / "train/2.png").unlink()),
-        FileNotFoundError, "train.images:", "train.json names", "2.png does not exist",
+        FileNotFoundError, "train.images:", "train.json names for image 98", "2.png does not exist",
+    ),
+    Case(
+        coco(spoil=lambda path: ((path / "train/2.png").unlink(), (path / "train/2.png").mkdir())),
+        FileNotFoundError, "train.images:", "train.json names for image 98", "2.png is no file",
     ),
     Case(coco(bad_boxes="raise"), ValueError, ANNOTATIONS, "bad_boxes='skip'", "[5, 5, 0, 9] of annotation 5"),
     Case(
-        coco(dict(annotations=[]), empty_images="drop"),
-        ValueError, ANNOTATIONS, "with boxes to train on", "leaves no images",
+        coco(dict(annotations=[])), ValueError, ANNOTATIONS, "to train on", "has no box",
     ),
     Case(no_images, ValueError, "train.json", "images", "leaves no"),
     Case(
         coco(
-            spoil=lambda path: (path / "train/2.png").write_bytes(b"no image"),
-            look=lambda data: list(data._dataset("train")),
+            spoil=lambda path: unreadable(path, 2), look=lambda data: list(data._dataset("train")),
         ),
-        ValueError, "2.png", "unreadable image", "cannot identify image",
+        UnreadableImage, "2.png", "unreadable image", "cannot identify image",
     ),
     Case(
         coco(
             stage="predict", predict="train",
-            spoil=lambda path: (path / "train/2.png").write_bytes(b"no image"),
-            look=lambda data: list(data._dataset("predict")),
+            spoil=lambda path: unreadable(path, 2), look=lambda data: list(data._dataset("predict")),
         ),
-        ValueError, "2.png", "unreadable image", "cannot identify image",
+        UnreadableImage, "2.png", "unreadable image", "cannot identify image",
     ),
     Case(
-        val_with_other_categories,
-        ValueError, "val.annotations:", "only one of val and train", "category 8",
+        coco(spoil=unreadable, bad_images="skip", look=lambda data: data._dataset("train")[0]),
+        ValueError, "bad_images:", "expected an image that can be read", "found none",
+    ),
+    Case(coco(spoil=another_size), ValueError, "2.png", "expected 40x30 pixels", "got 80x60"),
+    Case(
+        val_with_categories(i3="kind3", i7="kind7", i8="kind8"),
+        ValueError, "val.annotations:", "category 8 ('kind8')", "is only in val",
+    ),
+    Case(
+        val_with_categories(i3="kind3", i7="kind90", i90="kind7"),
+        ValueError, "val.annotations:", "category 7 is 'kind90' in val", "'kind7' in train",
     ),
     Case(coco(num_classes=80), ValueError, "num_classes:", "expected 80 categories", "train.json has 3"),
     Case(of_two_processes("train", batch_size=3), ValueError, "batch_size:", "at most the 2 images", "got 3"),
-    Case(of_two_processes("val", limit=1), ValueError, "val:", "an image for each of 2 processes", "got 1"),
+    Case(
+        of_two_processes("val", limit=1, batch_size=1),
+        ValueError, "val:", "an image for each of 2 processes", "got 1",
+    ),
 ]  # fmt: skip
 
 
@@ -152,6 +217,7 @@ DATA = [
     Case(data(num_workers=-1), ValueError, "num_workers:", "expected 0 or more", "got -1"),
     Case(data(in_chans=2), ValueError, "in_chans:", "expected 1 or 3", "got 2"),
     Case(data(empty_images="drp"), ValueError, "empty_images:", "expected 'keep' or 'drop'", "got 'drp'"),
+    Case(data(bad_images="x"), ValueError, "bad_images:", "expected 'raise' or 'skip'", "got 'x'"),
     Case(data(bad_boxes="x"), ValueError, "bad_boxes:", "expected 'skip' or 'raise'", "got 'x'"),
     Case(
         data(name="digit_scenes", train=dict(images="a", annotations="b")),
@@ -206,12 +272,12 @@ SCENES = [
 module = partial(DetectionModule, FASTER)
 
 
-def beside(trained_on=None, **given):
+def beside(trained_on=None, names=None, **given):
     """The module as it meets its data."""
 
     def call():
         made = module(10)
-        made.category_ids = trained_on
+        made.category_ids, made.class_names = trained_on, names
         made.trainer = SimpleNamespace(datamodule=SimpleNamespace(**given))
         made.setup("fit")
 
@@ -228,7 +294,11 @@ MODULE = [
     Case(beside(num_classes=4), ValueError, "num_classes:", "the model has 10 classes", "the data has 4"),
     Case(
         beside([1, 2], category_ids=[1, 3]),
-        ValueError, "category_ids:", "the model was trained on [1, 2]", "the data has [1, 3]",
+        ValueError, "category_ids:", "category 2", "only in the model's training",
+    ),
+    Case(
+        beside([1, 2], ["cat", "dog"], category_ids=[1, 2], class_names=["cat", "Dog"]),
+        ValueError, "category_ids:", "category 2 is 'dog' in the model's training", "'Dog' in the data",
     ),
     Case(
         metric_without_pycocotools,

@@ -2,15 +2,18 @@
 
 import errno
 import importlib.util
+import io
 import math
 import os
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from PIL import Image
 from test_data import COLOURS, write_folder
 from test_finetune import DATA, MODEL, config, module
+from test_images import encoded, tiff
 from torch import nn
 
 import dcn_plugin.finetune
@@ -24,6 +27,7 @@ from dcn_plugin.finetune import (
     load_exported,
     run,
 )
+from dcn_plugin.finetune.images import UnreadableImage, read_image
 from dcn_plugin.finetune.run import build, quiet, writing_to
 from dcn_plugin.finetune.stages import check_seeds
 from errors.case import Case
@@ -149,6 +153,10 @@ MODULE = [
     Case(built(optimizer=dict(learning_rate=1)), ValueError, "optimizer:", "does not fit", "'learning_rate'"),
     Case(built(schedule=dict(warm_epochs=1)), ValueError, "schedule:", "'warmup_epochs'?", "unknown key 'warm_epochs'"),
     Case(built(schedule=dict(sched="cosin")), ValueError, "schedule.sched:", "expected one of", "got 'cosin'"),
+    *(
+        Case(lambda value=value: setattr(module(), "lr", value), ValueError, "lr:", "a positive number", f"got {value}")
+        for value in (0, -1.0, math.inf, True)
+    ),
     Case(built(checkpoint=dict(file="x")), ValueError, "checkpoint:", "a path or dict(path=..., ...)", "'file'"),
     Case(restored, ValueError, "path:", "a Lightning checkpoint of a FinetuneModule", "x.ckpt"),
     Case(endless, ValueError, "schedule:", "trainer.max_epochs or trainer.max_steps", "got none"),
@@ -217,6 +225,34 @@ def batch_too_large():
     data = ImageDataModule("digits", dataset=dict(limit=5), batch_size=8, input_size=(1, 48, 48))
     data.setup("fit")
     data.train_dataloader()
+
+
+def read(file, **options):
+    return lambda: read_image(file(), where="photo", **options)
+
+
+NUMBERS = np.array([[0.0, 7.0]])
+FILES = [
+    Case(
+        read(lambda: io.BytesIO(b"GIF?")), UnreadableImage, "unreadable image photo:", "cannot identify", "BytesIO",
+    ),
+    Case(
+        read(lambda: tiff(NUMBERS, 32, sample_format=3)),
+        UnreadableImage, "photo:", "SMinSampleValue and SMaxSampleValue", "floating-point values",
+    ),
+    Case(
+        read(lambda: tiff(NUMBERS, 32, sample_format=3, span=(5, 5))),
+        UnreadableImage, "photo:", "expected numbers between black 5 and white 5", "got 0.0 to 7.0",
+    ),
+    Case(
+        read(lambda: tiff(np.ones((2, 6)), 16, colours=3, span=(0, 4095))),
+        UnreadableImage, "photo:", "only the upper 8 of its 16 bits", "[0.0, 4095.0]",
+    ),
+    Case(
+        read(lambda: encoded(Image.new("RGB", (6, 4)), "PNG"), size=(8, 4)),
+        ValueError, "image photo:", "expected 8x4 pixels", "got 6x4",
+    ),
+]  # fmt: skip
 
 
 BOTH = (("train", COLOURS), ("val", COLOURS))
@@ -294,4 +330,4 @@ DATA_SETS = [
         ValueError, "green1.png", "data.bad_images='skip' takes the next image instead", "cannot identify image",
     ),
 ]  # fmt: skip
-CASES = CONFIG + MODULE + DATA_SETS
+CASES = CONFIG + MODULE + FILES + DATA_SETS

@@ -13,7 +13,8 @@ from torchmetrics.detection import MeanAveragePrecision
 
 from ..config import arguments, plain
 from ..module import TunedModule
-from .data import mixed_seed
+from .annotations import Id, first_difference
+from .datasets import mixed_seed
 
 Target = dict[str, Any]
 # What is logged of the metric: mean average precision over IoU 0.50:0.95, at 0.50, at 0.75, by size of the objects, and
@@ -82,7 +83,7 @@ class DetectionModule(TunedModule):
             # timm asks the model for its layers; torchvision's detectors know of none.
             cast(Any, self.model).group_matcher = layer_order(self.model)
         self._adapt(rules, checkpoint)
-        self.category_ids: list[int] | None = None
+        self.category_ids: list[Id] | None = None
         self._seen: list[tuple[Target, Target]] = []
 
     @classmethod
@@ -114,10 +115,25 @@ class DetectionModule(TunedModule):
         found = getattr(data, "num_classes", self.num_classes)
         if found != self.num_classes:
             raise ValueError(f"num_classes: the model has {self.num_classes} classes, the data has {found}")
-        ids = getattr(data, "category_ids", None)
-        if self.category_ids is not None and ids is not None and ids != self.category_ids:
-            raise ValueError(f"category_ids: the model was trained on {self.category_ids}, the data has {ids}")
-        self.category_ids, self.class_names = ids, getattr(data, "class_names", None)
+        ids, names = getattr(data, "category_ids", None), getattr(data, "class_names", None)
+        self._check_categories(self.category_ids, self.class_names, ids, names)
+        self.category_ids, self.class_names = ids, names
+
+    def _check_categories(self, ids: Any, names: Any, found_ids: Any, found_names: Any) -> None:
+        """Raise ValueError where a label of the model means something else in the data."""
+        if ids is None or found_ids is None:
+            return
+        if names is None or found_names is None:  # unknown, as in checkpoints of other programs
+            names, found_names = [""] * len(ids), [""] * len(found_ids)
+        trained, found = (dict(zip(*pair, strict=True)) for pair in ((ids, names), (found_ids, found_names)))
+        said = first_difference(trained, "in the model's training", found, "in the data")
+        if said is not None:
+            raise ValueError(f"category_ids: {said}")
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("dcn_plugin", {})
+        self._check_categories(saved.get("category_ids"), saved.get("class_names"), self.category_ids, self.class_names)
+        super().on_load_checkpoint(checkpoint)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
@@ -135,6 +151,8 @@ class DetectionModule(TunedModule):
 
     def _evaluate(self, batch: tuple[list[Tensor], list[Target]]) -> None:
         images, targets = batch
+        if not images:  # none of them could be read, and the data says 'skip'
+            return
         for found, target in zip(self(images), targets, strict=True):
             truth: Target = {key: target[key].cpu() for key in ("boxes", "labels", "iscrowd", "area") if key in target}
             self._seen.append(({key: value.float().cpu() for key, value in found.items()}, truth))
@@ -175,6 +193,8 @@ class DetectionModule(TunedModule):
     def predict_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> list[Target]:
         """Return for each image `image_id`, `boxes` [L, 4] (x1, y1, x2, y2), `labels` [L] in 1..K and `scores` [L]."""
         images, targets = batch
+        if not images:
+            return []
         return [dict(found, image_id=target["image_id"]) for found, target in zip(self(images), targets, strict=True)]
 
 
