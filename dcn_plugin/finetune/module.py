@@ -166,13 +166,17 @@ class TunedModule(pl.LightningModule):
         # Whether the run ends with an epoch, not within one (max_steps).
         self._updates_per_epoch = per_epoch if steps == per_epoch * (self.trainer.max_epochs or -1) else None
         # In optimizer steps, so that a run that ends within an epoch ends its schedule there.
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            **self.schedule_args,
-            num_epochs=steps / per_epoch,
-            step_on_epochs=False,
-            updates_per_epoch=per_epoch,
-        )
+        try:
+            scheduler, _ = create_scheduler_v2(
+                optimizer,
+                **self.schedule_args,
+                num_epochs=steps / per_epoch,
+                step_on_epochs=False,
+                updates_per_epoch=per_epoch,
+            )
+        except (TypeError, ValueError, AssertionError) as error:
+            got = f"{self.schedule_args!r} over {steps} steps, {per_epoch} an epoch"
+            raise ValueError(f"schedule: expected what timm takes, got {got}: {error}") from error
         return scheduler
 
     def _scale_rates(self, optimizer: Any, rates: Sequence[float] | None = None) -> None:
