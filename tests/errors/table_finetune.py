@@ -27,6 +27,7 @@ from dcn_plugin.finetune import (
     load_exported,
     run,
 )
+from dcn_plugin.finetune.callbacks import PredictionWriter
 from dcn_plugin.finetune.images import UnreadableImage, read_image
 from dcn_plugin.finetune.run import build, quiet, writing_to
 from dcn_plugin.finetune.stages import check_seeds
@@ -118,23 +119,173 @@ def endless():
     made.configure_optimizers()
 
 
-def beside(data, **changes):
-    """The module as it meets its data."""
+def beside(data, names=None, start=None, **changes):
+    """The module, which or whose weights may know names of its classes, as it meets its data."""
 
     def call():
         made = module(**changes)
+        made.class_names, made.started_from = names, (start, "x.pth")
         made.trainer = SimpleNamespace(datamodule=SimpleNamespace(**data))
-        made.setup("fit")
+        made.setup("fit" if start is None else "validate")
 
     return call
 
 
+def resumed():
+    made = module()
+    made.class_names = ["a", "b"]
+    made.on_load_checkpoint({"dcn_plugin": dict(class_names=["a", "b", "c"])})
+
+
 def import_without_torchmetrics(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchmetrics", None)
-    monkeypatch.delitem(sys.modules, "dcn_plugin.finetune.module")
+    for name in ("losses", "module"):
+        monkeypatch.delitem(sys.modules, f"dcn_plugin.finetune.{name}")
     path = dcn_plugin.finetune.__file__
     spec = importlib.util.spec_from_file_location("dcn_plugin.finetune", path, submodule_search_locations=[])
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+class Returns(nn.Module):
+    """A loss, or a model, that returns what it was given, and has a parameter if told so."""
+
+    def __init__(self, value=0, trained=False):
+        super().__init__()
+        self.value = value
+        if trained:
+            self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, logits, target=None):
+        return self.value
+
+
+def lost(loss, **changes):
+    return lambda: module(num_classes=3, loss=loss, **changes)
+
+
+def met(target, loss="cross_entropy", logits=None, **changes):
+    """A training step on 4 images with these targets."""
+
+    def call():
+        made = module(num_classes=3, loss=loss, **changes)
+        if logits is not None:
+            made.model = Returns(logits)
+        made.training_step((torch.zeros(4, 1, 32, 32), target), 0)
+
+    return call
+
+
+def restored_loss(loss):
+    def call(tmp_path):
+        torch.save({"state_dict": {}, "hyper_parameters": dict(model=MODEL, loss=loss)}, tmp_path / "x.ckpt")
+        FinetuneModule.restore(tmp_path / "x.ckpt")
+
+    return call
+
+
+def rsqrt_without_end():
+    made = module(schedule=dict(sched="rsqrt"))
+    loop = SimpleNamespace(setup_data=lambda: None)
+    made.trainer = SimpleNamespace(
+        estimated_stepping_batches=4, fit_loop=loop, num_training_batches=4, accumulate_grad_batches=1, max_epochs=1
+    )
+    made.configure_optimizers()
+
+
+MULTI_HOT = torch.tensor([[0.0, 0, 1], [1, 0, 1], [0, 1, 0], [0, 0, 0]])
+LOSSES = [
+    Case(lost(3), ValueError, "loss:", "expected a name, dict(type=..., ...) or a callable", "got 3"),
+    Case(lost(dict(weight=[1])), ValueError, "loss:", "dict(type=<name or import path>, ...)", "got {'weight': [1]}"),
+    Case(lost("cross_entropi"), ValueError, "loss:", "did you mean 'cross_entropy'?", "unknown loss 'cross_entropi'"),
+    Case(
+        lost(dict(type="cross_entropy", pos_weight=1)),
+        ValueError, "loss (cross_entropy):", "known: weight", "unknown key 'pos_weight'",
+    ),
+    *(
+        Case(lost(dict(type=kind, **{key: value})), ValueError, f"loss.{key}:", words, f"got {value!r}")
+        for kind, key, value, words in (
+            ("cross_entropy", "weight", [1, 2], "expected 3 non-negative numbers, one a class"),
+            ("cross_entropy", "weight", 2.0, "expected 3 non-negative numbers, one a class"),
+            ("cross_entropy", "weight", [1, 2, -1], "expected 3 non-negative numbers, one a class"),
+            ("binary_cross_entropy", "pos_weight", [1, 2], "one a class, or one for all"),
+            ("binary_cross_entropy", "pos_weight", math.inf, "one a class, or one for all"),
+            ("torch.nn.BCEWithLogitsLoss", "pos_weight", ["a"], "one a class, or one for all"),
+        )
+    ),
+    Case(lost("no_such_package.loss"), ValueError, "loss:", "expected an import path of a callable", "No module named"),
+    Case(lost("math.pi"), ValueError, "loss:", "expected an import path of a callable", "got 'math.pi', a float"),
+    Case(
+        lost(dict(type="torch.nn.CrossEntropyLoss", gamma=1)),
+        ValueError, "loss:", "torch.nn.CrossEntropyLoss does not take {'gamma': 1}", "unexpected keyword argument",
+    ),
+    Case(
+        lost("types.SimpleNamespace"),
+        ValueError, "loss:", "expected the path of a callable, or of a class of callables", "got types.SimpleNamespace",
+    ),
+    Case(lost(Returns(trained=True)), ValueError, "loss:", "expected a loss without parameters", "with scale"),
+    Case(lost(Returns(torch.zeros(2))), ValueError, "loss:", "that returns a single number", "which returns [2]"),
+    Case(lost(Returns(None)), ValueError, "loss:", "that returns a single number", "which returns NoneType"),
+    Case(
+        lost("SoftTargetCrossEntropy"),
+        ValueError, "loss:", "that takes logits [N, 3] and class indices [2]", "got SoftTargetCrossEntropy, which says",
+    ),
+    Case(
+        lost("AsymmetricLossSingleLabel", mixup=dict(mixup_alpha=1.0)),
+        ValueError, "loss:", "and probabilities [2, 3]", "got AsymmetricLossSingleLabel, which says",
+    ),
+    Case(
+        lost("cross_entropy", multi_label=True),
+        ValueError, "multi_label:", "expected False with loss='cross_entropy'", "got True",
+    ),
+    Case(
+        lost("binary_cross_entropy", multi_label=False),
+        ValueError, "multi_label:", "expected True with loss='binary_cross_entropy'", "got False",
+    ),
+    Case(
+        lost("binary_cross_entropy", label_smoothing=0.1),
+        ValueError, "label_smoothing:", "expected 0 unless loss='cross_entropy'", "got 0.1 with loss='binary",
+    ),
+    Case(
+        lost("binary_cross_entropy", mixup=dict(mixup_alpha=1.0)),
+        ValueError, "mixup:", "expected None with several labels an image", "got Mixup",
+    ),
+    Case(
+        met(MULTI_HOT),
+        ValueError, "target:", "class indices [4] in 0..2", "row [1.0, 0.0, 1.0]: for several labels an image",
+    ),
+    Case(met(MULTI_HOT.long()), ValueError, "target:", "class indices [4] in 0..2", "got int64 [4, 3]"),
+    Case(met(torch.eye(3)[[0, 1, 2, 0]].long()), ValueError, "target:", "class indices [4] in 0..2", "int64 [4, 3]"),
+    Case(
+        met(MULTI_HOT, mixup=dict(mixup_alpha=1.0)),
+        ValueError, "target:", "class indices [4] in 0..2", "got float32 [4, 3]",
+    ),
+    Case(met(torch.zeros(4)), ValueError, "target:", "class indices [4] in 0..2", "got float32 [4]"),
+    Case(met(torch.zeros(4, 1).long()), ValueError, "target:", "class indices [4] in 0..2", "got int64 [4, 1]"),
+    Case(met(torch.tensor([0, 1, 2, 3])), ValueError, "target:", "class indices [4] in 0..2", "got 3"),
+    Case(met(torch.tensor([0, 1, 2, -1])), ValueError, "target:", "class indices [4] in 0..2", "got -1"),
+    Case(met([0, 1, 2, 0]), ValueError, "target:", "class indices [4] in 0..2", "got list"),
+    Case(
+        met(torch.zeros(4).long(), "binary_cross_entropy"),
+        ValueError, "target:", "multi-hot [4, 3] in 0..1", "got int64 [4] (loss='cross_entropy' takes class indices)",
+    ),
+    Case(
+        met(2 * MULTI_HOT, "binary_cross_entropy"),
+        ValueError, "target:", "multi-hot [4, 3] in 0..1", "got values in 0.0..2.0",
+    ),
+    Case(
+        met(torch.zeros(4).long(), logits=torch.zeros(4, 3, 1, 1)),
+        ValueError, "model:", "expected logits [4, 3]", "got [4, 3, 1, 1]",
+    ),
+    Case(met(torch.zeros(4).long(), logits=[]), ValueError, "model:", "expected logits [4, 3]", "got list"),
+    Case(
+        restored_loss("os.system"),
+        ValueError, "loss:", "expected it as restore(path, loss=...)", "got 'os.system' from the checkpoint",
+    ),
+    Case(
+        restored_loss(dict(type="not stored", what="<lambda>")),
+        ValueError, "loss:", "expected the callable that was trained with", "a checkpoint, which cannot hold it",
+    ),
+]  # fmt: skip
 
 
 def exported(spec, tmp_path):
@@ -159,9 +310,25 @@ MODULE = [
     ),
     Case(built(checkpoint=dict(file="x")), ValueError, "checkpoint:", "a path or dict(path=..., ...)", "'file'"),
     Case(restored, ValueError, "path:", "a Lightning checkpoint of a FinetuneModule", "x.ckpt"),
+    Case(rsqrt_without_end, ValueError, "schedule:", "expected what timm takes", "{'sched': 'rsqrt'} over 4 steps"),
     Case(endless, ValueError, "schedule:", "trainer.max_epochs or trainer.max_steps", "got none"),
     Case(built(label_smoothing=1.5), ValueError, "label_smoothing:", "expected 0 <= label_smoothing < 1", "got 1.5"),
     Case(lambda: module(num_classes=1), ValueError, "num_classes:", "expected at least 2 classes", "got 1"),
+    Case(
+        lambda: module(model=dict(MODEL, act_layer=nn.ReLU)),
+        TypeError, "model.act_layer:", "which checkpoints and exported folders hold", "got type <class",
+    ),
+    Case(
+        beside(dict(num_classes=3, class_names=["a", "c", "b"]), num_classes=3, names=["a", "b", "c"]),
+        ValueError, "class_names:", "class 1 is 'b' in what the model was trained on", "'c' in the data",
+    ),
+    Case(
+        beside(dict(num_classes=3, class_names=["a", "c", "b"]), num_classes=3, start=["a", "b", "c"]),
+        ValueError, "class_names:", "class 1 is 'b' in x.pth", "'c' in the data",
+    ),
+    Case(
+        resumed, ValueError, "class_names:", "class 2 is 'c' in the checkpoint", "missing in the data"
+    ),
     Case(built(mixup=dict(alpha=1)), ValueError, "mixup:", "known: ", "unknown key 'alpha'"),
     Case(
         beside(dict(num_classes=10), num_classes=7),
@@ -172,6 +339,9 @@ MODULE = [
         ValueError, "batch_size:", "need an even batch size", "got 15",
     ),
     Case(lambda: OffsetMonitor(every_n_steps=0), ValueError, "every_n_steps:", "expected a positive number", "got 0"),
+    Case(
+        lambda tmp_path: PredictionWriter(tmp_path, threshold=2), ValueError, "threshold:", "a score in 0..1", "got 2"
+    ),
     Case(lambda: OffsetMonitor(limit=-1.0), ValueError, "limit:", "expected a positive number", "got -1.0"),
     Case(
         lambda tmp_path: exported(None, tmp_path),
@@ -330,4 +500,4 @@ DATA_SETS = [
         ValueError, "green1.png", "data.bad_images='skip' takes the next image instead", "cannot identify image",
     ),
 ]  # fmt: skip
-CASES = CONFIG + MODULE + FILES + DATA_SETS
+CASES = CONFIG + LOSSES + MODULE + FILES + DATA_SETS
