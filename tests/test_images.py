@@ -74,7 +74,9 @@ def tiff(values: np.ndarray, bits: int, *, sample_format=1, photometric=1, span=
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", UPRIGHT)
 def test_an_image_stands_upright(orientation, kind):
-    got = np.asarray(read_image(oriented(orientation, kind)), np.int16)
+    image = read_image(oriented(orientation, kind))
+    assert image.getexif().get(0x0112, 1) == 1
+    got = np.asarray(image, np.int16)
     want = UPRIGHT[orientation](CORNERS).astype(np.int16)
     assert got.shape == want.shape and abs(got - want).max() <= (6 if kind == "JPEG" else 0)
 
