@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from test_data import COLOURS, write_folder
 from test_finetune import DATA, MODEL, config, module
 from test_images import encoded, tiff
@@ -263,6 +263,15 @@ def vanished(data):
     data._dataset("val").dataset[0]
 
 
+def no_bits(tmp_path, monkeypatch):
+    def posterize(image, bits):
+        raise ValueError("bits must be between or equal to 1 and 8")
+
+    monkeypatch.setattr(ImageOps, "posterize", posterize)  # in every Pillow what it does from 13 on
+    look = lambda data: data.train_dataloader()  # noqa: E731
+    folder(*BOTH, augment=dict(auto_augment="rand-m9-mstd0.5-inc1"), look=look)(tmp_path)
+
+
 def two_orders(path):
     for split, order in (("train", "blue green red"), ("val", "red green blue")):
         (path / split / "classes.txt").write_text(order.replace(" ", "\n"))
@@ -372,8 +381,7 @@ DATA_SETS = [
         ValueError, "val_split:", "expected a folder or an uncompressed tar file", "val.tar: ",
     ),
     Case(
-        folder(*BOTH, augment=dict(auto_augment="rand-m9-mstd0.5-inc1"), look=lambda data: data.train_dataloader()),
-        ValueError, "augment:", "-mmax9", "'rand-m9-mstd0.5-inc1' draws magnitude 10, at which PosterizeIncreasing",
+        no_bits, ValueError, "augment: auto_augment='rand-m9-mstd0.5-inc1'", "-mmax9", "draws magnitude 10, at which",
     ),
     Case(
         lambda: list(ImageStream(SimpleNamespace(reader=[(FLOATS, 0)], target_transform=None), "L", "wds/ 'a'", False)),
