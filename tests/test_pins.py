@@ -17,7 +17,7 @@ WHY_NOT = {
         "filelock flatbuffers jinja2 networkx packaging psutil typing-extensions"
     ),
     "fetches, where no test may": "hf-xet httpx2 platformdirs",
-    "serves parts that are not called (training loops, configs and files of others)": "accelerate iopath mpmath regex yacs",
+    "serves parts that are not called (others' loops, configs, files)": "accelerate iopath mpmath regex yacs",
 }
 
 

@@ -1,4 +1,4 @@
-"""Augmentation policies at the ends of what they draw, on purpose: in training those come once in some hundred images."""
+"""Augmentation policies at the ends of what they draw, on purpose: training gets there once in some hundred images."""
 
 import random
 from pathlib import Path
