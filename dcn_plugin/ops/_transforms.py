@@ -1,8 +1,14 @@
-"""Function transforms that a compiled operator cannot follow."""
+"""Function transforms that a compiled operator cannot follow, and values that Python may look at in spite of them."""
+
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
+from torch._C import _functorch
 from torch._C._functorch import TransformType, get_interpreter_stack
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 
 def need_plain_torch() -> bool:
@@ -22,11 +28,28 @@ def _differentiates() -> bool:
     return transforms is not None and any(t.key() in (TransformType.Grad, TransformType.Jvp) for t in transforms)
 
 
-def values_are_known(t: torch.Tensor) -> bool:
-    """Whether Python may look at the values of ``t``: not while tracing, nor inside ``torch.func`` transforms."""
-    if torch.compiler.is_compiling() or get_interpreter_stack() is not None:
-        return False
-    return (
-        type(t) in (torch.Tensor, torch.nn.Parameter)
-        and torch.utils._python_dispatch._get_current_dispatch_mode() is None
-    )
+def look_at(t: Tensor, look: Callable[[Tensor], None]) -> None:
+    """Call ``look`` with the values of ``t``, unless they are not there to be seen, or looking would leave a trace.
+
+    That is while a graph is made, and for subclasses of a tensor. Beneath ``torch.func`` transforms the samples of
+    ``vmap`` come as leading dimensions.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    transforms = get_interpreter_stack()
+    if transforms is None and _get_current_dispatch_mode() is None:
+        if type(t) in _PLAIN:
+            look(t)
+        return
+    if any(transform.key() == TransformType.Functionalize for transform in transforms or ()):
+        return
+    while _functorch.is_functorch_wrapped_tensor(t):
+        samples = _functorch.maybe_get_bdim(t) if _functorch.is_batchedtensor(t) else None
+        t = _functorch.get_unwrapped(t)
+        t = t if samples is None else t.movedim(samples, 0)
+    if type(t) in _PLAIN:
+        with temporarily_clear_interpreter_stack(), _disable_current_modes():
+            look(t)
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
