@@ -148,6 +148,17 @@ def bin_by_bin(x, rois, offset_xy, output_size, scale, ratio, gamma, aligned=Tru
 
 
 @pytest.mark.parametrize("cls", MMCV_PACKS)
+def test_packs_pool_boxes_that_are_inside_out(cls):
+    """They predict from them and move their bins backwards, as RoIAlign does, of which this truth is made."""
+    layer, x, turned = shaken(cls((2, 3), 8, 16, 0.5, 2, **DOUBLE)), image(), ROIS[:, [0, 3, 2, 1, 4]]
+    offset, mask = layer.offsets(x, turned)
+    expected = bin_by_bin(x, turned, offset.flip(1), (2, 3), 0.5, 2, 0.1)
+    torch.testing.assert_close(layer(x, turned), expected if mask is None else expected * mask)
+    plain = roi_align(x, turned, (2, 3), 0.5, 2, aligned=True).flatten(1)
+    torch.testing.assert_close(layer.offset_fc(plain).unflatten(1, (2, 2, 3)).flip(1), offset)
+
+
+@pytest.mark.parametrize("cls", MMCV_PACKS)
 def test_pack_is_roi_align_bin_by_bin(cls):
     """The whole layer from the state dict, by torchvision and matrix products alone; offsets are (x, y) as in mmcv."""
     layer = shaken(cls((2, 3), 8, 16, 0.5, 2, gamma=0.2, **DOUBLE))

@@ -198,7 +198,8 @@ def test_graphs_and_transforms_give_what_eager_code_gives(case, config):
 
 
 @pytest.mark.parametrize(
-    ("case", "samples"), [(ALIGN, 0), (ALIGN, 2), (ALIGN, 30), (PART, 2), (PIXELS, 0)],
+    ("case", "samples"),
+    [(ALIGN, 0), (ALIGN, 2), (ALIGN, 30), (PART, 2), (PIXELS, 0)],
     ids=lambda v: str(v) if isinstance(v, int) else v.name,
 )
 @pytest.mark.parametrize("corner", [300, 1e18, 1.5e38, 3e38])
