@@ -158,7 +158,7 @@ def _bins(name: str, layer: Any, args: tuple, images: Any, boxes: Sequence[Tenso
 
 
 def _least_size(layer: Any, args: tuple) -> Tensor | None:
-    """What pooling takes a region for at least, in its pixels: [R, 1] or one for all; None where sizes may be negative."""
+    """What pooling takes a region for at least, in its pixels: [R, 1] or one for all; None: sizes may be negative."""
     if hasattr(layer, "offset_scale"):
         return torch.tensor(0.1 / getattr(layer, "score_pool", layer).spatial_scale)
     if getattr(layer, "aligned", True):

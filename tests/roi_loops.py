@@ -79,7 +79,7 @@ def loops_of_ps_roi_pool(input, rois, *, output_dim, group_size, output_size, sp
 def loops_of_deform_roi_pool(
     input, rois, offset=None, mask=None, *, output_size, spatial_scale, sampling_ratio, gamma, aligned
 ):
-    """mmcv's formulas (its aligned ones), with its (x, y) turned into (y, x); RoIAlign's first ones where not aligned."""
+    """mmcv's formulas (they are aligned), with (x, y) turned into (y, x); RoIAlign's first ones where not aligned."""
     (ph, pw), (height, width) = output_size, input.shape[2:]
     out = torch.zeros(len(rois), input.shape[1], ph, pw, dtype=input.dtype)
     for r, (n, x1, y1, x2, y2) in enumerate(rois.tolist()):

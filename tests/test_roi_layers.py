@@ -730,7 +730,7 @@ def test_unsound_boxes_of_the_pyramid_pool_are_named():
 
 
 def test_boxes_that_are_inside_out_are_pooled_from_a_pyramid():
-    """From the level of their area, as torchvision does; where that is below 0 it has none, and here it is the finest."""
+    """From the level of their area, as torchvision has it; where that is below 0 they have none: here the finest."""
     ours, maps = multiscale(), pyramid()
     theirs = MultiScaleRoIAlign(ours.featmap_names, (2, 3), 2, canonical_scale=32, canonical_level=3)
     boxes = boxes_of_all_sizes(5, 4)

@@ -34,7 +34,7 @@ class Pooled(nn.Module):
         self.layer, self.rois = layer, rois
 
     def forward(self, images):
-        return self.layer(images, self.rois)
+        return self.layer(torch.stack(list(images)), self.rois)
 
 
 def moved(layer: nn.Module, dy: float, dx: float, channels: str) -> nn.Module:

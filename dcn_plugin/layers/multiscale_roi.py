@@ -139,8 +139,8 @@ class MultiScaleDeformRoIPool(_Branched, MultiScaleRoIAlign):
 
         Args:
             x: feature maps by name, ``[N, C, H_l, W_l]`` each; others than ``featmap_names`` are left alone.
-            boxes: ``[L_n, 4]`` (x1, y1, x2, y2) for each image, in pixels of the image; L_n may be 0. One that is inside
-                out along one axis (x2 < x1) is pooled from the finest map.
+            boxes: ``[L_n, 4]`` (x1, y1, x2, y2) for each image, in pixels of the image; L_n may be 0. One that is
+                inside out along one axis (x2 < x1) is pooled from the finest map.
             image_shapes: (height, width) of each image. The first call takes the scale of each level from them.
 
         Returns:

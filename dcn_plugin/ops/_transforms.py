@@ -8,6 +8,7 @@ from torch._C import _functorch
 from torch._C._functorch import TransformType, get_interpreter_stack
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
+from torch.jit._trace import is_tracing
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 
@@ -34,14 +35,14 @@ def look_at(t: Tensor, look: Callable[[Tensor], None]) -> None:
     That is while a graph is made, and for subclasses of a tensor. Beneath ``torch.func`` transforms the samples of
     ``vmap`` come as leading dimensions.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or is_tracing():
         return
-    transforms = get_interpreter_stack()
-    if transforms is None and _get_current_dispatch_mode() is None:
+    transforms = get_interpreter_stack() or ()  # None without any
+    if not transforms and _get_current_dispatch_mode() is None:
         if type(t) in _PLAIN:
             look(t)
         return
-    if any(transform.key() == TransformType.Functionalize for transform in transforms or ()):
+    if any(transform.key() == TransformType.Functionalize for transform in transforms):
         return
     while _functorch.is_functorch_wrapped_tensor(t):
         samples = _functorch.maybe_get_bdim(t) if _functorch.is_batchedtensor(t) else None

@@ -1,4 +1,4 @@
-"""Eager code and graphs answer alike, whatever the values; docs/operators.md lists the inputs of which that is not true."""
+"""Eager code and graphs answer alike, whatever the values; docs/operators.md lists the inputs where they do not."""
 
 import functools
 import math
@@ -100,7 +100,7 @@ def test_eager_code_raises_and_graphs_give_nan(name, message, roi):
 @each_pool
 @each_raising
 def test_transforms_and_modes_are_eager_code(name, message, roi):
-    """What sees every call, such as torch's counter of operations, and what differentiates or maps one, outside graphs."""
+    """What sees every call, such as torch's counter of operations, and what differentiates or maps one."""
     case = BY_NAME[name]
     arguments = case.make(case.full)
     arguments["rois"][2] = torch.tensor(roi, dtype=torch.float64)
@@ -136,6 +136,19 @@ def test_transforms_and_modes_are_eager_code(name, message, roi):
         torch.func.vmap(torch.func.grad(lambda x, r: case.function(**{**options, "input": x, "rois": r}).sum()))(
             torch.stack([image, image]), rois[1]
         )
+
+
+@each_pool
+@pytest.mark.filterwarnings("ignore")  # tracing is deprecated
+def test_traced_code_gives_nan(name):
+    case = BY_NAME[name]
+    arguments = case.make(case.full)
+    options = {k: v for k, v in arguments.items() if k not in ("input", "rois")}
+    traced = torch.jit.trace(
+        lambda x, rois: case.function(input=x, rois=rois, **options), (arguments["input"], arguments["rois"])
+    )
+    arguments["rois"][2, 0] = 7
+    assert traced(arguments["input"], arguments["rois"])[2].isnan().all()
 
 
 # -- where they do ----------------------------------------------------------------------------------------------------
