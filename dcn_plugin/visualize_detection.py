@@ -172,6 +172,8 @@ def _bins(name: str, layer: Any, samples: Samples, sizes: Sequence[tuple[int, in
         frame = rois.sign() * (rois.abs() + 0.5).floor()
         frame = frame + torch.tensor([0.0, 0.0, 1.0, 1.0])
     start, size = frame[:, :2].flip(1), (frame[:, 2:] - frame[:, :2]).flip(1)
+    if (least := _least_size(layer, samples)) is not None:
+        size = size.maximum(least)
     cells = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     grid = (torch.stack(cells, dim=-1) + 0.5) / torch.tensor([height, width])
     bins = (start[:, None, None] + grid * size[:, None, None]) / ratio[:, None, None]
@@ -184,6 +186,19 @@ def _bins(name: str, layer: Any, samples: Samples, sizes: Sequence[tuple[int, in
     in_image = rois / ratio.flip(1).repeat(1, 2)
     weights = None if mask is None else of_bin(mask[order])
     return BinRecord(name, layer, of_image, in_image, bins, shifts, weights, samples.part)
+
+
+def _least_size(layer: Any, samples: Samples) -> Tensor | None:
+    """What pooling takes a region for at least, in its pixels: [R, 1] or one for all; None: sizes may be negative."""
+    if hasattr(layer, "offset_scale"):
+        return torch.tensor(0.1 / getattr(layer, "score_pool", layer).spatial_scale)
+    if getattr(layer, "aligned", True):
+        return None
+    levels = layer._levels(samples.input, samples.rois, samples.image_sizes)  # a pixel of the map that each region is pooled from
+    least = torch.full((len(levels.rois), 1), 1 / levels.scales[0])
+    for scale, own in zip(levels.scales, levels.members, strict=False):
+        least[own.cpu()] = 1 / scale
+    return least
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -331,7 +346,7 @@ def bin_shifts(
 
 def _draw_bins(axes: Any, box: Tensor, bins: Tensor, points: Tensor) -> None:
     x1, y1, x2, y2 = box.tolist()
-    size = torch.tensor([y2 - y1, x2 - x1])
+    size = torch.tensor([abs(y2 - y1), abs(x2 - x1)])
     height, width = (size / torch.tensor(bins.shape[:2])).tolist()
     # A pixel's centre is at its index in matplotlib.
     rest, moved = bins.reshape(-1, 2) - 0.5, points.reshape(-1, 2) - 0.5
@@ -344,7 +359,8 @@ def _draw_bins(axes: Any, box: Tensor, bins: Tensor, points: Tensor) -> None:
     axes.scatter(rest[:, 1], rest[:, 0], s=26, c=_GREEN, marker="+", linewidths=1.1, zorder=3)
     axes.scatter(moved[:, 1], moved[:, 0], s=12, c=_RED, linewidths=0, zorder=4)
     # Around the box, with whatever was moved out of it.
-    low = torch.minimum(moved.amin(0), torch.tensor([y1, x1])) - 0.15 * size
-    high = torch.maximum(moved.amax(0), torch.tensor([y2, x2])) + 0.15 * size
+    margin = 0.15 * size.clamp(min=1)
+    low = torch.minimum(moved.amin(0), torch.tensor([min(y1, y2), min(x1, x2)])) - margin
+    high = torch.maximum(moved.amax(0), torch.tensor([max(y1, y2), max(x1, x2)])) + margin
     axes.set_xlim(low[1].item(), high[1].item())
     axes.set_ylim(high[0].item(), low[0].item())

@@ -2,8 +2,9 @@
 
     python scripts/compare_peers.py
 
-Each question runs in a process of its own, since some of them end it. "right" is compared with the plain PyTorch
-reference in float64; "wrong" comes with the largest error, everything else with what was said.
+Each question runs in a process of its own. "right" is compared with the plain PyTorch reference in float64; "wrong"
+comes with the largest error, everything else with what was said. All questions are calls that are meant to work: what
+operators make of hostile values and shapes is asked of this package's own alone, in its tests.
 """
 
 from __future__ import annotations
@@ -125,14 +126,6 @@ def compiled(op: Operator) -> str:
     return compare(torch.compile(op, fullgraph=True, backend="aot_eager")(*given), truth(*given))
 
 
-def nan_offset(op: Operator) -> str:
-    given = arguments()
-    given[1][0, 0, 3, 3] = float("nan")
-    given[1][0, 2, 2, 2] = 1e30
-    found, expected = op(*given), truth(*given)
-    return "NaN where the offset is NaN, and only there" if torch.equal(found.isnan(), expected.isnan()) else "no NaN"
-
-
 def empty_batch(op: Operator) -> str:
     given = arguments()
     given = [t[:0].requires_grad_() if i != 2 else t.requires_grad_() for i, t in enumerate(given)]
@@ -185,15 +178,6 @@ def roi_pooling(op: Operator) -> str:
     return compare(op(*given), reference.deform_roi_pool(*given, output_size=(3, 3), sampling_ratio=2))
 
 
-def missing_channel(op: Operator) -> str:
-    x, offset, weight, mask = arguments()
-    try:
-        op(x, offset[:, :17], weight, mask)
-    except Exception as error:  # what is said is the answer
-        return f"{type(error).__name__}: {error}"
-    return "accepted"
-
-
 QUESTIONS: dict[str, Callable[[Operator], str]] = {
     "float16 on the CPU": lambda op: half_precision(op, torch.float16),
     "bfloat16 on the CPU": lambda op: half_precision(op, torch.bfloat16),
@@ -208,8 +192,6 @@ QUESTIONS: dict[str, Callable[[Operator], str]] = {
     "torch.export with dynamic sizes, saved and loaded": exported,
     "torch.onnx.export, run by onnxruntime": onnx,
     "an empty batch, with gradients": empty_batch,
-    "NaN and huge offsets": nan_offset,
-    "offset with a missing channel": missing_channel,
     "deformable RoI pooling on the CPU": roi_pooling,
 }
 
@@ -219,7 +201,7 @@ def answer(peer: str, question: str) -> str:
         [sys.executable, __file__, "--peer", peer, "--question", question], capture_output=True, text=True
     )
     if done.returncode:
-        return f"ends the process (status {done.returncode})"
+        return f"no answer: status {done.returncode}"
     return done.stdout.strip().splitlines()[-1]
 
 

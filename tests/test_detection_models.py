@@ -249,6 +249,29 @@ def test_bins_read_the_maps_of_their_own_position_and_class(deformable):
     torch.testing.assert_close(deltas, torch.arange(16.0).reshape(1, 4, 2, 2).expand(3, -1, -1, -1))
 
 
+@pytest.mark.parametrize("deformable", [False, True])
+def test_boxes_that_are_inside_out_are_regions_of_the_least_size(deformable):
+    """0.1 pixels of the map: each bin reads the one pixel (or, deformable, the place) at which its box begins."""
+    maps = rfcn_maps(deformable=deformable, offset_scale=0.2)
+    features = {"0": torch.rand(2, 6, 9, 9)}
+    turned = [torch.tensor([[24.0, 40.0, 3.0, 5.0], [8.0, 64.0, -1.0, 9.0]]), torch.tensor([[16.0, 32.0, 15.0, 31.0]])]
+    scores, deltas = maps(features, turned, [(72, 72)] * 2)
+    places = [(0, 5, 3), (0, 8, 1), (1, 4, 2)]
+    x = torch.relu(maps.conv(features["0"]))
+    for found, conv in ((scores, maps.scores), (deltas, maps.boxes)):
+        values = conv(x)
+        if not deformable:
+            expected = torch.stack([values[n, :, y, x] for n, y, x in places])
+            torch.testing.assert_close(found, expected.reshape(found.shape))
+        else:  # half a pixel before it, and less than 0.1 behind that
+            around = torch.stack([values[n, :, y - 1 : y + 1, x - 1 : x + 1].mean((1, 2)) for n, y, x in places])
+            bound = 0.1 * (values.amax((2, 3)) - values.amin((2, 3)))[[0, 0, 1]] * 2
+            assert ((found.flatten(1) - around).abs() <= bound).all()
+    sum(t.square().sum() for t in (scores, deltas)).backward()
+    assert all(p.grad.isfinite().all() for p in maps.parameters() if p.grad is not None)
+    assert all(conv.weight.grad.any() for conv in (maps.conv, maps.scores, maps.boxes))
+
+
 def test_votes_are_averaged_and_every_class_gets_the_one_box():
     model = rfcn(4, PLAIN, **RFCN)
     pooled = torch.rand(5, 4, 3, 3), torch.rand(5, 4, 3, 3)

@@ -148,6 +148,17 @@ def bin_by_bin(x, rois, offset_xy, output_size, scale, ratio, gamma, aligned=Tru
 
 
 @pytest.mark.parametrize("cls", MMCV_PACKS)
+def test_packs_pool_boxes_that_are_inside_out(cls):
+    """They predict from them and move their bins backwards, as RoIAlign does, of which this truth is made."""
+    layer, x, turned = shaken(cls((2, 3), 8, 16, 0.5, 2, **DOUBLE)), image(), ROIS[:, [0, 3, 2, 1, 4]]
+    offset, mask = layer.offsets(x, turned)
+    expected = bin_by_bin(x, turned, offset.flip(1), (2, 3), 0.5, 2, 0.1)
+    torch.testing.assert_close(layer(x, turned), expected if mask is None else expected * mask)
+    plain = roi_align(x, turned, (2, 3), 0.5, 2, aligned=True).flatten(1)
+    torch.testing.assert_close(layer.offset_fc(plain).unflatten(1, (2, 2, 3)).flip(1), offset)
+
+
+@pytest.mark.parametrize("cls", MMCV_PACKS)
 def test_pack_is_roi_align_bin_by_bin(cls):
     """The whole layer from the state dict, by torchvision and matrix products alone; offsets are (x, y) as in mmcv."""
     layer = shaken(cls((2, 3), 8, 16, 0.5, 2, gamma=0.2, **DOUBLE))
@@ -711,11 +722,26 @@ def test_pyramid_pool_under_function_transforms():
 
 def test_unsound_boxes_of_the_pyramid_pool_are_named():
     pool, maps, boxes = multiscale(), pyramid(), boxes_of_all_sizes(2, 3)
-    for wrong in (math.nan, -80.0):  # inside out, or no size at all: it has no level, but is not left out
+    for wrong in (math.nan, math.inf):  # it has no level, but is not left out
         bad = [boxes[0].clone(), boxes[1]]
         bad[0][0, 2] = wrong
         with pytest.raises(ValueError, match="rois.*row 0"):
             pool(maps, bad, SHAPES)
+
+
+def test_boxes_that_are_inside_out_are_pooled_from_a_pyramid():
+    """From the level of their area, as torchvision has it; where that is below 0 they have none: here the finest."""
+    ours, maps = multiscale(), pyramid()
+    theirs = MultiScaleRoIAlign(ours.featmap_names, (2, 3), 2, canonical_scale=32, canonical_level=3)
+    boxes = boxes_of_all_sizes(5, 4)
+    both = [b[:, [2, 3, 0, 1]] for b in boxes]
+    torch.testing.assert_close(ours(maps, both, SHAPES), theirs(maps, both, SHAPES))
+    one = [boxes[0], boxes[1].clone()]
+    one[1][2] = one[1][2, [2, 1, 0, 3]]
+    found, expected = ours(maps, one, SHAPES), ours(maps, boxes, SHAPES)
+    torch.testing.assert_close(found[:7], expected[:7])
+    torch.testing.assert_close(found[8:], expected[8:])
+    torch.testing.assert_close(found[7:8], roi_align(maps["0"][1:], [one[1][2:3]], (2, 3), 1 / 4, 2))
 
 
 def test_trains_in_torchvisions_faster_rcnn():

@@ -34,7 +34,7 @@ class Pooled(nn.Module):
         self.layer, self.rois = layer, rois
 
     def forward(self, images):
-        return self.layer(images, self.rois)
+        return self.layer(torch.stack(list(images)), self.rois)
 
 
 def moved(layer: nn.Module, dy: float, dx: float, channels: str) -> nn.Module:
@@ -83,6 +83,34 @@ def test_position_sensitive_bins_start_at_rounded_boxes_and_take_the_offset_of_t
     chosen = item.shifted(torch.tensor([1]))
     assert torch.equal(chosen, item.bins + item.shifts[:, 1])
     torch.testing.assert_close(item.boxes[0], rois[0, 1:])
+
+
+def test_bins_of_boxes_that_are_inside_out_lie_where_they_are_pooled():
+    turned = torch.tensor([[0.0, 16.0, 8.0, 4.0, 14.0]])  # x from 16 back to 4
+    layer = DeformRoIPoolPack((2, 3), 4, deform_fc_channels=8, spatial_scale=0.5, gamma=0.2)
+    (item,) = record_bins(Pooled(moved(layer, 0.0, 1.0, "xy"), turned), torch.rand(1, 4, 8, 8))
+    assert item.bins[0].tolist() == [[[9.5, 14], [9.5, 10], [9.5, 6]], [[12.5, 14], [12.5, 10], [12.5, 6]]]
+    torch.testing.assert_close(item.shifts[0, 0, 0, 0], torch.tensor([0.0, 0.2 * -12]))
+    # Position-sensitive: 0.1 pixels of the map wide, which is half as large as the image; 7 high.
+    layer = DeformPSRoIPoolPack(1, 2, (1, 2), spatial_scale=0.5, offset_scale=0.5, deform_fc_channels=8)
+    (item,) = record_bins(Pooled(moved(layer, 1.0, 1.0, "yx"), turned), torch.rand(1, 4, 8, 8))
+    torch.testing.assert_close(item.bins[0, 0], torch.tensor([[11.5, 16.05], [11.5, 16.15]]))
+    torch.testing.assert_close(item.shifts[0, 0, 0, 0], torch.tensor([0.5 * 7, 0.5 * 0.2]))
+    pytest.importorskip("matplotlib")
+    (axes,) = bin_shifts(Pooled(layer, turned), torch.rand(4, 8, 8), turned[:, 1:]).axes
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    assert left < 4 and right > 16 and top < 8 and bottom > 14
+
+
+def test_bins_of_a_pyramid_are_those_of_regions_of_at_least_a_pixel_of_their_map():
+    """Not aligned, as torchvision's: of the finest map, whose pixels are 4 of the image."""
+    model = faster(output_size=2, gamma=0.3)
+    moved(model.roi_heads.box_roi_pool, 1.0, 1.0, "yx")
+    boxes = torch.tensor([[24.0, 6.0, 4.0, 16.0], [8.0, 8.0, 9.0, 9.0]])
+    (item,) = record_bins(model, torch.rand(1, 64, 64), [boxes])
+    torch.testing.assert_close(item.bins[0, :, :, 1], torch.tensor([[25.0, 27.0], [25.0, 27.0]]))
+    torch.testing.assert_close(item.bins[1, :, :, 0], torch.tensor([[9.0, 9.0], [11.0, 11.0]]))
+    torch.testing.assert_close(item.shifts[:, 0, 0, 0], torch.tensor([[0.3 * 10, 0.3 * 4], [0.3 * 4, 0.3 * 4]]))
 
 
 @pytest.mark.parametrize("size", [(64, 64), (32, 48), (128, 160)])

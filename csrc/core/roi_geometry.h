@@ -35,7 +35,8 @@ DCN_HOST_DEVICE A rounded_product(A a, A b) {
 #endif
 }
 
-// A region on the map; [0] is y, [1] is x. image < 0: one that names no image, is inside out or not finite on the map.
+// A region on the map; [0] is y, [1] is x. image < 0: one that names no image or is not finite on the map. With kAlign
+// one that is inside out may have a negative size, and so bins and steps; the other rules have a least size.
 template <typename A>
 struct RoiFrame {
   int64_t image;
@@ -51,13 +52,16 @@ struct Span {
 // The samples of one bin along one axis.
 template <typename A>
 struct BinAxis {
-  A first, step, phase;  // sample i lies at first + (i + phase) * step
+  A first, step, phase;  // sample i lies at first + (i + phase) * step; step < 0 in a region that is inside out
   int64_t begin, end;    // the others are not on the map
   A low, high, last;     // within [low, high] a sample is on the map; the centre of the last pixel
   A samples;             // what the average is over
 
   DCN_HOST_DEVICE A at(int64_t i) const { return first + distance(i); }
   DCN_HOST_DEVICE A distance(int64_t i) const { return rounded_product(static_cast<A>(i) + phase, step); }
+  DCN_HOST_DEVICE bool falls() const { return step < 0; }
+  // Number i of the samples [from, to), counted so that positions never fall.
+  DCN_HOST_DEVICE int64_t rising(int64_t i, int64_t from, int64_t to) const { return falls() ? to - 1 - i : from + i; }
   // Of a sample at p: where it is moved on the map; whether it is on it, or NaN: a diverged offset shows; whether its
   // value changes with p: not so beyond the centres of the outer pixels.
   DCN_HOST_DEVICE A on_map(A p) const { return p < 0 ? A(0) : (p > last ? last : p); }
@@ -66,26 +70,28 @@ struct BinAxis {
 
   // What the samples may read of an axis of n pixels; a NaN position reads none.
   DCN_HOST_DEVICE Span span(int64_t n) const {
-    const A from = at(begin), to = at(end - 1);
-    if (begin >= end || !(from <= high && to >= low)) return {0, 0};
+    if (begin >= end) return {0, 0};
+    const A from = at(rising(0, begin, end)), to = at(rising(end - begin - 1, begin, end));
+    if (!(from <= high && to >= low)) return {0, 0};
     const int64_t beyond = static_cast<int64_t>(on_map(to)) + 2;
     return {static_cast<int64_t>(on_map(from)), beyond < n ? beyond : n};
   }
   // The same axis with the samples that read these pixels alone; the others do not. Not for NaN positions.
   DCN_HOST_DEVICE BinAxis reading(const Span& pixels) const {
     BinAxis axis = *this;
-    axis.begin = first_from(pixels.first - 1);
-    axis.end = first_from(pixels.last);
+    const int64_t low_edge = edge(pixels.first - 1), high_edge = edge(pixels.last);
+    axis.begin = falls() ? high_edge : low_edge;
+    axis.end = falls() ? low_edge : high_edge;
     return axis;
   }
 
  private:
-  // The first sample on `pixel` or beyond: positions never fall with i.
-  DCN_HOST_DEVICE int64_t first_from(int64_t pixel) const {
+  // The first sample that has passed the edge before `pixel`, whichever way the samples go; they never turn back.
+  DCN_HOST_DEVICE int64_t edge(int64_t pixel) const {
     int64_t from = begin, to = end;
     while (from < to) {
       const int64_t middle = from + (to - from) / 2;
-      if (static_cast<int64_t>(on_map(at(middle))) < pixel)
+      if ((static_cast<int64_t>(on_map(at(middle))) < pixel) != falls())
         from = middle + 1;
       else
         to = middle;
@@ -135,7 +141,7 @@ struct RoiGeometry {
     const A lower[2] = {roi[2], roi[1]}, upper[2] = {roi[4], roi[3]};
     bool sound = roi[0] >= 0 && roi[0] <= static_cast<A>(batch);
     for (int axis = 0; axis < 2; ++axis)  // infinity - infinity is not 0
-      sound = sound && upper[axis] >= lower[axis] && upper[axis] - upper[axis] == 0 && lower[axis] - lower[axis] == 0;
+      sound = sound && upper[axis] - upper[axis] == 0 && lower[axis] - lower[axis] == 0;
     if (!sound) return f;
     const int64_t image = static_cast<int64_t>(roi[0]);
     if (image >= batch || static_cast<A>(image) != roi[0]) return f;
@@ -154,7 +160,8 @@ struct RoiGeometry {
         if (f.size[axis] < A(0.1)) f.size[axis] = A(0.1);
       }
       f.bin[axis] = f.size[axis] / static_cast<A>(bins_along(axis));
-      f.samples[axis] = grid > 0 ? static_cast<A>(grid) : std::ceil(f.bin[axis]);
+      // An adaptive number of samples follows the size: none where that is not positive.
+      f.samples[axis] = grid > 0 ? static_cast<A>(grid) : (f.bin[axis] > 0 ? std::ceil(f.bin[axis]) : A(0));
       f.step[axis] = f.bin[axis] / f.samples[axis];
       // Scaled beyond the largest number.
       if (!(f.start[axis] - f.start[axis] == 0 && f.size[axis] - f.size[axis] == 0)) f.image = -1;

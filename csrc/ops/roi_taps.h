@@ -145,7 +145,8 @@ class AxisTaps {
       row[b] = along[b] = 0;
     }
     for (int64_t i = 0; i < samples; ++i) {
-      place_sample(axis, axis.distance(i), extent, g.rule == RoiRule::kPart ? A(1) : A(0));
+      const A distance = axis.distance(axis.rising(i, 0, samples));
+      place_sample(axis, distance, extent, g.rule == RoiRule::kPart ? A(1) : A(0));
       for (int64_t t = 2 * i; t < 2 * i + 2; ++t) clear_taps(t);
       for (int64_t t = 0; t < 2 * i + 2; ++t) add_sample(t);
     }
@@ -218,7 +219,7 @@ class AxisTaps {
     A *const weight = weight_.data() + start, *const slope = slope_.data() + start;
     Index place = -1, row = 0, along = 0;
     for (int64_t i = 0; i < samples; ++i) {
-      const A p = axis.at(axis.begin + i);
+      const A p = axis.at(axis.rising(i, axis.begin, axis.end));
       if (!axis.reads(p)) continue;
       const bool moves = axis.moves(p);
       along |= kRead | (moves ? kMoves : 0);

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.fx
 from torch import Tensor, nn
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, box_area
 from torchvision.ops.poolers import _setup_scales
 
 from ..ops import _check, deform_roi_pool
@@ -145,7 +145,8 @@ class MultiScaleDeformRoIPool(_Branched, MultiScaleRoIAlign):
 
         Args:
             x: feature maps by name, ``[N, C, H_l, W_l]`` each; others than ``featmap_names`` are left alone.
-            boxes: ``[L_n, 4]`` (x1, y1, x2, y2) for each image, in pixels of the image; L_n may be 0.
+            boxes: ``[L_n, 4]`` (x1, y1, x2, y2) for each image, in pixels of the image; L_n may be 0. One that is
+                inside out along one axis (x2 < x1) is pooled from the finest map.
             image_shapes: (height, width) of each image. The first call takes the scale of each level from them.
 
         Returns:
@@ -239,8 +240,10 @@ def _assign(maps: list[Tensor], boxes: list[Tensor], scales: list[float], mapper
     rois = torch.cat([torch.cat(image), torch.cat(boxes)], 1)
     if len(maps) == 1:
         return _Levels(maps, scales, rois, [])
-    # Boxes whose size is no number have no level; left out here, they would shift the results of the others.
-    number = _level_of(boxes, mapper).clamp(0, len(maps) - 1)
+    # Inside out along one axis, a box has an area below 0, whose root is no number: it belongs where one without area
+    # does. Boxes that are not finite have no level; left out here, they would shift the results of the others.
+    sized = [torch.where(box_area(b)[:, None] < 0, 0, b) for b in boxes]
+    number = _level_of(sized, mapper).clamp(0, len(maps) - 1)
     members = [torch.where(number == level)[0] for level in range(len(maps))]
     return _Levels(maps, scales, rois, members)
 

@@ -5,11 +5,17 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
+from torch._C import _functorch
 from torch._C._functorch import TransformType, get_interpreter_stack
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def is_tracing() -> bool:
@@ -54,11 +60,30 @@ def _differentiates() -> bool:
     return transforms is not None and any(t.key() in (TransformType.Grad, TransformType.Jvp) for t in transforms)
 
 
-def values_are_known(t: torch.Tensor) -> bool:
-    """Whether Python may look at the values of ``t``: not while tracing, nor inside ``torch.func`` transforms."""
+def values_are_known(t: Tensor) -> bool:
+    """Whether Python may look at the values of ``t``: not while a graph is made, nor inside ``torch.func`` transforms."""
     if torch.compiler.is_compiling() or is_tracing() or get_interpreter_stack() is not None:
         return False
-    return (
-        type(t) in (torch.Tensor, torch.nn.Parameter)
-        and torch.utils._python_dispatch._get_current_dispatch_mode() is None
-    )
+    return type(t) in _PLAIN and _get_current_dispatch_mode() is None
+
+
+def look_at(t: Tensor, look: Callable[[Tensor], None]) -> None:
+    """Call ``look`` with the values of ``t``, unless they are not there to be seen, or looking would leave a trace.
+
+    That is while a graph is made, and for subclasses of a tensor. Beneath ``torch.func`` transforms the samples of
+    ``vmap`` come as leading dimensions.
+    """
+    if torch.compiler.is_compiling() or is_tracing():
+        return
+    if values_are_known(t):
+        look(t)
+        return
+    if any(transform.key() == TransformType.Functionalize for transform in get_interpreter_stack() or ()):
+        return
+    while _functorch.is_functorch_wrapped_tensor(t):
+        samples = _functorch.maybe_get_bdim(t) if _functorch.is_batchedtensor(t) else None
+        t = _functorch.get_unwrapped(t)
+        t = t if samples is None else t.movedim(samples, 0)
+    if type(t) in _PLAIN:
+        with temporarily_clear_interpreter_stack(), _disable_current_modes():
+            look(t)

@@ -46,7 +46,9 @@ def deform_roi_pool(
         spatial_scale: input pixels per image pixel, for instance 1/16.
         sampling_ratio: samples of a bin along each axis; 0 or less takes ceil(bin size) of them.
         gamma: scale of the offsets.
-        aligned: shift by half a pixel, so that pixel (i, j) covers [i, i + 1); otherwise regions are at least 1 x 1.
+        aligned: shift by half a pixel, so that pixel (i, j) covers [i, i + 1), and a region that is inside out
+            (x2 < x1) is pooled backwards, with as many samples as ``sampling_ratio`` says, and 0 where that is 0;
+            otherwise regions are at least 1 x 1.
         rois, offset and mask may be float32 beside a half-precision input.
 
     Returns:
@@ -55,7 +57,7 @@ def deform_roi_pool(
     Raises:
         ValueError: a shape, size, device or region does not fit. TypeError: a type does not fit. Both name the
             argument. A region whose values cannot be looked at without waiting (on CUDA, in a compiled graph) and that
-            names no image of the batch, is inside out or not finite, gives NaN and passes no gradient to the input.
+            names no image of the batch or is not finite, gives NaN and passes no gradient to the input.
 
     Example:
         >>> import torch
@@ -104,7 +106,8 @@ def deform_ps_roi_pool(
 
     with ``c(d, p) = (d * group_size + g_y) * group_size + g_x`` for the group (g_y, g_x) that bin p lies in. As in the
     original, corners are rounded (half away from zero) before scaling and the last pixel belongs to the region, sizes
-    are at least 0.1, samples start at the bin's own start, and the average is over those that lie within the input.
+    are at least 0.1 (those of regions that are inside out, too), samples start at the bin's own start, and the average
+    is over those that lie within the input.
 
     Args:
         input: ``[N, output_dim * group_size ** 2, H, W]``; any type and layout that ``deform_roi_pool`` takes.
@@ -165,8 +168,9 @@ def ps_roi_pool(
     .. math:: out(r, d, p) = \frac{1}{|B(r, p)|} \sum_{q \in B(r, p)} input_{c(d, p)}(q)
 
     with channels as in :func:`deform_ps_roi_pool`. Corners are rounded (half away from zero) before scaling and the
-    last pixel belongs to the region; a bin holds the pixels from the floor of its start to the ceiling of its end. A
-    bin without pixels is 0. (torchvision's ``ps_roi_pool`` rounds after scaling and leaves the last pixel out.)
+    last pixel belongs to the region; sizes are at least 0.1; a bin holds the pixels from the floor of its start to the
+    ceiling of its end. A bin without pixels is 0. (torchvision's ``ps_roi_pool`` rounds after scaling and leaves the
+    last pixel out.)
 
     Args:
         input: ``[N, output_dim * group_size ** 2, H, W]``; any type and layout that ``deform_roi_pool`` takes.
@@ -241,18 +245,22 @@ def _check_boxes(rois: Sequence[Tensor], input: Tensor) -> None:
 @_transforms.unrecorded
 def _check_values(rois: Tensor, input: Tensor) -> None:
     """Look at the regions themselves, where that is possible without waiting for a device or breaking a graph."""
-    if rois.device.type != "cpu" or not _transforms.values_are_known(rois):
+    if rois.device.type != "cpu":
         return
-    number, lower, upper = rois[:, 0], rois[:, 1:3], rois[:, 3:]
-    n = input.shape[0]
-    for wrong, what in (
-        (~((number >= 0) & (number < n) & (number == number.trunc())), f"a batch index from 0 to {n - 1}"),
-        (~rois.isfinite().all(1), "finite corners"),
-        ((upper < lower).any(1), "x1 <= x2 and y1 <= y2"),
-    ):
-        if wrong.any():
-            i = int(wrong.nonzero()[0])
-            raise ValueError(f"rois: expected {what}, got {rois[i].tolist()} in row {i}")
+    count, n = rois.shape[0], input.shape[0]
+
+    def look(rois: Tensor) -> None:
+        rois = rois.reshape(-1, 5)
+        number = rois[:, 0]
+        for wrong, what in (
+            (~((number >= 0) & (number < n) & (number == number.trunc())), f"a batch index from 0 to {n - 1}"),
+            (~rois.isfinite().all(1), "finite corners"),
+        ):
+            if wrong.any():
+                i = int(wrong.nonzero()[0])
+                raise ValueError(f"rois: expected {what}, got {rois[i].tolist()} in row {i % count}")
+
+    _transforms.look_at(rois, look)
 
 
 @_transforms.unrecorded

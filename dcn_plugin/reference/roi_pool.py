@@ -46,13 +46,14 @@ def deform_roi_pool(
 
     ``out[r,c,p] = mask[r,p] / S * sum_s bilinear(input[n_r,c], start + bin * p + gamma * size * offset[r,p] + s)``
     """
-    regions = _regions(rois, input, spatial_scale, 0.5 * aligned, 0 if aligned else 1)
+    regions = _regions(rois, input, spatial_scale, 0.5 * aligned, None if aligned else 1)
     bins = _pair(output_size)
 
     def axis(i: int) -> _Axis:
         start, size = regions[i]
         step = size / bins[i]
-        grid = torch.full_like(step, sampling_ratio) if sampling_ratio > 0 else step.ceil().nan_to_num(1)
+        # An adaptive number of samples follows the size: none where that is not positive.
+        grid = torch.full_like(step, sampling_ratio) if sampling_ratio > 0 else step.ceil().clamp(min=0).nan_to_num(1)
         origin = _origins(start, step, bins, i, _shift(offset, i, gamma * size, bins, input))
         return _spread(origin, step / grid, 0.5, grid, sampling_ratio, (-1, input.shape[2 + i]), input, i)
 
@@ -131,22 +132,25 @@ def ps_roi_pool(
 
 
 def _regions(
-    rois: Tensor, input: Tensor, scale: float, half: float, least: float, whole: bool = False
+    rois: Tensor, input: Tensor, scale: float, half: float, least: float | None, whole: bool = False
 ) -> list[tuple[Tensor, Tensor]]:
     """Start and size along y, and along x, each [R], on the map and in at least float32; ``whole``: of whole pixels.
 
-    NaN, both, for a region that names no image of the batch, is inside out, or not finite on the map.
+    NaN, both, for a region that names no image of the batch or is not finite on the map. Sizes are at least ``least``;
+    without one, that of a region which is inside out is negative.
     """
     number, lower, upper = rois.detach().split((1, 2, 2), 1)
-    sound = (number >= 0) & (number < input.shape[0]) & (number == number.trunc()) & (lower <= upper)
+    sound = (number >= 0) & (number < input.shape[0]) & (number == number.trunc())
+    sound = sound & lower.isfinite() & upper.isfinite()
     lower, upper = (t.to(torch.promote_types(input.dtype, torch.float32)) for t in (lower, upper))
     if whole:  # rounded half away from zero, the last pixel included
         lower, upper = (t.sign() * (t.abs() + 0.5).floor() for t in (lower, upper))
         upper = upper + 1
     start = lower * scale - half
     size = upper * scale - half - start
+    size = size if least is None else size.clamp(min=least)
     sound = (sound & start.isfinite() & size.isfinite()).all(1, keepdim=True)
-    start, size = (torch.where(sound, t, torch.nan) for t in (start, size.clamp(min=least)))
+    start, size = (torch.where(sound, t, torch.nan) for t in (start, size))
     return [(start[:, i], size[:, i]) for i in (1, 0)]
 
 

@@ -99,8 +99,11 @@ def without(draw, arguments, *names):
     return {k: v for k, v in arguments.items() if k not in names or draw(st.booleans())}
 
 
-def regions(draw, generator, shape, steps, whole, least):
-    """Regions whose bins are ``steps`` samples long, each 2 ** ``least``, ... or 2 pixels from the next."""
+def regions(draw, generator, shape, steps, whole, least, turns):
+    """Regions whose bins are ``steps`` samples long, each 2 ** ``least``, ... or 2 pixels from the next.
+
+    Where it ``turns``, some are inside out, and these as large (``whole``: of any size, which makes no difference).
+    """
     n, _, height, width = shape
     count = draw(st.integers(0, 5)) if n else 0
     rois = torch.zeros(count, 5, dtype=torch.float64)
@@ -110,6 +113,10 @@ def regions(draw, generator, shape, steps, whole, least):
         size = step * 2.0 ** torch.randint(least, 2, (count,), generator=generator)
         rois[:, 1 + i] = start.floor() if whole else start
         rois[:, 3 + i] = rois[:, 1 + i] + size - int(whole)
+        if turns and draw(st.booleans()):
+            turned = torch.randint(2, (count,), generator=generator).bool()
+            back = -torch.randint(1, 20, (count,), generator=generator).double() if whole else -size
+            rois[turned, 3 + i] = (rois[:, 1 + i] + back)[turned]
     return rois
 
 
@@ -127,7 +134,8 @@ def roi_pool(draw, name):
     aligned = whole or draw(st.booleans())
     # Unaligned regions are at least one pixel, which would make bins or steps of a third.
     thirds = not aligned and 3 in (*bins, samples)
-    rois = regions(draw, generator, shape, [b * each for b in bins], whole, 0 if whole or thirds else -3)
+    least = 0 if whole or thirds else -3
+    rois = regions(draw, generator, shape, [b * each for b in bins], whole, least, not thirds)
     if not whole:
         rois[:, 1:] /= scale
     arguments = {
@@ -144,7 +152,10 @@ def roi_pool(draw, name):
         arguments |= {"sampling_ratio": ratio, "gamma": 0.125, "aligned": aligned}
     if name != "ps_roi_pool":
         spread = draw(st.sampled_from([0, 1, 8, 30]))
-        arguments["offset"] = eighths(generator, (len(rois), 2 * classes, *parts), spread)
+        offset = arguments["offset"] = eighths(generator, (len(rois), 2 * classes, *parts), spread)
+        if whole:
+            # The least size, 0.1, is no multiple of anything: these stay away from borders and whole pixels.
+            offset[(rois[:, 3:] < rois[:, 1:3]).any(1)] /= 64
         arguments["mask"] = normal(generator, (len(rois), classes, *parts))
     return without(draw, arguments, "offset", "mask")
 

@@ -101,8 +101,7 @@ def spoil_regions(draw, rois, batch):
 
 
 def is_sound(roi, batch):
-    number, x1, y1, x2, y2 = roi
-    return number in range(batch) and x1 <= x2 and y1 <= y2 and all(map(math.isfinite, roi))
+    return roi[0] in range(batch) and all(map(math.isfinite, roi))
 
 
 each_pool = pytest.mark.parametrize("name", [name for name in CASE if name != "deform_conv2d"])

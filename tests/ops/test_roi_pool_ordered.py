@@ -142,7 +142,7 @@ def test_random_geometries(seed, mode, device):
         [math.nan, 0, 0, 4, 4],
         [0, math.nan, 0, 4, 4],
         [0, 0, -math.inf, 4, 4],
-        [0, 5, 0, 4, 4],
+        [0, 5, 0, 4, -math.inf],
     ],
     ids=str,
 )
