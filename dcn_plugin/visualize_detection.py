@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -203,10 +203,12 @@ def draw_detections(
     """Draw detections of one image or several, and the true boxes where they are known.
 
     Args:
-        image: [C, H, W], or several of any sizes.
+        image: [C, H, W], or several of any sizes, the way the boxes have them: detections of files are in pixels of the
+            upright image, as `dcn_plugin.finetune.images.read_image` reads it.
         detections: for each image ``boxes`` [L, 4], ``labels`` [L] and ``scores`` [L], as torchvision's models return.
         targets: for each image ``boxes`` and ``labels``; drawn dashed.
-        class_names: name of each label, by position (label 0 is the background) or by key.
+        class_names: name of each label, by position (label 0 is the background) or by key; those of a loaded detector
+            are `dict(enumerate(model.class_names, 1))`.
         threshold: leave out detections with a lower score.
 
     Returns:
@@ -255,7 +257,8 @@ def bin_shifts(
         labels: [L], with class-aware offsets the class whose bins are drawn; None takes the detected class, or class 0.
         layer: name of the layer, where there are several; None takes the first that ran.
         count: how many detections to draw.
-        class_names: name of each label, by position or by key.
+        class_names: name of each label, by position (label 0 is the background) or by key. None takes the model's own
+            `class_names`, which a loaded or restored detector has: the names of the labels from 1 on.
         picture: [C, H, W] to draw instead of `image`.
 
     Returns:
@@ -281,6 +284,8 @@ def bin_shifts(
         raise ValueError("boxes: expected at least one, got none")
     if labels is not None and len(labels) != len(boxes):
         raise ValueError(f"labels: expected those of {len(boxes)} boxes, got {len(labels)}")
+    if class_names is None and getattr(model, "class_names", None):
+        class_names = dict(enumerate(cast(Sequence[str], model.class_names), 1))
     item = record_bins(model, [image], [boxes], layer)[0]
     points = item.shifted(labels)
     columns = min(len(boxes), 4)
