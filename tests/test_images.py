@@ -74,7 +74,9 @@ def tiff(values: np.ndarray, bits: int, *, sample_format=1, photometric=1, span=
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", UPRIGHT)
 def test_an_image_stands_upright(orientation, kind):
-    got = np.asarray(read_image(oriented(orientation, kind)), np.int16)
+    image = read_image(oriented(orientation, kind))
+    assert image.getexif().get(0x0112, 1) == 1
+    got = np.asarray(image, np.int16)
     want = UPRIGHT[orientation](CORNERS).astype(np.int16)
     assert got.shape == want.shape and abs(got - want).max() <= (6 if kind == "JPEG" else 0)
 
@@ -121,8 +123,9 @@ EIGHT = np.round(RAMP / 257).astype(np.uint8)
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM", "JPEG2000"])
 def test_sixteen_bits_of_grey_are_scaled(kind):
     options = dict(irreversible=False) if kind == "JPEG2000" else {}
+    ramp = RAMP.astype(np.int32) if kind == "PPM" else RAMP  # which not every Pillow writes from 16 bits
     for mode, want in (("L", EIGHT), ("RGB", np.repeat(EIGHT[..., None], 3, axis=2))):
-        assert np.array_equal(read_image(encoded(Image.fromarray(RAMP), kind, **options), mode), want)
+        assert np.array_equal(read_image(encoded(Image.fromarray(ramp), kind, **options), mode), want)
 
 
 def test_a_pgm_is_scaled_by_its_own_largest_value():
@@ -184,7 +187,7 @@ def test_modes_of_eight_bits_are_converted_as_by_pillow(mode):
         Image.fromarray(CORNERS).convert("RGB").convert(mode), "TIFF" if mode in ("CMYK", "YCbCr") else "PNG"
     )
     truth = Image.open(io.BytesIO(file.getvalue()))
-    assert truth.mode == mode
+    assert truth.mode == mode or mode == "YCbCr"  # which Pillow reads as RGB until 12
     assert np.array_equal(read_image(file), truth.convert("RGB"))
     assert np.array_equal(read_image(file, "L"), truth.convert("L"))
 

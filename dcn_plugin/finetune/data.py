@@ -2,60 +2,30 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from PIL import Image, UnidentifiedImageError
-from timm.data import create_dataset, create_loader, get_img_extensions, resolve_data_config
+from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.data.loader import adapt_to_chs
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from .augment import check_policy
 from .config import arguments, check_keys, plain, unknown
 from .digits import Digits
+from .folders import ClassFolders
+from .samples import BadImages, ImageFiles, ImageStream, read_files_of
 
 # timm treats a prefix it does not know as a folder; here a misspelt one is an error.
 _PREFIXES = ("", "folder", "tar", "torch", "hfds", "hfids", "tfds", "wds")
 _ITERABLE = ("hfids", "tfds", "wds")
 _ROOTLESS = ("hfds", "hfids", "tfds")  # root is where they keep downloads
+_TORCH_FOLDERS = ("torch/folder", "torch/image_folder")  # class folders in torchvision's order
 # What timm accepts in place of 'train' and 'validation' when it looks for a split's folder.
 _SPLIT_FOLDERS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
-
-
-class StrictImageDataset(Dataset):
-    """A timm `ImageDataset` that raises on an unreadable image, naming it, where timm takes the next image instead."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-        self.transform = dataset.transform
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple:
-        source, target, *_ = self.dataset.reader[index]
-        try:
-            with source, Image.open(source) as image:
-                image = image.convert(self.dataset.input_img_mode)
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-            path = self.dataset.filename(index, absolute=True)
-            if path is None or not os.path.exists(path):  # inside a tar or a table
-                path = f"{path or index} of {getattr(self.dataset.reader, 'root', None) or 'the data set'}"
-            raise ValueError(
-                f"unreadable image {path}: {error} (data.bad_images='skip' takes the next image instead)"
-            ) from error
-        if self.transform is not None:
-            image = self.transform(image)
-        return image, -1 if target is None else target
-
-    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        return self.dataset.filename(index, basename, absolute)
-
-    def filenames(self, basename: bool = False, absolute: bool = False) -> list[str]:
-        return self.dataset.filenames(basename, absolute)
 
 
 class ImageDataModule(pl.LightningDataModule):
@@ -167,11 +137,16 @@ class ImageDataModule(pl.LightningDataModule):
         if self.prefix in _ITERABLE:
             return None
         dataset = self._dataset("train")
-        if self._class_to_idx is not None:
-            names = sorted(self._class_to_idx, key=self._class_to_idx.__getitem__)
-            return [str(name) for name in names]
-        classes = getattr(dataset, "classes", None)
-        return None if classes is None else [str(name) for name in classes]
+        classes = getattr(getattr(dataset, "dataset", dataset), "classes", None)
+        if classes is not None:
+            return [str(name) for name in classes]
+        if self._class_to_idx is None:
+            return None
+        # A class map may give several folders one label, and may leave labels out.
+        names: list[list[str]] = [[] for _ in range(max(self._class_to_idx.values()) + 1)]
+        for name, label in self._class_to_idx.items():
+            names[label].append(str(name))
+        return [" or ".join(group) or str(label) for label, group in enumerate(names)]
 
     @property
     def num_classes(self) -> int:
@@ -189,8 +164,9 @@ class ImageDataModule(pl.LightningDataModule):
         if stage not in self._datasets:
             dataset = self._datasets[stage] = self._create(stage)
             if stage == "train":
-                reader = getattr(getattr(dataset, "dataset", dataset), "reader", None)
-                self._class_to_idx = _classes(reader) or None
+                self._class_to_idx = _classes(dataset) or None
+            for other in {"val", "test"} & set(self._datasets):
+                self._compare_classes(other)
         return self._datasets[stage]
 
     def _create(self, stage: str) -> Any:
@@ -200,48 +176,51 @@ class ImageDataModule(pl.LightningDataModule):
         args = self.dataset_args | (self.train_dataset_args if stage == "train" else {})
         if self.name == "digits":
             return Digits(split, **args)
-        args.setdefault("input_img_mode", "L" if self._channels() == 1 else "RGB")
-        common = dict(root=self.root, split=split, is_training=stage == "train", batch_size=self.batch_size)
-        if self.prefix in ("", "folder", "tar"):
-            return self._create_folder(stage, common | args)
+        mode, skip = args.pop("input_img_mode", None) or self._mode(), self.bad_images == "skip"
+        if self.prefix in ("", "folder", "tar") or self.name.lower() in _TORCH_FOLDERS:
+            return BadImages(self._create_folder(stage, args, mode), skip)
         if self.prefix == "torch":
-            args.pop("input_img_mode")
-            return create_dataset(self.name, root=self.root, split=split, **args)
+            dataset = create_dataset(self.name, root=self.root, split=split, **args)
+            return BadImages(read_files_of(dataset, mode), skip)
         if self.prefix == "wds":
             self._require_root()
+        common = dict(root=self.root, split=split, is_training=stage == "train", batch_size=self.batch_size)
+        # TensorFlow decodes to what it is told; the others hand on images as their files have them.
+        common["input_img_mode"] = mode if self.prefix == "tfds" else ""
         dataset = create_dataset(self.name, **common, **args)
+        if self.prefix == "hfds":
+            return BadImages(ImageFiles(dataset.reader, mode, dataset.target_transform), skip)
         if self.prefix == "wds":
             self._check_shards(dataset)
-        if self.prefix == "hfds":
-            return self._strict(dataset)
-        return dataset
+        return dataset if self.prefix == "tfds" else ImageStream(dataset, mode, f"{self.name} {split!r}", skip)
 
-    def _create_folder(self, stage: str, args: dict) -> Any:
-        place = self._split_path(stage)
-        if stage != "predict" and place.is_dir():
-            _check_class_folders(place)
-
-        def create(**more: Any) -> Any:
-            return create_dataset(self.name, **{**args, **more, "root": str(place), "search_split": False})
-
-        try:
-            dataset = create()
-        except RuntimeError as error:
-            raise FileNotFoundError(f"root: no images for split {args['split']!r} in {place}: {error}") from error
-        if stage in ("val", "test") and "class_map" not in args:
+    def _create_folder(self, stage: str, args: dict, mode: str) -> ImageFiles:
+        check_keys("dataset", args, ("class_map", "input_key", "target_transform"))
+        transform = args.pop("target_transform", None)
+        if self.prefix == "torch":  # whose labels and endings are torchvision's
+            args = {"input_key": ";".join(IMG_EXTENSIONS), "order": str, **args}
+        reader = ClassFolders(self._split_path(stage), stage, **args, labelled=stage != "predict")
+        if stage in ("val", "test") and not args.get("class_map"):
             # Labels must mean the same in every split, whichever classes a split happens to lack.
             self._dataset("train")
-            known, own = self._class_to_idx or {}, _classes(dataset.reader)
-            for name in own:
-                if name not in known:
-                    train = self._split_path("train")
-                    raise ValueError(f"{stage}_split: {place} has class {name!r}, which training split {train} lacks")
-            if own != known:
-                dataset = create(class_map=known)
-        return self._strict(dataset)
+            known = self._class_to_idx or {}
+            if set(reader.class_to_idx) <= set(known):
+                reader.class_to_idx = known
+        return ImageFiles(reader, mode, transform)
 
-    def _strict(self, dataset: Any) -> Any:
-        return StrictImageDataset(dataset) if self.bad_images == "raise" else dataset
+    def _compare_classes(self, stage: str) -> None:
+        """Raise ValueError for the first class that the training split lacks, or has under another label."""
+        known, own = self._class_to_idx or {}, _classes(self._datasets[stage])
+        for name in own if known else ():
+            if name not in known:
+                said = f"which training split {self.splits['train']!r} lacks"
+                raise ValueError(f"{stage}_split: {self.splits[stage]!r} has class {name!r}, {said}")
+        for name, label in own.items() if known else ():
+            if known[name] != label:
+                raise ValueError(
+                    f"{stage}_split: expected the order of the training split, where class {name!r} is "
+                    f"{known[name]}, got {label}"
+                )
 
     def _require_root(self) -> Path:
         root = Path(self.root or "")
@@ -275,6 +254,9 @@ class ImageDataModule(pl.LightningDataModule):
     def _channels(self) -> int:
         size = self.preprocessing["input_size"]
         return size[0] if isinstance(size, Sequence) and len(size) == 3 else 3
+
+    def _mode(self) -> str:
+        return "L" if self._channels() == 1 else "RGB"
 
     def _resolve(self, model: torch.nn.Module | None) -> dict[str, Any]:
         given = {key: value for key, value in self.preprocessing.items() if value is not None}
@@ -318,7 +300,7 @@ class ImageDataModule(pl.LightningDataModule):
             raise ValueError(f"batch_size: expected at most the {len(dataset)} images to train on, got {batch_size}")
         # timm's prefetcher wraps the loader, and its samplers split the data themselves; Lightning needs the plain
         # DataLoader, into which it puts its own distributed sampler.
-        return create_loader(
+        loader = create_loader(
             dataset,
             batch_size=batch_size,
             is_training=training,
@@ -328,6 +310,10 @@ class ImageDataModule(pl.LightningDataModule):
             **config,
             **(self.augment if training else {}),
         )
+        if training:
+            mode = self.dataset_args.get("input_img_mode") or self._mode()
+            check_policy(dataset.transform, self.augment.get("auto_augment"), mode)
+        return loader
 
     def train_dataloader(self) -> DataLoader:
         loader = self._loader("train")
@@ -367,19 +353,10 @@ _LOADER_OWN = (
 ).split()
 
 
-def _classes(reader: Any) -> dict[str, int]:
-    return dict(getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {})
-
-
-def _check_class_folders(place: Path) -> None:
-    extensions = get_img_extensions(as_set=True)
-    for folder, below, files in os.walk(place, followlinks=True):
-        below[:] = [name for name in below if not name.startswith(".")]
-        if below or any(os.path.splitext(name)[1].lower() in extensions for name in files):
-            continue
-        if Path(folder) == place:
-            raise FileNotFoundError(f"root: no class folders and no images in {place}")
-        raise ValueError(f"root: class folder {folder} has no images (looked for {' '.join(sorted(extensions))})")
-    loose = [path for path in place.iterdir() if path.suffix.lower() in extensions]
-    if loose:
-        raise ValueError(f"root: image {loose[0]} is not in a class folder of {place}")
+def _classes(dataset: Any) -> dict[str, int]:
+    """Return class name -> label, as far as the data set or its reader tells; of several names, all."""
+    for holder in (dataset := getattr(dataset, "dataset", dataset), getattr(dataset, "reader", None)):
+        for name in ("class_to_idx", "class_name_to_idx"):
+            if getattr(holder, name, None):
+                return dict(getattr(holder, name))
+    return {name: label for label, name in enumerate(getattr(dataset, "classes", None) or ())}

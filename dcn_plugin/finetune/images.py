@@ -20,6 +20,7 @@ _TURN = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_TELLS_ORIENTATION = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # keys of Image.info
 # Undoes the turns that exchange width and height.
 _TURN_BACK = {**_TURN, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
 # Formats whose grey values of more than 8 bits Pillow hands on, or stretches, to the whole of 0..65535.
@@ -72,13 +73,9 @@ def read_image(
         with Image.open(source) as file:
             _warn_of_many_pixels(file, name)
             stored = _orientation(file)
-            file.load()
-            # Pillow has turned a TIFF by now, and nothing else.
-            image = file.transpose(_TURN[_orientation(file)]) if _orientation(file) in _TURN else file
-            # A conversion to the mode that the image has is a copy, which outlives the file.
-            image = (_to_grey(file, image) or image).convert(mode)
+            image = interpret(file, mode)
     except Exception as error:  # Pillow's plug-ins raise whatever their parsing runs into
-        raise UnreadableImage(f"unreadable image {name()}: {str(error) or type(error).__name__}") from error
+        raise UnreadableImage(f"unreadable image {name()}: {said(error)}") from error
     if size is None or image.size == tuple(size):
         return image
     unturned = image.transpose(_TURN_BACK[stored]) if stored in _TURN else image
@@ -89,6 +86,23 @@ def read_image(
         f"image {name()}: expected {'x'.join(map(str, size))} pixels (width x height) as annotated, got "
         f"{'x'.join(map(str, unturned.size))}{turned}"
     )
+
+
+def said(error: Exception) -> str:
+    """Return what an error says, to be part of a sentence."""
+    return str(error).rstrip(".") or type(error).__name__
+
+
+def interpret(file: Image.Image, mode: str) -> Image.Image:
+    """Return an image that somebody else has opened as `read_image` would; it outlives its file."""
+    file.load()
+    orientation = _orientation(file)  # Pillow has turned a TIFF by now, and nothing else
+    image = file.transpose(_TURN[orientation]) if orientation in _TURN else file
+    # A conversion to the mode that the image has is a copy.
+    image = (_to_grey(file, image) or image).convert(mode)
+    for key in _TELLS_ORIENTATION:  # what has been done is not to be done again
+        image.info.pop(key, None)
+    return image
 
 
 def _warn_of_many_pixels(image: Image.Image, name: Callable[[], str]) -> None:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from test_data import COLOURS, write_folder
 from test_finetune import DATA, MODEL, config, module
 from test_images import encoded, tiff
@@ -27,8 +27,10 @@ from dcn_plugin.finetune import (
     load_exported,
     run,
 )
+from dcn_plugin.finetune.folders import Place
 from dcn_plugin.finetune.images import UnreadableImage, read_image
 from dcn_plugin.finetune.run import build, quiet, writing_to
+from dcn_plugin.finetune.samples import ImageStream
 from dcn_plugin.finetune.stages import check_seeds
 from errors.case import Case
 from errors.table_models import faster
@@ -205,7 +207,8 @@ def folder(*splits, name="", spoil=None, stage="fit", look=None, **options):
         if spoil is not None:
             spoil(tmp_path)
         data = ImageDataModule(name, str(tmp_path), batch_size=2, input_size=16, **options)
-        data.setup(stage)
+        if stage is not None:
+            data.setup(stage)
         if look is not None:
             look(data)
 
@@ -249,6 +252,31 @@ FILES = [
         ValueError, "image photo:", "expected 8x4 pixels", "got 6x4",
     ),
 ]  # fmt: skip
+
+
+FLOATS = Image.fromarray(np.ones((4, 4), np.float32))
+
+
+def vanished(data):
+    data.setup("validate")
+    data._dataset("val").dataset.reader.places.insert(0, Place("green/green1.png", f"{data.root}/val/green/green1.png"))
+    data._dataset("val").dataset[0]
+
+
+def no_bits(tmp_path, monkeypatch):
+    def posterize(image, bits):
+        if bits < 1:
+            raise ValueError("bits must be between or equal to 1 and 8")
+        return image
+
+    monkeypatch.setattr(ImageOps, "posterize", posterize)  # in every Pillow what it does from 13 on
+    look = lambda data: data.train_dataloader()  # noqa: E731
+    folder(*BOTH, augment=dict(auto_augment="rand-m9-mstd0.5-inc1"), look=look)(tmp_path)
+
+
+def two_orders(path):
+    for split, order in (("train", "blue green red"), ("val", "red green blue")):
+        (path / split / "classes.txt").write_text(order.replace(" ", "\n"))
 
 
 BOTH = (("train", COLOURS), ("val", COLOURS))
@@ -315,7 +343,7 @@ DATA_SETS = [
     ),
     Case(
         folder(("empty", {}), spoil=lambda path: (path / "empty").mkdir(), predict_split="empty", stage="predict"),
-        FileNotFoundError, "root:", "for split 'empty'", "no images",
+        FileNotFoundError, "root:", "looked for .png .jpg .jpeg", "no images in",
     ),
     Case(
         folder(
@@ -323,7 +351,43 @@ DATA_SETS = [
             spoil=lambda path: (path / "val" / "green" / "green1.png").write_bytes(b"not an image"),
             look=lambda data: list(data.val_dataloader()),
         ),
-        ValueError, "green1.png", "data.bad_images='skip' takes the next image instead", "cannot identify image",
+        UnreadableImage, "green1.png", "data.bad_images='skip' takes the next image instead", "cannot identify image",
+    ),
+    Case(
+        folder(*BOTH, spoil=lambda path: (path / "val" / "green" / "green1.png").unlink(), stage=None, look=vanished),
+        UnreadableImage, "green1.png", "No such file", "unreadable image",
+    ),
+    Case(
+        folder(
+            *BOTH,
+            spoil=lambda path: [file.write_bytes(b"") for file in path.glob("val/*/*.png")],
+            look=lambda data: list(data.val_dataloader()),
+            bad_images="skip",
+        ),
+        UnreadableImage, ".png", "9 images before it", "cannot identify image",
+    ),
+    Case(
+        folder(*BOTH, dataset=dict(clas_map="classes.txt")),
+        ValueError, "dataset:", "did you mean 'class_map'?", "key 'clas_map'",
+    ),
+    Case(
+        folder(*BOTH, dataset=dict(class_map="classes.txt")),
+        ValueError, "class_map:", "expected a dict or a .txt file of names", "got 'classes.txt'",
+    ),
+    Case(
+        folder(*BOTH, spoil=two_orders, dataset=dict(class_map="classes.txt")),
+        ValueError, "val_split:", "expected the order of the training split, where class 'red' is 2", "got 0",
+    ),
+    Case(
+        folder(*BOTH, spoil=lambda path: (path / "val.tar").write_bytes(b"no tar"), val_split="val.tar"),
+        ValueError, "val_split:", "expected a folder or an uncompressed tar file", "val.tar: ",
+    ),
+    Case(
+        no_bits, ValueError, "augment: auto_augment='rand-m9-mstd0.5-inc1'", "-mmax9", "draws magnitude 10, at which",
+    ),
+    Case(
+        lambda: list(ImageStream(SimpleNamespace(reader=[(FLOATS, 0)], target_transform=None), "L", "wds/ 'a'", False)),
+        UnreadableImage, "wds/ 'a'", "data.bad_images='skip' leaves it out", "image 0",
     ),
 ]  # fmt: skip
 CASES = CONFIG + MODULE + FILES + DATA_SETS

@@ -7,5 +7,5 @@ data = dict(
     input_size=224,
     batch_size=64,
     num_workers=8,
-    augment=dict(auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25, color_jitter=0.4),
+    augment=dict(auto_augment="rand-m9-mstd0.5-mmax9-inc1", re_prob=0.25, color_jitter=0.4),
 )
