@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from inspect import BoundArguments, signature
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -194,7 +194,8 @@ def _least_size(layer: Any, samples: Samples) -> Tensor | None:
         return torch.tensor(0.1 / getattr(layer, "score_pool", layer).spatial_scale)
     if getattr(layer, "aligned", True):
         return None
-    levels = layer._levels(samples.input, samples.rois, samples.image_sizes)  # a pixel of the map that each region is pooled from
+    # A pixel of the map that each region is pooled from.
+    levels = layer._levels(samples.input, samples.rois, samples.image_sizes)
     least = torch.full((len(levels.rois), 1), 1 / levels.scales[0])
     for scale, own in zip(levels.scales, levels.members, strict=False):
         least[own.cpu()] = 1 / scale
@@ -249,10 +250,12 @@ def draw_detections(
     """Draw detections of one image or several, and the true boxes where they are known.
 
     Args:
-        image: [C, H, W], or several of any sizes.
+        image: [C, H, W], or several of any sizes, the way the boxes have them: detections of files are in pixels of the
+            upright image, as `dcn_plugin.finetune.images.read_image` reads it.
         detections: for each image ``boxes`` [L, 4], ``labels`` [L] and ``scores`` [L], as torchvision's models return.
         targets: for each image ``boxes`` and ``labels``; drawn dashed.
-        class_names: name of each label, by position (label 0 is the background) or by key.
+        class_names: name of each label, by position (label 0 is the background) or by key; those of a loaded detector
+            are `dict(enumerate(model.class_names, 1))`.
         threshold: leave out detections with a lower score.
 
     Returns:
@@ -302,7 +305,8 @@ def bin_shifts(
         layer: name of the layer, where there are several; None takes the first that ran. The first of
             several calls is drawn; of R-FCN's, the scores.
         count: how many detections to draw.
-        class_names: name of each label, by position or by key.
+        class_names: name of each label, by position (label 0 is the background) or by key. None takes the model's own
+            `class_names`, which a loaded or restored detector has: the names of the labels from 1 on.
         picture: [C, H, W] to draw instead of `image`.
 
     Returns:
@@ -328,6 +332,8 @@ def bin_shifts(
         raise ValueError("boxes: expected at least one, got none")
     if labels is not None and len(labels) != len(boxes):
         raise ValueError(f"labels: expected those of {len(boxes)} boxes, got {len(labels)}")
+    if class_names is None and getattr(model, "class_names", None):
+        class_names = dict(enumerate(cast(Sequence[str], model.class_names), 1))
     item = record_bins(model, [image], [boxes], layer)[0]
     points = item.shifted(labels)
     columns = min(len(boxes), 4)

@@ -5,6 +5,7 @@ import io
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -240,3 +241,24 @@ def test_a_folder_of_images_has_no_names_to_compare(scenes, trained, tmp_path):
     assert [(entry["bbox"], entry["category_id"]) for entry in found] == [
         (entry["bbox"], entry["category_id"]) for entry in trained["found"]
     ]
+
+
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_weights_to_start_from_whose_names_differ(stage):
+    """As they stand in an exported folder: training may go on to other classes, evaluation may not."""
+
+    def meet(start, names, allowed=()):
+        subject = DetectionModule(FASTER, 2)
+        subject.started_from, subject.load_report = (start, "exported"), SimpleNamespace(allowed=allowed)
+        subject.trainer = SimpleNamespace(datamodule=SimpleNamespace(category_ids=[4, 5], class_names=names))
+        subject.setup(stage)
+        assert subject.class_names == names
+
+    said = r"counted by label, category 1 is 'cat' in exported and 'dog' in the data"
+    with pytest.warns(UserWarning, match=said) if stage == "fit" else pytest.raises(ValueError, match=said):
+        meet(["cat", "dog"], ["dog", "cat"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        meet(["cat", "dog"], ["cat", "dog"])
+        meet(None, ["dog", "cat"])
+        meet(["cat", "dog"], ["dog", "cat"], ["roi_heads.box_predictor.cls_score.weight"])

@@ -32,7 +32,7 @@ def value(text):
 @pytest.mark.parametrize(
     "text",
     "3 -3 +5 1.5 -.5 1e-3 inf true False None abc 32-true bf16-mixed a=b [1,2] (1,2) 1,2,3 [] () a, [1] (a) 'abc' "
-    '"abc" "[a,b]" [a,b,[c,1]] [(1,2),(3,4)] [(a,b),c] \'a\',\'b\' [\'a\',"b"] [None,true,1.5] it\'s C:\\temp\\new '
+    "\"abc\" \"[a,b]\" [a,b,[c,1]] [(1,2),(3,4)] [(a,b),c] 'a','b' ['a',\"b\"] [None,true,1.5] it's C:\\temp\\new "
     "/data/x resnet50_dcn.a1_in1k 0 0.0".split(),
 )
 def test_values_without_spaces_are_what_mmengine_makes_of_them(text):

@@ -1,6 +1,5 @@
 """Whoever folds a norm into the convolution before it gets the same outputs from models with deformable layers."""
 
-
 import pytest
 import torch
 import torch.fx.experimental.optimization

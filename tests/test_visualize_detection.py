@@ -202,3 +202,13 @@ def test_bin_shifts_of_what_the_detector_finds():
     figure = bin_shifts(model, image, count=2, picture=torch.rand(3, 64, 80))
     best = model([image])[0]["labels"][:2]
     assert [axes.get_title() for axes in figure.axes] == [str(label) for label in best.tolist()]
+
+
+def test_a_detector_that_knows_its_classes_names_them():
+    pytest.importorskip("matplotlib")
+    model, boxes = faster(), torch.tensor([[4.0, 6.0, 24.0, 36.0], [30.0, 10.0, 60.0, 40.0]])
+    model.class_names = ["cat", "dog"]  # labels count from 1
+    image, labels = torch.rand(1, 48, 64), torch.tensor([2, 1])
+    assert [axes.get_title() for axes in bin_shifts(model, image, boxes, labels).axes] == ["dog", "cat"]
+    given = bin_shifts(model, image, boxes, labels, class_names={1: "one", 2: "two"})
+    assert [axes.get_title() for axes in given.axes] == ["two", "one"]

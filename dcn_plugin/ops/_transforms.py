@@ -61,7 +61,7 @@ def _differentiates() -> bool:
 
 
 def values_are_known(t: Tensor) -> bool:
-    """Whether Python may look at the values of ``t``: not while a graph is made, nor inside ``torch.func`` transforms."""
+    """Whether Python may look at the values of ``t``: not in a graph, nor inside ``torch.func`` transforms."""
     if torch.compiler.is_compiling() or is_tracing() or get_interpreter_stack() is not None:
         return False
     return type(t) in _PLAIN and _get_current_dispatch_mode() is None

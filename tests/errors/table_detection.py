@@ -284,6 +284,17 @@ def beside(trained_on=None, names=None, **given):
     return call
 
 
+def from_weights_with_other_names(stage):
+    def call():
+        made = module(2)
+        made.started_from, made.load_report = (["cat", "dog"], "start.safetensors"), SimpleNamespace(allowed=())
+        given = SimpleNamespace(category_ids=[4, 5], class_names=["dog", "cat"])
+        made.trainer = SimpleNamespace(datamodule=given)
+        made.setup(stage)
+
+    return call
+
+
 def metric_without_pycocotools(monkeypatch):
     monkeypatch.setattr(mean_ap, "_PYCOCOTOOLS_AVAILABLE", False)
     module(3)
@@ -299,6 +310,10 @@ MODULE = [
     Case(
         beside([1, 2], ["cat", "dog"], category_ids=[1, 2], class_names=["cat", "Dog"]),
         ValueError, "category_ids:", "category 2 is 'dog' in the model's training", "'Dog' in the data",
+    ),
+    Case(
+        from_weights_with_other_names("test"),
+        ValueError, "checkpoint:", "category 1 is 'cat' in start.safetensors", "'dog' in the data",
     ),
     Case(
         metric_without_pycocotools,

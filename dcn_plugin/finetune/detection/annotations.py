@@ -73,8 +73,8 @@ class AnnotationFile:
         self.categories = {key: self._name(key, categories[key]) for key in sorted(categories, key=order)}
         self.images = [self._image(key, images[key]) for key in sorted(images, key=order)]
         place = {image.id: image for image in self.images}
-        for key, entry in annotations.items():
-            place[self._image_of(key, entry, place)].annotations.append(self._annotation(key, entry))
+        for number, entry in annotations.items():
+            place[self._image_of(number, entry, place)].annotations.append(self._annotation(number, entry))
         self._look_for_twins()
 
     def _by_id(self, whole: Mapping[str, list], key: str) -> dict[Id, Mapping[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 
@@ -117,7 +118,22 @@ class DetectionModule(TunedModule):
             raise ValueError(f"num_classes: the model has {self.num_classes} classes, the data has {found}")
         ids, names = getattr(data, "category_ids", None), getattr(data, "class_names", None)
         self._check_categories(self.category_ids, self.class_names, ids, names)
+        if self.class_names is None and names is not None:
+            self._check_start(names, stage)
         self.category_ids, self.class_names = ids, names
+
+    def _check_start(self, names: Sequence[str], stage: str) -> None:
+        """Compare with the names that came with the weights of `checkpoint`; training may turn to other classes."""
+        start, where = getattr(self, "started_from", (None, ""))
+        heads = ("roi_heads.box_predictor.", "roi_heads.box_roi_pool.scores.")
+        if start is None or any(name.startswith(heads) for name in self.load_report.allowed):
+            return
+        said = first_difference(dict(enumerate(start, 1)), f"in {where}", dict(enumerate(names, 1)), "in the data")
+        if said is None:
+            return
+        if stage != "fit":
+            raise ValueError(f"checkpoint: counted by label, {said}")
+        rank_zero_warn(f"checkpoint: counted by label, {said}; training goes on from weights for the former")
 
     def _check_categories(self, ids: Any, names: Any, found_ids: Any, found_names: Any) -> None:
         """Raise ValueError where a label of the model means something else in the data."""
