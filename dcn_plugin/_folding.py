@@ -12,7 +12,7 @@ import functools
 import inspect
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,8 @@ def find_folded(model: nn.Module, plan: Mapping[nn.Module, nn.Module]) -> Folded
     The model is left alone; every module of it, and it itself, is asked.
     """
     for module in reversed(list(model.modules())):  # what lies inside first
-        methods = _folding_methods(type(module))
+        kind: Any = type(module)  # hashable, which mypy doubts of classes of modules
+        methods = _folding_methods(kind)
         if not methods:
             continue
         inside = {path: m for path, m in module.named_modules(remove_duplicate=False) if path and m in plan}

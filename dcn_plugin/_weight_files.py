@@ -1,4 +1,4 @@
-"""Read files of weights, without running code from them, and call by its name what is no such file."""
+"""Read files of weights without running code from them, call by its name what is no such file, and find the weights."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import re
 import shlex
 import tarfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 # What begins with it -> what it is, and what to do.
 _OTHERS = (
@@ -24,6 +25,27 @@ _OTHERS = (
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras writes, which is not read"),
     (b"GGUF", "a GGUF file, which is not read"),
 )
+
+
+# Where training frameworks put the weights in what they save, tried in this order.
+_NESTS = (
+    "state_dict", "model", "model_state_dict", "model_state", "state_dict_ema", "model_ema", "ema_state_dict", "ema",
+    "module", "params", "params_ema",
+)  # fmt: skip
+# These are also names of parts of models: taken only where there are no tensors beside them.
+_WEAK_NESTS = _NESTS[-4:]
+# Dicts of tensors that are no weights.
+_NO_WEIGHTS = re.compile(r"optim|sched|scaler|rng|loops|^state$|averaging_state|message_hub")
+
+
+class State(dict[str, Any]):
+    """A state dict with the module versions that ``load_state_dict`` looks for in ``_metadata``."""
+
+    def __init__(self, items: Mapping[str, Any], metadata: Mapping[str, Any] | None) -> None:
+        super().__init__(items)
+        self.metadata = metadata
+        if metadata is not None:
+            self._metadata = metadata
 
 
 def read_file(path: str | os.PathLike[str]) -> Any:
@@ -98,7 +120,7 @@ def _looks_like_safetensors(file: Path) -> bool:
     return len(head) == 9 and head[8:] == b"{" and 2 <= int.from_bytes(head[:8], "little") < file.stat().st_size
 
 
-def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         from safetensors.torch import load_file
     except ImportError:
@@ -190,3 +212,93 @@ def _explain_unsafe(file: Path, error: Exception) -> str:
             "custom_hooks=[dict(type='dcn_plugin.WeightsOnlyCheckpointHook')] in the config keeps it out of later files"
         )
     return text
+
+
+def find_weights(content: Any, key: str | Sequence[str] | None, source: str, notes: list[str]) -> State:
+    """Return the weights in what a file holds; ``notes`` gets what else there is to choose from.
+
+    Raises:
+        TypeError: ``key`` is neither a string nor a list of them, or there are no tensors.
+        ValueError: ``key`` is not there, or the file holds something other than a dict of weights.
+    """
+    if key is not None and not isinstance(key, str):
+        if not isinstance(key, Sequence) or not all(isinstance(part, str) for part in key):
+            raise TypeError(f"key must be a string, such as 'ema.module', or a list of them, got {key!r}")
+    if not isinstance(content, Mapping):
+        what = "a whole pickled model" if isinstance(content, nn.Module) else f"a {type(content).__name__}"
+        raise ValueError(f"{source} holds {what}, not a dict of weights")
+    everywhere = dict(_weights_in(content))
+    path: tuple[str, ...] = ()
+    if key is not None:
+        path = _path_of(content, key)
+        if not path:
+            has = ", ".join(map(repr, content))
+            deeper = [".".join(p) for p in everywhere if len(p) > 1]
+            has += f" (weights under {', '.join(map(repr, deeper))})" if deeper else ""
+            raise ValueError(f"{source} has no dict of weights under {_spelt(key)}; it has {has}")
+        content = _at(content, path)
+    asked = path
+    while nests := [name for name in _NESTS if isinstance(content.get(name), Mapping)]:
+        if nests[0] in _WEAK_NESTS and any(isinstance(value, Tensor) for value in content.values()):
+            break
+        path, content = (*path, nests[0]), content[nests[0]]
+    others = [".".join(p) for p in everywhere if p != path and p[: len(asked)] == asked]
+    if others:
+        took = f"took {'.'.join(path)!r}" if path else "took the file itself"
+        notes.append(f"{took}; the file also holds {', '.join(map(repr, others))} (choose with key=)")
+    state = State(content, getattr(content, "_metadata", None))
+    beside = []
+    for name, value in content.items():
+        if isinstance(name, str) and hasattr(value, "__array__") and not isinstance(value, Tensor):
+            state[name] = torch.as_tensor(value)
+        elif not isinstance(name, str) or (not isinstance(value, Tensor) and not name.endswith("_extra_state")):
+            beside.append(name)
+            del state[name]
+    if not state and beside:
+        value = content[beside[0]]
+        inside = f"; it has weights under {', '.join(map(repr, others))}" if others else ""
+        raise TypeError(
+            f"{source}: entry {beside[0]!r} is a {type(value).__name__}, not a tensor; "
+            f"if the weights are deeper inside, say where with key={inside}"
+        )
+    if not state:
+        raise ValueError(f"{source} holds no weights")
+    if beside:
+        notes.append(f"left alone, since they are no tensors: {', '.join(map(repr, beside))}")
+    return state
+
+
+def _weights_in(content: Mapping[Any, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Mapping]]:
+    """Every dict of tensors by name in a file, with its keys from the outside in; not what an optimizer remembers."""
+    if len(path) > 4:
+        return
+    # Of tensors and numpy's arrays, not of single numbers.
+    if any(isinstance(name, str) and getattr(value, "ndim", 0) for name, value in content.items()):
+        yield path, content
+    for name, value in content.items():
+        if isinstance(name, str) and isinstance(value, Mapping) and not _NO_WEIGHTS.search(name):
+            yield from _weights_in(value, (*path, name))
+
+
+def _path_of(content: Any, key: str | Sequence[str]) -> tuple[str, ...]:
+    """Keys, from the outside in, that a dotted key names; keys themselves may have dots. Empty: there is no dict."""
+    if not isinstance(key, str):
+        return tuple(key) if key and isinstance(_at(content, key), Mapping) else ()
+    if isinstance(content.get(key), Mapping):
+        return (key,)
+    for name, value in content.items():
+        if isinstance(name, str) and isinstance(value, Mapping) and key.startswith(f"{name}."):
+            rest = _path_of(value, key[len(name) + 1 :])
+            if rest:
+                return (name, *rest)
+    return ()
+
+
+def _at(content: Any, path: Sequence[str]) -> Any:
+    for name in path:
+        content = content.get(name) if isinstance(content, Mapping) else None
+    return content
+
+
+def _spelt(key: str | Sequence[str]) -> str:
+    return repr(key if isinstance(key, str) else ".".join(map(str, key)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ._unpickling import extract_weights
-from ._weight_files import read_file, refuse_others
+from ._weight_files import State, find_weights, read_file, refuse_others
 from .layers.conv import OffsetConv, rename_offset_keys, sigmoid_note
 from .layers.roi import split_offset_mask_fc
 
@@ -25,15 +25,6 @@ __all__ = [
 
 logger = logging.getLogger("dcn_plugin")
 
-# Where training frameworks put the weights in what they save, tried in this order.
-_NESTS = (
-    "state_dict", "model", "model_state_dict", "model_state", "state_dict_ema", "model_ema", "ema_state_dict", "ema",
-    "module", "params", "params_ema",
-)  # fmt: skip
-# These are also names of parts of models: taken only where there are no tensors beside them.
-_WEAK_NESTS = _NESTS[-4:]
-# Dicts of tensors that are no weights.
-_NO_WEIGHTS = re.compile(r"optim|sched|scaler|rng|loops|^state$|averaging_state|message_hub")
 # What wrappers put into names: torch.compile, DDP and other data parallelism, FSDP, activation checkpointing.
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # What wrappers, detectors and Lightning modules put before a backbone's names, tried in this order.
@@ -147,7 +138,7 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | Sequence[str] | Non
         ...     list(read_checkpoint(file.name))
         ['weight']
     """
-    return _unwrap(read_file(path), key, str(path), [])
+    return find_weights(read_file(path), key, str(path), [])
 
 
 def load_checkpoint(
@@ -213,7 +204,7 @@ def load_checkpoint(
         report, content = LoadReport(os.fspath(source)), read_file(source)
     else:
         raise TypeError(f"source must be a path or a state dict, got {type(source).__name__}")
-    state = _unwrap(content, key, report.source, report.notes)
+    state = find_weights(content, key, report.source, report.notes)
     shard = re.search(r"-(\d+)-of-(\d+)\.\w+$", report.source)
     if shard and int(shard[2]) > 1:
         which = f"{int(shard[1])} of {int(shard[2])}"
@@ -236,19 +227,9 @@ def load_checkpoint(
         text = "\n  ".join([*report.problems, *(f"note: {note}" for note in report.notes)])
         raise RuntimeError(f"{report.source} does not fit {type(model).__name__}; nothing was loaded:\n  {text}")
     # strict=False: what is missing has been decided above.
-    model.load_state_dict(_State({name: state[name] for name in report.loaded}, state.metadata), strict=False)
+    model.load_state_dict(State({name: state[name] for name in report.loaded}, state.metadata), strict=False)
     logger.log(logging.WARNING if report.notes else logging.INFO, "%s", report)
     return report
-
-
-class _State(dict[str, Any]):
-    """A state dict with the module versions that ``load_state_dict`` looks for in ``_metadata``."""
-
-    def __init__(self, items: Mapping[str, Any], metadata: Mapping[str, Any] | None) -> None:
-        super().__init__(items)
-        self.metadata = metadata
-        if metadata is not None:
-            self._metadata = metadata
 
 
 def _globs(name: str, value: Any) -> list[str]:
@@ -258,92 +239,12 @@ def _globs(name: str, value: Any) -> list[str]:
     return list(items)
 
 
-def _unwrap(content: Any, key: str | Sequence[str] | None, source: str, notes: list[str]) -> _State:
-    if not isinstance(content, Mapping):
-        what = "a whole pickled model" if isinstance(content, nn.Module) else f"a {type(content).__name__}"
-        raise ValueError(f"{source} holds {what}, not a dict of weights")
-    everywhere = dict(_weights_in(content))
-    path: tuple[str, ...] = ()
-    if key is not None:
-        path = _path_of(content, key)
-        if not path:
-            has = ", ".join(map(repr, content))
-            deeper = [".".join(p) for p in everywhere if len(p) > 1]
-            has += f" (weights under {', '.join(map(repr, deeper))})" if deeper else ""
-            raise ValueError(f"{source} has no dict of weights under {_spelt(key)}; it has {has}")
-        content = _at(content, path)
-    asked = path
-    while nests := [name for name in _NESTS if isinstance(content.get(name), Mapping)]:
-        if nests[0] in _WEAK_NESTS and any(isinstance(value, Tensor) for value in content.values()):
-            break
-        path, content = (*path, nests[0]), content[nests[0]]
-    others = [".".join(p) for p in everywhere if p != path and p[: len(asked)] == asked]
-    if others:
-        took = f"took {'.'.join(path)!r}" if path else "took the file itself"
-        notes.append(f"{took}; the file also holds {', '.join(map(repr, others))} (choose with key=)")
-    state = _State(content, getattr(content, "_metadata", None))
-    beside = []
-    for name, value in content.items():
-        if hasattr(value, "__array__") and not isinstance(value, Tensor):
-            state[name] = torch.as_tensor(value)
-        elif not isinstance(value, Tensor) and not str(name).endswith("_extra_state"):
-            beside.append(name)
-            del state[name]
-    if not state and beside:
-        value = content[beside[0]]
-        inside = f"; it has weights under {', '.join(map(repr, others))}" if others else ""
-        raise TypeError(
-            f"{source}: entry {beside[0]!r} is a {type(value).__name__}, not a tensor; "
-            f"if the weights are deeper inside, say where with key={inside}"
-        )
-    if not state:
-        raise ValueError(f"{source} holds no weights")
-    if beside:
-        notes.append(f"left alone, since they are no tensors: {', '.join(map(repr, beside))}")
-    return state
-
-
-def _weights_in(content: Mapping[Any, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Mapping]]:
-    """Every dict of tensors by name in a file, with its keys from the outside in; not what an optimizer remembers."""
-    if len(path) > 4:
-        return
-    if any(isinstance(name, str) and isinstance(value, Tensor) and value.dim() for name, value in content.items()):
-        yield path, content
-    for name, value in content.items():
-        if isinstance(name, str) and isinstance(value, Mapping) and not _NO_WEIGHTS.search(name):
-            yield from _weights_in(value, (*path, name))
-
-
-def _path_of(content: Any, key: str | Sequence[str]) -> tuple[str, ...]:
-    """Keys, from the outside in, that a dotted key names; keys themselves may have dots. Empty: there is no dict."""
-    if not isinstance(key, str):
-        return tuple(key) if key and isinstance(_at(content, key), Mapping) else ()
-    if isinstance(content.get(key), Mapping):
-        return (key,)
-    for name, value in content.items():
-        if isinstance(name, str) and isinstance(value, Mapping) and key.startswith(f"{name}."):
-            rest = _path_of(value, key[len(name) + 1 :])
-            if rest:
-                return (name, *rest)
-    return ()
-
-
-def _at(content: Any, path: Sequence[str]) -> Any:
-    for name in path:
-        content = content.get(name) if isinstance(content, Mapping) else None
-    return content
-
-
-def _spelt(key: str | Sequence[str]) -> str:
-    return repr(key if isinstance(key, str) else ".".join(map(str, key)))
-
-
 def match_wrappers(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """Rename a state dict that has what wrappers such as ``torch.compile`` put into names to what ``model`` has.
 
     ``model`` may be wrapped in another way, or not. What fits as it is comes back as it is.
     """
-    given = _State(state, getattr(state, "_metadata", None))
+    given = State(state, getattr(state, "_metadata", None))
     return _fit_names(model, model.state_dict(), given, None, LoadReport("state dict"))
 
 
@@ -357,7 +258,7 @@ def _usual_prefix(names: Iterable[str], own: Iterable[str]) -> str:
     return max(("", *_PREFIXES), key=lambda prefix: _hits(names, own, prefix))
 
 
-def _inside(state: _State, prefix: str | None, report: LoadReport) -> _State:
+def _inside(state: State, prefix: str | None, report: LoadReport) -> State:
     inside = _strip(state, prefix or "", report)
     if not inside:
         has = ", ".join(report.outside[:3])
@@ -369,9 +270,7 @@ def _bare(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def _fit_names(
-    model: nn.Module, own: Mapping[str, Any], state: _State, prefix: str | None, report: LoadReport
-) -> _State:
+def _fit_names(model: nn.Module, own: Mapping[str, Any], state: State, prefix: str | None, report: LoadReport) -> State:
     """Drop a prefix and, where more names fit then, what wrappers such as ``torch.compile`` put into names.
 
     The model may be wrapped as well: its own wrappers are put in.
@@ -393,26 +292,26 @@ def _fit_names(
         return ".".join(filter(None, [modules[".".join(parts[:length])], *parts[length:]]))
 
     versions = None if state.metadata is None else {_bare(k): v for k, v in state.metadata.items()}
-    inside = _inside(_State({new: state[old] for new, old in bare.items()}, versions), short, report)
+    inside = _inside(State({new: state[old] for new, old in bare.items()}, versions), short, report)
     changed = sum(new != old for new, old in bare.items())
     kinds = sorted({part for name in (*names, *own) for part in name.split(".")} & _WRAPPERS)
     what = " and ".join(map(repr, kinds))
     report.notes.append(f"{what}, which wrappers put into names, taken out of {changed} names")
     metadata = inside.metadata and {wrapped(k): v for k, v in inside.metadata.items()}
-    return _State({wrapped(name): value for name, value in inside.items()}, metadata)
+    return State({wrapped(name): value for name, value in inside.items()}, metadata)
 
 
-def _strip(state: _State, prefix: str, report: LoadReport) -> _State:
+def _strip(state: State, prefix: str, report: LoadReport) -> State:
     if not prefix:
         return state
     report.outside += [name for name in state if not name.startswith(prefix)]
     inside = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
     report.notes.append(f"prefix {prefix!r} removed from {len(inside)} names")
     versions = state.metadata and {k[len(prefix) :]: v for k, v in state.metadata.items() if k.startswith(prefix)}
-    return _State(inside, versions)
+    return State(inside, versions)
 
 
-def _rename_detectron2(state: _State, report: LoadReport) -> _State:
+def _rename_detectron2(state: State, report: LoadReport) -> State:
     result = {}
     for old, value in state.items():
         new = old
@@ -427,7 +326,7 @@ def _rename_detectron2(state: _State, report: LoadReport) -> _State:
         "detectron2's names; its ResNets are mostly trained on BGR images in 0..255, and with the stride in conv1 "
         "(STRIDE_IN_1X1): see the config the file came with"
     )
-    return _State(result, None)
+    return State(result, None)
 
 
 def _compare(

@@ -71,8 +71,10 @@ def fvcore_handles() -> dict[str, Callable[[Any, Any], Counter[str]]]:
 
 def register_with_mmengine() -> None:
     """Tell MMEngine's analyses of operations and activations what the operators cost; what is there already stays."""
-    from mmengine.analysis import complexity_analysis  # 15 ms, since MMEngine's registry has imported most of it
-
+    try:
+        from mmengine.analysis import complexity_analysis  # 15 ms, since MMEngine's registry has imported most of it
+    except ImportError:  # versions before 0.6 have none
+        return
     # MMEngine's function takes no handles, so its own table it is; a version without it counts as before.
     for table, handles in (
         ("_DEFAULT_SUPPORTED_FLOP_OPS", fvcore_handles()),

@@ -20,7 +20,7 @@ from mmengine.config import Config
 from timm.data import Mixup
 from timm.scheduler import create_scheduler_v2
 
-from ..checkpoint import read_checkpoint
+from ..checkpoint import read_file
 from .callbacks import DetectionWriter, OffsetMonitor, PredictionWriter
 from .command_line import at
 from .config import arguments, build_object, check_keys, check_kinds, plain, unknown
@@ -270,7 +270,14 @@ def _run(config: Mapping[str, Any], work_dir: Path, task: str, checkpoint: str |
     if checkpoint is not None:
         if not Path(checkpoint).is_file():
             raise FileNotFoundError(f"checkpoint: expected a file, got {str(checkpoint)!r}, which does not exist")
-        read_checkpoint(checkpoint)  # says what is wrong with a damaged file, which Lightning's own reader does not
+        saved = read_file(checkpoint)  # says what is wrong with a file, which Lightning's own reader does not
+        if not isinstance(saved, Mapping) or "state_dict" not in saved:
+            has = ", ".join(map(repr, list(saved)[:4])) if isinstance(saved, Mapping) else type(saved).__name__
+            raise ValueError(
+                f"checkpoint: expected one of Lightning, with 'state_dict', got {checkpoint} with {has}; "
+                "other weights to start from are named by `checkpoint` in the config"
+            )
+        del saved
         module_class = kind_of(config).module
         keys = arguments(module_class)
         config = {**config, **module_class.without_initial_weights({k: v for k, v in config.items() if k in keys})}
@@ -369,9 +376,6 @@ def _load_weights(module: TunedModule, checkpoint: str | Path) -> None:
     Given a checkpoint's path, Lightning's trainer would put the weights back that training goes on with.
     """
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    if "state_dict" not in saved:
-        has = ", ".join(map(repr, list(saved)[:6]))
-        raise ValueError(f"checkpoint: expected one of Lightning with 'state_dict', got {checkpoint} with {has}")
     module.load_saved(saved)
 
 

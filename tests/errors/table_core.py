@@ -1,6 +1,7 @@
 """Conversion, checkpoints, export to ONNX, and the compiled libraries."""
 
 import importlib
+import json
 import pickle
 import sys
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from torch import nn
 
 import dcn_plugin
 from dcn_plugin import _extension
-from dcn_plugin.checkpoint import load_checkpoint, read_checkpoint
+from dcn_plugin.checkpoint import extract_weights, load_checkpoint, read_checkpoint
 from dcn_plugin.layers import DeformConv2d
 from errors.case import Case
 
@@ -155,6 +156,37 @@ def read_without_safetensors(tmp_path, monkeypatch):
     read("x.safetensors", b"")(tmp_path)
 
 
+def index(shard):
+    return json.dumps({"weight_map": {"weight": shard}}).encode()
+
+
+def read_index_of_another_file(tmp_path):
+    torch.save({"bias": WEIGHTS["bias"]}, tmp_path / "x.bin")
+    read("i.json", index("x.bin"))(tmp_path)
+
+
+def read_folder(*names):
+    def call(tmp_path):
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_bytes(b"")
+        read_checkpoint(folder)
+
+    return call
+
+
+def extract(content):
+    def call(tmp_path):
+        if isinstance(content, bytes):
+            (tmp_path / "x.pth").write_bytes(content)
+        else:
+            torch.save(content, tmp_path / "x.pth")
+        extract_weights(tmp_path / "x.pth", tmp_path / "y.pth")
+
+    return call
+
+
 GLOBS = "must be a glob or a list of globs"
 CHECKPOINT = [
     Case(load(model={}), TypeError, "model", "must be an nn.Module", "got dict"),
@@ -165,6 +197,7 @@ CHECKPOINT = [
     Case(load(allow_mismatched=None), TypeError, "allow_mismatched", GLOBS, "got None"),
     Case(load(source={"weight": "zeros"}), TypeError, "state dict: entry 'weight'", "not a tensor", "is a str"),
     Case(load(source={}), ValueError, "state dict", "weights", "holds no"),
+    Case(load(key=3), TypeError, "key", "must be a string, such as 'ema.module', or a list of them", "got 3"),
     Case(load(key="ema"), ValueError, "'ema'", "no dict of weights under", "it has 'weight', 'bias'"),
     Case(load(prefix="student."), ValueError, "prefix 'student.'", "the start of any name", "has weight, bias"),
     Case(load(source={"bias": torch.zeros(3)}), RuntimeError, "shape of bias", "model has [2]", "source has [3]"),
@@ -185,6 +218,23 @@ CHECKPOINT = [
         read("x.pth", {"model": nn.Linear(2, 2)}),
         ValueError, "x.pth", "holds more than weights", "torch.nn.modules.linear.Linear",
     ),
+    Case(
+        read("x.pth", b"version https://git-lfs.github.com/spec/v1\nsize 9000000\n"),
+        ValueError, "x.pth", "run `git lfs pull`", "is a Git LFS pointer, not the file of 9.0 MB",
+    ),
+    Case(read("i.json", b"{"), ValueError, "i.json", "index of shards", "is not a readable"),
+    Case(read("i.json", b"{}"), ValueError, "i.json", "expected weights, or an index", "a JSON file without a weight_map"),
+    Case(read("i.json", index("../x.bin")), ValueError, "i.json", "names of files beside it", "got '../x.bin'"),
+    Case(read("i.json", index("x.bin")), FileNotFoundError, "i.json", "x.bin", "1 of 1 shards are missing"),
+    Case(read_index_of_another_file, ValueError, "i.json", "expected 'weight' in 'x.bin'", "which lacks it"),
+    Case(read_folder(), FileNotFoundError, "'", "no checkpoint file in the folder", "which holds nothing"),
+    Case(read_folder("a.pth", "b.pth"), ValueError, "(a.pth, b.pth)", "give one", "holds 2 files of weights"),
+    Case(
+        read_folder(".metadata"),
+        ValueError, "folder", "make one file of it with python -m", "is a checkpoint of torch.distributed.checkpoint",
+    ),
+    Case(extract(b"\x80\x02nothing"), ValueError, "x.pth", "checkpoint", "is not a readable"),
+    Case(extract({"epoch": 3}), ValueError, "x.pth", "weights", "holds no weights; it has dict"),
     Case(read("x.pth", b""), ValueError, "x.pth", "is not a readable checkpoint", "EOFError"),
     Case(read("x.pth", [1, 2]), ValueError, "x.pth", "not a dict of weights", "holds a list"),
     Case(read("x.pth", {"net": WEIGHTS}), TypeError, "entry 'net'", "say where with key=", "is a dict, not a tensor"),

@@ -53,6 +53,11 @@ def ran(task="fit", checkpoint=None, **changes):
     return call
 
 
+def ran_with_weights_from_elsewhere(tmp_path):
+    torch.save({"model": {"weight": torch.zeros(2)}, "epoch": 3}, tmp_path / "x.pth")
+    ran("test", tmp_path / "x.pth")(tmp_path)
+
+
 def without(key):
     def call(tmp_path):
         build({name: value for name, value in config().items() if name != key}, tmp_path)
@@ -99,6 +104,10 @@ CONFIG = [
     Case(
         ran("test", "nowhere.ckpt"),
         FileNotFoundError, "checkpoint:", "expected a file", "got 'nowhere.ckpt', which does not exist",
+    ),
+    Case(
+        ran_with_weights_from_elsewhere,
+        ValueError, "checkpoint:", "expected one of Lightning, with 'state_dict'", "x.pth with 'model', 'epoch'",
     ),
     Case(full_disk, OSError, "work'", "what was saved before is whole", "No space left on device"),
     Case(lambda: check_seeds([]), ValueError, "seeds:", "expected at least one", "got none"),

@@ -22,7 +22,16 @@ PARTS = {
     "visualize": ("visualize.py", "visualize_detection.py"),
     "finetune": ("finetune/",),
     "detection": ("finetune/detection/",),
-    "core": ("convert.py", "checkpoint.py", "onnx_export.py", "_extension.py", "registry.py", "mmengine_hooks.py"),
+    "core": (
+        "convert.py",
+        "checkpoint.py",
+        "_weight_files.py",
+        "_unpickling.py",
+        "onnx_export.py",
+        "_extension.py",
+        "registry.py",
+        "mmengine_hooks.py",
+    ),
 }
 TABLES = {part: importlib.import_module(f"errors.table_{part}") for part in PARTS}
 CASES = [
