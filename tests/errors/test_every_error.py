@@ -22,7 +22,15 @@ PARTS = {
     "visualize": ("visualize.py", "visualize_detection.py"),
     "finetune": ("finetune/",),
     "detection": ("finetune/detection/",),
-    "core": ("convert.py", "checkpoint.py", "onnx_export.py", "_extension.py", "registry.py", "mmengine_hooks.py"),
+    "core": (
+        "convert.py",
+        "checkpoint.py",
+        "onnx_export.py",
+        "_extension.py",
+        "registry.py",
+        "mmengine_hooks.py",
+        "mmengine_optim.py",
+    ),
 }
 TABLES = {part: importlib.import_module(f"errors.table_{part}") for part in PARTS}
 CASES = [
