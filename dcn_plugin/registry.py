@@ -16,6 +16,8 @@ The RoI pooling layers are in our scope only: mmcv registers none, and mmdetecti
 registry for ``roi_layer=dict(type=...)`` but among the names in ``mmcv.ops``, which this package does not touch.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from typing import Any
@@ -28,7 +30,7 @@ from .layers import LAYERS
 from .models import DCNResNet, TimmBackbone
 from .models.dcn_mmcv import MMCV_LAYERS
 
-__all__ = ["HOOKS", "MODELS"]
+__all__ = ["HOOKS", "MODELS", "OPTIM_WRAPPER_CONSTRUCTORS"]
 
 SCOPE = "dcn_plugin"
 
@@ -40,16 +42,19 @@ def mmcv_has_ops() -> bool:
 
 
 # One node per root registry, so that ``default_scope = "dcn_plugin"`` finds a registry for everything it builds.
-# Hooks live in a module of their own because importing MMEngine's takes seconds: MMEngine imports it on first use.
+# Hooks and optimizers live in modules of their own because importing MMEngine's takes seconds: MMEngine imports them on
+# first use.
+_LOCATIONS = {"HOOKS": "dcn_plugin.mmengine_hooks", "OPTIM_WRAPPER_CONSTRUCTORS": "dcn_plugin.mmengine_optim"}
 _NODES = {
     name: _mmengine.Registry(
-        root.name, parent=root, scope=SCOPE, locations=["dcn_plugin.mmengine_hooks"] if name == "HOOKS" else []
+        root.name, parent=root, scope=SCOPE, locations=[_LOCATIONS[name]] if name in _LOCATIONS else []
     )
     for name, root in vars(_mmengine).items()
     if isinstance(root, _mmengine.Registry)
 }
 MODELS = _NODES["MODELS"]
 HOOKS = _NODES["HOOKS"]
+OPTIM_WRAPPER_CONSTRUCTORS = _NODES["OPTIM_WRAPPER_CONSTRUCTORS"]
 
 
 def _build_multiscale_deform_roi_pool(**arguments: Any) -> nn.Module:
@@ -75,3 +80,40 @@ if not mmcv_has_ops():
         if _name not in _mmengine.MODELS.module_dict:  # another package may fill mmcv's place
             _mmengine.MODELS.register_module(name=_name, module=_module)
 register_with_mmengine()
+
+
+def _watch_constructors(root: Any) -> Callable[[], None]:
+    """Let MMEngine's constructors of optimizers say when ``paramwise_cfg`` means something else for our layers.
+
+    The registry's function that builds them is wrapped, so nothing of MMEngine's is imported early or replaced; one
+    built without ``paramwise_cfg`` stays as it is. Returns what takes the wrapper away again.
+    """
+    build = root.build_func
+
+    @wraps(build)
+    def build_and_watch(*args: Any, **kwargs: Any) -> Any:
+        constructor = build(*args, **kwargs)
+        if not getattr(constructor, "paramwise_cfg", None) or not hasattr(constructor, "add_params"):
+            return constructor
+        from .mmengine_optim import OptimWrapperConstructor, warn_of_other_rates
+
+        if not isinstance(constructor, OptimWrapperConstructor):
+            add = constructor.add_params
+
+            def warn_and_add(params: list[dict], module: nn.Module, *others: Any, **options: Any) -> None:
+                del constructor.add_params  # once: what is inside the model comes through the method itself
+                warn_of_other_rates(constructor, module)
+                add(params, module, *others, **options)
+
+            constructor.add_params = warn_and_add
+        return constructor
+
+    def stop() -> None:
+        root.build_func = build
+
+    root.build_func = build_and_watch
+    return stop
+
+
+# Undone by calling it.
+stop_watching_constructors = _watch_constructors(_mmengine.OPTIM_WRAPPER_CONSTRUCTORS)

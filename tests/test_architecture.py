@@ -33,7 +33,8 @@ MAY_IMPORT = {
     # Detectors are torchvision's; they alone import it.
     "models": ("models convert checkpoint layers ops", "timm mmengine torchvision"),
     "mmengine_hooks": ("registry", "mmengine numpy"),
-    "registry": ("models layers flops mmengine_hooks convert", "mmengine mmcv"),
+    "mmengine_optim": ("registry layers", "mmengine"),
+    "registry": ("models layers flops mmengine_hooks mmengine_optim convert", "mmengine mmcv"),
     "finetune": (
         "finetune models registry convert checkpoint visualize visualize_detection layers ops",
         "timm mmengine pytorch_lightning torchmetrics torchvision sklearn numpy PIL safetensors matplotlib rich",

@@ -100,3 +100,77 @@ def test_torchs_fusion_of_two_modules_takes_a_deformable_layer(layer):
     fused = fuse_conv_bn_eval(model[0], model[1])
     assert type(fused) is layer
     torch.testing.assert_close(fused(image()), model(image()))
+
+
+def norms(model):
+    return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_mmcvs_folding_takes_the_norm_behind_a_deformable_layer_into_it(name, bias):
+    fuse_conv_bn = pytest.importorskip("mmcv.cnn").fuse_conv_bn
+    model = made(name)
+    if not bias:
+        for module in model.modules():
+            if isinstance(module, DeformConv2d):
+                module.bias = None
+    expected = model(image())
+    assert fuse_conv_bn(model) is model and norms(model) == 0
+    torch.testing.assert_close(model(image()), expected)
+    model.load_state_dict(model.state_dict())
+
+
+def test_mmcvs_folding_of_its_own_blocks_and_of_a_timm_model():
+    cnn = pytest.importorskip("mmcv.cnn")
+    timm = pytest.importorskip("timm")
+    import dcn_plugin  # noqa: F401
+
+    torch.manual_seed(0)
+    block = cnn.ConvModule(4, 4, 3, padding=1, conv_cfg=dict(type="dcn_plugin.DCNv2"), norm_cfg=dict(type="BN"))
+    models = {
+        "block": nn.Sequential(nn.Conv2d(3, 4, 1), block),
+        "timm": timm.create_model("resnet18_dcn", channels=(8, 8, 8, 8), num_classes=3),
+    }
+    for name, model in models.items():
+        model.eval()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.running_mean, -1, 1)
+                nn.init.uniform_(module.running_var, 0.5, 4)
+        x = torch.rand(1, 3, 64, 64)
+        expected = model(x)
+        cnn.fuse_conv_bn(model)
+        assert norms(model) == 0, name
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_norm_that_cannot_be_folded_stays():
+    """Behind an activation, without statistics, or behind a layer that runs twice."""
+    fuse_conv_bn = pytest.importorskip("mmcv.cnn").fuse_conv_bn
+    shared = DCNv2(4, 4, 3, padding=1)
+    for model in (
+        nn.Sequential(DCNv2(4, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)),
+        nn.Sequential(shared, nn.BatchNorm2d(4), shared, nn.BatchNorm2d(4)),
+        nn.Sequential(DCNv2(4, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)),
+    ):
+        model.eval()
+        before = norms(model)
+        expected = model(image())
+        fuse_conv_bn(model)
+        assert norms(model) == before
+        torch.testing.assert_close(model(image()), expected)
+
+
+def test_asking_for_children_folds_nothing_elsewhere():
+    model = made("v2")
+    before = norms(model)
+    for layer in model:
+        list(layer.children()), list(layer.named_children()), list(layer.modules())
+
+    def fuse_conv_bn(module):  # not what calls itself on a child
+        return list(module.named_children())
+
+    fuse_conv_bn(model[2])
+    assert norms(model) == before
+    assert [name for name, _ in model[2].named_children()] == ["conv_offset"]

@@ -12,7 +12,7 @@ from torch import nn
 
 def recorded_call(layer: nn.Module, *args: Any) -> Any:
     """The call of ``layer`` in the graph that is being recorded; None where there is none, or where it has no name."""
-    tracer = next((arg.tracer for arg in args if isinstance(arg, torch.fx.Proxy)), None)
+    tracer: Any = next((arg.tracer for arg in args if isinstance(arg, torch.fx.Proxy)), None)
     if tracer is None or layer._forward_hooks or layer._forward_pre_hooks:  # hooks are traced with what is inside
         return None
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from ..ops import deform_conv2d
 from ..ops._check import integer, integers, require_dense
 from ..ops._transforms import unrecorded
+from ._fold import take_norm_if_folding
 from ._start import OffsetPredictor, OwnStart, warn_if_redrawn
 from ._symbolic import recorded_call
 from ._torchscript import NotScriptable
@@ -240,6 +241,10 @@ class DeformConv2d(NotScriptable, SamplingModule, OwnStart):
         if self._sampling_hooks is not None:
             self._sampled(input, offset, mask)
         return output
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        take_norm_if_folding(self)
+        return super().named_children()
 
     @classmethod
     def from_conv(cls: type[Layer], conv: nn.Conv2d, **options: Any) -> Layer:

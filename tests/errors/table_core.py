@@ -4,7 +4,7 @@ import importlib
 import json
 import pickle
 import sys
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import torch
 from torch import nn
@@ -327,4 +327,23 @@ LIBRARIES = [
     ),
     Case(call_on_cuda, RuntimeError, "operators of dcn_plugin", "whose nvcc is on PATH", "were built without CUDA"),
 ]  # fmt: skip
-CASES = CONVERT + CHECKPOINT + ONNX + LIBRARIES
+
+
+def constructor(optimizer=MappingProxyType(dict(type="SGD", lr=0.1)), **paramwise):
+    from mmengine.optim import build_optim_wrapper
+
+    name = "dcn_plugin.OptimWrapperConstructor"
+    config = dict(constructor=name, optimizer=dict(optimizer), paramwise_cfg=paramwise)
+    return lambda: build_optim_wrapper(model(), config)
+
+
+OPTIMIZERS = [
+    Case(constructor(dcn_offset_lr_mult="0.1"), TypeError, "dcn_offset_lr_mult:", "expected a number", "got '0.1'"),
+    Case(constructor(roi_offset_lr_mult=True), TypeError, "roi_offset_lr_mult:", "expected a number", "got True"),
+    Case(constructor(roi_offset_lr_mult=-1.0), ValueError, "roi_offset_lr_mult:", "at least 0", "got -1.0"),
+    Case(
+        constructor(dict(type="Adadelta"), dcn_offset_lr_mult=0.1),
+        ValueError, "dcn_offset_lr_mult:", "expected an optimizer with a learning rate", "got one without lr",
+    ),
+]  # fmt: skip
+CASES = CONVERT + CHECKPOINT + ONNX + LIBRARIES + OPTIMIZERS

@@ -31,6 +31,7 @@ PARTS = {
         "_extension.py",
         "registry.py",
         "mmengine_hooks.py",
+        "mmengine_optim.py",
     ),
 }
 TABLES = {part: importlib.import_module(f"errors.table_{part}") for part in PARTS}
