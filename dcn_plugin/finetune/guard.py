@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -124,10 +125,21 @@ def require_batches(trainer: pl.Trainer, stage: str, number: float) -> None:
 
 
 def refuse_callbacks(trainer: pl.Trainer) -> None:
-    """Raise ValueError for a callback of Lightning's that would run to the end and be wrong."""
+    """Raise ValueError for callbacks of Lightning's that would run to the end and be wrong, or stop in the middle."""
+    thaw, swa_start = -1, math.inf
     for callback in trainer.callbacks:
-        if isinstance(callback, pl.callbacks.BackboneFinetuning) and not isinstance(callback, BackboneFinetuning):
+        if isinstance(callback, BackboneFinetuning):
+            thaw = callback.unfreeze_backbone_at_epoch
+        elif isinstance(callback, pl.callbacks.BackboneFinetuning):
             raise ValueError(
                 f"callbacks: expected dcn_plugin.finetune.BackboneFinetuning, which takes the same arguments, got "
                 f"Lightning's {type(callback).__name__}: it sets one rate for all that it unfreezes"
             )
+        elif isinstance(callback, pl.callbacks.StochasticWeightAveraging):
+            start = callback._swa_epoch_start
+            swa_start = start if isinstance(start, int) else int((trainer.max_epochs or 0) * start)
+    if thaw >= max(swa_start - 1, 0):
+        raise ValueError(
+            "callbacks: expected the backbone to be trained before StochasticWeightAveraging begins, got "
+            f"unfreeze_backbone_at_epoch={thaw} with averaging from epoch {max(swa_start - 1, 0)} on"
+        )
