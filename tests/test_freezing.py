@@ -1,6 +1,10 @@
 """A backbone that is frozen at first and trained later: rates, decay, and runs that are resumed at any point."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -210,3 +214,38 @@ def test_the_optimizer_can_still_be_copied():
     run.fit(module, data("classifier"))
     again = copy.deepcopy(run.optimizers[0])
     assert len(again.param_groups) == len(run.optimizers[0].param_groups)
+
+
+DDP = """
+import sys
+import torch
+from test_freezing import BackboneFinetuning, data, pl, subject
+
+class Look(pl.Callback):
+    def on_train_end(self, trainer, pl_module):
+        rank = trainer.global_rank
+        torch.save({k: v for k, v in pl_module.named_parameters()}, f"{sys.argv[1]}/{rank}.pt")
+
+    def on_train_batch_start(self, trainer, pl_module, batch, index):
+        batch[0].add_(trainer.global_rank * (index + 1) * 0.1)  # other images in every process
+
+module = subject("classifier")
+pl.Trainer(
+    max_epochs=3, accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_progress_bar=False,
+    enable_model_summary=False, enable_checkpointing=False, use_distributed_sampler=False,
+    callbacks=[BackboneFinetuning(1), Look()],
+).fit(module, data("classifier"))
+"""
+
+
+@pytest.mark.slow
+def test_processes_share_the_gradients_of_what_was_set_free(tmp_path):
+    (tmp_path / "ddp.py").write_text(DDP)
+    tests = Path(__file__).parent
+    environment = dict(os.environ, PYTHONPATH=f"{tests.parent}:{tests}", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    command = [sys.executable, str(tmp_path / "ddp.py"), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    here, there = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    for name, value in here.items():
+        torch.testing.assert_close(there[name], value, rtol=0, atol=0, msg=name)

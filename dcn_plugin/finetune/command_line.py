@@ -16,8 +16,8 @@ import pytorch_lightning as pl
 import torch
 
 # Whose `raise` is meant for the user.
-_LIGHTNING = Path(pl.__file__).parent
-_SPEAKERS = (Path(__file__).parents[1], _LIGHTNING, _LIGHTNING.with_name("lightning_fabric"))
+_PACKAGE, _LIGHTNING = Path(__file__).parents[1], Path(pl.__file__).parent
+_SPEAKERS = (_PACKAGE, _LIGHTNING, _LIGHTNING.with_name("lightning_fabric"))
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 # int() and float() also take '1_000' and '007', which are names of folders.
 _INTEGER = re.compile(r"[+-]?(0|[1-9]\d*)")
@@ -91,10 +91,7 @@ def _scalar(text: str) -> Any:
 
 def _end(text: str) -> int:
     """Return where the bracket that opens a text closes."""
-    for position, depth in _walk(text):
-        if not depth:
-            return position + 1
-    raise ValueError(f"{text[0]!r} is not closed")
+    return next(position + 1 for position, depth in _walk(text) if not depth)
 
 
 def _split(text: str) -> list[str]:
@@ -123,10 +120,10 @@ def _walk(text: str) -> Iterator[tuple[int, int]]:
             waiting.append(_CLOSING[character])
         elif character in _CLOSING.values():
             if not waiting or waiting.pop() != character:
-                raise ValueError(f"{character!r} closes nothing")
+                raise ValueError(f"brackets: expected an open one before {character!r}, got none")
         yield position, len(waiting)
     if quote or waiting:
-        raise ValueError(f"{quote or waiting[-1]!r} is missing")
+        raise ValueError(f"brackets and quotes: expected {quote or waiting[-1]!r} before the end, got none")
 
 
 def _literal(node: ast.expr) -> Any:
@@ -145,7 +142,7 @@ def _literal(node: ast.expr) -> Any:
     try:
         return ast.literal_eval(node)
     except ValueError as error:
-        raise ValueError(f"{ast.unparse(node)} is no plain value") from error
+        raise ValueError(f"dict: expected plain values in it, got {ast.unparse(node)}") from error
 
 
 @contextmanager
@@ -204,11 +201,12 @@ def _line(name: str, text: str) -> str:
 
 
 @contextmanager
-def at(where: str) -> Iterator[None]:
+def at(section: str) -> Iterator[None]:
     """Raise what another library says of the arguments in a section of a config again, with the section's name."""
     try:
         yield
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        if said_to_user(error) is not None:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        if Path(last.filename).is_relative_to(_PACKAGE) and _is_meant(last.filename, last.line):
             raise
-        raise ValueError(f"{where}: these values do not fit: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{section}: these values do not fit: {type(error).__name__}: {error}") from error

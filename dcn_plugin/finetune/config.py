@@ -71,7 +71,7 @@ def arguments(function: Callable, *leave_out: str) -> list[str]:
     return [p.name for p in parameters if p.kind not in kinds and p.name not in ("self", *leave_out)]
 
 
-def check_kinds(where: str, values: Mapping, function: Callable) -> None:
+def check_kinds(section: str, values: Mapping, function: Callable) -> None:
     """Raise TypeError for a value that is text where `function` takes a number, or no dict where it takes one.
 
     Such a value, a slip on the command line, would otherwise end a run in the middle, far from its name.
@@ -83,9 +83,9 @@ def check_kinds(where: str, values: Mapping, function: Callable) -> None:
         kind = str(parameter.annotation)
         number = isinstance(parameter.default, (int, float)) or re.search(r"\b(int|float)\b", kind)
         if isinstance(value, str) and number and not re.search(r"\bstr\b|PRECISION|Literal|Any\b", kind):
-            raise TypeError(f"{where}{name}: expected a number, got {value!r}")
+            raise TypeError(f"{section}{name}: expected a number, got {value!r}")
         if re.fullmatch(r"Mapping\[str, Any\]( \| None)?", kind) and not isinstance(value, Mapping):
-            raise TypeError(f"{where}{name}: expected a dict, got {type(value).__name__} {value!r}")
+            raise TypeError(f"{section}{name}: expected a dict, got {type(value).__name__} {value!r}")
 
 
 def build_object(where: str, spec: Mapping, table: Mapping[str, type]) -> Any:

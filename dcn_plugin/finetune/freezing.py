@@ -72,6 +72,7 @@ class BackboneFinetuning(pl.callbacks.BackboneFinetuning):
             verbose=verbose,
             rounding=rounding,
         )
+        self._restarting: bool
         self._held: list[str] = []
         self._first_group: int | None = None
 
@@ -79,7 +80,8 @@ class BackboneFinetuning(pl.callbacks.BackboneFinetuning):
         if stage != "fit":  # the weights are only used
             return
         # A second fit of the same objects is a run of its own; a checkpoint is read after this.
-        self._first_group, self.previous_backbone_lr, self._internal_optimizer_metadata = None, None, {}
+        self._first_group, self.previous_backbone_lr = None, None
+        self._internal_optimizer_metadata = dict[int, list[dict[str, Any]]]()
         super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -179,4 +181,4 @@ def split_added_groups(optimizer: Optimizer, groups: Callable[[nn.Module], list[
         if rest:
             add({**common, "params": rest})
 
-    optimizer.add_param_group = add_param_group  # type: ignore[method-assign]
+    setattr(optimizer, "add_param_group", add_param_group)  # noqa: B010  (of this optimizer alone)

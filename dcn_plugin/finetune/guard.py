@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from .freezing import BackboneFinetuning
 from .streams import describe_split
@@ -32,6 +35,7 @@ class RunGuard(pl.Callback):
         self._frozen: Mapping[str, Any] | None = None
         self._epoch: int | None = None
         self._begun = False
+        self._shared: list[str] = []
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
@@ -78,6 +82,7 @@ class RunGuard(pl.Callback):
         self._epoch = None if self._frozen is None else self._frozen["epoch"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._shared = _trainable(pl_module)
         if self._frozen is None:
             return
         for name, parameter in pl_module.named_parameters():
@@ -97,6 +102,10 @@ class RunGuard(pl.Callback):
                 callback._swa_lrs = [callback._swa_lrs * group.get("lr_scale", 1.0) for group in groups]
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
+        self._enter_epoch(trainer, pl_module)
+        self._share_gradients(trainer, pl_module)
+
+    def _enter_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._begun:
             self._begun = True
             # A run that goes on within an epoch does not come to where this one sets its factor.
@@ -111,6 +120,18 @@ class RunGuard(pl.Callback):
             callback.on_train_epoch_start(trainer, pl_module)
         pl_module.on_train_epoch_start()
 
+    def _share_gradients(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # DistributedDataParallel averages the gradients of what was trained when it was made, and of nothing else.
+        strategy = trainer.strategy
+        if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
+            now = _trainable(pl_module)
+            if now != self._shared:
+                self._shared, strategy.model = now, strategy._setup_model(pl_module)
+
+
+def _trainable(module: nn.Module) -> list[str]:
+    return [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+
 
 def _norms(module: nn.Module) -> dict[str, Any]:
     return {name: m for name, m in module.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
@@ -124,10 +145,21 @@ def require_batches(trainer: pl.Trainer, stage: str, number: float) -> None:
 
 
 def refuse_callbacks(trainer: pl.Trainer) -> None:
-    """Raise ValueError for a callback of Lightning's that would run to the end and be wrong."""
+    """Raise ValueError for callbacks of Lightning's that would run to the end and be wrong, or stop in the middle."""
+    thaw, swa_start = -1, math.inf
     for callback in trainer.callbacks:
-        if isinstance(callback, pl.callbacks.BackboneFinetuning) and not isinstance(callback, BackboneFinetuning):
+        if isinstance(callback, BackboneFinetuning):
+            thaw = callback.unfreeze_backbone_at_epoch
+        elif isinstance(callback, pl.callbacks.BackboneFinetuning):
             raise ValueError(
                 f"callbacks: expected dcn_plugin.finetune.BackboneFinetuning, which takes the same arguments, got "
                 f"Lightning's {type(callback).__name__}: it sets one rate for all that it unfreezes"
             )
+        elif isinstance(callback, pl.callbacks.StochasticWeightAveraging):
+            start = callback._swa_epoch_start
+            swa_start = start if isinstance(start, int) else int((trainer.max_epochs or 0) * start)
+    if thaw >= max(swa_start - 1, 0):
+        raise ValueError(
+            "callbacks: expected the backbone to be trained before StochasticWeightAveraging begins, got "
+            f"unfreeze_backbone_at_epoch={thaw} with averaging from epoch {max(swa_start - 1, 0)} on"
+        )

@@ -392,11 +392,7 @@ class FinetuneModule(TunedModule):
 
     @property
     def backbone(self) -> nn.Module:
-        """Everything but the classifier, as Lightning's `BackboneFinetuning` wants it.
-
-        That callback gives what it unfreezes one learning rate of its own: neither `layer_decay` nor `offset_lr_mult`
-        reaches it.
-        """
+        """Everything but the classifier, as `BackboneFinetuning` wants it."""
         model = cast(Any, self.model)
         head = model.get_classifier() if hasattr(model, "get_classifier") else None
         return nn.ModuleList(child for child in self.model.children() if child is not head)

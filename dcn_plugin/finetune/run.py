@@ -255,7 +255,8 @@ def run(
         Metrics by name, and under 'checkpoint', 'export', 'predictions' the paths written.
 
     Raises:
-        ValueError, FileNotFoundError: an unknown task or key, a missing or damaged checkpoint.
+        ValueError, TypeError, FileNotFoundError: an unknown task or key, a checkpoint that is missing, damaged or
+            another model's, a split without samples, a `fit` without a step of training (nothing is exported then).
         OSError: `work_dir` cannot be written to, or no longer.
     """
     if task not in TASKS:

@@ -1,5 +1,6 @@
 """Fine-tuning classifiers: module, data, runner, export."""
 
+import ast
 import errno
 import importlib.util
 import io
@@ -9,15 +10,17 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
+import pytorch_lightning as pl
 import torch
 from PIL import Image, ImageOps
 from test_data import COLOURS, write_folder
-from test_finetune import DATA, MODEL, config, module
+from test_finetune import DATA, MODEL, TRAINER, config, module
 from test_images import encoded, tiff
 from torch import nn
 
 import dcn_plugin.finetune
 from dcn_plugin.finetune import (
+    BackboneFinetuning,
     Digits,
     FinetuneModule,
     ImageDataModule,
@@ -28,7 +31,9 @@ from dcn_plugin.finetune import (
     run,
 )
 from dcn_plugin.finetune.callbacks import PredictionWriter
+from dcn_plugin.finetune.command_line import _literal, _split, parse_options
 from dcn_plugin.finetune.folders import Place
+from dcn_plugin.finetune.guard import refuse_callbacks, require_batches
 from dcn_plugin.finetune.images import UnreadableImage, read_image
 from dcn_plugin.finetune.run import build, quiet, writing_to
 from dcn_plugin.finetune.samples import ImageStream
@@ -65,12 +70,95 @@ def without(key):
     return call
 
 
+def loaded(text, options=None):
+    def call(tmp_path):
+        (tmp_path / "config.py").write_text(text)
+        load_config(tmp_path / "config.py", options)
+
+    return call
+
+
+def checked(saved, task="test"):
+    """A run from a checkpoint that holds `saved`."""
+
+    def call(tmp_path):
+        torch.save(saved, tmp_path / "x.ckpt")
+        ran(task, tmp_path / "x.ckpt")(tmp_path)
+
+    return call
+
+
+def resumed_otherwise(tmp_path):
+    ran(trainer=dict(TRAINER, max_epochs=1))(tmp_path)
+    ran(checkpoint="auto", optimizer=dict(layer_decay=0.7))(tmp_path)
+
+
+def tested_on_nothing(tmp_path):
+    ran(trainer=dict(TRAINER, max_epochs=1))(tmp_path)
+    ran("test", tmp_path / "last.ckpt", trainer=dict(TRAINER, limit_test_batches=0))(tmp_path)
+
+
+def with_callbacks(*callbacks, **options):
+    def call():
+        refuse_callbacks(pl.Trainer(callbacks=list(callbacks), logger=False, enable_checkpointing=False, **options))
+
+    return call
+
+
+def options_of(*options):
+    return lambda: parse_options(options)
+
+
 def full_disk(tmp_path):
     with writing_to(tmp_path / "work"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+COMMAND_LINE = [
+    Case(options_of("x"), ValueError, "--cfg-options:", "expected KEY=VALUE", "got 'x'"),
+    Case(options_of("a=[1"), ValueError, "--cfg-options:", "expected a value that parses", "got 'a=[1'"),
+    Case(lambda: _split("a)"), ValueError, "brackets:", "expected an open one before ')'", "got none"),
+    Case(lambda: _split("[a"), ValueError, "brackets and quotes:", "expected ']' before the end", "got none"),
+    Case(
+        lambda: _literal(ast.parse("f(2)", mode="eval").body), ValueError, "dict:", "plain values in it", "got f(2)",
+    ),
+    Case(built(model=dict(MODEL), seed=-1), ValueError, "seed:", "these values do not fit", "-1"),
+    Case(loaded("model = nothing"), ValueError, "config:", "config.py does not load", "'nothing' is not defined"),
+    Case(loaded("a = 1", {"a.b": 1}), ValueError, "options", "these values do not fit", "a.b"),
+]  # fmt: skip
+
+
 CONFIG = [
+    *COMMAND_LINE,
+    Case(built(callbacks=5), TypeError, "callbacks:", "expected a dict", "got int 5"),
+    Case(built(num_classes="ten"), TypeError, "num_classes:", "expected a number", "got 'ten'"),
+    Case(built(mixup="cutmix"), TypeError, "mixup:", "expected a dict", "got str 'cutmix'"),
+    Case(
+        ran(trainer=dict(TRAINER, limit_train_batches=0)),
+        ValueError, "trainer:", "at least one step of training", "got none (trainer has limit_train_batches=0)",
+    ),
+    Case(
+        checked(dict(state_dict=dict(weight=torch.zeros(1)))),
+        ValueError, "checkpoint:", "the weights of the config's model", "x.ckpt' of another",
+    ),
+    Case(checked(dict(weight=torch.zeros(1))), ValueError, "checkpoint:", "Lightning wrote", "without 'state_dict'"),
+    Case(resumed_otherwise, ValueError, "checkpoint:", "the optimizer of the config", "last.ckpt'"),
+    Case(
+        tested_on_nothing,
+        ValueError, "trainer.limit_test_batches:", "expected batches to run on", "got 0",
+    ),
+    Case(
+        lambda: require_batches(SimpleNamespace(datamodule=None), "val", 0),
+        ValueError, "val:", "expected at least one batch", "got none from its data loader",
+    ),
+    Case(
+        with_callbacks(pl.callbacks.BackboneFinetuning()),
+        ValueError, "callbacks:", "dcn_plugin.finetune.BackboneFinetuning", "got Lightning's BackboneFinetuning",
+    ),
+    Case(
+        with_callbacks(BackboneFinetuning(9), pl.callbacks.StochasticWeightAveraging(1e-3), max_epochs=10),
+        ValueError, "callbacks:", "expected the backbone to be trained before", "got unfreeze_backbone_at_epoch=9",
+    ),
     Case(built(modell=1), ValueError, "config: unknown key", "did you mean 'model'?", "'modell'"),
     Case(without("model"), ValueError, "config: key 'model'", "it has 'data', 'callbacks'", "is missing"),
     Case(without("data"), ValueError, "config: key 'data'", "it has 'model', 'callbacks'", "is missing"),
@@ -122,12 +210,6 @@ CONFIG = [
 def restored(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "x.ckpt")
     FinetuneModule.restore(tmp_path / "x.ckpt")
-
-
-def endless():
-    made = module()
-    made.trainer = SimpleNamespace(estimated_stepping_batches=math.inf)
-    made.configure_optimizers()
 
 
 def beside(data, names=None, start=None, **changes):
@@ -192,15 +274,6 @@ def restored_loss(loss):
         FinetuneModule.restore(tmp_path / "x.ckpt")
 
     return call
-
-
-def rsqrt_without_end():
-    made = module(schedule=dict(sched="rsqrt"))
-    loop = SimpleNamespace(setup_data=lambda: None)
-    made.trainer = SimpleNamespace(
-        estimated_stepping_batches=4, fit_loop=loop, num_training_batches=4, accumulate_grad_batches=1, max_epochs=1
-    )
-    made.configure_optimizers()
 
 
 MULTI_HOT = torch.tensor([[0.0, 0, 1], [1, 0, 1], [0, 1, 0], [0, 0, 0]])
@@ -321,8 +394,22 @@ MODULE = [
     ),
     Case(built(checkpoint=dict(file="x")), ValueError, "checkpoint:", "a path or dict(path=..., ...)", "'file'"),
     Case(restored, ValueError, "path:", "a Lightning checkpoint of a FinetuneModule", "x.ckpt"),
-    Case(rsqrt_without_end, ValueError, "schedule:", "does not fit", "{'sched': 'rsqrt'}"),
-    Case(endless, ValueError, "schedule:", "trainer.max_epochs or trainer.max_steps", "got none"),
+    Case(
+        ran(trainer=dict(TRAINER, max_epochs=-1)),
+        ValueError, "schedule:", "trainer.max_epochs or trainer.max_steps", "got none",
+    ),
+    Case(
+        ran(schedule=dict(sched="step", decay_epochs=0)), ValueError, "schedule:", "does not fit", "'decay_epochs': 0",
+    ),
+    Case(
+        lambda: BackboneFinetuning(-1), ValueError, "unfreeze_backbone_at_epoch:", "expected 0 or more", "got -1",
+    ),
+    *(
+        Case(
+            lambda name=name: BackboneFinetuning(**{name: 0.0}), ValueError, f"{name}:", "a positive number", "got 0.0",
+        )
+        for name in ("backbone_initial_lr", "backbone_initial_ratio_lr")
+    ),
     Case(built(label_smoothing=1.5), ValueError, "label_smoothing:", "expected 0 <= label_smoothing < 1", "got 1.5"),
     Case(lambda: module(num_classes=1), ValueError, "num_classes:", "expected at least 2 classes", "got 1"),
     Case(
