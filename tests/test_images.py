@@ -183,9 +183,7 @@ def test_sixteen_bits_of_colour_keep_their_upper_eight():
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
 def test_modes_of_eight_bits_are_converted_as_by_pillow(mode):
-    file = encoded(
-        Image.fromarray(CORNERS).convert("RGB").convert(mode), "TIFF" if mode == "CMYK" else "PNG"
-    )
+    file = encoded(Image.fromarray(CORNERS).convert("RGB").convert(mode), "TIFF" if mode == "CMYK" else "PNG")
     truth = Image.open(io.BytesIO(file.getvalue()))
     assert truth.mode == mode
     assert np.array_equal(read_image(file), truth.convert("RGB"))

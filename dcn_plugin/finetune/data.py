@@ -176,8 +176,9 @@ class ImageDataModule(pl.LightningDataModule):
             dataset = self._datasets[stage] = self._create(stage)
             if stage == "train":
                 self._class_to_idx = _classes(dataset) or None
-            for other in {"val", "test"} & set(self._datasets):
-                self._compare_classes(other)
+            for other in ("val", "test"):  # in whichever order the splits are asked for
+                if other in self._datasets:
+                    self._compare_classes(other)
         return self._datasets[stage]
 
     def _create(self, stage: str) -> Any:
