@@ -208,7 +208,8 @@ class PredictionWriter(_EpochWriter):
     """Write `predictions.csv` (file, label, class name, score) after prediction, one file per process if several.
 
     An image has one line, that of its best class. Where it may have several labels it has a line for each whose score
-    is at least `threshold`, the best first; if there is none, one without label and class, with the highest score.
+    is at least `threshold`, the best first; if there is none, one without label and class, with the highest score. What
+    could not be read (`bad_images='skip'`) has no line.
 
     Args:
         directory: folder to write to; made if missing.
@@ -237,6 +238,8 @@ class PredictionWriter(_EpochWriter):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, predictions: Sequence[Any], batch_indices: Sequence
     ) -> None:
         names = trainer.datamodule.filenames("predict") if hasattr(trainer.datamodule, "filenames") else None
+        unreadable = getattr(trainer.datamodule, "unreadable", None)
+        bad = set() if unreadable is None else set(unreadable("predict"))
         indices = [i for batch in batch_indices[0] for i in batch] if batch_indices else []
         classes = getattr(pl_module, "class_names", None)
         images = itertools.chain.from_iterable(map(self._rows, predictions))
@@ -245,6 +248,8 @@ class PredictionWriter(_EpochWriter):
             writer.writerow(["file", "label", "class", "score"])
             for row, found in enumerate(images):
                 index = indices[row] if indices else row
+                if index in bad:  # what was predicted is the image that was taken in its place
+                    continue
                 name = names[index] if names is not None else index
                 for label, score in found:
                     said = classes[label] if classes and label is not None else label
