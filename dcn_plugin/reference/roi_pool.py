@@ -55,7 +55,8 @@ def deform_roi_pool(
         # An adaptive number of samples follows the size: none where that is not positive.
         grid = torch.full_like(step, sampling_ratio) if sampling_ratio > 0 else step.ceil().clamp(min=0).nan_to_num(1)
         origin = _origins(start, step, bins, i, _shift(offset, i, gamma * size, bins, input))
-        return _spread(origin, step / grid, 0.5, grid, sampling_ratio, (-1, input.shape[2 + i]), input, i)
+        inside = (-1, input.shape[2 + i])
+        return _spread(origin, step / grid.clamp(min=1), 0.5, grid, sampling_ratio, inside, input, i)
 
     return (pool or _pool)(input, rois, axis(0), axis(1), mask, bins, 1)
 
@@ -140,8 +141,8 @@ def _regions(
     without one, that of a region which is inside out is negative.
     """
     number, lower, upper = rois.detach().split((1, 2, 2), 1)
-    sound = (number >= 0) & (number < input.shape[0]) & (number == number.trunc())
-    sound = sound & lower.isfinite() & upper.isfinite()
+    # An infinite upper corner may leave no trace in a size that has a least.
+    sound = (number >= 0) & (number < input.shape[0]) & (number == number.trunc()) & upper.isfinite()
     lower, upper = (t.to(torch.promote_types(input.dtype, torch.float32)) for t in (lower, upper))
     if whole:  # rounded half away from zero, the last pixel included
         lower, upper = (t.sign() * (t.abs() + 0.5).floor() for t in (lower, upper))
