@@ -30,7 +30,7 @@ def coco(changes=None, stage="fit", text=None, spoil=None, look=None, **options)
             spoil(tmp_path)
         data = CocoDataModule(root=str(tmp_path), **{"train": split, **options})
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*(less than a pixel|is left out)")
+            warnings.filterwarnings("ignore", ".*(less than a pixel|is left out|has no objects)")
             data.setup(stage)
             if look is not None:
                 look(data)
