@@ -200,6 +200,41 @@ def test_what_cannot_be_read_is_named_or_skipped(make, file, tmp_path, monkeypat
     assert "c0/2.png" in caplog.text and "the next image is taken instead" in caplog.text
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_skipped_image_has_no_prediction(tmp_path, num_workers):
+    import csv
+
+    import pytorch_lightning as pl
+
+    from dcn_plugin.finetune.callbacks import PredictionWriter
+
+    class Brightness(pl.LightningModule):
+        def predict_step(self, batch):
+            images, _ = batch
+            return dict(label=(images.mean(dim=(1, 2, 3)) * 255).round().long(), score=torch.ones(len(images)))
+
+    (tmp_path / "new").mkdir()
+    for i, level in enumerate((10, None, 30, 40, None)):
+        file = b"no image" if level is None else encoded(Image.new("RGB", (16, 16), (level,) * 3), "PNG").getvalue()
+        (tmp_path / "new" / f"{i}.png").write_bytes(file)
+    data = ImageDataModule(
+        "",
+        str(tmp_path),
+        predict_split="new",
+        bad_images="skip",
+        num_workers=num_workers,
+        **OPTIONS | dict(batch_size=2),
+    )
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[PredictionWriter(tmp_path)],
+    )  # fmt: skip
+    trainer.predict(Brightness(), data, return_predictions=False)
+    rows = list(csv.DictReader(open(tmp_path / "predictions.csv")))
+    assert [(row["file"], row["label"]) for row in rows] == [("0.png", "10"), ("2.png", "30"), ("3.png", "40")]
+    assert data.unreadable() == [1, 4]
+
+
 def test_what_a_hub_set_cannot_read_is_named_or_skipped(hub, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
     hub.content = dict(train=table([PLAIN]), val=table([UPRIGHT, LARGE, DEEP]))

@@ -151,7 +151,10 @@ class _EpochWriter(BasePredictionWriter):
 
 
 class PredictionWriter(_EpochWriter):
-    """Write `predictions.csv` (file, label, class name, score) after prediction, one file per process if several."""
+    """Write `predictions.csv` (file, label, class name, score) after prediction, one file per process if several.
+
+    What could not be read (`bad_images='skip'`) has no row.
+    """
 
     filename = "predictions.csv"
 
@@ -159,6 +162,8 @@ class PredictionWriter(_EpochWriter):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, predictions: Sequence[Any], batch_indices: Sequence
     ) -> None:
         names = trainer.datamodule.filenames("predict") if trainer.datamodule is not None else None
+        unreadable = getattr(trainer.datamodule, "unreadable", None)
+        bad = set() if unreadable is None else set(unreadable("predict"))
         indices = [i for batch in batch_indices[0] for i in batch] if batch_indices else []
         labels = torch.cat([batch["label"] for batch in predictions]).tolist()
         scores = torch.cat([batch["score"] for batch in predictions]).tolist()
@@ -168,6 +173,8 @@ class PredictionWriter(_EpochWriter):
             writer.writerow(["file", "label", "class", "score"])
             for row, (label, score) in enumerate(zip(labels, scores, strict=True)):
                 index = indices[row] if indices else row
+                if index in bad:  # what was predicted is the image that was taken in its place
+                    continue
                 name = names[index] if names is not None else index
                 writer.writerow([name, label, classes[label] if classes else label, f"{score:.6f}"])
 

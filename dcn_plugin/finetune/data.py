@@ -35,6 +35,14 @@ class ImageDataModule(pl.LightningDataModule):
     (`train_split='train.tar'`), `'wds/'` (WebDataset shards in `root`), `'torch/cifar10'`, `'hfds/...'`, `'hfids/...'`,
     `'tfds/...'`, and `'digits'` (see `Digits`). Transforms and augmentation are timm's.
 
+    Folders and tars (`ClassFolders`): the class is the folder below the split, whatever lies between it and the image;
+    hidden files and folders are left out; images with an ending that is not read are counted in a warning, and
+    `dataset=dict(input_key='.png;.webp')` names the endings. A split for prediction needs no class folders. The other
+    splits need the names and the order of the training split's classes, as far as the data set tells them.
+
+    Images are read by `read_image`: turned as EXIF says, 16 bits scaled. That holds for every name but two: `'tfds/'`
+    is decoded by TensorFlow, and sets that hold pixels (`'torch/cifar10'`) have neither.
+
     Args:
         name: name of the data set, as above.
         root: folder of the data; not needed for `'digits'`, the download cache of hub data sets.
@@ -50,10 +58,13 @@ class ImageDataModule(pl.LightningDataModule):
         mean, std, interpolation, crop_pct: preprocessing as in timm; None means the model's own.
         augment: further arguments of `timm.data.create_loader` for training, such as `dict(auto_augment=...)`, or
             `dict(no_aug=True)` for none.
-        dataset: further arguments of `timm.data.create_dataset` (or of `Digits`) for every split.
+        dataset: further arguments of `timm.data.create_dataset` (or of `Digits`) for every split; of folders and tars
+            `class_map`, `input_key`, `input_img_mode` and `target_transform`.
         train_dataset: the same for the training split alone.
-        bad_images: 'raise' stops at an unreadable image and names it; 'skip' warns and takes the next one. Folders,
-            tars and `hfds/` only: timm's streaming readers always warn and skip.
+        bad_images: 'raise' stops at an unreadable image and names it; 'skip' warns and takes the next one, and
+            `PredictionWriter` writes no row for it. Streams leave out instead, and only what can be decoded: the reader
+            of `'wds/'` always warns of the rest and leaves it out, those of `'hfids/'` and `'tfds/'` raise what their
+            library raises.
 
     Raises:
         ValueError, TypeError: an unknown name, key or split, or classes that do not fit together.
@@ -343,6 +354,11 @@ class ImageDataModule(pl.LightningDataModule):
             return None
         return dataset.filenames()
 
+    def unreadable(self, stage: str = "predict") -> list[int]:
+        """Return the places of the images of a split that were skipped so far as unreadable."""
+        bad = getattr(self._dataset(stage), "bad", None)
+        return [] if bad is None else bad.nonzero().flatten().tolist()
+
 
 # Arguments of create_loader that the data module sets itself, or that need timm's own loop.
 _LOADER_OWN = (
@@ -354,7 +370,7 @@ _LOADER_OWN = (
 
 
 def _classes(dataset: Any) -> dict[str, int]:
-    """Return class name -> label, as far as the data set or its reader tells; of several names, all."""
+    """Return class name -> label, as far as the data set or its reader tells; {} where they tell nothing."""
     for holder in (dataset := getattr(dataset, "dataset", dataset), getattr(dataset, "reader", None)):
         for name in ("class_to_idx", "class_name_to_idx"):
             if getattr(holder, name, None):

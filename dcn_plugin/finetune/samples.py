@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.data import IterableImageDataset
 from torch.utils.data import Dataset
 
@@ -59,6 +60,8 @@ class BadImages(Dataset):
 
     def __init__(self, dataset: Any, skip: bool) -> None:
         self.dataset, self.skip = dataset, skip
+        # Which ones could not be read, known to the processes that load and to the one that writes predictions.
+        self.bad = torch.zeros(len(dataset) if skip else 0, dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -72,6 +75,7 @@ class BadImages(Dataset):
                     advice = "(data.bad_images='skip' takes the next image instead)"
                     raise UnreadableImage(f"{error} {advice}") from error.__cause__
                 _logger.warning("%s; the next image is taken instead", error)
+                self.bad[index] = True
                 last, index = error, (index + 1) % len(self.dataset)
         raise UnreadableImage(f"{last}, and so were {_RETRIES - 1} images before it") from last.__cause__
 
