@@ -52,7 +52,7 @@ def upright():
 def save(path, pixels, orientation=1):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.ascontiguousarray(STORED[orientation](pixels))).save(path, exif=exif.tobytes())
 
 
@@ -245,3 +245,36 @@ def test_a_run_that_leaves_out_a_whole_batch_counts_the_others(tmp_path):
     assert run(settings, tmp_path / "work", "validate", checkpoint) == truth
     found = json.loads(Path(run(settings, tmp_path / "work", "predict", checkpoint)["predictions"]).read_text())
     assert {entry["image_id"] for entry in found} == {1, 3}
+
+
+@pytest.mark.filterwarnings("ignore:.*is left out")
+def test_an_evaluation_of_nothing_is_an_error(tmp_path):
+    split = write_coco(tmp_path, [dict(id=1, image_id=100, category_id=3, bbox=[1, 2, 10, 5])])
+    for file in (tmp_path / "train").iterdir():
+        no_image(file)
+    data = dict(name="coco", root=str(tmp_path), val=split, bad_images="skip", num_classes=3)
+    model = dict(FASTER, backbone=dict(FASTER["backbone"], in_chans=3))
+    torch.save(DetectionModule(model, 3).model.state_dict(), tmp_path / "start.pth")
+    settings = config(data, model=model, checkpoint=str(tmp_path / "start.pth"), callbacks={})
+    for task, stage in (("validate", "val"), ("test", "test")):
+        with pytest.raises(ValueError, match=f"{stage}: expected images to evaluate, could read none"):
+            run(settings, tmp_path / "work", task)
+
+
+def test_split_without_objects_says_what_its_metric_will_be(tmp_path):
+    crowd = [dict(id=1, image_id=100, category_id=3, bbox=[1, 2, 10, 5], iscrowd=1)]
+    for annotations in ([], crowd):
+        data = CocoDataModule(root=str(tmp_path), val=write_coco(tmp_path, annotations))
+        with pytest.warns(UserWarning, match=r"val.annotations: .*has no objects: .* of val will be -1"):
+            data.setup("validate")
+
+
+def test_photos_that_are_not_read_are_counted(tmp_path):
+    for name in ("a.png", "below/b.png", ".c.png", "@eaDir/d.png"):
+        save(tmp_path / "photos" / name, upright())
+    for name in ("e.heic", "f.HEIC", "g.pdf", "h.txt"):
+        (tmp_path / "photos" / name).write_bytes(b"")
+    data = CocoDataModule(root=str(tmp_path), predict="photos", num_classes=1)
+    with pytest.warns(UserWarning, match="photos holds images that are not read: 1 .HEIC, 1 .heic, 1 in folders below"):
+        data.setup("predict")
+    assert data.filenames() == {1: "a.png"}

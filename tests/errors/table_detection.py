@@ -30,7 +30,7 @@ def coco(changes=None, stage="fit", text=None, spoil=None, look=None, **options)
             spoil(tmp_path)
         data = CocoDataModule(root=str(tmp_path), **{"train": split, **options})
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*(less than a pixel|is left out)")
+            warnings.filterwarnings("ignore", ".*(less than a pixel|is left out|has no objects)")
             data.setup(stage)
             if look is not None:
                 look(data)
@@ -59,6 +59,19 @@ def val_with_categories(**names):
         coco(val=write_coco(tmp_path, [], name="val", categories=categories))(tmp_path)
 
     return call
+
+
+def photos_of_other_kinds(path):
+    for name in ("a.HEIC", "below/b.png", ".c.png", "d.pdf", "e.txt"):
+        file = path / "nested" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"")
+
+
+def nothing_seen():
+    made = module(3)
+    made.trainer = SimpleNamespace(world_size=1, sanity_checking=False)
+    made.on_validation_epoch_end()
 
 
 def another_size(path):
@@ -103,6 +116,10 @@ FILES = [
     Case(
         coco(stage="predict", predict="empty", spoil=lambda path: (path / "empty").mkdir()),
         FileNotFoundError, "predict:", "expected images in", "found none",
+    ),
+    Case(
+        coco(stage="predict", predict="nested", spoil=photos_of_other_kinds),
+        FileNotFoundError, "predict:", "expected images in", "found none that Pillow reads, but 1 .HEIC, 1 in folders",
     ),
     Case(coco(text='{"images": ['), ValueError, ANNOTATIONS, "is not JSON", "line 1 column"),
     Case(coco(text="[]"), ValueError, ANNOTATIONS, "expected a dict", "got []"),
@@ -301,6 +318,7 @@ def metric_without_pycocotools(monkeypatch):
 
 
 MODULE = [
+    Case(nothing_seen, ValueError, "val:", "expected images to evaluate", "could read none"),
     Case(beside(in_chans=3), ValueError, "in_chans:", "the model takes 1 channels", "the data has 3"),
     Case(beside(num_classes=4), ValueError, "num_classes:", "the model has 10 classes", "the data has 4"),
     Case(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Mapping
@@ -57,6 +58,16 @@ class AnnotationFile:
 
     def __init__(self, path: Path, split: str) -> None:
         self.about = f"{split}.annotations: {path}"
+        # The collector of garbage would go through all of a large file's objects again and again as they come.
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            self._read(path)
+        finally:
+            if collects:
+                gc.enable()
+
+    def _read(self, path: Path) -> None:
         try:
             whole = json.loads(path.read_bytes())  # as bytes: UTF-8 whatever the locale, a byte order mark or not
         except (ValueError, RecursionError) as error:

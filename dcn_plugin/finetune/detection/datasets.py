@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from torch.utils.data import Dataset, DistributedSampler
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from ..folders import is_hidden, looks_like_an_image
 from ..images import UnreadableImage, read_image
 from .annotations import AnnotatedImage, AnnotationFile, Id
 
@@ -88,6 +91,8 @@ class CocoImages(Dataset):
                 raise ValueError(f"{file.about} has no box to train on")
             if empty_images == "drop":
                 chosen = [image for image in chosen if image.id in trainable]
+        elif all(annotation.iscrowd for image in chosen for annotation in image.annotations):
+            rank_zero_warn(f"{file.about} has no objects: the average precision of {name} will be -1")
         self.images = chosen[:limit]
         if not self.images:
             raise ValueError(f"{file.about} leaves no images")
@@ -158,18 +163,27 @@ class FolderImages(Dataset):
     """The images of a folder by name, for prediction; `image_id` counts them from 1.
 
     Every image is turned as its EXIF orientation says, as viewers show it, and predictions are in pixels of that.
-    Hidden files are left alone. `bad_images` is as in `CocoImages`.
+    Hidden files are left alone; other images that are not read are counted in a warning. `bad_images` is as in
+    `CocoImages`.
     """
 
     def __init__(
         self, folder: Path, in_chans: int, transforms: Callable, limit: int | None = None, bad_images: str = "raise"
     ) -> None:
         require("predict", folder, "folder", Path.is_dir)
+        images = looks_like_an_image()
+        found = [path for path in _below(folder) if path.suffix.lower() in images]
         known = Image.registered_extensions()
-        files = (path for path in folder.iterdir() if not path.name.startswith(".") and path.is_file())
-        self.paths = sorted(path for path in files if path.suffix.lower() in known)[:limit]
+        self.paths = sorted(path for path in found if path.parent == folder and path.suffix.lower() in known)[:limit]
+        deeper = sum(path.parent != folder for path in found)
+        others = Counter(path.suffix for path in found if path.parent == folder and path.suffix.lower() not in known)
+        left = [f"{count} {ending}" for ending, count in sorted(others.items())]
+        left += [f"{deeper} in folders below"] if deeper else []
         if not self.paths:
-            raise FileNotFoundError(f"predict: expected images in {str(folder)!r}, found none")
+            but = f", but {', '.join(left)}" if left else ""
+            raise FileNotFoundError(f"predict: expected images in {str(folder)!r}, found none that Pillow reads{but}")
+        if left:
+            rank_zero_warn(f"predict: {folder} holds images that are not read: {', '.join(left)}")
         self.in_chans, self.transforms, self.bad_images = in_chans, transforms, bad_images
 
     @property
@@ -187,6 +201,12 @@ class FolderImages(Dataset):
     def filename(self, index: int) -> str:
         """Return the name of an image's file."""
         return self.paths[index].name
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        yield from (Path(place, name) for name in files if not is_hidden(name))
 
 
 def read(path: Path, in_chans: int, bad_images: str, size: tuple[int, int] | None = None) -> Image.Image | None:

@@ -181,6 +181,10 @@ class DetectionModule(TunedModule):
             parts: list[Any] = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(parts, seen)
             seen = [item for part in parts for item in part]
+        if not seen:
+            if not self.trainer.sanity_checking:  # which may meet a few bad ones first
+                raise ValueError(f"{stage}: expected images to evaluate, could read none of them")
+            return
         metric = _metric()
         metric.update([dict(found, labels=found["labels"].long()) for found, _ in seen], [truth for _, truth in seen])
         values = metric.compute()
