@@ -106,7 +106,7 @@ def test_a_policy_that_would_fail_is_named_before_training(tmp_path, policy, mag
 
 @pytest.mark.parametrize("size", [16, (1, 16, 16)])
 @pytest.mark.parametrize("policy", [
-    None, "rand-m9-mstd0.5", "rand-m9-mstd0.5-mmax9-inc1", "rand-m6-mstd0.5-inc1", "augmix-m3-w3", "original",
+    None, "rand-m9-mstd0.5", "rand-m9-mstd0.5-mmax9-inc1", "rand-m6-mstd0.5-inc1", "rand-m7-mstd0.5-inc1", "augmix-m3-w3", "original",
     "originalr", "3a", "v0r",
 ])  # fmt: skip
 def test_a_policy_that_holds_is_taken(tmp_path, policy, size):
@@ -130,8 +130,8 @@ def test_magnitudes_are_those_that_timm_draws():
         transform = create_transform(32, is_training=True, auto_augment=policy)
         return {magnitudes(operation) for operation in operations(transform)}
 
-    assert ends("rand-m9-mstd0.5-inc1") == {(6.0, 10.0)}
-    assert ends("rand-m9-mstd0.5-mmax9-inc1") == {(6.0, 9)}
+    assert ends("rand-m9-mstd0.5-inc1") == {(6.5, 10.0)}
+    assert ends("rand-m9-mstd0.5-mmax9-inc1") == {(6.5, 9)}
     assert ends("rand-m4") == {(4, 4)}
     assert ends("augmix-m3") == {(0.0, 3)}
     assert ends("rand-m14-mmax12") == {(12, 12)}
