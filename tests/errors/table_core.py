@@ -223,7 +223,10 @@ CHECKPOINT = [
         ValueError, "x.pth", "run `git lfs pull`", "is a Git LFS pointer, not the file of 9.0 MB",
     ),
     Case(read("i.json", b"{"), ValueError, "i.json", "index of shards", "is not a readable"),
-    Case(read("i.json", b"{}"), ValueError, "i.json", "expected weights, or an index", "a JSON file without a weight_map"),
+    Case(
+        read("i.json", b"{}"),
+        ValueError, "i.json", "expected weights, or an index", "a JSON file without a weight_map",
+    ),
     Case(read("i.json", index("../x.bin")), ValueError, "i.json", "names of files beside it", "got '../x.bin'"),
     Case(read("i.json", index("x.bin")), FileNotFoundError, "i.json", "x.bin", "1 of 1 shards are missing"),
     Case(read_index_of_another_file, ValueError, "i.json", "expected 'weight' in 'x.bin'", "which lacks it"),
