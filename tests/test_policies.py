@@ -106,8 +106,8 @@ def test_a_policy_that_would_fail_is_named_before_training(tmp_path, policy, mag
 
 @pytest.mark.parametrize("size", [16, (1, 16, 16)])
 @pytest.mark.parametrize("policy", [
-    None, "rand-m9-mstd0.5", "rand-m9-mstd0.5-mmax9-inc1", "rand-m6-mstd0.5-inc1", "rand-m7-mstd0.5-inc1", "augmix-m3-w3",
-    "original", "originalr", "3a", "v0r",
+    None, "rand-m9-mstd0.5", "rand-m9-mstd0.5-mmax9-inc1", "rand-m6-mstd0.5-inc1", "rand-m7-mstd0.5-inc1",
+    "augmix-m3-w3", "original", "originalr", "3a", "v0r",
 ])  # fmt: skip
 def test_a_policy_that_holds_is_taken(tmp_path, policy, size):
     images, labels = next(iter(train(tmp_path, policy, input_size=size)))
