@@ -128,6 +128,7 @@ TOLERANCE = {"bf16-true": dict(rtol=0.05, atol=0.05)}
 
 @pytest.fixture(autouse=True)
 def few_words():
+    torch.manual_seed(0)
     with quiet():
         yield
 
