@@ -126,7 +126,8 @@ class DetectionModule(TunedModule):
         """Compare with the names that came with the weights of `checkpoint`; training may turn to other classes."""
         start, where = getattr(self, "started_from", (None, ""))
         heads = ("roi_heads.box_predictor.", "roi_heads.box_roi_pool.scores.")
-        if start is None or any(name.startswith(heads) for name in self.load_report.allowed):
+        kept = [] if self.load_report is None else self.load_report.allowed
+        if start is None or any(name.startswith(heads) for name in kept):
             return
         said = first_difference(dict(enumerate(start, 1)), f"in {where}", dict(enumerate(names, 1)), "in the data")
         if said is None:
