@@ -123,8 +123,8 @@ def test_hostile_regions_are_refused_and_where_nobody_looks_they_give_nan(name):
         if not sound.all():
             with pytest.raises(ValueError, match=r"^rois: expected .*, got .* in row \d"):
                 case.function(**arguments)
-        # Where a sample of a region lies that is huge, or whose size is no multiple of its bins, is a matter of
-        # rounding, on either side of a whole pixel: they must not harm the others.
+        # Where samples of a region lie that is huge, or whose size is no multiple of its bins, is a matter of rounding,
+        # so either side of a whole pixel: they must not harm the others.
         near = ~sound | (rois == drawn).all(1)
         out = case.reference(**convert(arguments, dtype=torch.float64))
         grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)) * near[:, None, None, None]
