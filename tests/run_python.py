@@ -7,6 +7,9 @@ from pathlib import Path
 
 import dcn_plugin
 
+# torchao 0.18 calls what torch 2.15 deprecates, and MMEngine's optimizers import transformers, which imports torchao.
+OF_TORCHAO = "register_constant() on Enum subclasses is deprecated"
+
 
 def run_python(code: str, *options: str, path: Path | None = None) -> str:
     """Run ``code`` with interpreter ``options``, ``path`` first on ``sys.path``; return stdout, fail on any stderr."""
@@ -15,5 +18,5 @@ def run_python(code: str, *options: str, path: Path | None = None) -> str:
     command = [sys.executable, *options, "-c", code]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
+    assert [line for line in result.stderr.splitlines() if OF_TORCHAO not in line] == []
     return result.stdout
