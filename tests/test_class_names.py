@@ -54,8 +54,8 @@ def trained(tmp_path_factory):
 
 # The same pictures: one class spelt otherwise, and so in another place; or two exchanged.
 OTHERS = {
-    "order": (["bee", "cat", "dog"], "class 0 is 'ant' {}, 'bee' in the data"),
-    "spelling": (["ant", "bees", "cat"], "class 1 is 'bee' {}, 'bees' in the data"),
+    "order": (["bee", "cat", "dog"], "class 0 is 'ant' {} and 'bee' in the data"),
+    "spelling": (["ant", "bees", "cat"], "class 1 is 'bee' {} and 'bees' in the data"),
 }
 
 
