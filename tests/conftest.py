@@ -39,3 +39,21 @@ def threads(request):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread():
+    """Small problems: more threads only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def few_words():
+    """Without Lightning's remarks on hardware and loaders."""
+    from dcn_plugin.finetune.run import quiet  # which needs more than the operators do
+
+    with quiet():
+        yield

@@ -17,18 +17,14 @@ from dcn_plugin.finetune import FinetuneModule, ImageDataModule, export_model, l
 from dcn_plugin.finetune.classes import as_names, names_in  # noqa: E402
 from dcn_plugin.finetune.run import quiet  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("few_words")
+
 NAMES = ["ant", "bee", "cat"]
 CALLBACKS = dict(last=dict(type="ModelCheckpoint", filename="last", enable_version_counter=False))
 TRAINER = dict(
     max_epochs=1, accelerator="cpu", devices=1, enable_progress_bar=False, enable_model_summary=False,
     log_every_n_steps=1,
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def few_words():
-    with quiet():
-        yield
 
 
 def write(root, names=NAMES):
@@ -58,8 +54,8 @@ def trained(tmp_path_factory):
 
 # The same pictures: one class spelt otherwise, and so in another place; or two exchanged.
 OTHERS = {
-    "order": (["bee", "cat", "dog"], "class 0 is 'ant' {}, 'bee' in the data"),
-    "spelling": (["ant", "bees", "cat"], "class 1 is 'bee' {}, 'bees' in the data"),
+    "order": (["bee", "cat", "dog"], "class 0 is 'ant' {} and 'bee' in the data"),
+    "spelling": (["ant", "bees", "cat"], "class 1 is 'bee' {} and 'bees' in the data"),
 }
 
 

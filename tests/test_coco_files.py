@@ -21,16 +21,9 @@ from dcn_plugin.finetune.detection import write_scenes  # noqa: E402
 from dcn_plugin.finetune.detection.annotations import AnnotationFile  # noqa: E402
 from dcn_plugin.finetune.run import quiet  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("few_words", "one_thread")
+
 SPLITS = ("train", "val", "test")
-
-
-@pytest.fixture(autouse=True)
-def few_words_and_one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with quiet():
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

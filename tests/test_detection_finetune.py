@@ -29,7 +29,9 @@ from dcn_plugin.finetune import (  # noqa: E402
     load_exported,
     run,
 )
-from dcn_plugin.finetune.run import build, find_checkpoint, quiet  # noqa: E402
+from dcn_plugin.finetune.run import build, find_checkpoint  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("few_words", "one_thread")
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKBONE = dict(
@@ -59,16 +61,6 @@ TRAINER = dict(
     log_every_n_steps=1,
 )  # fmt: skip
 IDS = [3, 7, 90]  # category ids, as sparse as COCO's own
-
-
-@pytest.fixture(autouse=True)
-def few_words_and_one_thread():
-    """Small problems: more threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with quiet():
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

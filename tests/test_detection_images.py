@@ -15,7 +15,8 @@ from test_detection_finetune import FASTER, TRAINER, config, write_coco  # noqa:
 from dcn_plugin.finetune import CocoDataModule, DetectionModule, run  # noqa: E402
 from dcn_plugin.finetune.detection import write_scenes  # noqa: E402
 from dcn_plugin.finetune.images import UnreadableImage  # noqa: E402
-from dcn_plugin.finetune.run import quiet  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("few_words", "one_thread")
 
 WIDTH, HEIGHT = 40, 30
 BOX = [4, 6, 10, 20]  # x, y, width, height in the upright image
@@ -30,15 +31,6 @@ STORED = {
     7: lambda p: p[::-1, ::-1].transpose(1, 0, 2),
     8: lambda p: np.rot90(p, -1),
 }
-
-
-@pytest.fixture(autouse=True)
-def few_words_and_one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with quiet():
-        yield
-    torch.set_num_threads(threads)
 
 
 def upright():

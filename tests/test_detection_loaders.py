@@ -10,16 +10,9 @@ from pytorch_lightning.tuner import Tuner  # noqa: E402
 from test_detection_finetune import SCENES, TRAINER, config  # noqa: E402
 
 from dcn_plugin.finetune import CocoDataModule, run  # noqa: E402
-from dcn_plugin.finetune.run import build, quiet  # noqa: E402
+from dcn_plugin.finetune.run import build  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def few_words_and_one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with quiet():
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("few_words", "one_thread")
 
 
 @pytest.fixture(scope="module")

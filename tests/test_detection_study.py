@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 for _name in (
     "pytorch_lightning", "timm", "mmengine", "torchmetrics", "torchvision", "sklearn", "pycocotools", "matplotlib",
@@ -20,6 +19,8 @@ from dcn_plugin.finetune import load_exported, run  # noqa: E402
 from dcn_plugin.finetune.detection.study import ARMS, run_study  # noqa: E402
 from dcn_plugin.finetune.stages import over_seeds, percent, write_table  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "detection"
 PAIR = ["rfcn", "rfcn-deformable"]
@@ -30,14 +31,6 @@ def small(tmp_path):
         "data.root": str(tmp_path / "scenes"), "data.scenes": dict(train=4, val=2, test=5), "data.batch_size": 2,
         "trainer.max_epochs": 1, "trainer.enable_progress_bar": False, "model.box_score_thresh": 0.0,
     }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_study_gives_numbers_table_and_pictures_and_reuses_what_is_finished(tmp_path, capsys):

@@ -16,16 +16,11 @@ from test_freezing import data as batches  # noqa: E402
 from test_freezing import subject  # noqa: E402
 
 from dcn_plugin.finetune import run  # noqa: E402
-from dcn_plugin.finetune.run import quiet  # noqa: E402
 from dcn_plugin.finetune.streams import describe_shards  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("few_words")
+
 SPLITS = dict(train_split="train", val_split="val", test_split="test")
-
-
-@pytest.fixture(autouse=True)
-def few_words():
-    with quiet():
-        yield
 
 
 def write_shards(root, image=".jpg", label=".cls", only=("train", "val", "test")):

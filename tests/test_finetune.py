@@ -36,8 +36,10 @@ from dcn_plugin.finetune import (  # noqa: E402
     run,
 )
 from dcn_plugin.finetune.module import param_groups  # noqa: E402
-from dcn_plugin.finetune.run import build, find_checkpoint, quiet  # noqa: E402
+from dcn_plugin.finetune.run import build, find_checkpoint  # noqa: E402
 from dcn_plugin.layers import DCNv2, ModulatedDeformRoIPoolPack, OffsetConv  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("few_words")
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(in_chans=1, layers=[1, 1, 1, 1], channels=[8, 8, 8, 16], stem_type="deep", stem_width=4)
@@ -54,12 +56,6 @@ TRAINER = dict(
     max_epochs=2, accelerator="cpu", devices=1, enable_progress_bar=False, enable_model_summary=False,
     log_every_n_steps=1,
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def few_words():
-    with quiet():
-        yield
 
 
 def config(**changes):

@@ -17,17 +17,13 @@ from torch.utils.data import DataLoader  # noqa: E402
 
 from dcn_plugin.finetune import BackboneFinetuning, DetectionModule, FinetuneModule  # noqa: E402
 from dcn_plugin.finetune.module import param_groups  # noqa: E402
-from dcn_plugin.finetune.run import build_callbacks, quiet  # noqa: E402
+from dcn_plugin.finetune.run import build_callbacks  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("few_words")
 
 BACKBONE = dict(name="resnet18_dcn", layers=[1, 1, 1, 1], channels=[8, 8, 8, 8])
 OPTIMIZER = dict(opt="adamw", lr=1e-2, weight_decay=0.1, layer_decay=0.7, offset_lr_mult=0.5, roi_offset_lr_mult=0.1)
 THAW, EPOCHS, BATCHES = 2, 4, 2
-
-
-@pytest.fixture(autouse=True)
-def few_words():
-    with quiet():
-        yield
 
 
 def subject(kind, **changes):

@@ -16,17 +16,19 @@ import pytorch_lightning as pl  # noqa: E402
 
 from dcn_plugin.finetune import BackboneFinetuning, load_exported, run  # noqa: E402
 from dcn_plugin.finetune.detection import write_scenes  # noqa: E402
-from dcn_plugin.finetune.run import CALLBACKS, build, quiet  # noqa: E402
+from dcn_plugin.finetune.run import CALLBACKS, build  # noqa: E402
 
-BACKBONE = dict(name="resnet18_dcn", layers=[1, 1, 1, 1], channels=[8, 8, 8, 8], in_chans=1)
-KINDS = ("classifier", "detector")
+pytestmark = pytest.mark.usefixtures("few_words")
 
 
 @pytest.fixture(autouse=True)
-def few_words():
-    with quiet():
-        yield
+def deterministic_for_one_test():
+    yield
     torch.use_deterministic_algorithms(False)
+
+
+BACKBONE = dict(name="resnet18_dcn", layers=[1, 1, 1, 1], channels=[8, 8, 8, 8], in_chans=1)
+KINDS = ("classifier", "detector")
 
 
 @pytest.fixture(scope="module")

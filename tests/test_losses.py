@@ -19,16 +19,11 @@ from torch import nn  # noqa: E402
 from dcn_plugin.finetune import FinetuneModule, export_model, load_exported  # noqa: E402
 from dcn_plugin.finetune.callbacks import PredictionWriter  # noqa: E402
 from dcn_plugin.finetune.losses import NAMED  # noqa: E402
-from dcn_plugin.finetune.run import quiet  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("few_words")
 
 MULTI = dict(type="binary_cross_entropy", pos_weight=[1.0, 2.0, 4.0])
 MULTI_HOT = torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]])
-
-
-@pytest.fixture(autouse=True)
-def few_words():
-    with quiet():
-        yield
 
 
 def focal(logits, target, gamma=2.0):

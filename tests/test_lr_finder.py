@@ -10,17 +10,11 @@ from pytorch_lightning.callbacks import LearningRateFinder  # noqa: E402
 from pytorch_lightning.tuner import Tuner  # noqa: E402
 from tiny import box_loader, classifier, detector, image_loader, trainer  # noqa: E402
 
-from dcn_plugin.finetune.run import quiet  # noqa: E402
+pytestmark = pytest.mark.usefixtures("few_words")
 
 OPTIMIZER = dict(opt="sgd", lr=0.5, offset_lr_mult=0.1, layer_decay=0.5)
 KINDS = {"classifier": (classifier, image_loader), "detector": (detector, box_loader)}
 SEARCH = dict(min_lr=1e-5, max_lr=1e-2, early_stop_threshold=None)
-
-
-@pytest.fixture(autouse=True)
-def few_words():
-    with quiet():
-        yield
 
 
 @pytest.fixture(params=KINDS)

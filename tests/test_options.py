@@ -15,8 +15,17 @@ import dcn_plugin  # noqa: E402
 from dcn_plugin.finetune import DetectionModule, FinetuneModule, export_model, load_exported  # noqa: E402
 from dcn_plugin.finetune.losses import NAMED  # noqa: E402
 from dcn_plugin.finetune.module import SCHEDULES  # noqa: E402
-from dcn_plugin.finetune.run import export_module, quiet  # noqa: E402
+from dcn_plugin.finetune.run import export_module  # noqa: E402
 from dcn_plugin.layers import OffsetConv  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("few_words")
+
+
+@pytest.fixture(autouse=True)
+def same_weights():
+    """Whatever ran before."""
+    torch.manual_seed(0)
+
 
 MULTI_HOT = torch.tensor([[1.0, 0, 1], [0, 0, 1], [1, 1, 0], [0, 1, 0]])
 PLAIN = dict(CLASSIFIER, name="resnet18")
@@ -124,13 +133,6 @@ TRAINERS = {
     "compile": dict(compile=True),
 }
 TOLERANCE = {"bf16-true": dict(rtol=0.05, atol=0.05)}
-
-
-@pytest.fixture(autouse=True)
-def few_words():
-    torch.manual_seed(0)
-    with quiet():
-        yield
 
 
 def outputs(model, images):

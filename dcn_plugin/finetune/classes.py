@@ -1,4 +1,4 @@
-"""Class names: what files say of them, and their comparison, by name and in order."""
+"""Names of classes and categories: what files say of them, and their comparison, by name and in order."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from dcn_plugin.checkpoint import LoadReport
+
+Id = int | str
 
 
 def as_names(labels: Any) -> list[str] | None:
@@ -63,12 +65,33 @@ def compare(
     """Raise ValueError, or warn, naming the first class that has another name; do nothing where names are unknown."""
     if known is None or found is None:
         return
-    for label in range(max(len(known), len(found))):
-        first, second = (repr(str(names[label])) if label < len(names) else "missing" for names in (known, found))
-        if first == second:
-            continue
-        said = f"class_names: class {label} is {first} {where}, {second} {there}"
-        if not warn:
-            raise ValueError(f"{said} (give weights to start from, for other classes, as checkpoint=)")
-        rank_zero_warn(f"{said}: the classifier goes on from weights that were trained for the former")
+    names, others = (dict(enumerate(map(str, each))) for each in (known, found))
+    said = first_difference(names, where, others, there, "class")
+    if said is None:
         return
+    if not warn:
+        raise ValueError(f"class_names: {said} (give weights to start from, for other classes, as checkpoint=)")
+    rank_zero_warn(f"class_names: {said}: the classifier goes on from weights that were trained for the former")
+
+
+def first_difference(
+    these: Mapping[Any, str], here: str, those: Mapping[Any, str], there: str, what: str = "category"
+) -> str | None:
+    """Word the first category, or class, that differs between two sets of names by id; None where they agree.
+
+    Example:
+        >>> first_difference({1: 'cat', 2: 'dog'}, 'in train', {1: 'cat', 2: 'Dog'}, 'in val')
+        "category 2 is 'dog' in train and 'Dog' in val"
+    """
+    for key in sorted({**these, **those}, key=order):
+        if key not in these or key not in those:
+            name, where = (these[key], here) if key in these else (those[key], there)
+            return f"{what} {key!r} ({name!r}) is only {where}"
+        if these[key] != those[key]:
+            return f"{what} {key!r} is {these[key]!r} {here} and {those[key]!r} {there}"
+    return None
+
+
+def order(key: Id) -> tuple[bool, Id]:
+    """Return what to sort ids by: numbers before strings."""
+    return isinstance(key, str), key

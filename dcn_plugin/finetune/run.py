@@ -15,7 +15,6 @@ import pytorch_lightning as pl
 import pytorch_lightning.callbacks
 import pytorch_lightning.loggers
 import pytorch_lightning.strategies
-import torch
 from mmengine.config import Config
 from timm.data import Mixup
 from timm.scheduler import create_scheduler_v2
@@ -29,7 +28,7 @@ from .detection import CocoDataModule, DetectionModule
 from .digits import Digits
 from .export import export_model
 from .freezing import BackboneFinetuning
-from .guard import RunGuard, require_batches
+from .guard import require_batches
 from .module import FinetuneModule, TunedModule
 
 TASKS = ("fit", "validate", "test", "predict")
@@ -223,8 +222,7 @@ def build(config: Mapping[str, Any], work_dir: str | Path) -> tuple[pl.Trainer, 
         with at("logger"):
             given = dict(save_dir=str(work_dir)) | plain(logger) if isinstance(logger, Mapping) else logger
             logger = build_object("logger", given, LOGGERS)
-    # First, so that a run without data is stopped before another callback looks at it.
-    callbacks = [RunGuard(), *build_callbacks(config.get("callbacks", {}), work_dir)]
+    callbacks = build_callbacks(config.get("callbacks", {}), work_dir)
     with at("trainer"):
         trainer = pl.Trainer(**options, callbacks=callbacks, logger=logger, default_root_dir=str(work_dir))
     return trainer, module, data
@@ -275,9 +273,10 @@ def _run(config: Mapping[str, Any], work_dir: Path, task: str, checkpoint: str |
         if not isinstance(saved, Mapping) or "state_dict" not in saved:
             has = ", ".join(map(repr, list(saved)[:4])) if isinstance(saved, Mapping) else type(saved).__name__
             raise ValueError(
-                f"checkpoint: expected one of Lightning, with 'state_dict', got {checkpoint} with {has}; "
+                f"checkpoint: expected one of Lightning, with 'state_dict', got {str(checkpoint)!r} with {has}; "
                 "other weights to start from are named by `checkpoint` in the config"
             )
+        shapes = {name: tuple(value.shape) for name, value in saved["state_dict"].items()}
         del saved
         module_class = kind_of(config).module
         keys = arguments(module_class)
@@ -288,10 +287,10 @@ def _run(config: Mapping[str, Any], work_dir: Path, task: str, checkpoint: str |
     if module.conversion is not None and trainer.is_global_zero:
         print(module.conversion)
     if checkpoint is not None:
-        _check_fits(module, checkpoint)
+        _check_fits(module, shapes, checkpoint)
     if task != "fit":
         if checkpoint is not None:
-            _load_weights(module, checkpoint)
+            module.load_saved(read_file(checkpoint))
         if task in ("validate", "test"):
             return _evaluate(trainer, module, data, task)
         writer = kind_of(config).writer
@@ -320,7 +319,8 @@ def _run(config: Mapping[str, Any], work_dir: Path, task: str, checkpoint: str |
         results["checkpoint"] = best
         if saver.monitor is not None and saver.best_model_score is not None:
             results = {"checkpoint": best, saver.monitor: float(saver.best_model_score)}
-        _load_weights(module, best)
+        # Lightning's trainer would, of weights that are averaged, put back those that training goes on with.
+        module.load_saved(read_file(best))
     if data.splits["test"] is not None and trainer.limit_test_batches != 0:
         results |= _evaluate(trainer, module, data, "test")
     if trainer.is_global_zero:
@@ -355,12 +355,8 @@ def _require_training(trainer: pl.Trainer) -> None:
     raise ValueError(f"trainer: expected at least one step of training, got none ({why}); nothing is exported")
 
 
-def _check_fits(module: TunedModule, checkpoint: str | Path) -> None:
-    """Raise ValueError if a checkpoint is not Lightning's, or is of another model than the config's."""
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    if not isinstance(saved, Mapping) or "state_dict" not in saved:
-        raise ValueError(f"checkpoint: expected one that Lightning wrote, got {str(checkpoint)!r} without 'state_dict'")
-    theirs = {name: tuple(value.shape) for name, value in saved["state_dict"].items()}
+def _check_fits(module: TunedModule, theirs: Mapping[str, tuple[int, ...]], checkpoint: str | Path) -> None:
+    """Raise ValueError if the shapes in a checkpoint are those of another model than the config's."""
     ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     for name in [*ours, *theirs]:
         if ours.get(name) != theirs.get(name):
@@ -369,15 +365,6 @@ def _check_fits(module: TunedModule, checkpoint: str | Path) -> None:
                 f"checkpoint: expected the weights of the config's model, got {str(checkpoint)!r} of another: "
                 f"{name} has {has}, the model {wants}"
             )
-
-
-def _load_weights(module: TunedModule, checkpoint: str | Path) -> None:
-    """Load the weights that are evaluated and exported: the averaged ones where weights were averaged.
-
-    Given a checkpoint's path, Lightning's trainer would put the weights back that training goes on with.
-    """
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    module.load_saved(saved)
 
 
 def export_module(module: TunedModule, directory: str | Path) -> Path:

@@ -13,7 +13,6 @@ from torchvision.ops import MultiScaleRoIAlign, box_area
 from torchvision.ops.poolers import _setup_scales
 
 from ..ops import _check, deform_roi_pool
-from ..ops._check import integer, number
 from ..ops._layout import is_channels_last
 from ..ops._transforms import is_tracing, unrecorded
 from ._start import ZeroLinear
@@ -109,13 +108,13 @@ class MultiScaleDeformRoIPool(_Branched, MultiScaleRoIAlign):
         super().__init__(
             names,
             bins,
-            integer("sampling_ratio", sampling_ratio, -1),
-            canonical_scale=integer("canonical_scale", canonical_scale, 1),
-            canonical_level=integer("canonical_level", canonical_level, 0),
+            _check.integer("sampling_ratio", sampling_ratio, -1),
+            canonical_scale=_check.integer("canonical_scale", canonical_scale, 1),
+            canonical_level=_check.integer("canonical_level", canonical_level, 0),
         )
-        self.in_channels = integer("in_channels", in_channels, 1)
-        self.deform_fc_channels = integer("deform_fc_channels", deform_fc_channels, 1)
-        self.gamma = number("gamma", gamma, positive=True)
+        self.in_channels = _check.integer("in_channels", in_channels, 1)
+        self.deform_fc_channels = _check.integer("deform_fc_channels", deform_fc_channels, 1)
+        self.gamma = _check.number("gamma", gamma, positive=True)
         self.modulated = flag("modulated", modulated)
         self.aligned = flag("aligned", aligned)
         activation(mask_activation)
@@ -211,18 +210,6 @@ def _maps(x: dict[str, Tensor], names: list[str], channels: int) -> list[Tensor]
     return maps
 
 
-@unrecorded
-def _check_boxes(boxes: Sequence[Tensor], maps: list[Tensor]) -> None:
-    n = maps[0].shape[0]
-    if len(boxes) != n:
-        raise ValueError(f"boxes must be {n} tensors [L, 4], one for each image, got {len(boxes)}")
-    for i, value in enumerate(boxes):
-        _check.tensor(value, f"boxes[{i}]", 2, "[L, 4]")
-        if value.shape[1] != 4:
-            raise ValueError(f"boxes[{i}]: expected shape [L, 4] (x1, y1, x2, y2), got {tuple(value.shape)}")
-        _check.same_device(value, f"boxes[{i}]", maps[0])
-
-
 def _level_of(boxes: list[Tensor], mapper: Any) -> Tensor:
     """The number of the level of each box, by torchvision's rule."""
     if not is_tracing():
@@ -234,7 +221,7 @@ def _level_of(boxes: list[Tensor], mapper: Any) -> Tensor:
 
 
 def _assign(maps: list[Tensor], boxes: list[Tensor], scales: list[float], mapper: Any) -> _Levels:
-    _check_boxes(boxes, maps)
+    _check.boxes(boxes, "boxes", maps[0])
     boxes = list(boxes) or [maps[0].new_empty(0, 4)]  # an empty batch
     image = [torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)]
     rois = torch.cat([torch.cat(image), torch.cat(boxes)], 1)

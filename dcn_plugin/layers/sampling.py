@@ -13,6 +13,8 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from ..ops._transforms import is_tracing
+
 
 class Samples(NamedTuple):
     """What one call of a layer sampled with, cut off from the graph of gradients.
@@ -158,8 +160,4 @@ def _detached(value: Any) -> Any:
 
 def _recorded(*values: Any) -> bool:
     """Tell whether this call writes a graph instead of sampling."""
-    return (
-        torch.jit.is_tracing()  # type: ignore[attr-defined]  # public, but not in its list of names
-        or torch.compiler.is_exporting()
-        or any(isinstance(value, torch.fx.Proxy) for value in values)
-    )
+    return is_tracing() or torch.compiler.is_exporting() or any(isinstance(value, torch.fx.Proxy) for value in values)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..reference._dense import require_dense as require_dense
+from ._transforms import unrecorded
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -75,6 +76,18 @@ def tensor(value: object, name: str, dim: int, shape: str) -> None:
         raise ValueError(f"{name}: expected a {dim}-D tensor {shape}, got shape {tuple(value.shape)}")
     if value.dtype not in FLOATING:
         raise TypeError(f"{name}: expected float64, float32, float16 or bfloat16, got {value.dtype}")
+
+
+@unrecorded
+def boxes(value: Sequence[Tensor], name: str, input: Tensor) -> None:
+    """Check that ``value`` has boxes ``[L, 4]`` for each image of ``input``."""
+    if len(value) != input.shape[0]:
+        raise ValueError(f"{name}: expected {input.shape[0]} tensors [L, 4], one for each image, got {len(value)}")
+    for i, own in enumerate(value):
+        tensor(own, f"{name}[{i}]", 2, "[L, 4]")
+        if own.shape[1] != 4:
+            raise ValueError(f"{name}[{i}]: expected shape [L, 4] (x1, y1, x2, y2), got {tuple(own.shape)}")
+        same_device(own, f"{name}[{i}]", input)
 
 
 def shape(value: Tensor, name: str, expected: tuple[int, ...]) -> None:

@@ -225,21 +225,10 @@ def _as_tensor(rois: Rois, input: Tensor) -> Tensor:
     """Put the batch index before the boxes of each image, where they come as a list."""
     if not isinstance(rois, (list, tuple)):
         return rois  # type: ignore[return-value]
-    _check_boxes(rois, input)
+    _check.boxes(rois, "rois", input)
     if not rois:
         return input.new_empty(0, 5)
     return torch.cat([torch.nn.functional.pad(boxes, (1, 0), value=i) for i, boxes in enumerate(rois)])
-
-
-@_transforms.unrecorded
-def _check_boxes(rois: Sequence[Tensor], input: Tensor) -> None:
-    if len(rois) != input.shape[0]:
-        raise ValueError(f"rois: expected {input.shape[0]} tensors [L, 4], one for each image, got {len(rois)}")
-    for i, boxes in enumerate(rois):
-        _check.tensor(boxes, f"rois[{i}]", 2, "[L, 4]")
-        if boxes.shape[1] != 4:
-            raise ValueError(f"rois[{i}]: expected shape [L, 4] (x1, y1, x2, y2), got {tuple(boxes.shape)}")
-        _check.same_device(boxes, f"rois[{i}]", input)
 
 
 @_transforms.unrecorded

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
-Id = int | str
+from ..classes import Id, order
+
 # Beyond this a number is no length in pixels, and float32 may not hold it.
 _HUGE = 1e30
 
@@ -180,27 +181,6 @@ class AnnotationFile:
                 said = "is no file" if path.is_dir() else "does not exist"
                 where = self.about.split(": ", 1)[1]
                 raise FileNotFoundError(f"{split}.images: {path} {said}, which {where} names for image {image.id!r}")
-
-
-def order(key: Id) -> tuple[bool, Id]:
-    """Return what to sort ids by: numbers before strings."""
-    return isinstance(key, str), key
-
-
-def first_difference(these: Mapping[Id, str], here: str, those: Mapping[Id, str], there: str) -> str | None:
-    """Word the first category that differs between two sets of names by id; None where they agree.
-
-    Example:
-        >>> first_difference({1: 'cat', 2: 'dog'}, 'in train', {1: 'cat', 2: 'Dog'}, 'in val')
-        "category 2 is 'dog' in train and 'Dog' in val"
-    """
-    for key in sorted({**these, **those}, key=order):
-        if key not in these or key not in those:
-            name, where = (these[key], here) if key in these else (those[key], there)
-            return f"category {key!r} ({name!r}) is only {where}"
-        if these[key] != those[key]:
-            return f"category {key!r} is {these[key]!r} {here} and {those[key]!r} {there}"
-    return None
 
 
 def _id(value: Any) -> Id | None:

@@ -18,9 +18,10 @@ from torch.utils.data import Dataset, DistributedSampler
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from ..classes import Id
 from ..folders import is_hidden, looks_like_an_image
 from ..images import UnreadableImage, read_image
-from .annotations import AnnotatedImage, AnnotationFile, Id
+from .annotations import AnnotatedImage, AnnotationFile
 
 Target = dict[str, Any]
 Sample = tuple[Tensor, Target]

@@ -12,9 +12,9 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 
+from ..classes import Id, first_difference
 from ..config import arguments, plain
 from ..module import TunedModule
-from .annotations import Id, first_difference
 from .datasets import mixed_seed
 
 Target = dict[str, Any]
@@ -93,7 +93,7 @@ class DetectionModule(TunedModule):
 
     @property
     def backbone(self) -> nn.Module:
-        """The detector's backbone, as Lightning's `BackboneFinetuning` wants it."""
+        """The detector's backbone, as `BackboneFinetuning` wants it."""
         return cast(Any, self.model).backbone
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> Any:
