@@ -141,7 +141,6 @@ CONFIG = [
         checked(dict(state_dict=dict(weight=torch.zeros(1)))),
         ValueError, "checkpoint:", "the weights of the config's model", "x.ckpt' of another",
     ),
-    Case(checked(dict(weight=torch.zeros(1))), ValueError, "checkpoint:", "Lightning wrote", "without 'state_dict'"),
     Case(resumed_otherwise, ValueError, "checkpoint:", "the optimizer of the config", "last.ckpt'"),
     Case(
         tested_on_nothing,
@@ -266,6 +265,17 @@ def met(target, loss="cross_entropy", logits=None, **changes):
         made.training_step((torch.zeros(4, 1, 32, 32), target), 0)
 
     return call
+
+
+def restored_model(tmp_path):
+    values = dict(model=dict(type="os.system", command="true"), num_classes=2)
+    torch.save({"state_dict": {}, "hyper_parameters": values}, tmp_path / "x.ckpt")
+    FinetuneModule.restore(tmp_path / "x.ckpt")
+
+
+def exported_with_spec(tmp_path):
+    export_model(FinetuneModule(MODEL, num_classes=2).model, tmp_path)
+    load_exported(tmp_path, spec=dict(type="DCNResNet"))
 
 
 def restored_loss(loss):
@@ -393,6 +403,10 @@ MODULE = [
         for value in (0, -1.0, math.inf, True)
     ),
     Case(built(checkpoint=dict(file="x")), ValueError, "checkpoint:", "a path or dict(path=..., ...)", "'file'"),
+    Case(
+        restored_model,
+        ValueError, "model.type:", "expected a name that is registered with MMEngine", "got 'os.system' from the file",
+    ),
     Case(restored, ValueError, "path:", "a Lightning checkpoint of a FinetuneModule", "x.ckpt"),
     Case(
         ran(trainer=dict(TRAINER, max_epochs=-1)),
@@ -453,6 +467,7 @@ MODULE = [
         lambda tmp_path: load_exported(tmp_path),
         FileNotFoundError, "directory:", "an exported model with config.json", "got /",
     ),
+    Case(exported_with_spec, ValueError, "spec:", "expected None, as", "got {'type': 'DCNResNet'}"),
     Case(
         import_without_torchmetrics,
         ModuleNotFoundError, "dcn_plugin.finetune", "pip install 'dcn_plugin[finetune]'", "needs torchmetrics",
