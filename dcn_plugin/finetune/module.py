@@ -406,6 +406,11 @@ class FinetuneModule(TunedModule):
             images = images.contiguous(memory_format=torch.channels_last)
         return self.model(images)
 
+    @property
+    def logged(self) -> dict[str, list[str]]:
+        """What validation logs, by the first word of the names, for callbacks that monitor one of them."""
+        return dict(val=["val_loss", *cast(Any, self.metrics)["val"].keys()])
+
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
