@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .augment import check_policy
+from .command_line import at
 from .config import arguments, check_keys, plain, unknown
 from .digits import Digits
 from .folders import ClassFolders
@@ -330,16 +331,17 @@ class ImageDataModule(pl.LightningDataModule):
             raise ValueError(f"batch_size: expected at most the {len(dataset)} images to train on, got {batch_size}")
         # timm's prefetcher wraps the loader, and its samplers split the data themselves; Lightning needs the plain
         # DataLoader, into which it puts its own distributed sampler.
-        loader = create_loader(
-            dataset,
-            batch_size=batch_size,
-            is_training=training,
-            use_prefetcher=False,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            **config,
-            **(self.augment if training else {}),
-        )
+        with at(f"data (augment={self.augment!r})" if training else "data"):  # timm asserts, without a name
+            loader = create_loader(
+                dataset,
+                batch_size=batch_size,
+                is_training=training,
+                use_prefetcher=False,
+                num_workers=self.num_workers,
+                pin_memory=torch.cuda.is_available(),
+                **config,
+                **(self.augment if training else {}),
+            )
         if training:
             mode = self.dataset_args.get("input_img_mode") or self._mode()
             check_policy(dataset.transform, self.augment.get("auto_augment"), mode)

@@ -33,7 +33,7 @@ from dcn_plugin.finetune import (
 from dcn_plugin.finetune.callbacks import PredictionWriter
 from dcn_plugin.finetune.command_line import _literal, _split, parse_options
 from dcn_plugin.finetune.folders import Place
-from dcn_plugin.finetune.guard import refuse_callbacks, require_batches
+from dcn_plugin.finetune.guard import refuse_callbacks, refuse_monitors, require_batches
 from dcn_plugin.finetune.images import UnreadableImage, read_image
 from dcn_plugin.finetune.run import build, quiet, writing_to
 from dcn_plugin.finetune.samples import ImageStream
@@ -100,7 +100,9 @@ def tested_on_nothing(tmp_path):
 
 def with_callbacks(*callbacks, **options):
     def call():
-        refuse_callbacks(pl.Trainer(callbacks=list(callbacks), logger=False, enable_checkpointing=False, **options))
+        trainer = pl.Trainer(callbacks=list(callbacks), logger=False, enable_checkpointing=False, **options)
+        refuse_callbacks(trainer)
+        refuse_monitors(trainer, FinetuneModule(MODEL, num_classes=2))
 
     return call
 
@@ -157,6 +159,10 @@ CONFIG = [
     Case(
         with_callbacks(BackboneFinetuning(9), pl.callbacks.StochasticWeightAveraging(1e-3), max_epochs=10),
         ValueError, "callbacks:", "expected the backbone to be trained before", "got unfreeze_backbone_at_epoch=9",
+    ),
+    Case(
+        with_callbacks(pl.callbacks.EarlyStopping("val_acc")),
+        ValueError, "callbacks:", "expected a monitor out of val_loss", "got monitor='val_acc' of EarlyStopping",
     ),
     Case(built(modell=1), ValueError, "config: unknown key", "did you mean 'model'?", "'modell'"),
     Case(without("model"), ValueError, "config: key 'model'", "it has 'data', 'callbacks'", "is missing"),
