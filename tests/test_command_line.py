@@ -61,6 +61,12 @@ def test_values_without_spaces_are_what_mmengine_makes_of_them(text):
         ("dict(name=resnet18_dcn, channels=[8, 8])", dict(name="resnet18_dcn", channels=[8, 8])),
         ("dict(a=dict(b=None, c=true), d=-1.5, e=('x y', 2))", dict(a=dict(b=None, c=True), d=-1.5, e=("x y", 2))),
         ("{'a': 1, 'b': [True]}", dict(a=1, b=[True])),
+        ("{}", {}),
+        *(
+            (text, text)
+            for text in ("{epoch}", "{epoch:02d}", "{epoch}-{val_top1:.3f}", "{000..123}.tar", "{step} of {n}")
+        ),
+        ("[{epoch},{'k': 1}]", ["{epoch}", dict(k=1)]),
         ("[dict(match='a.*, b', layer=dict(type='DCNv2'))]", [dict(match="a.*, b", layer=dict(type="DCNv2"))]),
     ],
 )

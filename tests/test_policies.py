@@ -104,6 +104,12 @@ def test_a_policy_that_would_fail_is_named_before_training(tmp_path, policy, mag
         train(tmp_path, policy, input_size=16)
 
 
+@pytest.mark.parametrize("policy", ["trivial", "rand-mstd1-w0"])
+def test_a_policy_that_timm_does_not_know_is_named(tmp_path, policy):
+    with pytest.raises(ValueError, match=f"data .augment=.*'auto_augment': '{policy}'.* do not fit: Asser.*Unknown"):
+        train(tmp_path, policy, input_size=16)
+
+
 @pytest.mark.parametrize("size", [16, (1, 16, 16)])
 @pytest.mark.parametrize("policy", [
     None, "rand-m9-mstd0.5", "rand-m9-mstd0.5-mmax9-inc1", "rand-m6-mstd0.5-inc1", "rand-m7-mstd0.5-inc1",

@@ -36,8 +36,9 @@ def parse_options(options: Sequence[str] | None) -> dict[str, Any]:
     """Return the overrides that `KEY=VALUE` strings stand for, as MMEngine's `--cfg-options` reads them.
 
     A value is a number, `True`, `False` or `None`; a list `[a, b]` or `a,b`; a tuple `(a, b)`; `dict(key=value)` or
-    `{'key': value}`; or else a string, which is kept as it is, spaces included. A string in quotes loses these and
-    is nothing but a string (brackets in quotes are still a list, as in MMEngine); so may one with commas be given.
+    `{'key': value}`; or else a string, which is kept as it is, spaces and the braces of `{epoch}-{val_top1:.3f}`
+    included. A string in quotes loses these and is nothing but a string (brackets in quotes are still a list, as in
+    MMEngine); so may one with commas be given.
 
     Raises:
         ValueError: no `=`, no key, or brackets, quotes or a dict that do not parse, with the option.
@@ -66,7 +67,7 @@ def _value(text: str, outermost: bool = False) -> Any:
     if len(inner) > 1 and inner[0] in "'\"" and inner.find(inner[0], 1) == len(inner) - 1:
         bare = inner[1:-1]
         return _value(bare) if outermost and bare[:1] in ("[", "(") and _end(bare) == len(bare) else bare
-    if inner.startswith(("dict(", "{")):
+    if inner.startswith("dict(") or (inner.startswith("{") and not _is_pattern(inner)):
         return _literal(ast.parse(inner, mode="eval").body)
     if inner[:1] in ("[", "("):
         end = _end(inner)
@@ -78,6 +79,16 @@ def _value(text: str, outermost: bool = False) -> Any:
         if len(parts) > 1 or inner.endswith(","):
             return [_value(part) for part in parts]
     return _scalar(text if outermost else inner)
+
+
+def _is_pattern(text: str) -> bool:
+    """Whether braces are those of a name, `{epoch}-{val_loss:.2f}` or `{000..123}.tar`, rather than a dict's."""
+    if _end(text) < len(text):
+        return True
+    try:
+        return not isinstance(ast.parse(text, mode="eval").body, ast.Dict)
+    except SyntaxError:
+        return not re.search(r"['\"=]", text)  # as in {epoch:02d}; what is quoted was meant to be a dict
 
 
 def _scalar(text: str) -> Any:

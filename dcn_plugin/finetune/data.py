@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .augment import check_policy
+from .command_line import at
 from .config import arguments, check_keys, plain, unknown
 from .digits import Digits
 from .folders import ClassFolders
@@ -118,7 +119,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.name, self.root = name, root
         self.splits = dict(train=train_split, val=val_split, test=val_split if test_split is None else test_split)
         self.splits["predict"] = self.splits["test"] if predict_split is None else predict_split
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.batch_size, self._eval_batch_size = batch_size, eval_batch_size
         self.num_workers, self.bad_images = num_workers, bad_images
         self.preprocessing: dict[str, Any] = dict(
             input_size=input_size, mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct
@@ -173,6 +174,15 @@ class ImageDataModule(pl.LightningDataModule):
         if names is None:
             raise ValueError(f"num_classes: data set {self.name!r} does not name its classes; pass num_classes")
         return len(names)
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Images per batch outside training: as given, else `batch_size`, also where that is changed later."""
+        return self._eval_batch_size or self.batch_size
+
+    @eval_batch_size.setter
+    def eval_batch_size(self, value: int) -> None:
+        self._eval_batch_size = value
 
     # -- data sets ----------------------------------------------------------------------------------------------------
 
@@ -312,21 +322,26 @@ class ImageDataModule(pl.LightningDataModule):
     def _loader(self, stage: str) -> DataLoader:
         config, dataset, training = self.data_config, self._dataset(stage), stage == "train"
         assert config is not None, "setup() has not run"
+        if training and not isinstance(dataset, IterableDataset):
+            if self.batch_size != self.hparams_initial["batch_size"]:
+                # Lightning's search for a batch size doubles it until memory or images run out, and may go too far.
+                self.batch_size = min(self.batch_size, max(1, len(dataset)))
         batch_size = self.batch_size if training else self.eval_batch_size
         if training and not isinstance(dataset, IterableDataset) and len(dataset) < batch_size:
             raise ValueError(f"batch_size: expected at most the {len(dataset)} images to train on, got {batch_size}")
         # timm's prefetcher wraps the loader, and its samplers split the data themselves; Lightning needs the plain
         # DataLoader, into which it puts its own distributed sampler.
-        loader = create_loader(
-            dataset,
-            batch_size=batch_size,
-            is_training=training,
-            use_prefetcher=False,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            **config,
-            **(self.augment if training else {}),
-        )
+        with at(f"data (augment={self.augment!r})" if training else "data"):  # timm asserts, without a name
+            loader = create_loader(
+                dataset,
+                batch_size=batch_size,
+                is_training=training,
+                use_prefetcher=False,
+                num_workers=self.num_workers,
+                pin_memory=torch.cuda.is_available(),
+                **config,
+                **(self.augment if training else {}),
+            )
         if training:
             mode = self.dataset_args.get("input_img_mode") or self._mode()
             check_policy(dataset.transform, self.augment.get("auto_augment"), mode)

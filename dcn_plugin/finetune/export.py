@@ -23,7 +23,7 @@ from dcn_plugin.convert import convert
 from .classes import as_names
 from .config import plain
 from .detection.module import build, without_pretrained_backbone
-from .models import build_model
+from .models import build_model, check_saved_model, without_weights
 
 CONFIG, WEIGHTS, KEY = "config.json", "model.safetensors", "dcn_plugin"
 
@@ -143,14 +143,21 @@ def _all_or_nothing(directory: Path) -> Iterator[Path]:
         raise
 
 
-def load_exported(directory: str | Path) -> nn.Module:
+def load_exported(directory: str | Path, *, spec: Mapping[str, Any] | None = None) -> nn.Module:
     """Build the model that `export_model` wrote to `directory`, in eval mode, with its weights.
 
-    Its attributes `class_names` and `category_ids` are what the folder says of them, or None.
+    Its attributes `class_names` and `category_ids` are what the folder says of them, or None. No code is run that the
+    folder names: an MMEngine model, and every `type` inside it, must be registered with MMEngine.
+
+    Args:
+        directory: the folder.
+        spec: the MMEngine config of the model, in place of what the folder says of it; with one of your own, import
+            paths are fine.
 
     Raises:
         FileNotFoundError: the folder or one of its two files is missing.
-        ValueError: the weights are a Git LFS pointer, or something else.
+        ValueError: the weights are a Git LFS pointer, or something else; an MMEngine model whose `type` is not
+            registered; `spec` for a folder of another kind.
 
     Example:
         >>> import tempfile, timm, torch, dcn_plugin
@@ -168,13 +175,17 @@ def load_exported(directory: str | Path) -> nn.Module:
     config = json.loads((directory / CONFIG).read_text())
     ours = config.get(KEY, {})
     model: Any
+    if spec is not None and "model" not in ours:
+        raise ValueError(f"spec: expected None, as {directory} holds no model of MMEngine's, got {spec!r}")
     if not ours:
         model = timm.create_model(f"local-dir:{directory}", pretrained=True)
     else:
         if "detector" in ours:
             model = build(ours["detector"])
         elif "model" in ours:
-            model = build_model(ours["model"])
+            if spec is None:
+                check_saved_model(ours["model"], "load_exported(directory, spec=...)")
+            model = build_model(without_weights(ours["model"]) if spec is None else spec)
         else:
             model = timm.create_model(f"local-dir:{directory}", pretrained=False)
         if "rules" in ours:

@@ -65,6 +65,7 @@ class RunGuard(pl.Callback):
         self._frozen, self._epoch, self._begun = None, None, False  # a checkpoint is read after this
         if stage == "fit":
             refuse_callbacks(trainer)
+            refuse_monitors(trainer, pl_module)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -163,3 +164,25 @@ def refuse_callbacks(trainer: pl.Trainer) -> None:
             "callbacks: expected the backbone to be trained before StochasticWeightAveraging begins, got "
             f"unfreeze_backbone_at_epoch={thaw} with averaging from epoch {max(swa_start - 1, 0)} on"
         )
+
+
+def refuse_monitors(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Raise ValueError for a callback that waits for a value that is never logged, after an epoch as Lightning would.
+
+    Only where all that logs is known: modules and callbacks of this package's and Lightning's own.
+    """
+    ours = (__name__.partition(".")[0], pl.__name__)
+    sources = [pl_module, *trainer.callbacks]
+    if not all(type(source).__module__.partition(".")[0] in ours for source in sources):
+        return
+    known = getattr(pl_module, "logged", None)
+    for callback in trainer.callbacks:
+        monitor = getattr(callback, "monitor", None)
+        stage = str(monitor).partition("_")[0]
+        if known is None or monitor is None or not getattr(callback, "strict", True) or stage not in known:
+            continue
+        if monitor not in known[stage]:
+            raise ValueError(
+                f"callbacks: expected a monitor out of {', '.join(known[stage])}, which this module logs, got "
+                f"monitor={monitor!r} of {type(callback).__name__}"
+            )

@@ -25,7 +25,7 @@ from .config import arguments, check_keys, plain, storable
 from .freezing import split_added_groups
 from .guard import RunGuard, require_batches
 from .losses import Criterion, check_saved, stored
-from .models import build_model
+from .models import build_model, check_saved_model, without_weights
 
 Module = TypeVar("Module", bound="TunedModule")
 
@@ -124,6 +124,8 @@ class TunedModule(pl.LightningModule):
             raise ValueError(f"path: expected a Lightning checkpoint of a {cls.__name__}, got {path}")
         if "loss" not in overrides:
             check_saved(saved["hyper_parameters"].get("loss"))
+        if "model" not in overrides:
+            check_saved_model(saved["hyper_parameters"].get("model"), "restore(path, model=...)")
         module = cls(**(cls.without_initial_weights(saved["hyper_parameters"]) | overrides))
         module.load_saved(dict(saved))
         return module
@@ -388,7 +390,8 @@ class FinetuneModule(TunedModule):
 
     @classmethod
     def bare(cls, model: Any) -> Any:
-        return {**model, "pretrained": False} if isinstance(model, Mapping) and "name" in model else model
+        bare = without_weights(model)
+        return bare | dict(pretrained=False) if isinstance(model, Mapping) and "name" in model else bare
 
     @property
     def backbone(self) -> nn.Module:
@@ -402,6 +405,11 @@ class FinetuneModule(TunedModule):
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return self.model(images)
+
+    @property
+    def logged(self) -> dict[str, list[str]]:
+        """What validation logs, by the first word of the names, for callbacks that monitor one of them."""
+        return dict(val=["val_loss", *cast(Any, self.metrics)["val"].keys()])
 
     # -- steps --------------------------------------------------------------------------------------------------------
 

@@ -22,7 +22,8 @@ def describe_split(data: Any, stage: str) -> str:
     place = f" in {data.root}" if getattr(data, "root", None) else ""
     said = f"data set {getattr(data, 'name', type(data).__name__)!r}{place}"
     said += f" (split {split!r})" if split is not None else ""
-    dataset = getattr(data, "_datasets", {}).get(stage)
+    datasets = getattr(data, "_datasets", None)  # of a data module of one's own this may be anything
+    dataset = datasets.get(stage) if isinstance(datasets, Mapping) else None
     reader = getattr(getattr(dataset, "dataset", dataset), "reader", None)
     shards = getattr(getattr(reader, "split_info", None), "filenames", None)
     if isinstance(shards, Sequence) and not isinstance(shards, str) and hasattr(reader, "input_key"):

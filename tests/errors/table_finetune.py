@@ -33,7 +33,7 @@ from dcn_plugin.finetune import (
 from dcn_plugin.finetune.callbacks import PredictionWriter
 from dcn_plugin.finetune.command_line import _literal, _split, parse_options
 from dcn_plugin.finetune.folders import Place
-from dcn_plugin.finetune.guard import refuse_callbacks, require_batches
+from dcn_plugin.finetune.guard import refuse_callbacks, refuse_monitors, require_batches
 from dcn_plugin.finetune.images import UnreadableImage, read_image
 from dcn_plugin.finetune.run import build, quiet, writing_to
 from dcn_plugin.finetune.samples import ImageStream
@@ -100,7 +100,9 @@ def tested_on_nothing(tmp_path):
 
 def with_callbacks(*callbacks, **options):
     def call():
-        refuse_callbacks(pl.Trainer(callbacks=list(callbacks), logger=False, enable_checkpointing=False, **options))
+        trainer = pl.Trainer(callbacks=list(callbacks), logger=False, enable_checkpointing=False, **options)
+        refuse_callbacks(trainer)
+        refuse_monitors(trainer, FinetuneModule(MODEL, num_classes=2))
 
     return call
 
@@ -157,6 +159,10 @@ CONFIG = [
     Case(
         with_callbacks(BackboneFinetuning(9), pl.callbacks.StochasticWeightAveraging(1e-3), max_epochs=10),
         ValueError, "callbacks:", "expected the backbone to be trained before", "got unfreeze_backbone_at_epoch=9",
+    ),
+    Case(
+        with_callbacks(pl.callbacks.EarlyStopping("val_acc")),
+        ValueError, "callbacks:", "expected a monitor out of val_loss", "got monitor='val_acc' of EarlyStopping",
     ),
     Case(built(modell=1), ValueError, "config: unknown key", "did you mean 'model'?", "'modell'"),
     Case(without("model"), ValueError, "config: key 'model'", "it has 'data', 'callbacks'", "is missing"),
@@ -265,6 +271,17 @@ def met(target, loss="cross_entropy", logits=None, **changes):
         made.training_step((torch.zeros(4, 1, 32, 32), target), 0)
 
     return call
+
+
+def restored_model(tmp_path):
+    values = dict(model=dict(type="os.system", command="true"), num_classes=2)
+    torch.save({"state_dict": {}, "hyper_parameters": values}, tmp_path / "x.ckpt")
+    FinetuneModule.restore(tmp_path / "x.ckpt")
+
+
+def exported_with_spec(tmp_path):
+    export_model(FinetuneModule(MODEL, num_classes=2).model, tmp_path)
+    load_exported(tmp_path, spec=dict(type="DCNResNet"))
 
 
 def restored_loss(loss):
@@ -392,6 +409,10 @@ MODULE = [
         for value in (0, -1.0, math.inf, True)
     ),
     Case(built(checkpoint=dict(file="x")), ValueError, "checkpoint:", "a path or dict(path=..., ...)", "'file'"),
+    Case(
+        restored_model,
+        ValueError, "model.type:", "expected a name that is registered with MMEngine", "got 'os.system' from the file",
+    ),
     Case(restored, ValueError, "path:", "a Lightning checkpoint of a FinetuneModule", "x.ckpt"),
     Case(
         ran(trainer=dict(TRAINER, max_epochs=-1)),
@@ -452,6 +473,7 @@ MODULE = [
         lambda tmp_path: load_exported(tmp_path),
         FileNotFoundError, "directory:", "an exported model with config.json", "got /",
     ),
+    Case(exported_with_spec, ValueError, "spec:", "expected None, as", "got {'type': 'DCNResNet'}"),
     Case(
         import_without_torchmetrics,
         ModuleNotFoundError, "dcn_plugin.finetune", "pip install 'dcn_plugin[finetune]'", "needs torchmetrics",

@@ -100,6 +100,11 @@ class DetectionModule(TunedModule):
         """Return losses by name in training mode, else for each image `boxes` [L, 4], `labels` and `scores` [L]."""
         return self.model(list(images), None if targets is None else list(targets))
 
+    @property
+    def logged(self) -> dict[str, list[str]]:
+        """What validation logs, by the first word of the names, for callbacks that monitor one of them."""
+        return dict(val=[f"val_{name}" for name in SCORES])
+
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
