@@ -3,6 +3,7 @@
 import argparse
 import collections
 import gzip
+import importlib
 import json
 import os
 import pickle
@@ -477,6 +478,7 @@ def test_versions_of_modules_follow_their_names():
 
 def test_checkpoints_of_compiled_and_plain_modules_restore_each_other(tmp_path):
     finetune = pytest.importorskip("dcn_plugin.finetune")
+    check_fits = importlib.import_module("dcn_plugin.finetune.run")._check_fits
 
     def made():
         return finetune.FinetuneModule(dict(name="resnet18_dcn", channels=(8, 8, 8, 8), num_classes=2))
@@ -488,6 +490,8 @@ def test_checkpoints_of_compiled_and_plain_modules_restore_each_other(tmp_path):
             state_dict=source.state_dict(), hyper_parameters=dict(source.hparams), dcn_plugin={}, lr_schedulers=[]
         )
         torch.save(saved, tmp_path / "x.ckpt")
+        for other in (plain, compiled):  # what a run does first
+            check_fits(other, {name: tuple(value.shape) for name, value in saved["state_dict"].items()}, "x.ckpt")
         again = finetune.FinetuneModule.restore(tmp_path / "x.ckpt")
         assert all(
             torch.equal(a, b) for a, b in zip(again.state_dict().values(), saved["state_dict"].values(), strict=True)

@@ -19,7 +19,7 @@ from mmengine.config import Config
 from timm.data import Mixup
 from timm.scheduler import create_scheduler_v2
 
-from ..checkpoint import read_file
+from ..checkpoint import match_wrappers, read_file
 from .callbacks import DetectionWriter, OffsetMonitor, PredictionWriter
 from .command_line import at
 from .config import arguments, build_object, check_keys, check_kinds, plain, unknown
@@ -358,6 +358,7 @@ def _require_training(trainer: pl.Trainer) -> None:
 def _check_fits(module: TunedModule, theirs: Mapping[str, tuple[int, ...]], checkpoint: str | Path) -> None:
     """Raise ValueError if the shapes in a checkpoint are those of another model than the config's."""
     ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    theirs = match_wrappers(module, theirs)
     for name in [*ours, *theirs]:
         if ours.get(name) != theirs.get(name):
             has, wants = (f"shape {found[name]}" if name in found else "no such weights" for found in (theirs, ours))

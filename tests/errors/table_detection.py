@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 from PIL import Image
 from test_detection_finetune import FASTER, write_coco
+from torch import nn
 from torchmetrics.detection import mean_ap
 
 from dcn_plugin.finetune import CocoDataModule, DetectionModule
@@ -340,6 +341,10 @@ MODULE = [
     Case(
         lambda: DetectionModule("faster_rcnn", 3),
         ValueError, "model:", "expected dict(name='faster_rcnn' or 'rfcn'", "got 'faster_rcnn'",
+    ),
+    Case(
+        lambda: DetectionModule(FASTER | dict(backbone=dict(FASTER["backbone"], act_layer=nn.ReLU)), 3),
+        TypeError, "model.backbone.act_layer:", "which checkpoints and exported folders hold", "got type <class",
     ),
     Case(lambda: module(0), ValueError, "num_classes:", "expected at least 1 class of objects", "got 0"),
     Case(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 
 from ..classes import Id, first_difference
-from ..config import arguments, plain
+from ..config import arguments, plain, storable
 from ..module import TunedModule
 from .datasets import mixed_seed
 
@@ -72,9 +72,7 @@ class DetectionModule(TunedModule):
     ) -> None:
         super().__init__()
         # Plain types only: Lightning stores these in the checkpoint and reads it with weights_only=True.
-        self.save_hyperparameters(
-            {key: plain(value) for key, value in locals().items() if key in arguments(type(self))}
-        )
+        self.save_hyperparameters(storable({k: v for k, v in locals().items() if k in arguments(type(self))}))
         self._configure(optimizer, schedule)
         _metric()  # so that what it needs is missed now, not after the first epoch
         self.spec = detector_spec(model, num_classes)
