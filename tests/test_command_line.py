@@ -236,7 +236,7 @@ def test_files_that_cannot_be_right_are_one_line(path, script, tmp_path, monkeyp
         (path, "--task", "test"): "checkpoint: test needs one",
         (path, "--task", "test", "--checkpoint", "nowhere.ckpt"): "checkpoint: expected a file, got 'nowhere.ckpt'",
         (path, "--task", "test", "--checkpoint", "page.ckpt"): "page.ckpt",
-        (path, "--task", "test", "--checkpoint", "weights.pth"): "got 'weights.pth' without 'state_dict'",
+        (path, "--task", "test", "--checkpoint", "weights.pth"): "with 'state_dict', got weights.pth with 'fc.weight'",
         (path, "--task", "test", "--checkpoint", other["checkpoint"]): "has shape (8, 8, 3, 3), the model shape (16,",
         (path, "--resume", other["checkpoint"]): "expected the weights of the config's model",
         (path, "--work-dir", "a_file"): "a_file",
