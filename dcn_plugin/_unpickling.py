@@ -7,24 +7,24 @@ dicts, lists and modules survives; everything else is left out.
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch._utils import IMPORT_MAPPING, NAME_MAPPING
 from torch._weights_only_unpickler import _get_allowed_globals
 
-_BUILTIN = {f"builtins.{kind.__name__}": kind for kind in (set, frozenset, list, dict, tuple, bytearray, complex)}
-# numpy's way to an array; its modules have two names, one before and one since numpy 2.
-_NUMPY = {"numpy.ndarray", "numpy.dtype"} | {
-    f"numpy.{core}.{name}"
-    for core in ("core", "_core")
-    for name in ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")
+from ._weight_files import refuse_others
+
+_BUILTIN = {
+    f"builtins.{kind.__name__}": kind for kind in (set, frozenset, list, dict, tuple, bytes, bytearray, complex)
 }
 
 
@@ -58,33 +58,120 @@ class _StandIn:
     extend = add = update = append
 
 
-class _Unpickler(pickle.Unpickler):
+class _Dtype:
+    """The letter and the size of a numpy dtype, and the order of its bytes."""
+
+    source = "numpy.dtype"
+
+    types: ClassVar[dict[Any, torch.dtype]] = {
+        "b1": torch.bool, "i1": torch.int8, "i2": torch.int16, "i4": torch.int32, "i8": torch.int64, "u1": torch.uint8,
+        "u2": torch.uint16, "u4": torch.uint32, "u8": torch.uint64, "f2": torch.float16, "f4": torch.float32,
+        "f8": torch.float64, "c8": torch.complex64, "c16": torch.complex128,
+    }  # fmt: skip
+
+    def __init__(self, code: Any, *_: Any) -> None:
+        self.code, self.swapped = code, False
+
+    def __setstate__(self, state: Any) -> None:
+        self.swapped = state[1] == ">"
+
+
+class _Array:
+    """A numpy array, read here: numpy believes a file that says which bytes are objects, and follows them."""
+
+    source = "numpy.ndarray"
+    value: Tensor | None = None  # None: of objects, text, records
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, by_columns, data = state
+        self.fill(data, dtype, shape, by_columns)
+
+    def fill(self, data: Any, dtype: Any, shape: Any, by_columns: bool = False) -> _Array:
+        kind = _Dtype.types.get(dtype.code) if isinstance(dtype, _Dtype) else None
+        if kind is None:
+            return self
+        data = bytearray(data.encode("latin1") if isinstance(data, str) else data)  # text: of Python 2
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        if len(data) != math.prod(shape) * kind.itemsize:
+            raise pickle.UnpicklingError(f"an array of shape {shape} cannot have {len(data)} bytes")
+        if dtype.swapped:
+            part = kind.itemsize // (2 if kind.is_complex else 1)
+            data = bytearray(byte for i in range(0, len(data), part) for byte in reversed(data[i : i + part]))
+        flat = torch.frombuffer(data, dtype=kind) if data else torch.empty(0, dtype=kind)
+        self.value = (
+            flat.reshape(shape[::-1]).permute(*reversed(range(len(shape)))) if by_columns else flat.reshape(shape)
+        )
+        return self
+
+
+# numpy's way to an array; its modules have two names, one before and one since numpy 2.
+_NUMPY: dict[str, Any] = {"numpy.ndarray": _Array, "numpy.dtype": _Dtype}
+for _core in ("numpy.core", "numpy._core"):
+    _NUMPY[f"{_core}.multiarray._reconstruct"] = _Array
+    _NUMPY[f"{_core}.multiarray.scalar"] = lambda dtype, data=b"": _Array().fill(data, dtype, ())
+    _NUMPY[f"{_core}.numeric._frombuffer"] = lambda data, dtype, shape, order: _Array().fill(
+        data, dtype, shape, order == "F"
+    )
+
+_OURS: dict[str, Any] = {
+    **_BUILTIN,
+    **_NUMPY,
+    "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # bytes in protocol 2
+    # The tensor of a subclass's values, without what else the file wants to set on it.
+    "torch._tensor._rebuild_from_type_v2": lambda function, kind, arguments, state: function(*arguments),
+}
+
+
+def _build(unpickler: Any) -> None:
+    """Give an object its state, as the instruction BUILD asks.
+
+    Only what was made for this file gets any: pickle's own would set attributes of the functions and classes that
+    `find_class` returns, which the whole program uses.
+    """
+    state, made = unpickler.stack.pop(), unpickler.stack[-1]
+    if isinstance(made, (_StandIn, _Array, _Dtype)):
+        made.__setstate__(state)
+    elif isinstance(made, OrderedDict) and isinstance(state, dict):
+        made.__dict__.update(state)  # the versions of modules
+    elif isinstance(made, Tensor) and type(state) is tuple and len(state) in (4, 5):
+        made.__setstate__(state)
+
+
+class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]  # the one in C always sets attributes
+    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: _build}  # type: ignore[attr-defined]
+
     def find_class(self, module: str, name: str) -> Any:
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))  # Python 2's names
         full = f"{module}.{name}"
-        for known in (_get_allowed_globals(), _BUILTIN):
+        for known in (_OURS, _get_allowed_globals()):
             if full in known:
                 return known[full]
-        if full == "_codecs.encode":  # bytes in protocol 2
-            return lambda text, encoding: text.encode("latin1")
-        if full in _NUMPY:
-            return super().find_class(module, name)
         return type(name, (_StandIn,), {"source": full})
 
 
 def _load(path: str | os.PathLike[str]) -> Any:
+    refuse_others(path)
     reader: Any = ModuleType("restricted_pickle")
     reader.Unpickler, reader.UnpicklingError = _Unpickler, pickle.UnpicklingError
     reader.load = lambda file, **options: _Unpickler(file, **options).load()
-    try:
-        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=reader)
-    except Exception as error:
-        try:  # a pickle that torch did not write, such as detectron2's
-            with open(path, "rb") as file:
+    with open(path, "rb") as file:
+        try:
+            if torch.serialization._is_zipfile(file):
+                # As torch.load() finds out, which would hand such a file to torch.jit, and that runs its code.
+                if "constants.pkl" in torch._C.PyTorchFileReader(file).get_all_records():
+                    raise pickle.UnpicklingError("it holds TorchScript, which is code")
+                file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=False, pickle_module=reader)
+        except Exception as error:
+            try:  # a pickle that torch did not write, such as detectron2's
+                file.seek(0)
                 return _Unpickler(file, encoding="latin1").load()
-        except Exception:
-            what = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{os.fspath(path)} is not a readable checkpoint: {what}") from error
+            except Exception:
+                what = f"{type(error).__name__}: {error}"
+                raise ValueError(f"{os.fspath(path)} is not a readable checkpoint: {what}") from error
 
 
 def extract_weights(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> list[str]:
@@ -101,7 +188,8 @@ def extract_weights(path: str | os.PathLike[str], target: str | os.PathLike[str]
         What was left out, as ``name (class)``.
 
     Raises:
-        ValueError: the file is damaged, or holds no tensor.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, something else (TorchScript, an archive, ...: it is named), or holds no tensor.
 
     Example::
 
@@ -116,7 +204,11 @@ def extract_weights(path: str | os.PathLike[str], target: str | os.PathLike[str]
         ['weight']
     """
     left_out: list[str] = []
-    found = _plain(_load(path), "", lambda name, kind: left_out.append(f"{name or 'all'} ({kind})"))
+    try:
+        found = _plain(_load(path), "", lambda name, kind: left_out.append(f"{name or 'all'} ({kind})"))
+    except RecursionError:
+        what = "expected weights by name, got containers in each other without end"
+        raise ValueError(f"{os.fspath(path)}: {what}") from None
     if not isinstance(found, dict) or next(_tensors(found), None) is None:
         has = ", ".join(left_out[:6]) or type(found).__name__
         raise ValueError(f"{os.fspath(path)} holds no weights; it has {has}")
@@ -143,10 +235,14 @@ def _plain(value: Any, name: str, leave_out: Callable[[str, str], None]) -> Any:
         return value.detach()
     if isinstance(value, (str, int, float, bool, bytes, type(None))):
         return value
-    if hasattr(value, "__array__") and value.dtype.kind in "biufc":
-        return torch.as_tensor(value)
-    leave_out(name, getattr(value, "source", "") or type(value).__name__)
+    if isinstance(value, _Array) and value.value is not None:
+        return value.value
+    leave_out(name, _class_of(value))
     return _NOTHING
+
+
+def _class_of(value: Any) -> str:
+    return str(getattr(type(value), "source", type(value).__name__))
 
 
 def _is_key(key: Any) -> bool:

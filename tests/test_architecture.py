@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "layers": ("layers ops", "torchvision"),
     "_folding": ("", ""),
     "convert": ("_folding layers ops", ""),
-    "_unpickling": ("", ""),
+    "_unpickling": ("_weight_files", ""),
     "_weight_files": ("", "safetensors"),
     "checkpoint": ("_unpickling _weight_files layers", ""),
     "flops": ("layers ops", "mmengine"),

@@ -400,6 +400,26 @@ def test_feature_extractors_trace_a_converted_model():
     torch.testing.assert_close(extractor(x)["out"], model.forward_features(x))
 
 
+@pytest.mark.parametrize("node", ["layer4.0.conv2", "layer4.0.conv2.conv_offset", "layer4.0.conv2.deform_conv2d"])
+def test_feature_extractors_reach_inside_a_layer(node):
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    torch.manual_seed(0)
+    model = pytest.importorskip("torchvision").models.resnet18(num_classes=4).eval()
+    convert(model, dict(match="layer4.0.conv2", layer=dict(type="DCNv2")))
+    layer = model.layer4[0].conv2
+    for parameter in layer.conv_offset.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    seen = {}
+    x = torch.rand(1, 3, 64, 64)
+    handles = [m.register_forward_hook(lambda m, _, out: seen.__setitem__(m, out)) for m in (layer, layer.conv_offset)]
+    with torch.no_grad():
+        model(x)
+        for handle in handles:
+            handle.remove()
+        found = extraction.create_feature_extractor(model, {node: "out"})(x)["out"]
+    torch.testing.assert_close(found, seen[layer.conv_offset if node.endswith("conv_offset") else layer])
+
+
 def test_model_without_storage_converts():
     with torch.device("meta"):
         model = Small()

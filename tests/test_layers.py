@@ -392,6 +392,24 @@ def test_exports_with_dynamic_sizes(cls):
     torch.testing.assert_close(exported.module()(x), layer(x))
 
 
+def test_a_parametrised_weight_is_computed_once_a_call():
+    class Count(nn.Module):
+        calls = 0
+
+        def forward(self, weight):
+            self.calls += 1
+            return 2 * weight
+
+    layer = DCNv2(4, 4, 3, padding=1)
+    x = torch.rand(1, 4, 6, 6)
+    expected = 2 * (layer(x) - layer.bias[:, None, None]) + layer.bias[:, None, None]
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", Count())
+    count = layer.parametrizations.weight[0]
+    count.calls = 0
+    torch.testing.assert_close(layer(x), expected)
+    assert count.calls == 1
+
+
 @pytest.mark.parametrize("cls", OFFSET_LAYERS)
 def test_symbolic_trace(cls):
     layer = shaken(cls(4, 4, (2, 3), padding=(0, 1, 1, 1), offset_groups=2))

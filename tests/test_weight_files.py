@@ -4,6 +4,7 @@ import argparse
 import collections
 import gzip
 import importlib
+import io
 import json
 import os
 import pickle
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 
 import dcn_plugin
-from dcn_plugin import DCNv2
+from dcn_plugin import DCNv2, _unpickling
 from dcn_plugin.checkpoint import extract_weights, load_checkpoint, match_wrappers, read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,6 +146,102 @@ def test_arrays_of_a_raw_pickle_are_taken_out(tmp_path, protocol):
     code = re.search(r'python -c "(.*)"', command_in(tmp_path / "R-50.pkl")).group(1)
     exec(code, {})
     assert are(read_checkpoint(tmp_path / "R-50_weights.pth"), WEIGHTS)
+
+
+@pytest.mark.parametrize("protocol", (2, pickle.HIGHEST_PROTOCOL))
+def test_arrays_are_read_as_numpy_reads_them(tmp_path, protocol):
+    kinds = "? i1 i2 i4 i8 u1 f2 f4 f8 c8 c16 >i4 >f8 >c8".split()
+    arrays = {kind: (np.arange(12).reshape(3, 4) % 5).astype(kind) for kind in kinds}
+    arrays |= {
+        "columns": np.asfortranarray(arrays["f4"]),
+        "none": np.zeros((0, 3), "f4"),
+        "single": np.array(7.0),
+        "scalar": np.float32(1.5),
+        "part": arrays["f4"][:, ::2],
+    }
+    others = {"objects": np.array([{}, None]), "text": np.array(["a"]), "records": np.zeros(2, "i4,f4")}
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"model": arrays | others}, protocol=protocol))
+    left_out = extract_weights(tmp_path / "x.pkl", tmp_path / "y.pth")
+    assert left_out == [f"model.{name} (numpy.ndarray)" for name in others]
+    found = torch.load(tmp_path / "y.pth", weights_only=True)["model"]
+    assert list(found) == list(arrays)
+    for name, array in arrays.items():
+        expected = torch.from_numpy(np.array(array, np.dtype(array.dtype).newbyteorder("=")))
+        torch.testing.assert_close(found[name], expected, rtol=0, atol=0, msg=name)
+
+
+def instruction_to_set(module, name):
+    """A pickle that asks for an attribute of a global: ``(None, {"marked": 1})`` is the state of that."""
+    return f"c{module}\n{name}\n".encode().join((b"\x80\x02", b"N}X\x06\x00\x00\x00markedK\x01s\x86b."))
+
+
+@pytest.mark.parametrize(
+    "module, name",
+    [("torch._utils", "_rebuild_tensor_v2"), ("collections", "Counter"), ("torch.nn.parameter", "Parameter")],
+)
+def test_nothing_of_the_running_program_is_changed(tmp_path, module, name):
+    (tmp_path / "x.pkl").write_bytes(instruction_to_set(module, name))
+    with pytest.raises(ValueError, match="holds no weights"):
+        extract_weights(tmp_path / "x.pkl", tmp_path / "y.pth")
+    assert not hasattr(getattr(importlib.import_module(module), name), "marked")
+
+
+def test_numpy_takes_no_orders_from_a_file(tmp_path):
+    """Its dtype believes flags that a file sets, which say what in an array is an address."""
+    array, dtype = np.zeros(2, "f4"), np.dtype("f4")
+    state = (3, "<", None, None, None, -1, -1, 64)
+
+    class Told:
+        def __reduce__(self):
+            return np.dtype, ("f4", False, True), state
+
+    told = np.dtype("f4", copy=True)
+    told.__setstate__(state)
+    assert told.flags != dtype.flags  # what numpy does
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"w": array, "told": Told()}, protocol=2))
+    assert extract_weights(tmp_path / "x.pkl", tmp_path / "y.pth") == ["told (numpy.dtype)"]
+    made = _unpickling._Unpickler(io.BytesIO((tmp_path / "x.pkl").read_bytes())).load()
+    assert not any(isinstance(value, (np.ndarray, np.dtype)) for value in made.values())
+
+
+class RunsCode(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+
+    @torch.jit.export
+    def __getstate__(self):
+        return (self.weight, self.training)
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, bool]):
+        print("code of the file ran")
+        self.weight, self.training = state
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning")
+def test_torchscript_is_named_and_does_not_run(tmp_path, capfd):
+    torch.jit.script(RunsCode()).save(tmp_path / "x.pt")
+    torch.jit.load(tmp_path / "x.pt")
+    assert "code of the file ran" in capfd.readouterr().out
+    with pytest.raises(ValueError, match="TorchScript"):
+        extract_weights(tmp_path / "x.pt", tmp_path / "y.pth")
+    # However it is packed: torch has a reader of its own, which does not need the directory that Python's goes by.
+    with pytest.raises(ValueError, match="TorchScript"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_unpickling, "refuse_others", lambda path: None)
+        extract_weights(tmp_path / "x.pt", tmp_path / "y.pth")
+    assert "code of the file ran" not in capfd.readouterr().out
+
+
+def test_containers_in_themselves_are_an_error(tmp_path):
+    content = {"w": torch.zeros(2)}
+    content["itself"] = content
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="in each other without end"):
+        extract_weights(tmp_path / "x.pth", tmp_path / "y.pth")
 
 
 def test_buffers_that_are_not_saved_stay_out(tmp_path):

@@ -12,8 +12,16 @@ from torch import nn
 
 def recorded_call(layer: nn.Module, *args: Any) -> Any:
     """The call of ``layer`` in the graph that is being recorded; None where there is none, or where it has no name."""
-    tracer: Any = next((arg.tracer for arg in args if isinstance(arg, torch.fx.Proxy)), None)
-    if tracer is None or layer._forward_hooks or layer._forward_pre_hooks:  # hooks are traced with what is inside
+    for arg in args:
+        if isinstance(arg, torch.fx.Proxy):
+            return _record(layer, arg.tracer, args)
+    return None
+
+
+def _record(layer: nn.Module, tracer: Any, args: tuple[Any, ...]) -> Any:
+    if layer._forward_hooks or layer._forward_pre_hooks:  # traced with what is inside
+        return None
+    if hasattr(tracer, "node_to_qualname"):  # torchvision's extractor of features, which may be some of the inside
         return None
     try:
         path = tracer.path_of_module(layer)

@@ -375,7 +375,8 @@ class OffsetConv(DeformConv2d):
         self.conv_offset.reset_parameters()
 
     def _predict(self, x: Tensor) -> Tensor:
-        x = _check_input(x, self.in_channels, self.weight)
+        # Not the weight that a parametrisation computes: it would do so twice a call.
+        x = _check_input(x, self.in_channels, self._parameters.get("weight"))
         warn_if_redrawn(self)
         return self.conv_offset(F.pad(x, self._uneven_padding) if self._uneven_padding else x)
 

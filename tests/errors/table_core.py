@@ -6,6 +6,8 @@ import pickle
 import sys
 from types import MappingProxyType, SimpleNamespace
 
+import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -187,6 +189,24 @@ def extract(content):
     return call
 
 
+def extract_script(tmp_path):
+    """TorchScript that Python's reader of archives does not see to be that."""
+    torch.jit.trace(nn.Linear(3, 2), torch.zeros(1, 3)).save(tmp_path / "x.pth")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dcn_plugin._unpickling.refuse_others", lambda path: None)
+        extract_weights(tmp_path / "x.pth", tmp_path / "y.pth")
+
+
+def containing_itself():
+    content = {"weight": torch.zeros(2)}
+    content["itself"] = content
+    return content
+
+
+# Two numbers, of which there are the bytes of one.
+SHORT_ARRAY = pickle.dumps({"weight": np.full(2, 7, "u1")}, protocol=2).replace(b"\2\0\0\0\7\7", b"\1\0\0\0\7")
+
+
 GLOBS = "must be a glob or a list of globs"
 CHECKPOINT = [
     Case(load(model={}), TypeError, "model", "must be an nn.Module", "got dict"),
@@ -234,6 +254,9 @@ CHECKPOINT = [
         ValueError, "folder", "make one file of it with python -m", "is a checkpoint of torch.distributed.checkpoint",
     ),
     Case(extract(b"\x80\x02nothing"), ValueError, "x.pth", "checkpoint", "is not a readable"),
+    Case(extract(SHORT_ARRAY), ValueError, "x.pth", "array of shape (2,)", "cannot have 1 bytes"),
+    Case(extract_script, ValueError, "x.pth", "checkpoint", "it holds TorchScript"),
+    Case(extract(containing_itself()), ValueError, "x.pth", "expected weights by name", "in each other without end"),
     Case(extract({"epoch": 3}), ValueError, "x.pth", "weights", "holds no weights; it has dict"),
     Case(read("x.pth", b""), ValueError, "x.pth", "is not a readable checkpoint", "EOFError"),
     Case(read("x.pth", [1, 2]), ValueError, "x.pth", "not a dict of weights", "holds a list"),
