@@ -1,6 +1,8 @@
 """peft's adapters, and any module put around what predicts offsets: same start, training, merging back."""
 
 import copy
+import os
+from unittest import mock
 
 import pytest
 import timm
@@ -23,6 +25,14 @@ peft = pytest.importorskip("peft")
 
 # peft's BOFT has a CUDA extension, which it tries to build, and warns of having none.
 pytestmark = pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension", "ignore:Setting boft_n_butterfly")
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """After a try that failed BOFT leaves CC and CXX at "gcc", with which nothing of C++ links."""
+    with mock.patch.dict(os.environ):
+        yield
+
 
 IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 ROIS = torch.tensor([[0, 1.0, 2.0, 12.0, 14.0], [1, 3.0, 0.0, 9.0, 11.0]])

@@ -31,6 +31,7 @@ from transformers import (  # noqa: E402
     TimmBackbone,
     TimmBackboneConfig,
     TimmWrapperConfig,
+    initialization,
 )
 
 
@@ -260,7 +261,7 @@ class Draws(Ours):
 
     def _init_weights(self, module):
         if isinstance(module, DeformConv2d):
-            transformers.initialization.constant_(module.weight, 0.5)
+            initialization.constant_(module.weight, 0.5)
 
 
 def test_a_models_own_initialiser_of_deformable_weights_holds(tmp_path):
