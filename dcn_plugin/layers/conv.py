@@ -378,7 +378,8 @@ class OffsetConv(DeformConv2d):
         # Not the weight that a parametrisation computes: it would do so twice a call.
         x = _check_input(x, self.in_channels, self._parameters.get("weight"))
         warn_if_redrawn(self)
-        return self.conv_offset(F.pad(x, self._uneven_padding) if self._uneven_padding else x)
+        padding = self._uneven_padding
+        return self.conv_offset(F.pad(x, padding) if padding else x)
 
     @property
     def _uneven_padding(self) -> tuple[int, ...]:

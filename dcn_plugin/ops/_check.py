@@ -39,6 +39,12 @@ def integer(name: str, value: Any, least: int, most: int = MOST) -> int:
 
 def integers(name: str, value: Any, least: int, lengths: tuple[int, ...] = (2,), most: int = MOST) -> tuple[int, ...]:
     """Return ``value``, an integer (repeated) or a sequence of one of ``lengths`` integers, as a tuple."""
+    if type(value) is tuple and len(value) in lengths:  # what a layer gives in every call
+        for item in value:
+            if type(item) is not int or not least <= item <= most:
+                break
+        else:
+            return value
     if not isinstance(value, (tuple, list)) and not _is_sequence(value):
         return (integer(name, value, least, most),) * lengths[0]
     if len(value) not in lengths:
