@@ -1,4 +1,4 @@
-// Included before everything else when the library is compiled for a sanitizer (scripts/sanitize.sh): puts itself
+// Included before everything else when the library is compiled for a sanitizer (scripts/sanitize.py): puts itself
 // around the calls of torch::stable::parallel_for, whose threads remain torch's own. ThreadSanitizer does not know
 // those, since their OpenMP runtime is not compiled for it, and is told here what a parallel loop orders. It notes
 // which loops threads have really shared; and it can spoil a loop, by which a test knows that the sanitizers see.
