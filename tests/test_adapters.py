@@ -9,6 +9,7 @@ import timm
 import torch
 from torch import nn
 
+from dcn_plugin.detection.rfcn import PSRoIMaps
 from dcn_plugin.layers import (
     DCNv1,
     DCNv2,
@@ -19,7 +20,6 @@ from dcn_plugin.layers import (
     OffsetConv,
     offset_parameters,
 )
-from dcn_plugin.models.dcn_rfcn import PSRoIMaps
 
 peft = pytest.importorskip("peft")
 

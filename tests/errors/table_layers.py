@@ -242,7 +242,7 @@ def pyramid(x=None, boxes=BOXES):
 
 def without_torchvision(monkeypatch):
     # None: an import of it fails; it may have been imported already.
-    monkeypatch.delitem(sys.modules, "dcn_plugin.layers.multiscale_roi", raising=False)
+    monkeypatch.delitem(sys.modules, "dcn_plugin.detection.roi_pool", raising=False)
     find = builtins.__import__
 
     def absent(name, *args, **kwargs):

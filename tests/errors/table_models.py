@@ -7,9 +7,9 @@ import timm
 import torch
 from torch import nn
 
-from dcn_plugin.models import DCNResNet, TimmBackbone, build_dcn, build_dcnv2
-from dcn_plugin.models.dcn_detection import build_detector
-from dcn_plugin.models.dcn_detection_backbone import _modules_up_to
+from dcn_plugin.detection.backbone import _modules_up_to
+from dcn_plugin.detection.faster_rcnn import build_detector
+from dcn_plugin.mm import DCNResNet, TimmBackbone, build_dcn, build_dcnv2
 from errors.case import Case
 
 TINY = dict(layers=(1, 1, 1, 1), channels=(8, 16, 32, 64))

@@ -18,20 +18,18 @@ for _name in ("pytorch_lightning", "timm", "mmengine", "torchmetrics", "torchvis
 PARTS = {
     "ops": ("ops/", "reference/"),
     "layers": ("layers/",),
-    "models": ("models/",),
-    "visualize": ("visualize.py", "visualize_detection.py"),
-    "finetune": ("finetune/",),
-    "detection": ("finetune/detection/",),
+    "models": ("models/", "mm/"),
+    "visualize": ("visualize/",),
+    "finetune": ("finetune/", "_config.py", "export/folder.py", "models/build.py"),
+    "detection": ("detection/", "finetune/detection/"),
     "core": (
         "convert.py",
         "checkpoint.py",
         "_weight_files.py",
         "_unpickling.py",
-        "onnx_export.py",
+        "export/onnx.py",
         "_extension.py",
         "registry.py",
-        "mmengine_hooks.py",
-        "mmengine_optim.py",
     ),
 }
 TABLES = {part: importlib.import_module(f"errors.table_{part}") for part in PARTS}
