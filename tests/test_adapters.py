@@ -9,6 +9,7 @@ import timm
 import torch
 from torch import nn
 
+from dcn_plugin.detection import MultiScaleDeformRoIPool
 from dcn_plugin.detection.rfcn import PSRoIMaps
 from dcn_plugin.layers import (
     DCNv1,
@@ -16,7 +17,6 @@ from dcn_plugin.layers import (
     DeformPSRoIPoolPack,
     DeformRoIPoolPack,
     ModulatedDeformRoIPoolPack,
-    MultiScaleDeformRoIPool,
     OffsetConv,
     offset_parameters,
 )

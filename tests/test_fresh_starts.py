@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import dcn_plugin
+from dcn_plugin.detection import MultiScaleDeformRoIPool
 from dcn_plugin.detection.rfcn import PSRoIMaps
 from dcn_plugin.layers import (
     DCNv1,
@@ -17,7 +18,6 @@ from dcn_plugin.layers import (
     DeformPSRoIPoolPack,
     DeformRoIPoolPack,
     ModulatedDeformRoIPoolPack,
-    MultiScaleDeformRoIPool,
 )
 
 transformers = pytest.importorskip("transformers")

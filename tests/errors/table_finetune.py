@@ -237,7 +237,7 @@ def resumed():
 
 def import_without_torchmetrics(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchmetrics", None)
-    for name in ("losses", "module"):
+    for name in ("classification", "classification.losses", "classification.module", "module"):
         monkeypatch.delitem(sys.modules, f"dcn_plugin.finetune.{name}")
     path = dcn_plugin.finetune.__file__
     spec = importlib.util.spec_from_file_location("dcn_plugin.finetune", path, submodule_search_locations=[])
