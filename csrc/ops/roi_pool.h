@@ -15,8 +15,8 @@ struct RoiArguments {
   std::optional<Tensor> offset, mask;
 };
 
-// Bits of `needs` in the backward. kRoiOrdered: no sums whose order may vary.
-enum RoiNeeds : int64_t { kRoiInput = 1, kRoiOffset = 2, kRoiMask = 4, kRoiOrdered = 1 << 8 };
+// Bits of `needs` in the backward, those of ../core/wanted.h. kRoiOrdered: no sums whose order may vary.
+enum RoiNeeds : int64_t { kRoiInput = 1, kRoiOffset = 2, kRoiMask = 8, kRoiOrdered = 1 << 8 };
 
 // Gradients of input, offset, mask; an empty tensor for what `needs` does not ask for.
 using RoiGradients = std::tuple<Tensor, Tensor, Tensor>;

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import BY_NAME
 
 OPS = torch.ops.dcn_plugin
+OPERATORS = "|".join(BY_NAME)
 SOURCE = Path(__file__).resolve().parents[2] / "csrc"
 # Read by the CUDA operators alone; tests/ops/test_emulated_cuda.py has its error.
 CUDA_ONLY = ("runtime/kernel_choice.h",)
@@ -83,7 +85,7 @@ def part(**changes):
 
 
 def align_backward(grad_output):
-    return on_cpu(OPS.deform_roi_pool_backward, [grad_output, *ALIGN.values(), 7])
+    return on_cpu(OPS.deform_roi_pool_backward, [grad_output, *ALIGN.values(), 15])
 
 
 def too_many_samples():
@@ -175,7 +177,7 @@ def test_message_is_that_of_the_check_and_names_operator_and_argument(file, cond
     said = re.findall(r'"((?:[^"\\]|\\.)*)"', arguments)
     message = str(raised.value)
     assert re.search(".*".join(map(re.escape, said)), message), (said, message)
-    assert re.search(rf"deform_(conv2d|roi_pool|ps_roi_pool)(_backward)?: .*{name}", message), message
+    assert re.search(rf"({OPERATORS})(_backward)?: .*{name}", message), message
 
 
 def test_every_check_has_a_case():
