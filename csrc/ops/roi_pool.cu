@@ -1,6 +1,6 @@
 // Pooling over regions of interest on CUDA: the portable bodies, one thread per element.
 #include "../runtime/cuda.cuh"
-#include "../runtime/kernel_log.h"
+#include "../runtime/kernels.h"
 #include "roi_pool.h"
 
 namespace dcn {
