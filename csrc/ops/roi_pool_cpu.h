@@ -142,7 +142,7 @@ CellRows<const Accumulate<S>> input_cells(const RoiGeometry& g, bool direct, con
   using A = Accumulate<S>;
   if (direct) return rows_in_place<const S, const A>(input, image);
   const CellRows<A> rows = dense_cells(g, static_cast<A*>(buffer.data_ptr()));
-  transpose_cells<Turn::kToRows>(g, input, image, images, rows);
+  transpose_cells<Transpose::kToRows>(g, input, image, images, rows);
   return {rows.data, rows.n, rows.cell, rows.h, rows.w};
 }
 
@@ -170,13 +170,14 @@ void roi_forward(const RoiArguments& a, const RoiPlaces<Accumulate<S>>& where, c
         const int64_t r = regions.order[i];
         const PooledRows<A> pooled{direct_output ? reinterpret_cast<A*>(&out.at(r, 0, 0, 0)) : scratch, stride};
         run_vectorised(PoolRegion<A>{regions, r, rows.of(regions.frames[r].image - image), taps, pooled});
-        if (!direct_output) transpose_region<Turn::kFromRows>(g, out, r, 0, g.outputs, pooled);
+        if (!direct_output) transpose_region<Transpose::kFromRows>(g, out, r, 0, g.outputs, pooled);
       }
     });
   }
   std::vector<A> refused(g.outputs * g.bins(), static_cast<A>(NAN));
   for (int64_t i = regions.starts[g.batch]; i < g.rois; ++i)
-    transpose_region<Turn::kFromRows>(g, out, regions.order[i], 0, g.outputs, PooledRows<A>{refused.data(), g.outputs});
+    transpose_region<Transpose::kFromRows>(g, out, regions.order[i], 0, g.outputs,
+                                           PooledRows<A>{refused.data(), g.outputs});
 }
 
 // The gradient of a region's result as rows, and where its bins read.
@@ -198,7 +199,7 @@ class RegionGradient {
       rows_ = reinterpret_cast<const A*>(&result_.at(r, 0, 0, 0));
     } else {
       const PooledRows<A> rows{thread_scratch<A, 0>(g.bins() * stride_), stride_};
-      transpose_region<Turn::kToRows>(g, result_, r, first, last, rows);
+      transpose_region<Transpose::kToRows>(g, result_, r, first, last, rows);
       rows_ = rows.data;
     }
   }
@@ -284,7 +285,7 @@ Tensor roi_backward(const Tensor& grad_output, const RoiArguments& a, const RoiP
           }
         }
       });
-    if (scatter && !direct_grad) transpose_cells<Turn::kFromRows>(g, view<S>(grad_input), image, images, rows);
+    if (scatter && !direct_grad) transpose_cells<Transpose::kFromRows>(g, view<S>(grad_input), image, images, rows);
   }
   // In a region that is refused every bin is NaN, and so is what its bins take their offset and mask from.
   const auto refuse = [&](A* gradients, int64_t planes, int64_t r) {

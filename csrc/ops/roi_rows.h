@@ -8,7 +8,7 @@ namespace dcn::tiles::regions {
 
 // Pixels between planes (any type, channel c at c * plane_stride) and rows of channels, 16 by 16: whole cache lines on
 // both sides. TransposeRow is for every other layout.
-template <Turn Direction, typename A, typename S>
+template <Transpose Direction, typename A, typename S>
 struct TransposePlanes {
   S* planes;
   int64_t plane_stride, pixel_stride, channels, pixels;
@@ -24,7 +24,7 @@ struct TransposePlanes {
   }
 
  private:
-  static constexpr bool to_rows = Direction == Turn::kToRows;
+  static constexpr bool to_rows = Direction == Transpose::kToRows;
 
   DCN_HOST_DEVICE static void move(S& pixel, A& value) {
     if constexpr (to_rows)
@@ -78,7 +78,7 @@ CellRows<A> dense_cells(const RoiGeometry& g, A* data) {
 }
 
 // Between images of any type and layout and dense_cells.
-template <Turn Direction, typename A, typename S>
+template <Transpose Direction, typename A, typename S>
 void transpose_cells(const RoiGeometry& g, const View<S>& images, int64_t first_image, int64_t count,
                      const CellRows<A>& rows) {
   const int64_t cells = g.groups * g.groups;
@@ -118,7 +118,7 @@ bool is_pooled_rows(const RoiGeometry& g, const Tensor& result) {
 inline int64_t pooled_stride(const RoiGeometry& g) { return (divide_up(g.outputs, 16) | 1) * 16; }
 
 // The channels [first, last) of them.
-template <Turn Direction, typename A, typename S>
+template <Transpose Direction, typename A, typename S>
 void transpose_region(const RoiGeometry& g, const View<S>& result, int64_t r, int64_t first, int64_t last,
                       const PooledRows<A>& rows) {
   const bool whole = result.w == 1 && result.h == g.out_width;

@@ -1,5 +1,5 @@
-// Images on the CPU as rows of channels (N H W C, in the type of sums), which the tuned paths of all operators read and
-// write: vectors run over channels.
+// Images on the CPU as rows: [N, H, W, C] in the accumulator type, so that vectors run over channels. The tuned paths
+// of all operators read and write them.
 #pragma once
 
 #include <algorithm>
@@ -24,7 +24,7 @@ struct ImageSize {
   int64_t elements() const { return channels * height * width; }
 };
 
-// Channels are already the innermost dimension, in the type of sums: nothing has to be copied.
+// Whether a tensor's channels lie together, in the accumulator type: then it is rows as it stands.
 template <typename S>
 bool is_rows(const Tensor& t) {
   return std::is_same_v<S, Accumulate<S>> && (t.stride(1) == 1 || t.size(1) == 1);
@@ -38,7 +38,7 @@ DCN_HOST_DEVICE void convert(const From* __restrict from, int64_t count, To* __r
 }
 
 #if defined(__GNUC__)
-// Four vectors of four floats: every 64-bit processor has those.
+// Vectors of four floats, which every 64-bit processor has; the stored one may lie at any float.
 typedef float Quad __attribute__((vector_size(16)));
 typedef float StoredQuad __attribute__((vector_size(16), aligned(4), may_alias));
 #if defined(__clang__)
@@ -60,10 +60,11 @@ DCN_HOST_DEVICE void transpose_quads(Quad (&q)[4]) {
 #define DCN_QUADS
 #endif
 
-enum class Turn { kToRows, kFromRows, kAddFromRows };
+enum class Transpose { kToRows, kFromRows, kAddFromRows };
 
-// One image row between [C, W] of any type and layout and [W, C] in the type of sums; kAddFromRows adds to the image.
-template <typename A, typename S, Turn Direction>
+// Moves one line of an image, [C, W] of any type and layout, to rows, [W, C] in the accumulator type; or back, which
+// overwrites the image (kFromRows) or adds to it (kAddFromRows).
+template <typename A, typename S, Transpose Direction>
 struct TransposeRow {
   S* image;
   int64_t channel_stride, column_stride, channels, width;
@@ -75,7 +76,7 @@ struct TransposeRow {
     int64_t done = 0;
 #if defined(DCN_QUADS)
     if constexpr (std::is_same_v<A, float>) {
-      if (column_stride == 1) done = turn_planes();
+      if (column_stride == 1) done = transpose_planes();
     }
 #endif
     for (int64_t x = 0; x < width; ++x) move(x, done, channels);
@@ -85,9 +86,9 @@ struct TransposeRow {
     for (int64_t c = first; c < last; ++c) {
       S& pixel = image[c * channel_stride + x * column_stride];
       A& value = row[x * pixel_stride + c];
-      if constexpr (Direction == Turn::kToRows)
+      if constexpr (Direction == Transpose::kToRows)
         value = static_cast<A>(pixel);
-      else if constexpr (Direction == Turn::kFromRows)
+      else if constexpr (Direction == Transpose::kFromRows)
         pixel = static_cast<S>(value);
       else
         pixel = static_cast<S>(static_cast<A>(pixel) + value);
@@ -99,9 +100,9 @@ struct TransposeRow {
     for (int64_t x = 0; x < width; ++x) {
       S* const pixel = image + x * column_stride;
       A* const value = row + x * pixel_stride;
-      if constexpr (Direction == Turn::kToRows) convert(pixel, channels, value);
-      if constexpr (Direction == Turn::kFromRows) convert(value, channels, pixel);
-      if constexpr (Direction == Turn::kAddFromRows) {
+      if constexpr (Direction == Transpose::kToRows) convert(pixel, channels, value);
+      if constexpr (Direction == Transpose::kFromRows) convert(value, channels, pixel);
+      if constexpr (Direction == Transpose::kAddFromRows) {
 #pragma omp simd
         for (int64_t c = 0; c < channels; ++c) pixel[c] = static_cast<S>(static_cast<A>(pixel[c]) + value[c]);
       }
@@ -109,34 +110,34 @@ struct TransposeRow {
   }
 
 #if defined(DCN_QUADS)
-  // Four channels at a time, whose pixels lie together; half types are converted in pieces on the way. Returns the
-  // channels done.
-  DCN_HOST_DEVICE int64_t turn_planes() const {
-    constexpr int64_t piece = 64;
+  // For channels whose pixels lie together: four channels at a time, `part` pixels of half types converted at once.
+  // Returns how many channels it has moved.
+  DCN_HOST_DEVICE int64_t transpose_planes() const {
+    constexpr int64_t part = 64;
     constexpr bool same = std::is_same_v<std::remove_const_t<S>, float>;
-    float buffer[same ? 1 : 4 * piece];
+    float buffer[same ? 1 : 4 * part];
     int64_t c = 0;
     for (; c + 4 <= channels; c += 4)
-      for (int64_t first = 0; first < width; first += piece) {
-        const int64_t count = width - first < piece ? width - first : piece;
+      for (int64_t first = 0; first < width; first += part) {
+        const int64_t count = width - first < part ? width - first : part;
         float* plane[4];
         for (int i = 0; i < 4; ++i) {
           S* const from = image + (c + i) * channel_stride + first;
           if constexpr (same) {
             plane[i] = const_cast<float*>(from);
           } else {
-            plane[i] = buffer + i * piece;
-            if constexpr (Direction != Turn::kFromRows) convert(from, count, plane[i]);
+            plane[i] = buffer + i * part;
+            if constexpr (Direction != Transpose::kFromRows) convert(from, count, plane[i]);
           }
         }
-        turn_piece(plane, count, row + first * pixel_stride + c);
-        if constexpr (!same && Direction != Turn::kToRows)
+        transpose_part(plane, count, row + first * pixel_stride + c);
+        if constexpr (!same && Direction != Transpose::kToRows)
           for (int i = 0; i < 4; ++i) convert(plane[i], count, image + (c + i) * channel_stride + first);
       }
     return c;
   }
 
-  DCN_HOST_DEVICE void turn_piece(float* const (&plane)[4], int64_t count, float* pixels) const {
+  DCN_HOST_DEVICE void transpose_part(float* const (&plane)[4], int64_t count, float* pixels) const {
     const auto load = [](const float* at)
                           DCN_INLINE_LAMBDA -> Quad { return *reinterpret_cast<const StoredQuad*>(at); };
     const auto store = [](float* at, Quad q) DCN_INLINE_LAMBDA { *reinterpret_cast<StoredQuad*>(at) = q; };
@@ -144,26 +145,26 @@ struct TransposeRow {
     for (; x + 4 <= count; x += 4) {
       Quad q[4];
       for (int i = 0; i < 4; ++i)
-        q[i] = load(Direction == Turn::kToRows ? plane[i] + x : pixels + (x + i) * pixel_stride);
+        q[i] = load(Direction == Transpose::kToRows ? plane[i] + x : pixels + (x + i) * pixel_stride);
       transpose_quads(q);
       for (int i = 0; i < 4; ++i) {
-        if constexpr (Direction == Turn::kToRows) store(pixels + (x + i) * pixel_stride, q[i]);
-        if constexpr (Direction == Turn::kFromRows) store(plane[i] + x, q[i]);
-        if constexpr (Direction == Turn::kAddFromRows) store(plane[i] + x, load(plane[i] + x) + q[i]);
+        if constexpr (Direction == Transpose::kToRows) store(pixels + (x + i) * pixel_stride, q[i]);
+        if constexpr (Direction == Transpose::kFromRows) store(plane[i] + x, q[i]);
+        if constexpr (Direction == Transpose::kAddFromRows) store(plane[i] + x, load(plane[i] + x) + q[i]);
       }
     }
     for (; x < count; ++x)
       for (int i = 0; i < 4; ++i) {
-        if constexpr (Direction == Turn::kToRows) pixels[x * pixel_stride + i] = plane[i][x];
-        if constexpr (Direction == Turn::kFromRows) plane[i][x] = pixels[x * pixel_stride + i];
-        if constexpr (Direction == Turn::kAddFromRows) plane[i][x] += pixels[x * pixel_stride + i];
+        if constexpr (Direction == Transpose::kToRows) pixels[x * pixel_stride + i] = plane[i][x];
+        if constexpr (Direction == Transpose::kFromRows) plane[i][x] = pixels[x * pixel_stride + i];
+        if constexpr (Direction == Transpose::kAddFromRows) plane[i][x] += pixels[x * pixel_stride + i];
       }
   }
 #endif
 };
 
-// Images between any layout and rows.
-template <Turn Direction, typename A, typename S>
+// The same for whole images.
+template <Transpose Direction, typename A, typename S>
 void transpose_images(const ImageSize& size, const View<S>& images, int64_t first_image, int64_t count,
                       const Rows<A>& rows) {
   torch::stable::parallel_for(0, count * size.height, 4, [&](int64_t begin, int64_t end) {

@@ -1,16 +1,31 @@
-// The switch between the paths on the CPU, for tests: returns what was set before.
-#include "cpu.h"
+// The CPU's choice of kernels, and the log of those that served, for dcn_plugin.ops.kernels_used and for tests.
+#include "kernels.h"
 
 namespace dcn {
 namespace {
 
-int64_t set_cpu_path(int64_t most) { return Cpu::most_path().exchange(static_cast<int>(most)); }
+// Sets what may run at most, and returns what was set before.
+std::string choose_cpu_kernels(std::string limit) {
+  for (const CpuKernels kernels : {kPortable, kTunedBaseline, kTunedV3, kTunedV4})
+    if (limit == name_of(kernels) || (limit == "tuned" && kernels == kTunedV4))
+      return name_of(chosen_cpu_kernels().exchange(kernels));
+  throw std::runtime_error(
+      "_choose_cpu_kernels: limit: expected 'portable', 'tuned' (or 'tuned baseline', 'tuned x86-64-v3', 'tuned "
+      "x86-64-v4'), got '" +
+      limit + "'");
+}
+
+std::string kernels_used() { return KernelLog::lines(); }
 
 }  // namespace
 }  // namespace dcn
 
-STABLE_TORCH_LIBRARY_FRAGMENT(dcn_plugin, m) { m.def("_set_cpu_path(int most) -> int"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(dcn_plugin, m) {
+  m.def("_choose_cpu_kernels(str limit) -> str");
+  m.def("_cpu_kernels_used() -> str");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(dcn_plugin, CompositeExplicitAutograd, m) {
-  m.impl("_set_cpu_path", TORCH_BOX(&dcn::set_cpu_path));
+  m.impl("_choose_cpu_kernels", TORCH_BOX(&dcn::choose_cpu_kernels));
+  m.impl("_cpu_kernels_used", TORCH_BOX(&dcn::kernels_used));
 }

@@ -4,7 +4,6 @@
 #include "ops/deform_conv2d/cuda/paths.h"
 #include "ops/deform_conv2d/operator.h"
 #include "runtime/cpu.h"
-#include "runtime/kernels.h"
 
 namespace emulation {
 
@@ -26,7 +25,7 @@ struct Device : dcn::Cpu {
     explicit Guard(const dcn::Tensor&) {}
   };
   static int64_t multiprocessors(const dcn::Tensor&) { return settings().multiprocessors; }
-  static bool fuses(const dcn::Tensor&) { return dcn::wants_fused_kernels(); }
+  static bool fuses(const dcn::Tensor&) { return dcn::chooses_fused_kernels(); }
   template <typename Kernel>
   static bool launch(const Kernel& kernel, int64_t blocks, const dcn::Tensor&) {
     // The least that a processor from sm_80 on grants a block.
@@ -41,7 +40,7 @@ int64_t set_schedule(int64_t order, bool late_copies, bool blocks_backwards, int
   return order;
 }
 
-std::string kernels_used() { return dcn::kernels_used(); }
+std::string kernels_used() { return dcn::KernelLog::lines(); }
 
 }  // namespace emulation
 
@@ -51,7 +50,7 @@ STABLE_TORCH_LIBRARY(dcn_plugin_emulated, m) {
       "SymInt[] padding, SymInt[] dilation) -> Tensor");
   m.def(
       "deform_conv2d_backward(Tensor grad_output, Tensor input, Tensor offset, Tensor weight, Tensor? mask, "
-      "SymInt[] stride, SymInt[] padding, SymInt[] dilation, int needs) -> (Tensor, Tensor, Tensor, Tensor)");
+      "SymInt[] stride, SymInt[] padding, SymInt[] dilation, int wanted) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("set_schedule(int order, bool late_copies, bool blocks_backwards, int multiprocessors) -> int");
   m.def("kernels_used() -> str");
 }

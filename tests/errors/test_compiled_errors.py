@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import PORTABLE, cpu_kernels
 
 OPS = torch.ops.dcn_plugin
 SOURCE = Path(__file__).resolve().parents[2] / "csrc"
@@ -88,12 +89,10 @@ def align_backward(grad_output):
 
 def too_many_samples():
     """A kernel of 2^31 taps, all of which are one value."""
-    one, before = torch.zeros(1, 1, 1, 1), OPS._set_cpu_path(0)
-    try:
-        large = one.expand(1, 1, 2**16, 2**15)
+    one = torch.zeros(1, 1, 1, 1)
+    large = one.expand(1, 1, 2**16, 2**15)
+    with cpu_kernels(PORTABLE):
         conv_backward(one, input=large, weight=large, offset=one.expand(1, 2**32, 1, 1), mask=None)
-    finally:
-        OPS._set_cpu_path(before)
 
 
 def huge():
@@ -104,22 +103,23 @@ R, T = "ops/roi_pool.h", "runtime/tensor.h"
 C, O, P = (f"ops/deform_conv2d/{name}.h" for name in ("arguments", "operator", "portable"))
 # File, how the condition begins, a call, what the message names.
 CASES = [
-    (C, "t.dim() == 4, name", lambda: conv(input=torch.zeros(4, 6, 6)), "input"),
-    (C, "t.dim() == 4, name", lambda: conv(offset=torch.zeros(18, 4, 4)), "offset"),
-    (C, "t.dim() == 4, name", lambda: conv(weight=torch.zeros(4, 3, 3)), "weight"),
-    (C, "t.dim() == 4, name", lambda: conv(mask=torch.zeros(9, 4, 4)), "mask"),
-    (C, "v.size() == size", lambda: conv(stride=[1]), "stride"),
-    (C, "v.size() == size", lambda: conv(padding=[0, 0]), "padding"),
-    (C, "v.size() == size", lambda: conv(dilation=[1, 1, 1]), "dilation"),
-    (C, "value >= least", lambda: conv(stride=[0, 1]), "stride"),
-    (C, "value >= least", lambda: conv(padding=[0, 0, 0, -1]), "padding"),
-    (C, "value >= least", lambda: conv(dilation=[1, 2**30 + 1]), "dilation"),
-    (C, "g.channels > 0", lambda: conv(input=torch.zeros(2, 4, 0, 6)), "input"),
-    (C, "g.out_channels > 0", lambda: conv(weight=torch.zeros(6, 4, 0, 3)), "weight"),
-    (C, "g.height <= most", lambda: conv(input=huge()), "input and weight"),
-    (C, "g.channels % a.weight.size(1)", lambda: conv(weight=torch.zeros(6, 3, 3, 3)), "weight"),
-    (C, "g.out_channels % g.groups", lambda: conv(weight=torch.zeros(5, 2, 3, 3)), "weight"),
-    (C, "g.out_height >= 0", lambda: conv(dilation=[3, 3]), "input"),
+    (C, "t.dim() == 4", lambda: conv(input=torch.zeros(4, 6, 6)), "input"),
+    (C, "t.dim() == 4", lambda: conv(offset=torch.zeros(18, 4, 4)), "offset"),
+    (C, "t.dim() == 4", lambda: conv(weight=torch.zeros(4, 3, 3)), "weight"),
+    (C, "t.dim() == 4", lambda: conv(mask=torch.zeros(9, 4, 4)), "mask"),
+    (C, "v.size() == count", lambda: conv(stride=[1]), "stride"),
+    (C, "v.size() == count", lambda: conv(padding=[0, 0]), "padding"),
+    (C, "v.size() == count", lambda: conv(dilation=[1, 1, 1]), "dilation"),
+    (C, "value >= smallest", lambda: conv(stride=[0, 1]), "stride"),
+    (C, "value >= smallest", lambda: conv(padding=[0, 0, 0, -1]), "padding"),
+    (C, "value >= smallest", lambda: conv(dilation=[1, 2**30 + 1]), "dilation"),
+    (C, "t.size(1) > 0", lambda: conv(input=torch.zeros(2, 4, 0, 6)), "input"),
+    (C, "t.size(1) > 0", lambda: conv(weight=torch.zeros(6, 4, 0, 3)), "weight"),
+    (C, "t.size(1) > 0", lambda: conv(input=huge()), "input"),
+    (C, "g.channels % a.weight.size(1)", lambda: conv(weight=torch.zeros(6, 3, 3, 3)), "input"),
+    (C, "g.out_channels > 0", lambda: conv(weight=torch.zeros(5, 2, 3, 3)), "weight"),
+    (C, "g.out_channels > 0", lambda: conv(weight=torch.zeros(0, 4, 3, 3)), "weight"),
+    (C, "last_row >= 0", lambda: conv(dilation=[3, 3]), "input"),
     (C, "a.offset.size(1) > 0", lambda: conv(offset=torch.zeros(2, 9, 4, 4)), "offset"),
     (C, "g.channels % g.offset_groups", lambda: conv(offset=torch.zeros(2, 54, 4, 4)), "offset groups"),
     (C, "t.size(0) == g.batch", lambda: conv(offset=torch.zeros(1, 18, 4, 4)), "offset"),

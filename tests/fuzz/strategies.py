@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 from cases import CASES
-from conftest import PORTABLE, TUNED
+from conftest import BASELINE, PORTABLE, TUNED, V3
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, settings  # noqa: E402
@@ -24,7 +24,7 @@ CASE = {case.name: case for case in CASES}
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16])
 each_name = pytest.mark.parametrize("name", CASE)
 sizes = st.integers(1, 3)
-paths = st.sampled_from([PORTABLE, 1, 3, TUNED])
+paths = st.sampled_from([PORTABLE, BASELINE, V3, TUNED])
 
 
 def plain(t):

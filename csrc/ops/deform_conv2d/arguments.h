@@ -4,11 +4,14 @@
 
 #include <tuple>
 
+#include "../../core/conv_positions.h"
 #include "../../core/wanted.h"
+#include "../../runtime/kernels.h"
 #include "../../runtime/tensor.h"
-#include "bodies.h"
 
 namespace dcn {
+
+inline KernelLog deform_conv2d_log("deform_conv2d"), deform_conv2d_backward_log("deform_conv2d_backward");
 
 struct ConvArguments {
   Tensor input, offset, weight;
@@ -18,65 +21,63 @@ struct ConvArguments {
 // The memory safety of everything that follows rests on this; friendlier messages come from Python.
 inline ConvGeometry check_deform_conv2d(const char* op, const ConvArguments& a, const std::vector<int64_t>& stride,
                                         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
-  const auto check = [&](bool condition, const auto&... parts) { dcn::check(condition, op, ": ", parts...); };
-  const auto four = [&](const Tensor& t, const char* name) {
-    check(t.dim() == 4, name, " must have 4 dimensions, got shape ", shape_of(t));
+  const auto check = [&](bool condition, const char* name, const auto&... parts) {
+    dcn::check(condition, op, ": ", name, ": expected ", parts...);
   };
-  four(a.input, "input");
-  four(a.offset, "offset");
-  four(a.weight, "weight");
-  const auto of_size = [&](const std::vector<int64_t>& v, size_t size, const char* name) {
-    check(v.size() == size, name, " must hold ", size, " integers, got ", v.size());
+  const auto check_dimensions = [&](const Tensor& t, const char* name) {
+    check(t.dim() == 4, name, "4 dimensions, got shape ", shape_of(t));
   };
-  of_size(stride, 2, "stride");
-  of_size(padding, 4, "padding");
-  of_size(dilation, 2, "dilation");
-  // Then no product of two of them overflows: a tensor that repeats one value (expand) may have any size.
-  const int64_t most = 1 << 30;
-  const auto at_least = [&](const std::vector<int64_t>& v, int64_t least, const char* name) {
+  check_dimensions(a.input, "input");
+  check_dimensions(a.offset, "offset");
+  check_dimensions(a.weight, "weight");
+  // Then no product of two sizes overflows: a tensor that repeats one value (expand) may have any size.
+  const int64_t limit = 1 << 30;
+  const auto check_integers = [&](const std::vector<int64_t>& v, size_t count, int64_t smallest, const char* name) {
+    check(v.size() == count, name, count, " integers, got ", v.size());
     for (int64_t value : v)
-      check(value >= least && value <= most, name, " must be from ", least, " to ", most, ", got ", value);
+      check(value >= smallest && value <= limit, name, "integers from ", smallest, " to ", limit, ", got ", value);
   };
-  at_least(stride, 1, "stride");
-  at_least(padding, 0, "padding");
-  at_least(dilation, 1, "dilation");
+  check_integers(stride, 2, 1, "stride");
+  check_integers(padding, 4, 0, "padding");
+  check_integers(dilation, 2, 1, "dilation");
+  const auto check_sizes = [&](const Tensor& t, const char* name) {
+    check(t.size(1) > 0 && t.size(2) > 0 && t.size(3) > 0 && t.size(2) <= limit && t.size(3) <= limit, name,
+          "channels, and 1 to ", limit, " rows and columns, got shape ", shape_of(t));
+  };
+  check_sizes(a.input, "input");
+  check_sizes(a.weight, "weight");
 
   ConvGeometry g{};
   g.batch = a.input.size(0), g.channels = a.input.size(1), g.height = a.input.size(2), g.width = a.input.size(3);
   g.out_channels = a.weight.size(0), g.kernel_h = a.weight.size(2), g.kernel_w = a.weight.size(3);
   g.stride_h = stride[0], g.stride_w = stride[1], g.dilation_h = dilation[0], g.dilation_w = dilation[1];
   g.pad_top = padding[0], g.pad_left = padding[1];
-  check(g.channels > 0 && g.height > 0 && g.width > 0, "input must have channels and pixels, got shape ",
-        shape_of(a.input));
-  check(g.out_channels > 0 && a.weight.size(1) > 0 && g.kernel_h > 0 && g.kernel_w > 0,
-        "weight must not be empty, got shape ", shape_of(a.weight));
-  check(g.height <= most && g.width <= most && g.kernel_h <= most && g.kernel_w <= most, "input and weight may be ",
-        most, " high and wide, got shapes ", shape_of(a.input), " and ", shape_of(a.weight));
-  check(g.channels % a.weight.size(1) == 0, "input has ", g.channels,
-        " channels, not a multiple of weight.size(1) = ", a.weight.size(1));
+  check(g.channels % a.weight.size(1) == 0, "input", "a multiple of weight.size(1) = ", a.weight.size(1),
+        " channels, got ", g.channels);
   g.groups = g.channels / a.weight.size(1);
-  check(g.out_channels % g.groups == 0, "weight has ", g.out_channels, " output channels, not a multiple of its ",
-        g.groups, " groups");
-  g.out_height = (g.height + padding[0] + padding[2] - g.dilation_h * (g.kernel_h - 1) - 1);
-  g.out_width = (g.width + padding[1] + padding[3] - g.dilation_w * (g.kernel_w - 1) - 1);
-  check(g.out_height >= 0 && g.out_width >= 0, "the output would be empty: input ", shape_of(a.input), ", weight ",
-        shape_of(a.weight));
-  g.out_height = g.out_height / g.stride_h + 1;
-  g.out_width = g.out_width / g.stride_w + 1;
-  check(a.offset.size(1) > 0 && a.offset.size(1) % (2 * g.taps()) == 0, "offset must have 2 * offset_groups * ",
-        g.taps(), " channels, got ", a.offset.size(1));
+  check(g.out_channels > 0 && g.out_channels % g.groups == 0, "weight", "a multiple of ", g.groups,
+        " output channels, one for each group, got ", g.out_channels);
+  const int64_t last_row = g.height + padding[0] + padding[2] - g.dilation_h * (g.kernel_h - 1) - 1;
+  const int64_t last_column = g.width + padding[1] + padding[3] - g.dilation_w * (g.kernel_w - 1) - 1;
+  check(last_row >= 0 && last_column >= 0, "input", "at least the kernel's size with padding, got input ",
+        shape_of(a.input), " and weight ", shape_of(a.weight));
+  g.out_height = last_row / g.stride_h + 1;
+  g.out_width = last_column / g.stride_w + 1;
+
+  check(a.offset.size(1) > 0 && a.offset.size(1) % (2 * g.taps()) == 0, "offset", "2 * offset_groups * ", g.taps(),
+        " channels, got ", a.offset.size(1));
   g.offset_groups = a.offset.size(1) / (2 * g.taps());
-  check(g.channels % g.offset_groups == 0, "input channels (", g.channels, ") must be divisible by the ",
-        g.offset_groups, " offset groups");
-  const auto matches = [&](const Tensor& t, int64_t channels, const char* name) {
-    four(t, name);
+  check(g.channels % g.offset_groups == 0, "input", "a multiple of ", g.offset_groups,
+        " channels, one for each offset group, got ", g.channels);
+  const auto check_output_map = [&](const Tensor& t, int64_t channels, const char* name) {
+    check_dimensions(t, name);
     check(t.size(0) == g.batch && t.size(1) == channels && t.size(2) == g.out_height && t.size(3) == g.out_width, name,
-          " must have shape [", g.batch, ", ", channels, ", ", g.out_height, ", ", g.out_width, "], got ", shape_of(t));
+          "shape [", g.batch, ", ", channels, ", ", g.out_height, ", ", g.out_width, "], got ", shape_of(t));
   };
-  matches(a.offset, 2 * g.offset_groups * g.taps(), "offset");
-  if (a.mask) matches(*a.mask, g.offset_groups * g.taps(), "mask");
+  check_output_map(a.offset, 2 * g.offset_groups * g.taps(), "offset");
+  if (a.mask) check_output_map(*a.mask, g.offset_groups * g.taps(), "mask");
   if (a.bias)
-    check(a.bias->dim() == 1 && a.bias->size(0) == g.out_channels, "bias must have shape [", g.out_channels, "], got ",
+    check(a.bias->dim() == 1 && a.bias->size(0) == g.out_channels, "bias", "shape [", g.out_channels, "], got ",
           shape_of(*a.bias));
 
   check_input_type(op, a.input);
@@ -94,7 +95,7 @@ inline void unify_displacement_types(ConvArguments& a) {
   a.mask = torch::stable::to(*a.mask, ScalarType::Float);
 }
 
-// Calls f(input type, offset type).
+// Calls f(s, f) with values of the types that input and weight, and that offset and mask are stored in.
 template <typename F>
 auto dispatch_deform_conv2d(const ConvArguments& a, const F& f) {
   return dispatch_floating(a.input.scalar_type(), [&](auto s) {
@@ -103,12 +104,12 @@ auto dispatch_deform_conv2d(const ConvArguments& a, const F& f) {
   });
 }
 
-template <typename S, typename F>
-Displacement<Accumulate<S>, F> displacement(const ConvArguments& a) {
+template <typename F>
+Displacement<F> displacement(const ConvArguments& a) {
   return {view<const F>(a.offset), a.mask ? view<const F>(*a.mask) : View<const F>{}};
 }
 
-// Gradients of input, offset, weight, mask; an empty tensor for what `needs` does not ask for.
+// Gradients of input, offset, weight, mask; an empty tensor for what `wanted` does not ask for.
 using ConvGradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 inline Tensor new_output(const ConvArguments& a, const ConvGeometry& g) {
@@ -116,18 +117,18 @@ inline Tensor new_output(const ConvArguments& a, const ConvGeometry& g) {
                    is_channels_last(a.input));
 }
 
-// Input and weight gradients are zeros of the type `sums`; the others are not initialised unless the batch is empty.
-inline ConvGradients new_gradients(const ConvArguments& a, int64_t needs, ScalarType sums) {
-  const auto like = [&](const Tensor& t, bool wanted, ScalarType type) {
-    if (!wanted) return torch::stable::new_empty(a.input, {0}, type);
+// Gradients of input and weight are zeros of type `accumulator`; those of offset and mask are not initialised.
+inline ConvGradients new_gradients(const ConvArguments& a, int64_t wanted, ScalarType accumulator) {
+  const auto like = [&](const Tensor& t, bool is_wanted, ScalarType type) {
+    if (!is_wanted) return torch::stable::new_empty(a.input, {0}, type);
     return new_image(t, {t.size(0), t.size(1), t.size(2), t.size(3)}, type, is_channels_last(t));
   };
-  Tensor grad_input = like(a.input, needs & kInput, sums);
-  Tensor grad_weight = like(a.weight, needs & kWeight, sums);
+  Tensor grad_input = like(a.input, wanted & kInput, accumulator);
+  Tensor grad_weight = like(a.weight, wanted & kWeight, accumulator);
   torch::stable::zero_(grad_input);
   torch::stable::zero_(grad_weight);
-  return {grad_input, like(a.offset, needs & kOffset, a.offset.scalar_type()), grad_weight,
-          a.mask ? like(*a.mask, needs & kMask, a.mask->scalar_type()) : like(a.input, false, sums)};
+  return {grad_input, like(a.offset, wanted & kOffset, a.offset.scalar_type()), grad_weight,
+          a.mask ? like(*a.mask, wanted & kMask, a.mask->scalar_type()) : like(a.input, false, accumulator)};
 }
 
 }  // namespace dcn

@@ -3,57 +3,29 @@
 // proves the arithmetic of the GPU.
 #pragma once
 
-#include "../../core/conv_geometry.h"
+#include "../../core/conv_positions.h"
 #include "../../core/view.h"
 
 namespace dcn {
 
-// Output pixels [first, first + count) of the flattened (n, y, x) order are worked on at a time.
-struct PixelRange {
-  int64_t first, count;
-};
-
-struct Pixel {
-  int64_t n, y, x;
-  Pixel() = default;
-  DCN_HOST_DEVICE Pixel(const ConvGeometry& g, int64_t flat)
-      : n(flat / g.out_pixels()), y(flat % g.out_pixels() / g.out_width), x(flat % g.out_width) {}
-};
-
-// Offsets and mask of a call; `F` is float, or the type of the input.
-template <typename A, typename F>
-struct Displacement {
-  View<const F> offset, mask;  // mask.data may be null
-
-  DCN_HOST_DEVICE Sample<A> sample(const ConvGeometry& g, const Pixel& p, int64_t offset_group, int64_t tap) const {
-    const int64_t k = offset_group * g.taps() + tap;
-    return g.sample(g.start_y(p.y), g.start_x(p.x), tap / g.kernel_w, tap % g.kernel_w,
-                    static_cast<A>(offset.at(p.n, 2 * k, p.y, p.x)),
-                    static_cast<A>(offset.at(p.n, 2 * k + 1, p.y, p.x)));
-  }
-  DCN_HOST_DEVICE A modulation(const ConvGeometry& g, const Pixel& p, int64_t offset_group, int64_t tap) const {
-    return mask.data ? static_cast<A>(mask.at(p.n, offset_group * g.taps() + tap, p.y, p.x)) : A(1);
-  }
-};
-
 // columns[c * K + k, p] = mask * bilinear(input[n, c], position). One element: all taps of (c, p).
 template <typename A, typename S, typename F, typename M>
 struct FillColumns {
-  ConvGeometry g;
-  PixelRange range;
+  ConvPositions<A, F> positions;
   View<const S> input;
-  Displacement<A, F> where;
   M* columns;
 
-  DCN_HOST_DEVICE int64_t size() const { return g.channels * range.count; }
+  DCN_HOST_DEVICE int64_t size() const { return positions.g.channels * positions.range.count; }
   DCN_HOST_DEVICE void operator()(int64_t i) const {
+    const ConvGeometry& g = positions.g;
+    const PixelRange& range = positions.range;
     const int64_t c = i / range.count, q = i % range.count;
     const Pixel p(g, range.first + q);
     const int64_t og = c / g.offset_group_channels();
     for (int64_t k = 0; k < g.taps(); ++k) {
-      const A value = interpolate(where.sample(g, p, og, k),
+      const A value = interpolate(positions.sample(p, og, k),
                                   [&](int64_t y, int64_t x) { return static_cast<A>(input.at(p.n, c, y, x)); });
-      columns[(c * g.taps() + k) * range.count + q] = static_cast<M>(where.modulation(g, p, og, k) * value);
+      columns[(c * g.taps() + k) * range.count + q] = static_cast<M>(positions.modulation(p, og, k) * value);
     }
   }
 };
@@ -94,18 +66,18 @@ struct GatherGradOutput {
 // grad_offset, grad_mask: sums over the channels of one offset group. One element: (offset group, tap, p).
 template <typename A, typename S, typename F, typename M>
 struct DisplacementGradient {
-  ConvGeometry g;
-  PixelRange range;
+  ConvPositions<A, F> positions;
   View<const S> input;
-  Displacement<A, F> where;
   const M* grad_columns;
   View<F> grad_offset, grad_mask;  // either may be null
 
-  DCN_HOST_DEVICE int64_t size() const { return g.offset_groups * g.taps() * range.count; }
+  DCN_HOST_DEVICE int64_t size() const { return positions.size(); }
   DCN_HOST_DEVICE void operator()(int64_t i) const {
+    const ConvGeometry& g = positions.g;
+    const PixelRange& range = positions.range;
     const int64_t q = i % range.count, k = i / range.count % g.taps(), og = i / range.count / g.taps();
     const Pixel p(g, range.first + q);
-    const Sample<A> s = where.sample(g, p, og, k);
+    const Sample<A> s = positions.sample(p, og, k);
     A value = 0, dy = 0, dx = 0;
     for (int64_t c = og * g.offset_group_channels(); c < (og + 1) * g.offset_group_channels(); ++c) {
       const A grad = static_cast<A>(grad_columns[(c * g.taps() + k) * range.count + q]);
@@ -115,7 +87,7 @@ struct DisplacementGradient {
       dy += grad * at.dy;
       dx += grad * at.dx;
     }
-    const A m = where.modulation(g, p, og, k);
+    const A m = positions.modulation(p, og, k);
     const int64_t plane = og * g.taps() + k;
     if (grad_offset.data) {
       grad_offset.at(p.n, 2 * plane, p.y, p.x) = static_cast<F>(m * dy);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "../../runtime/input_index.h"
 #include "arguments.h"
 #include "index.h"
 
@@ -25,7 +26,7 @@ int64_t gradient_range_size(const ConvGeometry& g) {
   const int64_t fitting = range_size<M, Device>(g, g.offset_groups * sizeof(IndexEntry<A>));
   // The index counts samples in 32 bits.
   const int64_t countable = std::numeric_limits<int32_t>::max() / (g.offset_groups * g.taps());
-  check(countable > 0, "deform_conv2d_backward: offset must hold fewer than 2^31 samples of an output pixel, got ",
+  check(countable > 0, "deform_conv2d_backward: offset: expected fewer than 2^31 samples of an output pixel, got ",
         g.offset_groups * g.taps());
   if (fitting < pixels) {
     const int64_t parts = std::min<int64_t>((pixels + fitting - 1) / fitting, 16);
@@ -55,10 +56,11 @@ Tensor deform_conv2d_portable(const ConvArguments& a, const ConvGeometry& g) {
     M* const product = static_cast<M*>(products.data_ptr());
     const M* const kernel = static_cast<const M*>(weight.data_ptr());
     const S* const bias = a.bias ? static_cast<const S*>(a.bias->data_ptr()) : nullptr;
+    const Displacement<F> moved = displacement<F>(a);
     for (int64_t first = 0; first < total; first += step) {
       const PixelRange range{first, std::min(step, total - first)};
-      Device::for_each(FillColumns<A, S, F, M>{g, range, view<const S>(a.input), displacement<S, F>(a), column},
-                       a.input);
+      const ConvPositions<A, F> positions(g, range, moved);
+      Device::for_each(FillColumns<A, S, F, M>{positions, view<const S>(a.input), column}, a.input);
       for (int64_t i = 0; i < g.groups; ++i)
         Device::multiply(matrix(product + i * outputs * range.count, outputs, range.count, range.count, 1, a.input),
                          matrix(kernel + i * outputs * depth, outputs, depth, depth, 1, a.input),
@@ -69,32 +71,9 @@ Tensor deform_conv2d_portable(const ConvArguments& a, const ConvGeometry& g) {
   return output;
 }
 
-// An index with its memory.
-template <typename A>
-struct BuiltIndex {
-  Tensor begin, entries;
-  InputIndex<A> index;
-};
-
-// Of the samples of `range`, which may be any; their number must fit 32 bits. Nothing is read back on the host.
-template <typename Device, typename A, typename F>
-BuiltIndex<A> build_input_index(const ConvGeometry& g, const PixelRange& range, const Displacement<A, F>& where,
-                                const Tensor& like) {
-  InputIndex<A> index(g, range);
-  Tensor begin = torch::stable::new_zeros(like, {index.cells() + 1}, ScalarType::Int);
-  Device::for_each(CountSamples<A, F>{index, where, static_cast<int32_t*>(begin.data_ptr())}, like);
-  begin = Device::running_sum(begin);
-  const Tensor entries = torch::stable::new_empty(like, {4 * index.samples()}, scalar_type_of<A>());
-  index.begin = static_cast<int32_t*>(begin.data_ptr());
-  index.entries = static_cast<IndexEntry<A>*>(entries.data_ptr());
-  Device::for_each(FillIndex<A, F>{index, where}, like);
-  Device::for_each(SortCells<A>{index}, like);
-  return {begin, entries, index};
-}
-
 template <typename Device>
 ConvGradients deform_conv2d_backward_portable(const Tensor& grad_output, const ConvArguments& a, const ConvGeometry& g,
-                                              int64_t needs) {
+                                              int64_t wanted) {
   return dispatch_deform_conv2d(a, [&](auto s, auto f) -> ConvGradients {
     using S = decltype(s);
     using F = decltype(f);
@@ -102,43 +81,45 @@ ConvGradients deform_conv2d_backward_portable(const Tensor& grad_output, const C
     using M = typename Device::template Product<S>;
     const int64_t total = g.batch * g.out_pixels(), step = gradient_range_size<M, A, Device>(g);
     const int64_t depth = g.group_channels() * g.taps(), outputs = g.group_outputs();
-    const bool displaced = needs & (kOffset | kMask);
+    const bool displaced = wanted & (kOffset | kMask);
 
-    const auto [grad_input, grad_offset, grad_weight, grad_mask] = new_gradients(a, needs, scalar_type_of<A>());
+    const auto [grad_input, grad_offset, grad_weight, grad_mask] = new_gradients(a, wanted, scalar_type_of<A>());
     const Tensor weight = torch::stable::contiguous(torch::stable::to(a.weight, scalar_type_of<M>()));
     const Tensor columns = torch::stable::new_empty(a.input, {g.channels * g.taps() * step}, scalar_type_of<M>());
     const Tensor gathered = torch::stable::new_empty(a.input, {g.out_channels * step}, scalar_type_of<M>());
     const Tensor part =
-        torch::stable::new_empty(a.input, {needs & kWeight ? g.out_channels * depth : 0}, scalar_type_of<M>());
+        torch::stable::new_empty(a.input, {wanted & kWeight ? g.out_channels * depth : 0}, scalar_type_of<M>());
     M* const column = static_cast<M*>(columns.data_ptr());
     M* const grad = static_cast<M*>(gathered.data_ptr());
     M* const product = static_cast<M*>(part.data_ptr());
     const M* const kernel = static_cast<const M*>(weight.data_ptr());
-    const Displacement<A, F> where = displacement<S, F>(a);
+    const Displacement<F> moved = displacement<F>(a);
 
     for (PixelRange range{0, 0}; range.first < total; range.first += range.count) {
       const int64_t left = step < g.out_pixels() ? g.out_pixels() - range.first % g.out_pixels() : total - range.first;
       range.count = std::min(step, left);
+      const ConvPositions<A, F> positions(g, range, moved);
       Device::for_each(GatherGradOutput<S, M>{g, range, view<const S>(grad_output), grad}, a.input);
       const auto grad_of = [&](int64_t i) {
         return matrix(grad + i * outputs * range.count, outputs, range.count, range.count, 1, a.input);
       };
-      if (displaced || (needs & kInput)) {
+      if (displaced || (wanted & kInput)) {
         for (int64_t i = 0; i < g.groups; ++i)
           Device::multiply(matrix(column + i * depth * range.count, depth, range.count, range.count, 1, a.input),
                            matrix(kernel + i * outputs * depth, depth, outputs, 1, depth, a.input), grad_of(i));
         if (displaced)
-          Device::for_each(DisplacementGradient<A, S, F, M>{g, range, view<const S>(a.input), where, column,
-                                                            needs & kOffset ? view<F>(grad_offset) : View<F>{},
-                                                            needs & kMask ? view<F>(grad_mask) : View<F>{}},
+          Device::for_each(DisplacementGradient<A, S, F, M>{positions, view<const S>(a.input), column,
+                                                            wanted & kOffset ? view<F>(grad_offset) : View<F>{},
+                                                            wanted & kMask ? view<F>(grad_mask) : View<F>{}},
                            a.input);
-        if (needs & kInput) {
-          const BuiltIndex<A> built = build_input_index<Device>(g, range, where, a.input);
-          Device::for_each(GatherInputGradient<A, M>{built.index, column, view<A>(grad_input)}, a.input);
+        if (wanted & kInput) {
+          const BuiltIndex<A> built = build_input_index<Device>(positions, a.input);
+          Device::for_each(
+              GatherInputGradient<A, M>{g, range, positions.images, built.index, column, view<A>(grad_input)}, a.input);
         }
       }
-      if (needs & kWeight) {
-        Device::for_each(FillColumns<A, S, F, M>{g, range, view<const S>(a.input), where, column}, a.input);
+      if (wanted & kWeight) {
+        Device::for_each(FillColumns<A, S, F, M>{positions, view<const S>(a.input), column}, a.input);
         for (int64_t i = 0; i < g.groups; ++i)
           Device::multiply(matrix(product + i * outputs * depth, outputs, depth, depth, 1, a.input), grad_of(i),
                            matrix(column + i * depth * range.count, range.count, depth, 1, range.count, a.input));

@@ -1,25 +1,25 @@
-// Deformable convolution on the CPU, sampling: the columns of a tile and a block of channels, by the addresses of its
-// taps.
+// Deformable convolution on the CPU, sampling: the columns of a tile and a block of channels, from the taps' addresses
+// and weights.
 #pragma once
 
 #include "taps.h"
 
 namespace dcn::tiles {
 
-// A view of the taps of one run: its planes, and where its channels begin behind an address.
+// The taps of one run: the planes of its offset group, and which channel of an address is its first.
 template <typename A>
 struct RunTaps {
   Taps<A> taps;
   int64_t first_plane, channel;
 
-  DCN_HOST_DEVICE int64_t at(int64_t k, int64_t q) const { return (first_plane + k) * taps.pixels + q; }
+  DCN_HOST_DEVICE int64_t at(int64_t k, int64_t q) const { return (first_plane + k) * taps.stride + q; }
   DCN_HOST_DEVICE const A* value(int corner, int64_t at) const {
     return reinterpret_cast<const A*>(taps.value[corner][at]) + channel;
   }
 };
 
-// Calls f with the number of channels as a constant where it is a usual one, 0 where it is not: short loops of known
-// length need no loop.
+// Calls f with the number of channels as a constant if it is a common one, so that short loops are unrolled, else with
+// 0.
 template <typename F>
 DCN_HOST_DEVICE void with_channels(int64_t count, const F& f) {
   if (count == 64) return f(std::integral_constant<int64_t, 64>());
@@ -38,14 +38,14 @@ DCN_HOST_DEVICE void sample_run(const RunTaps<A>& run, int64_t at, int64_t count
   for (int64_t c = 0; c < channels; ++c) out[c] = w0 * c0[c] + w1 * c1[c] + w2 * c2[c] + w3 * c3[c];
 }
 
-// The columns of a run of channels, whose first lies at `columns`.
+// Fills the columns of a run, the first of which lies at `columns`, and meanwhile prefetches `lines` cache lines.
 template <typename A>
 struct FillRun {
   RunTaps<A> run;
   int64_t count, channels, kernel;
   A* columns;
   int64_t tap_stride, pixel_stride;
-  const void* const* ahead;
+  const void* const* next;  // cache lines to prefetch
   int64_t lines;
 
   DCN_HOST_DEVICE void operator()() const {
@@ -53,7 +53,7 @@ struct FillRun {
     with_channels(channels, [&](auto n) DCN_INLINE_LAMBDA {
       for (int64_t q = 0, line = 0; q < count; ++q) {
         for (const int64_t until = line + each < lines ? line + each : lines; line < until; ++line)
-          prefetch(ahead[line]);
+          prefetch(next[line]);
         for (int64_t k = 0; k < kernel; ++k)
           sample_run<n.value>(run, run.at(k, q), channels, columns + k * tap_stride + q * pixel_stride);
       }
@@ -61,8 +61,8 @@ struct FillRun {
   }
 };
 
-// products[pixel, channel] += sum_k weight[k, channel] * columns[k, channel]: without columns, the sums of some
-// channels staying in a vector for all taps.
+// products[pixel, channel] += sum over taps of weight[tap, channel] * column[tap, channel], without columns in memory:
+// the sums of 16 channels stay in registers for all taps.
 template <typename A>
 struct DepthwiseRun {
   RunTaps<A> run;
@@ -103,7 +103,8 @@ struct DepthwiseRun {
   }
 };
 
-// The columns of a run straight from an image of any layout: for taps that lie so far apart that no window holds them.
+// Fills the columns of a run from an image of any layout, value by value: for taps that lie so far apart that no window
+// holds them.
 template <typename A, typename S>
 struct GatherRun {
   ConvGeometry g;
@@ -111,7 +112,7 @@ struct GatherRun {
   Taps<A> taps;
   int64_t first_plane, count, channels;
   View<const S> input;
-  int64_t image, channel;  // of tile.n and of the run
+  int64_t image, channel;  // which tile.n is, and the run's first
   A* columns;
   int64_t tap_stride, pixel_stride;
 
@@ -119,9 +120,9 @@ struct GatherRun {
     const int64_t per_image = tile.rows * tile.columns;
     for (int64_t q = 0; q < count; ++q)
       for (int64_t k = 0; k < g.taps(); ++k) {
-        const int64_t at = (first_plane + k) * taps.pixels + q;
+        const int64_t at = (first_plane + k) * taps.stride + q;
         A* const out = columns + k * tap_stride + q * pixel_stride;
-        // Weights of corners that are not read are 0, or NaN where that is to show.
+        // The weight of a corner that is not read is 0, or NaN, which is to show.
         A none = 0;
         for (int c = 0; c < 4; ++c)
           if (!(taps.corners[at] >> (4 + c) & 1)) none += taps.weight[c][at];
@@ -136,20 +137,20 @@ struct GatherRun {
   }
 };
 
-// Cache lines that will be wanted next, asked for in between: many at once are dropped by some processors.
-struct Ahead {
-  static constexpr int64_t most = 1024;
+// Cache lines to prefetch, a few at a time while other work goes on: some processors drop many requests at once.
+struct PrefetchList {
+  static constexpr int64_t capacity = 1024;
   const void** lines;
   int64_t count = 0;
 
-  explicit Ahead(Scratch& scratch) : lines(scratch.take<const void*>(most)) {}
+  explicit PrefetchList(Scratch& scratch) : lines(scratch.take<const void*>(capacity)) {}
 };
 
-// The part of the input that a tile will read with offsets of a few pixels, from row `first_row` on: samples come in no
-// order that the processor foresees.
+// Lists what a tile will read of the input if offsets are no longer than a few pixels, from row `first_row` on. The
+// processor's own prefetching fails here, since samples lie in no regular order.
 template <typename S>
-void look_ahead(const ConvGeometry& g, const Tile& tile, int64_t first_row, const View<const S>& input, int64_t image,
-                int64_t channel, int64_t channels, Ahead& ahead) {
+void list_lines(const ConvGeometry& g, const Tile& tile, int64_t first_row, const View<const S>& input, int64_t image,
+                int64_t channel, int64_t channels, PrefetchList& list) {
   constexpr int64_t margin = 3, line = 64 / sizeof(S);
   const int64_t reach_y = (g.kernel_h - 1) * g.dilation_h + 1 + margin, reach_x = (g.kernel_w - 1) * g.dilation_w + 1;
   const int64_t top = std::max({first_row, g.start_y(tile.y) - margin, int64_t{0}});
@@ -160,32 +161,32 @@ void look_ahead(const ConvGeometry& g, const Tile& tile, int64_t first_row, cons
   const bool channels_together = input.c == 1;
   const int64_t count = channels_together ? right - left : channels, stride = channels_together ? input.w : input.c;
   const int64_t length = channels_together ? channels : right - left;
-  ahead.count = 0;
+  list.count = 0;
   for (int64_t n = image + tile.n; n < image + tile.n + tile.images; ++n)
     for (int64_t y = top; y < bottom; ++y)
       for (int64_t i = 0; i < count; ++i)
-        for (int64_t j = 0; j < length && ahead.count < Ahead::most; j += line)
-          ahead.lines[ahead.count++] = &input.at(n, channel, y, left) + i * stride + j;
+        for (int64_t j = 0; j < length && list.count < PrefetchList::capacity; j += line)
+          list.lines[list.count++] = &input.at(n, channel, y, left) + i * stride + j;
 }
 
-// The first row that a tile's prefetched part does not hold, if the tile after it continues it; else 0.
+// The first row that has not been prefetched for `tile`, if `next` lies below it; else 0.
 inline int64_t row_after(const ConvGeometry& g, const Tile& tile, const Tile& next) {
   if (next.n != tile.n || next.x != tile.x) return 0;
   return g.start_y(tile.y + tile.rows - 1) + (g.kernel_h - 1) * g.dilation_h + 4;
 }
 
-// A window of some channels as rows.
+// Copies some channels of a window into rows.
 template <typename A, typename S>
 void load_window(const Tile& tile, const Window& window, const View<const S>& input, int64_t image, int64_t channel,
                  int64_t channels, A* rows) {
   for (int64_t n = 0; n < tile.images; ++n)
     for (int64_t y = 0; y < window.height; ++y)
-      run_vectorised(TransposeRow<A, const S, Turn::kToRows>{
+      run_vectorised(TransposeRow<A, const S, Transpose::kToRows>{
           &input.at(image + tile.n + n, channel, window.y + y, window.x), input.c, input.w, channels, window.width,
           rows + (n * window.height + y) * window.width * channels, channels});
 }
 
-// Channels of a block that fit into a window's memory at a time; 0 if not even one vector's worth does.
+// How many channels of a block fit into a window's memory at a time; 0 if not even 16 do.
 template <typename A>
 int64_t window_channels(const Tile& tile, const Window& window, int64_t channels) {
   const int64_t fitting = window_bytes / std::max<int64_t>(1, tile.images * window.pixels() * sizeof(A));

@@ -10,7 +10,9 @@ namespace dcn {
 
 struct CpuDeformConv2d {
   static Tensor forward(const ConvArguments& a, const ConvGeometry& g) {
-    if (Cpu::portable() || !tiles::fits_index(g)) return deform_conv2d_portable<Cpu>(a, g);
+    const CpuKernels kernels = kernels_for(g);
+    deform_conv2d_log.note(name_of(kernels));
+    if (kernels == kPortable) return deform_conv2d_portable<Cpu>(a, g);
     const Tensor output = new_output(a, g);
     if (output.numel() > 0)
       dispatch_deform_conv2d(a, [&](auto s, auto f) { tiles::forward<decltype(s), decltype(f)>(a, g, output); });
@@ -18,17 +20,22 @@ struct CpuDeformConv2d {
   }
 
   static ConvGradients backward(const Tensor& grad_output, const ConvArguments& a, const ConvGeometry& g,
-                                int64_t needs) {
-    if (Cpu::portable() || !tiles::fits_index(g)) return deform_conv2d_backward_portable<Cpu>(grad_output, a, g, needs);
-    const auto [grad_input, grad_offset, grad_weight, grad_mask] = new_gradients(a, needs, a.input.scalar_type());
+                                int64_t wanted) {
+    const CpuKernels kernels = kernels_for(g);
+    deform_conv2d_backward_log.note(name_of(kernels));
+    if (kernels == kPortable) return deform_conv2d_backward_portable<Cpu>(grad_output, a, g, wanted);
+    const auto [grad_input, grad_offset, grad_weight, grad_mask] = new_gradients(a, wanted, a.input.scalar_type());
     if (g.batch > 0)
       dispatch_deform_conv2d(a, [&, &grad_input = grad_input, &grad_offset = grad_offset, &grad_weight = grad_weight,
                                  &grad_mask = grad_mask](auto s, auto f) {
-        tiles::backward<decltype(s), decltype(f)>(grad_output, a, g, needs, grad_input, grad_offset, grad_weight,
+        tiles::backward<decltype(s), decltype(f)>(grad_output, a, g, wanted, grad_input, grad_offset, grad_weight,
                                                   grad_mask);
       });
     return {grad_input, grad_offset, grad_weight, grad_mask};
   }
+
+ private:
+  static CpuKernels kernels_for(const ConvGeometry& g) { return tiles::fits_index(g) ? chosen_kernels() : kPortable; }
 };
 
 }  // namespace dcn

@@ -10,13 +10,13 @@
 
 namespace dcn::tiles {
 
-// Consecutive channels that share their sampling positions.
+// Consecutive channels of one offset group, which are sampled at the same positions.
 struct Run {
   int64_t first, count, offset_group;
 };
 
-// Channels whose columns are made together: part of a group, or several whole groups. Depthwise blocks do without
-// products.
+// Channels whose columns are made together: part of a group, or several whole groups. Depthwise blocks have no matrix
+// product.
 struct Block {
   int64_t first, count;
   int64_t group, groups;  // the first group, and how many
@@ -31,8 +31,9 @@ struct Block {
 // Four vectors of AVX-512: enough for long products, little enough for the columns of many pixels.
 constexpr int64_t block_channels = 64;
 
-// Whether rows of channels are used where they lie. Where a block is only part of a pixel, its channels lie so far
-// apart that they fill few sets of the cache: a window, which holds nothing else, is then worth its copy.
+// Whether an image whose channels lie together is read or added to where it lies. Not so if a block is only part of a
+// pixel: its channels then lie so far apart that they fall into few sets of the cache, and copying them into a window,
+// which holds nothing else, pays off.
 template <typename S>
 bool reads_in_place(const ConvGeometry& g, const Tensor& image) {
   return is_rows<S>(image) && g.channels <= block_channels;
@@ -40,13 +41,13 @@ bool reads_in_place(const ConvGeometry& g, const Tensor& image) {
 
 inline bool is_depthwise(const ConvGeometry& g) { return g.group_channels() == 1 && g.group_outputs() == 1; }
 
-inline std::vector<Block> make_blocks(const ConvGeometry& g, int64_t most_channels) {
+inline std::vector<Block> make_blocks(const ConvGeometry& g, int64_t max_channels) {
   const bool depthwise = is_depthwise(g);
-  const int64_t whole = depthwise ? g.channels : g.group_channels();  // what may be cut anywhere
-  const int64_t parts = divide_up(whole, most_channels);
-  // Even parts, in whole vectors where possible; or as many groups as fit.
+  const int64_t whole = depthwise ? g.channels : g.group_channels();  // may be cut anywhere
+  const int64_t parts = divide_up(whole, max_channels);
+  // Parts of the same size, in whole vectors where possible; or as many groups as fit.
   const int64_t part = std::min(whole, divide_up(divide_up(whole, parts), 16) * 16);
-  const int64_t step = parts > 1 ? part : whole * std::max<int64_t>(1, most_channels / whole);
+  const int64_t step = parts > 1 ? part : whole * std::max<int64_t>(1, max_channels / whole);
   const int64_t span = parts > 1 ? whole : g.channels;
   std::vector<Block> blocks;
   for (int64_t start = 0; start < g.channels; start += span)
@@ -65,8 +66,9 @@ inline std::vector<Block> make_blocks(const ConvGeometry& g, int64_t most_channe
   return blocks;
 }
 
-// Where the column of (pixel q, tap k, channel c of the block) lies: q * pixel + k * tap + c. For a product the taps
-// are `segments` of `depth` channels each, or, where channels do not fill vectors, one segment of all of them.
+// Where columns lie in memory: that of pixel q, tap k and channel c of the block at q * pixel + k * tap + c. A product
+// takes `segments` of `width` columns side by side: the channels of a tap, or, where these do not fill vectors, all
+// taps and channels at once.
 struct ColumnLayout {
   int64_t tap, pixel, segments, width;
 
@@ -79,32 +81,33 @@ struct ColumnLayout {
   }
 };
 
-// Output pixels [y, y + rows) x [x, x + columns) of images [n, n + images); n counts from the first image at hand.
+// Output pixels [y, y + rows) x [x, x + columns) of images [n, n + images). Who uses a tile says from which image n
+// counts.
 struct Tile {
   int64_t n, images, y, rows, x, columns;
   int64_t count() const { return images * rows * columns; }
 };
 
-// Where the input is read in place, long tiles share what they read with the next. Through windows, squarish tiles read
-// least.
+// How wide a tile may be. Where the input is read in place, wide ones read what the tile above has left in the cache;
+// windows are smallest if their tiles are nearly square.
 constexpr int64_t columns_in_place = 64, columns_of_window = 32;
 
-// How output pixels are cut into tiles: several small images, or pieces of one.
+// How output pixels are cut into tiles: several small images to a tile, or several tiles to an image.
 struct Tiling {
   int64_t images, height, width;
   int64_t parts_n, parts_y, parts_x;
 
-  Tiling(const ConvGeometry& g, int64_t images_, int64_t most_pixels, int64_t most_columns)
-      : images(images_), height(g.out_height), width(g.out_width) {
+  Tiling(const ConvGeometry& g, int64_t image_count, int64_t pixels_of_tile, int64_t max_columns)
+      : images(image_count), height(g.out_height), width(g.out_width) {
     const int64_t pixels = g.out_pixels();
-    parts_n = divide_up(images, std::max<int64_t>(1, most_pixels / pixels));
+    parts_n = divide_up(images, std::max<int64_t>(1, pixels_of_tile / pixels));
     parts_x = parts_y = 1;
-    if (pixels <= most_pixels) return;
-    parts_x = std::min(width, divide_up(width, std::min(most_columns, most_pixels)));
-    parts_y = divide_up(height, std::max<int64_t>(1, most_pixels / divide_up(width, parts_x)));
+    if (pixels <= pixels_of_tile) return;
+    parts_x = std::min(width, divide_up(width, std::min(max_columns, pixels_of_tile)));
+    parts_y = divide_up(height, std::max<int64_t>(1, pixels_of_tile / divide_up(width, parts_x)));
   }
   int64_t size() const { return parts_n * parts_y * parts_x; }
-  int64_t most_pixels() const {
+  int64_t max_pixels() const {
     return divide_up(images, parts_n) * divide_up(height, parts_y) * divide_up(width, parts_x);
   }
   Tile operator[](int64_t i) const {
@@ -120,7 +123,7 @@ struct Tiling {
   }
 };
 
-// Calls f(q, n, y, length) for every row of a tile: pixels q to q + length lie at (n, y, tile.x) and onwards.
+// Calls f(q, n, y) for every row of a tile: its pixels, from number q on, lie at (n, y, tile.x) and to the right.
 template <typename F>
 void for_each_row(const Tile& tile, const F& f) {
   int64_t q = 0;
@@ -131,9 +134,9 @@ void for_each_row(const Tile& tile, const F& f) {
 // Memory of one thread for a tile and what belongs to it, and for a window on the input or its gradient: 1 MB in all.
 constexpr int64_t tile_bytes = 640 << 10, window_bytes = 192 << 10;
 
-// Pixels of a tile, of which each needs `bytes`, so that there are enough tiles for the threads. More than 144 gain
-// nothing.
-inline int64_t most_pixels(int64_t pixels, int64_t bytes, int64_t threads) {
+// How many pixels a tile may have, of which each takes `bytes`, so that there are enough tiles for the threads. More
+// than 144 gain nothing.
+inline int64_t max_pixels_of_tile(int64_t pixels, int64_t bytes, int64_t threads) {
   const int64_t fitting = std::clamp<int64_t>(tile_bytes / bytes, 1, 144);
   return std::min(fitting, divide_up(pixels, threads));
 }

@@ -1,13 +1,14 @@
-// Deformable convolution on the CPU, the sweep of the backward: over one tile and one run of channels, the dots
-// (for the gradients of offset and mask), the scatter (gradient of the input) and the columns again (for the gradient
-// of the weights), which take the place of their gradient.
+// Deformable convolution on the CPU, the backward's sweep: one pass over the gradient of the columns of a tile and a
+// run of channels makes up to three things. Dots: products with the corners, which hold the gradients of offset and
+// mask. Scatter: the gradient of the input. Columns: the columns themselves, which overwrite their gradient, for the
+// gradient of the weights.
 #pragma once
 
 #include "columns.h"
 
 namespace dcn::tiles {
 
-// Sums of four vectors' lanes, in a tree: left to itself, the compiler adds lane after lane.
+// sums[c] += sum of part c's lanes, as a tree: the compiler by itself would add one lane after the other.
 template <typename A, int64_t Lanes>
 DCN_HOST_DEVICE void add_lanes(const A (&parts)[4][Lanes], A* sums) {
 #if defined(DCN_QUADS)
@@ -30,37 +31,39 @@ DCN_HOST_DEVICE void add_lanes(const A (&parts)[4][Lanes], A* sums) {
   }
 }
 
-// dots: dot[c] += gradient of the columns . corner c
-// scatter: gradient of the input at corner c += weight c * gradient of the columns
-// columns: gradient of the columns := sum over c of weight c * corner c
+// Of one tap, for each channel:
+//   Dots:    dot[corner] += gradient of the column * value at the corner
+//   Scatter: gradient of the input at the corner += weight[corner] * gradient of the column
+//   Columns: column = sum over corners of weight[corner] * value at the corner, in place of its gradient
+// Whole: some corner on the map has no weight. N: the number of channels, or 0 if that is only known in `count`.
 template <int64_t N, bool Dots, bool Scatter, bool Columns, bool Whole, typename A>
 DCN_HOST_DEVICE void sweep_taps(const RunTaps<A>& run, int64_t at, int64_t count, const A* zeros, A* columns) {
   const Taps<A>& taps = run.taps;
   const A *v0 = run.value(0, at), *v1 = run.value(1, at), *v2 = run.value(2, at), *v3 = run.value(3, at);
-  // On whole positions some corners have a value but no weight: 0 * inf must not arise.
+  // A corner without weight is replaced by zeros for the columns, since its value may be infinite; dots read it.
   const Index corners = Whole ? taps.corners[at] : 0;
   const A *u0 = Whole && !(corners & 16) ? zeros : v0, *u1 = Whole && !(corners & 32) ? zeros : v1;
   const A *u2 = Whole && !(corners & 64) ? zeros : v2, *u3 = Whole && !(corners & 128) ? zeros : v3;
-  const auto grad = [&](int c) DCN_INLINE_LAMBDA {
+  const auto target = [&](int c) DCN_INLINE_LAMBDA {
     return Scatter ? reinterpret_cast<A*>(taps.grad[c][at]) + run.channel : nullptr;
   };
-  A *g0 = grad(0), *g1 = grad(1), *g2 = grad(2), *g3 = grad(3);
+  A *g0 = target(0), *g1 = target(1), *g2 = target(2), *g3 = target(3);
   const A w0 = taps.weight[0][at], w1 = taps.weight[1][at], w2 = taps.weight[2][at], w3 = taps.weight[3][at];
   constexpr int64_t lanes = 16;
   A d[4][lanes] = {};
   const int64_t channels = N ? N : count;
   for (int64_t first = 0; first < channels; first += lanes) {
     const int64_t some = N || channels - first > lanes ? lanes : channels - first;
-    // Corners of one sample are different rows, or all the same sink: the order of its additions does not matter.
+    // The four corners are different rows, or the sink, which nobody reads: they may be added to in any order.
 #pragma omp simd
     for (int64_t i = 0; i < some; ++i) {
       const int64_t c = first + i;
-      const A slope = Dots || Scatter ? columns[c] : A(0);
+      const A grad = Dots || Scatter ? columns[c] : A(0);
       if constexpr (Dots) {
-        d[0][i] += slope * v0[c];
-        d[1][i] += slope * v1[c];
-        d[2][i] += slope * v2[c];
-        d[3][i] += slope * v3[c];
+        d[0][i] += grad * v0[c];
+        d[1][i] += grad * v1[c];
+        d[2][i] += grad * v2[c];
+        d[3][i] += grad * v3[c];
       }
       if constexpr (Columns) {
         if constexpr (Whole)
@@ -69,10 +72,10 @@ DCN_HOST_DEVICE void sweep_taps(const RunTaps<A>& run, int64_t at, int64_t count
           columns[c] = w0 * v0[c] + w1 * v1[c] + w2 * v2[c] + w3 * v3[c];
       }
       if constexpr (Scatter) {
-        g0[c] += w0 * slope;
-        g1[c] += w1 * slope;
-        g2[c] += w2 * slope;
-        g3[c] += w3 * slope;
+        g0[c] += w0 * grad;
+        g1[c] += w1 * grad;
+        g2[c] += w2 * grad;
+        g3[c] += w3 * grad;
       }
     }
   }
@@ -94,7 +97,7 @@ struct SweepRun {
           const int64_t at = run.at(k, q);
           A* const column = columns + k * tap_stride + q * pixel_stride;
           const Index corners = run.taps.corners[at];
-          // A corner on the map without weight.
+          // Bits 0-3 are the corners on the map, bits 4-7 those with weight.
           if (Dots && Columns && (corners & 15 & ~(corners >> 4)))
             sweep_taps<n.value, Dots, Scatter, Columns, true>(run, at, channels, zeros, column);
           else
@@ -104,9 +107,9 @@ struct SweepRun {
   }
 };
 
-// Calls f(dots, scatter, columns) with what is needed as constants.
+// Calls f(dots, scatter, columns) with the three as constants.
 template <typename F>
-void with_needs(bool dots, bool scatter, bool columns, const F& f) {
+void with_wanted(bool dots, bool scatter, bool columns, const F& f) {
   using std::false_type;
   using std::true_type;
   if (dots && scatter && columns) return f(true_type(), true_type(), true_type());
@@ -118,7 +121,7 @@ void with_needs(bool dots, bool scatter, bool columns, const F& f) {
   if (columns) return f(false_type(), false_type(), true_type());
 }
 
-// The same sweep on images of any layout, for taps that lie so far apart that no window holds them.
+// The same sweep on images of any layout, value by value: for taps that lie so far apart that no window holds them.
 template <typename A, typename S>
 struct GatherSweep {
   ConvGeometry g;
@@ -136,18 +139,18 @@ struct GatherSweep {
     const int64_t per_image = tile.rows * tile.columns;
     for (int64_t q = 0; q < count; ++q)
       for (int64_t k = 0; k < g.taps(); ++k) {
-        const int64_t at = (first_plane + k) * taps.pixels + q, n = q / per_image;
+        const int64_t at = (first_plane + k) * taps.stride + q, n = q / per_image;
         A* const column = columns + k * tap_stride + q * pixel_stride;
         for (int64_t i = 0; i < channels; ++i) {
-          const A slope = column[i];
+          const A grad = column[i];
           A sum = 0;
           for (int c = 0; c < 4; ++c) {
             const int64_t y = taps.y0[at] + (c >> 1), x = taps.x0[at] + (c & 1);
             const bool read = taps.corners[at] >> (4 + c) & 1;
             const A value = taps.corners[at] >> c & 1 ? static_cast<A>(input.at(image + n, channel + i, y, x)) : A(0);
-            if (dots) taps.dot[4 * at + c] += slope * value;
+            if (dots) taps.dot[4 * at + c] += grad * value;
             sum += read ? taps.weight[c][at] * value : taps.weight[c][at];
-            if (read && grad_input.data) grad_input.at(grad_image + n, channel + i, y, x) += taps.weight[c][at] * slope;
+            if (read && grad_input.data) grad_input.at(grad_image + n, channel + i, y, x) += taps.weight[c][at] * grad;
           }
           if (weights) column[i] = sum;
         }
@@ -155,20 +158,21 @@ struct GatherSweep {
   }
 };
 
-// From the dots of a tap to the gradients of its offset and mask.
+// Turns the dots of each tap into the gradients of its offset and mask, and adds those.
 template <typename A>
 struct FinishDots {
   int64_t count, planes;
   Taps<A> taps;
-  A *offset, *mask;  // gradients, laid out as in `taps`; added to
+  const A* modulations;  // [plane, sample], as in `taps`
+  A *offset, *mask;      // gradients, as in TileDisplacement
 
   DCN_HOST_DEVICE void operator()() const {
     for (int64_t i = 0; i < planes; ++i) {
-      const int64_t at = i * taps.pixels;
+      const int64_t at = i * taps.stride;
       const A* const dots = taps.dot + 4 * at;
-      const A *ly = taps.ly + at, *lx = taps.lx + at, *modulation = taps.mask + at;
+      const A *ly = taps.ly + at, *lx = taps.lx + at, *modulation = modulations + at;
       const Index* corners = taps.corners + at;
-      A *to_y = offset + 2 * at, *to_x = to_y + taps.pixels, *to_value = mask + at;
+      A *to_y = offset + 2 * at, *to_x = to_y + taps.stride, *to_value = mask + at;
 #pragma omp simd
       for (int64_t q = 0; q < count; ++q) {
         const Sample<A, Index> s{0, 0, ly[q], lx[q], static_cast<unsigned>(corners[q])};
@@ -195,7 +199,7 @@ struct FinishDots {
   }
 };
 
-// The two products of depthwise channels, element by element.
+// The products of depthwise channels. columns[pixel, tap, channel] = weight * gradient of the output.
 template <typename A>
 struct DepthwiseColumnGradient {
   int64_t count, kernel, channels;

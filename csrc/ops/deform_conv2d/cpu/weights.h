@@ -6,18 +6,18 @@
 
 namespace dcn::tiles {
 
-// Weights used as they are stored. With few pixels, packing them would cost more than anything that is done
-// with them.
+// Weights that are used as they are stored, for layers with few output pixels: packing would cost more than everything
+// else that is done with the weights.
 template <typename A>
 struct StoredWeights {
-  enum Order { kNot, kTapsInside, kTapsOutside };  // OIHW, OHWI
-  Order order = kNot;
+  enum Order { kNone, kTapsInside, kTapsOutside };  // not used; OIHW; OHWI
+  Order order = kNone;
   A* data = nullptr;
   int64_t output = 0, tap = 0, channel = 0;  // strides
 
-  explicit operator bool() const { return order != kNot; }
+  explicit operator bool() const { return order != kNone; }
   A* at(int64_t o, int64_t c) const { return data + o * output + c * channel; }
-  // How taps and channels of a block follow each other: `segments` of `depth`, each without a gap.
+  // The terms of a product with a block's weights: `segments` of `depth` terms that lie without gaps.
   int64_t segments(int64_t taps) const { return order == kTapsInside ? 1 : taps; }
   int64_t depth(int64_t taps, int64_t channels) const { return order == kTapsInside ? taps * channels : channels; }
 
@@ -25,7 +25,7 @@ struct StoredWeights {
   StoredWeights(const ConvGeometry& g, const Tensor& weight)
       : data(static_cast<A*>(weight.data_ptr())), output(g.taps() * g.group_channels()) {
     const int64_t channels = g.group_channels();
-    // Whole vectors of channels; what lies behind the last belongs to somebody else.
+    // Products read whole vectors of channels, which must not reach beyond a group; and with more pixels packing pays.
     if (channels % 16 != 0 || 4 * g.batch * g.out_pixels() > g.group_outputs()) return;
     if (is_stored(weight, {output, g.taps(), g.kernel_w, 1}))
       order = kTapsInside, tap = 1, channel = g.taps();
@@ -34,8 +34,8 @@ struct StoredWeights {
   }
 };
 
-// For the forward: [block][group][panel of outputs][tap][channel][output of the panel], so that what a product reads
-// lies together. Depthwise: [tap][channel].
+// Weights as the forward's products read them: [block][group][panel of outputs][tap][channel][output of the panel].
+// Depthwise: [tap][channel].
 template <typename A>
 struct ForwardWeights {
   const ConvGeometry& g;
@@ -45,7 +45,7 @@ struct ForwardWeights {
   int64_t panels() const { return divide_up(g.group_outputs(), width); }
   int64_t panel_size(const Block& b) const { return g.taps() * b.group_channels() * width; }
   int64_t size(const Block& b) const { return b.depthwise ? g.taps() * b.count : b.groups * panels() * panel_size(b); }
-  // Where a block's weights start: all before it are as large per channel.
+  // Where a block's weights start: every channel before it takes as much.
   int64_t start(const Block& b) const { return b.first * (b.depthwise ? 1 : panels() * width) * g.taps(); }
   // The weights of a block's i-th group, as the right side of a product over its taps and channels.
   product::Right<A> of(const Block& b, int64_t i) const {
@@ -53,7 +53,8 @@ struct ForwardWeights {
   }
 };
 
-// All taps and channels of up to `width` outputs: [output][channel, tap] of any layout against [tap][channel][output].
+// One panel: from weights of any layout, of up to `width` outputs, to [tap][channel][output]. Outputs that the panel
+// has beyond these are zeros.
 template <typename A, typename S>
 struct PackPanel {
   const S* weight;
@@ -73,20 +74,20 @@ struct PackPanel {
 #endif
     for (int64_t y = 0; y < kernel_h; ++y)
       for (int64_t x = 0; x < kernel_w; ++x)
-        TransposeRow<A, const S, Turn::kToRows>{
+        TransposeRow<A, const S, Transpose::kToRows>{
             weight + y * y_stride + x * x_stride,          output_stride, channel_stride, outputs, channels,
             panel + (y * kernel_w + x) * channels * width, width}();
   }
 
 #if defined(DCN_QUADS)
-  // Channels and taps of an output lie together, taps innermost: read in that order, in pieces of two cache lines.
+  // For weights stored as [output][channel][tap], read in that order: four outputs at a time, `stretch` terms of each.
   DCN_HOST_DEVICE void pack_taps_inside() const {
-    constexpr int64_t piece = 144;
+    constexpr int64_t stretch = 144;
     const int64_t taps = kernel_h * kernel_w, depth = channels * taps;
-    for (int64_t first = 0; first < depth; first += piece)
+    for (int64_t first = 0; first < depth; first += stretch)
       for (int64_t o = 0; o < outputs; o += 4) {
         const int64_t rows = outputs - o < 4 ? outputs - o : 4;
-        const int64_t last = first + piece < depth ? first + piece : depth;
+        const int64_t last = first + stretch < depth ? first + stretch : depth;
         int64_t tap = first % taps;
         A* to = panel + (tap * channels + first / taps) * width + o;
         for (int64_t m = first; m < last; m += 4) {
@@ -121,12 +122,12 @@ void pack_forward(const ForwardWeights<A>& packed, const std::vector<Block>& blo
     return;
   }
   const int64_t panels = packed.panels();
-  // Part of a group, or as many whole groups as in the first block.
-  const int64_t most_groups = blocks.front().groups, tasks = most_groups * panels;
+  // No block has more groups than the first.
+  const int64_t max_groups = blocks.front().groups, tasks = max_groups * panels;
   torch::stable::parallel_for(0, static_cast<int64_t>(blocks.size()) * tasks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Block& b = blocks[i / tasks];
-      const int64_t group = i / panels % most_groups, first = i % panels * packed.width;
+      const int64_t group = i / panels % max_groups, first = i % panels * packed.width;
       if (group >= b.groups) continue;
       const int64_t channel = b.groups > 1 ? 0 : b.first - b.group * g.group_channels();
       run_vectorised(PackPanel<A, S>{
@@ -137,8 +138,8 @@ void pack_forward(const ForwardWeights<A>& packed, const std::vector<Block>& blo
   });
 }
 
-// For the backward, weights and their gradient: [block][group][segment of columns][panel of it][output][column of the
-// panel]. Depthwise: [block][tap][channel].
+// Weights, or their gradient, as the backward's products read and write them: [block][group][segment of columns][panel
+// of the segment][output][column of the panel]. Depthwise: [block][tap][channel].
 template <typename A>
 struct BackwardWeights {
   const ConvGeometry& g;
@@ -158,12 +159,12 @@ struct BackwardWeights {
   }
 };
 
-// Weights or gradients of one output and block, against the columns of its panels. `Pack`: to the panels.
+// Moves the weights of one output and block from their own layout into panels (`Pack`), or their gradient back.
 template <typename A, typename S, bool Pack>
-struct TurnOutput {
+struct RepackOutput {
   S* weight;
   int64_t channel_stride, y_stride, x_stride, kernel_h, kernel_w, channels;
-  bool ragged;  // taps and channels follow each other through one segment
+  bool ragged;  // one segment holds all taps and channels (ColumnLayout)
   A* panel;     // of this output
   int64_t width, panel_size, panels;
 
@@ -181,8 +182,8 @@ struct TurnOutput {
       }
       return;
     }
-    constexpr Turn direction = Pack ? Turn::kToRows : Turn::kFromRows;
-    // Rows of taps that follow each other evenly are one row.
+    constexpr Transpose direction = Pack ? Transpose::kToRows : Transpose::kFromRows;
+    // Taps that lie evenly spaced are moved as one row.
     const bool even = y_stride == kernel_w * x_stride;
     const int64_t rows = even ? 1 : kernel_h, columns = even ? taps : kernel_w;
     for (int64_t p = 0; p < panels; ++p)
@@ -196,7 +197,7 @@ struct TurnOutput {
 };
 
 template <bool Pack, typename A, typename S>
-void turn_backward(const BackwardWeights<A>& packed, const std::vector<Block>& blocks, const View<S>& weight) {
+void repack_backward(const BackwardWeights<A>& packed, const std::vector<Block>& blocks, const View<S>& weight) {
   const ConvGeometry& g = packed.g;
   A* data = packed.data;
   for (const Block& b : blocks) {
@@ -216,11 +217,11 @@ void turn_backward(const BackwardWeights<A>& packed, const std::vector<Block>& b
         for (int64_t i = begin; i < end; ++i) {
           const int64_t group = i / outputs, o = i % outputs;
           const int64_t channel = b.groups > 1 ? 0 : b.first - b.group * g.group_channels();
-          run_vectorised(
-              TurnOutput<A, S, Pack>{&weight.at(b.group * outputs + i, channel, 0, 0), weight.c, weight.h, weight.w,
-                                     g.kernel_h, g.kernel_w, b.group_channels(), columns.segments == 1 && g.taps() > 1,
-                                     data + group * columns.segments * panels * packed.panel_size() + o * packed.width,
-                                     packed.width, packed.panel_size(), panels});
+          run_vectorised(RepackOutput<A, S, Pack>{
+              &weight.at(b.group * outputs + i, channel, 0, 0), weight.c, weight.h, weight.w, g.kernel_h, g.kernel_w,
+              b.group_channels(), columns.segments == 1 && g.taps() > 1,
+              data + group * columns.segments * panels * packed.panel_size() + o * packed.width, packed.width,
+              packed.panel_size(), panels});
         }
       });
     }

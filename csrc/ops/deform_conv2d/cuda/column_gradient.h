@@ -7,24 +7,25 @@
 
 namespace dcn {
 
-// A block has 64 pixels and some taps; 128 columns (taps and channels of a group) at a time are multiplied,
-// grad_columns = grad_output * weight, and then taken apart: a thread has eight channels of one sample, whose products
-// with each of the four corners, summed over the channels of an offset group, hold both gradients.
+// A block of threads has 64 pixels and some taps, and takes 128 columns (a tap and a channel of the group) at a time.
+// First the product, grad_columns = grad_output * weight. Then each thread multiplies eight channels of one sample with
+// the four corners that it reads: the four sums of that over an offset group's channels hold the gradients of offset
+// and mask.
 template <typename S>
 struct FusedColumnGradient {
   using Shape = ProductShape<2, 4, 4>;
   static constexpr int kThreads = Shape::kThreads, kBlocksPerMultiprocessor = 2, kStages = 2;
-  static constexpr int kPixels = Shape::kRows, kColumns = Shape::kColumns, kPieces = kColumns / 8;
+  static constexpr int kPixels = Shape::kRows, kColumns = Shape::kColumns, kVectors = kColumns / 8;
   static constexpr int kOutputs = 64;  // terms of the sum in a stage
   static constexpr int kGradientBytes = kPixels * kOutputs * 2, kWeightBytes = kOutputs * kColumns * 2;
   static constexpr int kOperandBytes = kStages * (kGradientBytes + kWeightBytes);
-  // Four more than a row's columns: the rows that fragments write at once then begin in other banks.
+  // Rows are four floats longer than their columns, so that those which fragments write at once begin in other banks.
   static constexpr int kStagedRow = kColumns + 4;
   static_assert(kPixels * kStagedRow * 4 <= kOperandBytes);
   static constexpr int kRecords = kPixels * kSamplesPerPixel;
   static constexpr int kSharedBytes = kOperandBytes + kRecords * 24 + kPixels * static_cast<int>(sizeof(TilePixel));
 
-  using Order = PieceOrder<kPieces>;
+  using Order = VectorOrder<kVectors>;
 
   Sampler<S> sampler;
   PixelRange range;  // whole images
@@ -46,14 +47,14 @@ struct FusedColumnGradient {
     int tap0, tap1;
 
     DCN_DEVICE SharedTile<S, kOutputs / 8> gradient(int stage) const {
-      return {reinterpret_cast<Eight<S>*>(block.shared() + stage * kGradientBytes)};
+      return {reinterpret_cast<Vector8<S>*>(block.shared() + stage * kGradientBytes)};
     }
-    DCN_DEVICE SharedTile<S, kPieces> weights(int stage) const {
-      return {reinterpret_cast<Eight<S>*>(block.shared() + kStages * kGradientBytes + stage * kWeightBytes)};
+    DCN_DEVICE SharedTile<S, kVectors> weights(int stage) const {
+      return {reinterpret_cast<Vector8<S>*>(block.shared() + kStages * kGradientBytes + stage * kWeightBytes)};
     }
-    // In the operands' place, once they are multiplied.
+    // The product; overwrites the operands.
     DCN_DEVICE float* staged() const { return reinterpret_cast<float*>(block.shared()); }
-    // Sums of products with the corners of a sample.
+    // By sample: sums of the products with its four corners.
     DCN_DEVICE float (*corner_sums() const)[4] {
       return reinterpret_cast<float (*)[4]>(block.shared() + kOperandBytes);
     }
@@ -65,9 +66,9 @@ struct FusedColumnGradient {
     }
     DCN_DEVICE int taps() const { return k.sampler.sizes.taps; }
     DCN_DEVICE int offset_groups() const { return k.sampler.sizes.offset_groups; }
-    DCN_DEVICE Order order() const { return {tap1 - tap0, k.sampler.sizes.pieces()}; }
+    DCN_DEVICE Order order() const { return {tap1 - tap0, k.sampler.sizes.vectors()}; }
 
-    // Record of a sample: (tap, counted from the first; offset group), then pixels.
+    // The number of a sample within the block; `tap` counts from tap0.
     DCN_DEVICE int record(int tap, int offset_group, int pixel) const {
       return (tap * offset_groups() + offset_group) * kPixels + pixel;
     }
@@ -85,31 +86,31 @@ struct FusedColumnGradient {
       block.sync();
     }
 
-    DCN_DEVICE void copy_operands(int stage, int group, int output0, int piece0) const {
+    DCN_DEVICE void copy_operands(int stage, int group, int output0, int vector0) const {
       const int outputs = k.grad_output.group_outputs;
       const int64_t depth = k.sampler.sizes.depth;
       k.grad_output.template copy<kThreads>(block, gradient(stage), pixels(), kPixels, group, output0);
-      const int p = block.thread() % kPieces;
-      const auto [tap, piece] = order().at(piece0 + p);
-      for (int row = block.thread() / kPieces; row < kOutputs; row += kThreads / kPieces) {
-        const bool wanted = output0 + row < outputs && piece0 + p < order().count();
+      const int p = block.thread() % kVectors;
+      const auto [tap, vector] = order().at(vector0 + p);
+      for (int row = block.thread() / kVectors; row < kOutputs; row += kThreads / kVectors) {
+        const bool wanted = output0 + row < outputs && vector0 + p < order().count();
         const S* const from = k.weight + (static_cast<int64_t>(group) * outputs + output0 + row) * depth +
-                              8 * ((tap0 + tap) * order().pieces + piece);
+                              8 * ((tap0 + tap) * order().vectors + vector);
         block.copy_async(weights(stage).at(row, p), wanted ? from : k.weight, wanted);
       }
       block.commit_copies();
     }
 
-    // Sixteen pieces of columns of a group, from number `piece0` on, for the pixels of this block.
-    DCN_DEVICE void multiply(int group, int piece0) const {
+    // The product for 16 vectors of columns of a group, from number `vector0` on.
+    DCN_DEVICE void multiply(int group, int vector0) const {
       ProductSums<Shape> sums;
       sums.start(block.thread(), [](int) { return 0.0f; });
-      copy_operands(0, group, 0, piece0);
+      copy_operands(0, group, 0, vector0);
       block.template wait_for_copies<0>();
       block.sync();
       for (int output0 = 0, stage = 0; output0 < k.grad_output.group_outputs; output0 += kOutputs, stage ^= 1) {
         if (output0 + kOutputs < k.grad_output.group_outputs)
-          copy_operands(stage ^ 1, group, output0 + kOutputs, piece0);
+          copy_operands(stage ^ 1, group, output0 + kOutputs, vector0);
         DCN_UNROLL
         for (int step = 0; step < kOutputs / 16; ++step)
           sums.template add<Summed::kAlongRows, Summed::kAcrossRows>(block, gradient(stage), weights(stage), step);
@@ -123,21 +124,22 @@ struct FusedColumnGradient {
       block.sync();
     }
 
-    DCN_DEVICE void take_apart(int group, int piece0) const {
+    DCN_DEVICE void take_apart(int group, int vector0) const {
       DCN_KEEP_LOOP
-      for (int i = block.thread(); i < kPixels * kPieces; i += kThreads) {
-        // Eight neighbouring threads have one pixel and neighbouring pieces.
+      for (int i = block.thread(); i < kPixels * kVectors; i += kThreads) {
+        // Eight threads side by side have one pixel and vectors side by side.
         const int half = i / (kPixels * 8), pixel = i / 8 % kPixels, p = 8 * half + i % 8;
-        const bool there = piece0 + p < order().count() && pixels()[pixel].n >= 0;
-        const auto [tap, piece] = order().at(there ? piece0 + p : 0);
-        const int channel = 8 * (group * order().pieces + piece);
+        const bool there = vector0 + p < order().count() && pixels()[pixel].n >= 0;
+        const auto [tap, vector] = order().at(there ? vector0 + p : 0);
+        const int channel = 8 * (group * order().vectors + vector);
         float grad[8];
         DCN_UNROLL
         for (int e = 0; e < 8; ++e) grad[e] = staged()[pixel * kStagedRow + 8 * p + e];
         if (there && k.grad_columns) {
           const int64_t number = k.sampler.number_by_rows(pixels()[pixel]) - k.range.first;
-          *reinterpret_cast<Eight<S>*>(k.grad_columns + ((tap0 + tap) * k.range.count + number) * k.sampler.g.channels +
-                                       channel) = pack<S>(grad);
+          *reinterpret_cast<Vector8<S>*>(k.grad_columns +
+                                         ((tap0 + tap) * k.range.count + number) * k.sampler.g.channels + channel) =
+              pack<S>(grad);
         }
         if (k.displaced()) {
           const int sample = record(tap, channel / k.sampler.sizes.offset_group_channels, pixel);
@@ -147,8 +149,9 @@ struct FusedColumnGradient {
       block.sync();
     }
 
-    // Sums over the run of threads that have the same sample, whose first thread adds it to the record. Each record has
-    // one such thread at a time: threads of one warp take turns, other warps have other pixels.
+    // Threads side by side that have the same sample first add up what they found; then the first of them adds it to
+    // corner_sums(). No two threads add to the same sample at once: within a warp there is a barrier between them, and
+    // other warps have other pixels.
     DCN_DEVICE void add_to_sample(int sample, int64_t place, int channel, const float (&grad)[8]) const {
       float sums[4];
       k.sampler.multiply_corners(sums, place, channel, grad);
@@ -187,9 +190,9 @@ struct FusedColumnGradient {
     const Tile<Block> tile{*this, block, block.index() / tap_blocks() * kPixels, tap0, tap1};
     tile.find_samples();
     for (int group = 0; group < sampler.sizes.groups; ++group)
-      for (int piece = 0; piece < tile.order().count(); piece += kPieces) {
-        tile.multiply(group, piece);
-        tile.take_apart(group, piece);
+      for (int vector = 0; vector < tile.order().count(); vector += kVectors) {
+        tile.multiply(group, vector);
+        tile.take_apart(group, vector);
       }
     if (displaced()) tile.write();
   }

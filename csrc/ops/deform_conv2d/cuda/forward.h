@@ -7,26 +7,26 @@
 
 namespace dcn {
 
-// Terms of the sum, which are taps and channels of the group, are taken 64 at a time in PieceOrder: a step. `Shape` is
-// [pixels, outputs] of a tile. While tensor cores work on a step, the corners of the next are on their way.
+// A block of threads makes a tile of `Shape`, [pixels, outputs]. It takes the terms of the sum, (tap, channel) of the
+// group, in steps of 64, in VectorOrder. While the tensor cores multiply one step, the loads of the next are in flight.
 template <typename S, typename Shape>
 struct FusedForward {
   static constexpr int kThreads = Shape::kThreads, kBlocksPerMultiprocessor = 2;
-  static constexpr int kPixels = Shape::kRows, kOutputs = Shape::kColumns, kStages = 2, kPieces = 8;
-  // A thread fetches so many pieces of the next step at once; each needs 16 registers until it is combined.
-  static constexpr int kTogether = Shape::kTilesAcross > 4 ? 1 : 2, kTurns = kPixels * kPieces / kThreads / kTogether;
+  static constexpr int kPixels = Shape::kRows, kOutputs = Shape::kColumns, kStages = 2, kVectors = 8;
+  // How many vectors of the next step a thread loads at once; the corners of each take 16 registers.
+  static constexpr int kTogether = Shape::kTilesAcross > 4 ? 1 : 2, kRounds = kPixels * kVectors / kThreads / kTogether;
   static constexpr int kColumnBytes = kPixels * 128, kWeightBytes = kOutputs * 128;
   static constexpr int kOperandBytes = kStages * (kColumnBytes + kWeightBytes);
   static constexpr int kRecords = kPixels * kSamplesPerPixel;
   static constexpr int kSharedBytes = kOperandBytes + kRecords * 24 + kPixels * static_cast<int>(sizeof(TilePixel));
 
-  using Order = PieceOrder<kPieces>;
+  using Order = VectorOrder<kVectors>;
 
   Sampler<S> sampler;
   const S* weight;  // [O, taps, C / groups]
   const S* bias;    // may be null
   View<S> output;
-  bool whole_pieces;  // outputs lie together, and in whole 16-byte pieces
+  bool aligned_vectors;  // of output: has_aligned_vectors
 
   DCN_HOST_DEVICE int output_tiles() const { return (sampler.sizes.group_outputs + kOutputs - 1) / kOutputs; }
   DCN_HOST_DEVICE int64_t blocks() const {
@@ -38,16 +38,16 @@ struct FusedForward {
     const FusedForward& k;
     Block& block;
     int64_t pixel0;                    // of this block
-    int group, output0;                // of this block, the latter within the group
+    int group, output0;                // of this block; output0 counts within the group
     int offset_groups, offset_group0;  // that the group meets
 
-    DCN_DEVICE SharedTile<S, kPieces> columns(int stage) const {
-      return {reinterpret_cast<Eight<S>*>(block.shared() + stage * kColumnBytes)};
+    DCN_DEVICE SharedTile<S, kVectors> columns(int stage) const {
+      return {reinterpret_cast<Vector8<S>*>(block.shared() + stage * kColumnBytes)};
     }
-    DCN_DEVICE SharedTile<S, kPieces> weights(int stage) const {
-      return {reinterpret_cast<Eight<S>*>(block.shared() + kStages * kColumnBytes + stage * kWeightBytes)};
+    DCN_DEVICE SharedTile<S, kVectors> weights(int stage) const {
+      return {reinterpret_cast<Vector8<S>*>(block.shared() + kStages * kColumnBytes + stage * kWeightBytes)};
     }
-    // Apart, so that neighbouring threads read neighbouring words.
+    // Weights and places of samples are kept apart, so that threads side by side read words side by side.
     DCN_DEVICE float (*sample_weights() const)[4] {
       return reinterpret_cast<float (*)[4]>(block.shared() + kOperandBytes);
     }
@@ -80,105 +80,105 @@ struct FusedForward {
     // This thread's first row of the weights, from a tap on.
     DCN_DEVICE const S* weight_row(int tap) const {
       const ConvSizes& z = k.sampler.sizes;
-      const int row = group * z.group_outputs + output0 + block.thread() / kPieces;
+      const int row = group * z.group_outputs + output0 + block.thread() / kVectors;
       return k.weight + static_cast<int64_t>(row) * z.depth + tap * z.group_channels;
     }
-    // Rows of the weights, eight pieces of them from number `first` on; those beyond the last are zeros.
+    // Starts copying eight vectors of each row of the weights, from number `first` on; zeros beyond the last.
     DCN_DEVICE void copy_weights(int stage, int first, const Order& order, const S* from) const {
       const ConvSizes& z = k.sampler.sizes;
-      const int p = block.thread() % kPieces, row0 = block.thread() / kPieces;
-      const auto [tap, piece] = order.at(first + p);
+      const int p = block.thread() % kVectors, row0 = block.thread() / kVectors;
+      const auto [tap, vector] = order.at(first + p);
       const int rows = first + p < order.count() ? z.group_outputs - output0 : 0;
-      from += 8 * (tap * order.pieces + piece);
+      from += 8 * (tap * order.vectors + vector);
       DCN_UNROLL
       for (int row = row0; row < row0 + kOutputs; row += 32, from += int64_t{32} * z.depth)
         block.copy_async(weights(stage).at(row, p), row < rows ? from : k.weight, row < rows);
       block.commit_copies();
     }
 
-    // The pieces of columns that are on their way into a stage.
+    // The corners of the vectors that a thread is loading for a stage.
     struct Corners {
-      Eight<S> v[kTogether][4];
+      Vector8<S> v[kTogether][4];
     };
 
-    // Neighbouring threads take neighbouring channels where those lie together, else neighbouring pixels.
-    DCN_DEVICE int piece_of_thread() const {
-      return k.sampler.channels_together() ? block.thread() % kPieces : block.thread() / 32;
+    // Threads side by side take channels side by side where these lie together in memory, else pixels.
+    DCN_DEVICE int vector_of_thread() const {
+      return k.sampler.channels_together() ? block.thread() % kVectors : block.thread() / 32;
     }
     DCN_DEVICE int pixel_of_thread(int i) const {
-      return 32 * i + (k.sampler.channels_together() ? block.thread() / kPieces : block.thread() % 32);
+      return 32 * i + (k.sampler.channels_together() ? block.thread() / kVectors : block.thread() % 32);
     }
-    // A piece of the columns: its sample among those of a pixel (-1 beyond the last), and its first channel.
-    struct Piece {
+    // A vector of the columns: its sample among those of a pixel (-1 beyond the last), and its first channel.
+    struct ColumnVector {
       int sample, channel;
     };
-    DCN_DEVICE Piece piece(int number, const Order& order) const {
+    DCN_DEVICE ColumnVector vector(int number, const Order& order) const {
       if (number >= order.count()) return {-1, 0};
       const ConvSizes& z = k.sampler.sizes;
-      const auto [tap, piece] = order.at(number);
-      const int channel = group * z.group_channels + 8 * piece;
+      const auto [tap, vector] = order.at(number);
+      const int channel = group * z.group_channels + 8 * vector;
       return {tap * offset_groups + channel / z.offset_group_channels - offset_group0, channel};
     }
-    DCN_DEVICE void fetch(Corners& corners, int turn, const Piece& p) const {
+    DCN_DEVICE void fetch(Corners& corners, int round, const ColumnVector& p) const {
       if (!k.sampler.channels_together()) return;
       DCN_UNROLL
       for (int i = 0; i < kTogether; ++i) {
-        const int pixel = pixel_of_thread(turn * kTogether + i);
+        const int pixel = pixel_of_thread(round * kTogether + i);
         k.sampler.fetch(corners.v[i], p.sample < 0 ? 0 : sample_places()[p.sample * kPixels + pixel], p.channel);
       }
     }
-    DCN_DEVICE void store(const Corners& corners, int stage, int turn, const Piece& p) const {
+    DCN_DEVICE void store(const Corners& corners, int stage, int round, const ColumnVector& p) const {
       DCN_UNROLL
       for (int i = 0; i < kTogether; ++i) {
-        const int pixel = pixel_of_thread(turn * kTogether + i), sample = p.sample * kPixels + pixel;
-        Eight<S> found = zeros<S>();
+        const int pixel = pixel_of_thread(round * kTogether + i), sample = p.sample * kPixels + pixel;
+        Vector8<S> found = zeros<S>();
         if (p.sample >= 0)
           found = k.sampler.channels_together()
                       ? combine(corners.v[i], sample_weights()[sample])
                       : k.sampler.interpolate_apart(sample_places()[sample], sample_weights()[sample], p.channel);
-        *columns(stage).at(pixel, piece_of_thread()) = found;
+        *columns(stage).at(pixel, vector_of_thread()) = found;
       }
     }
 
     DCN_DEVICE void add_taps(ProductSums<Shape>& sums, int tap0, int tap1) const {
-      const Order order{tap1 - tap0, k.sampler.sizes.pieces()};
-      Piece mine = piece(piece_of_thread(), order);
+      const Order order{tap1 - tap0, k.sampler.sizes.vectors()};
+      ColumnVector mine = vector(vector_of_thread(), order);
       Corners corners;
       const S* const row = weight_row(tap0);
       copy_weights(0, 0, order, row);
       DCN_KEEP_LOOP
-      for (int turn = 0; turn < kTurns; ++turn) {
-        fetch(corners, turn, mine);
-        store(corners, 0, turn, mine);
+      for (int round = 0; round < kRounds; ++round) {
+        fetch(corners, round, mine);
+        store(corners, 0, round, mine);
       }
       block.template wait_for_copies<0>();
       block.sync();
-      for (int first = 0, stage = 0; first < order.count(); first += kPieces, stage ^= 1) {
-        const bool more = first + kPieces < order.count();
+      for (int first = 0, stage = 0; first < order.count(); first += kVectors, stage ^= 1) {
+        const bool more = first + kVectors < order.count();
         if (more) {
-          copy_weights(stage ^ 1, first + kPieces, order, row);
-          mine = piece(first + kPieces + piece_of_thread(), order);
+          copy_weights(stage ^ 1, first + kVectors, order, row);
+          mine = vector(first + kVectors + vector_of_thread(), order);
         }
-        // Not unrolled: addresses of all turns at once would not fit into registers.
+        // Not unrolled: the addresses of all rounds would not fit into registers.
         DCN_KEEP_LOOP
-        for (int turn = 0; turn < kTurns; ++turn) {
-          if (more) fetch(corners, turn, mine);
+        for (int round = 0; round < kRounds; ++round) {
+          if (more) fetch(corners, round, mine);
           DCN_UNROLL
-          for (int step = 0; step < 4 / kTurns; ++step)
+          for (int step = 0; step < 4 / kRounds; ++step)
             sums.template add<Summed::kAlongRows, Summed::kAlongRows>(block, columns(stage), weights(stage),
-                                                                      turn * (4 / kTurns) + step);
-          if (more) store(corners, stage ^ 1, turn, mine);
+                                                                      round * (4 / kRounds) + step);
+          if (more) store(corners, stage ^ 1, round, mine);
         }
         block.template wait_for_copies<0>();
         block.sync();
       }
     }
 
-    // Through shared memory, so that neighbouring threads write neighbouring values, whatever the layout.
+    // By way of shared memory, so that threads side by side write values side by side in either layout.
     DCN_DEVICE void write(const ProductSums<Shape>& sums) const {
       const ConvSizes& z = k.sampler.sizes;
       const bool along_outputs = k.output.c == 1;
-      // Eight more than needed: neighbouring rows begin in other banks.
+      // Rows are eight values longer than they need be, so that the next row begins in another bank.
       const int stride = 8 + (along_outputs ? kOutputs : kPixels);
       S* const staged = reinterpret_cast<S*>(block.shared());
       if (along_outputs)
@@ -193,13 +193,13 @@ struct FusedForward {
         });
       block.sync();
       const int outputs = z.group_outputs - output0, out0 = group * z.group_outputs + output0;
-      if (along_outputs && k.whole_pieces) {
+      if (along_outputs && k.aligned_vectors) {
         for (int i = block.thread(); i < kPixels * kOutputs / 8; i += kThreads) {
           const int pixel = i / (kOutputs / 8), o = i % (kOutputs / 8) * 8;
           const TilePixel p = pixels()[pixel];
           if (p.n >= 0 && o < outputs)
-            *reinterpret_cast<Eight<S>*>(&k.output.at(p.n, out0 + o, p.y, p.x)) =
-                *reinterpret_cast<const Eight<S>*>(staged + pixel * stride + o);
+            *reinterpret_cast<Vector8<S>*>(&k.output.at(p.n, out0 + o, p.y, p.x)) =
+                *reinterpret_cast<const Vector8<S>*>(staged + pixel * stride + o);
         }
         return;
       }
@@ -219,7 +219,7 @@ struct FusedForward {
   template <typename Block>
   DCN_DEVICE void operator()(Block& block) const {
     const ConvSizes& z = sampler.sizes;
-    // Blocks of the same pixels are neighbours: they read the same input.
+    // Blocks side by side have the same pixels, and so read the same input.
     const int across = z.groups * output_tiles(), i = static_cast<int>(block.index() % across);
     const int group = i / output_tiles();
     const int first = group * z.group_channels / z.offset_group_channels;

@@ -1,4 +1,4 @@
-// Which calls the fused kernels serve; the plain ones serve all.
+// Which calls the fused kernels serve; the portable path serves all.
 #pragma once
 
 #include "../arguments.h"
@@ -7,7 +7,7 @@
 namespace dcn {
 
 // Whether eight channels of any pixel are one aligned 16-byte access.
-inline bool has_whole_pieces(const Tensor& t) {
+inline bool has_aligned_vectors(const Tensor& t) {
   if (t.stride(1) != 1 || reinterpret_cast<uintptr_t>(t.data_ptr()) % 16) return false;
   for (int d : {0, 2, 3})
     if (t.size(d) > 1 && t.stride(d) % 8) return false;
@@ -21,40 +21,41 @@ inline int64_t offset_groups_of_group(const ConvGeometry& g) {
   return offset_group % group == 0 ? 1 : group / offset_group + 2;
 }
 
-// Rows and columns of positions fit into int, with room.
+// Whether rows and columns of all positions fit into int, with room to add.
 inline bool has_int_positions(const ConvGeometry& g) {
-  constexpr int64_t most = 1 << 29;
-  return g.height < most && g.width < most && g.pad_top < most && g.pad_left < most &&
-         g.out_height * g.stride_h + g.kernel_h * g.dilation_h < most &&
-         g.out_width * g.stride_w + g.kernel_w * g.dilation_w < most && g.out_pixels() < 2 * most;
+  constexpr int64_t limit = 1 << 29;
+  return g.height < limit && g.width < limit && g.pad_top < limit && g.pad_left < limit &&
+         g.out_height * g.stride_h + g.kernel_h * g.dilation_h < limit &&
+         g.out_width * g.stride_w + g.kernel_w * g.dilation_w < limit && g.out_pixels() < 2 * limit;
 }
 
-// Half types, of which a sample reads channels in whole pieces of eight.
-inline bool can_sample_pieces(const ConvArguments& a, const ConvGeometry& g) {
+// Whether a sample reads its channels in whole vectors of eight half values.
+inline bool can_sample_vectors(const ConvArguments& a, const ConvGeometry& g) {
   const ScalarType type = a.input.scalar_type();
   return (type == ScalarType::Half || type == ScalarType::BFloat16) && g.offset_group_channels() % 8 == 0 &&
-         (a.input.stride(1) != 1 || has_whole_pieces(a.input)) && g.batch * g.out_pixels() > 0 &&
+         (a.input.stride(1) != 1 || has_aligned_vectors(a.input)) && g.batch * g.out_pixels() > 0 &&
          has_int_positions(g) && g.channels <= (1 << 24) && a.offset.size(1) <= std::numeric_limits<int>::max();
 }
 
-// Groups in whole pieces, too, and samples of a pixel that fit into shared memory.
+// Whether the fused forward serves a call: groups are whole vectors too, and a pixel's samples fit into shared memory.
 inline bool can_fuse(const ConvArguments& a, const ConvGeometry& g) {
-  return can_sample_pieces(a, g) && g.group_channels() % 8 == 0 && offset_groups_of_group(g) <= kSamplesPerPixel &&
+  return can_sample_vectors(a, g) && g.group_channels() % 8 == 0 && offset_groups_of_group(g) <= kSamplesPerPixel &&
          g.out_channels <= (1 << 24) && g.taps() * g.group_channels() <= std::numeric_limits<int>::max() / 2;
 }
 
-// A group for each channel (depthwise.h); with several outputs for each, the plain kernels.
+// Whether depthwise.h serves a call: one group and one output for each channel.
 inline bool can_fuse_depthwise(const ConvArguments& a, const ConvGeometry& g) {
-  return can_sample_pieces(a, g) && g.groups == g.channels && g.out_channels == g.channels;
+  return can_sample_vectors(a, g) && g.groups == g.channels && g.out_channels == g.channels;
 }
 
-// The backward has the index of an image's samples in memory: 2 GiB at most, beyond which the plain path cuts it up.
+// Its backward keeps the index of an image's samples in memory, which may take 2 GiB; the portable path cuts it up.
 inline bool can_fuse_depthwise_backward(const ConvGeometry& g) {
   return g.out_pixels() <= (1 << 27) / (g.offset_groups * g.taps());
 }
 
-// The backward keeps the samples of all offset groups, counts those of an image in 32 bits, and has the gradient of its
-// columns in memory: 2 GiB at most, beyond which the plain path cuts the image up.
+// Whether the fused backward serves a call that the forward serves: a block keeps the samples of all offset groups,
+// those of an image are numbered in 32 bits, and the gradient of its columns, in memory, takes at most 2 GiB. The
+// portable path cuts images up.
 inline bool can_fuse_backward(const ConvGeometry& g) {
   return g.offset_groups <= kSamplesPerPixel &&
          g.out_pixels() <= std::numeric_limits<int32_t>::max() / (g.offset_groups * g.taps()) &&
@@ -69,7 +70,7 @@ int64_t images_together(const ConvGeometry& g) {
   return std::max<int64_t>(1, std::min(fitting, countable));
 }
 
-// In the type that the tensor has; without data for one that is not asked for.
+// A view in the type that the tensor has; of nothing, if it is not wanted.
 template <typename S>
 ReadEither<S> read_either(const Tensor& t) {
   if (t.scalar_type() == ScalarType::Float) return {{}, view<const float>(t)};
@@ -84,13 +85,13 @@ WriteEither<S> write_either(const Tensor& t, bool wanted) {
 
 template <typename S>
 Sampler<S> sampler(const ConvArguments& a, const ConvGeometry& g) {
-  // Where neighbouring threads are neighbouring pixels they are to be neighbours in memory, too.
+  // Where threads side by side take pixels side by side, in NCHW, these are to lie side by side in memory.
   const int strip = a.input.stride(1) == 1 ? 8 : 1;
   return {g, ConvSizes(g, strip), view<const S>(a.input), read_either<S>(a.offset),
           a.mask ? read_either<S>(*a.mask) : ReadEither<S>{}};
 }
 
-// Weights as [O, taps, C / groups]: as they are if they are channels_last.
+// Weights as [O, taps, C / groups]; those that are channels_last are not copied.
 inline Tensor taps_first(const Tensor& weight) {
   return torch::stable::contiguous(weight, torch::headeronly::MemoryFormat::ChannelsLast);
 }

@@ -5,15 +5,15 @@
 
 namespace dcn {
 
-// Rows of `Pieces` times eight values. Piece p of a row lies where p ^ (row % 8) would: whoever reads or writes the
-// same piece of eight rows, as fragments do, meets all banks of shared memory.
-template <typename S, int Pieces>
+// Rows of `Vectors` vectors of eight values. Vector number p of a row is stored at p ^ (row % 8), so that the same
+// vector of eight successive rows, which fragments read at once, lies in different banks of shared memory.
+template <typename S, int Vectors>
 struct SharedTile {
-  Eight<S>* data;
-  DCN_DEVICE Eight<S>* at(int row, int piece) const { return data + row * Pieces + (piece ^ (row & 7)); }
+  Vector8<S>* data;
+  DCN_DEVICE Vector8<S>* at(int row, int vector) const { return data + row * Vectors + (vector ^ (row & 7)); }
 };
 
-// How an operand lies: the dimension that is summed over along the rows of the tile, or across them.
+// Whether the dimension that a product sums over lies along the rows of an operand's tile, or across them.
 enum class Summed { kAlongRows, kAcrossRows };
 
 // Eight warps share a product of [32 WarpRows, 8 TilesAcross WarpColumns]; each has 32 rows and TilesAcross tiles of
@@ -47,10 +47,10 @@ struct ProductSums {
   }
 
   // Adds terms [16 step, 16 step + 16) of the sum.
-  template <Summed A, Summed B, typename S, int PiecesA, int PiecesB, typename Block>
-  DCN_DEVICE void add(Block& block, const SharedTile<S, PiecesA>& a, const SharedTile<S, PiecesB>& b, int step) {
+  template <Summed A, Summed B, typename S, int VectorsA, int VectorsB, typename Block>
+  DCN_DEVICE void add(Block& block, const SharedTile<S, VectorsA>& a, const SharedTile<S, VectorsB>& b, int step) {
     const int row0 = Shape::first_row(block.thread()), column0 = Shape::first_column(block.thread());
-    // Which row of which of four 8x8 matrices this lane names, see CudaBlock::load_matrices.
+    // This lane names row r of number `matrix` of four 8x8 matrices: see CudaBlock::load_matrices.
     const int matrix = block.thread() % 32 / 8, r = block.thread() % 8, low = matrix & 1, high = matrix >> 1;
     uint32_t fragments[2][4];
     DCN_UNROLL

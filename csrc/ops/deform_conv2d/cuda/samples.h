@@ -1,5 +1,5 @@
-// Where a tile of output pixels reads, kept in shared memory: pixels, and for each sample four corner weights with the
-// mask in them and the place of the first corner.
+// Where a tile of output pixels reads. A sample becomes a record in shared memory: four corner weights, with the mask
+// in them, and the place of the first corner.
 #pragma once
 
 #include "../../../runtime/gpu_values.h"
@@ -10,7 +10,7 @@ namespace dcn {
 // Offsets or mask, or their gradients: float, or the type of the input.
 template <typename Half, typename Full>
 struct EitherView {
-  View<Half> half;  // of the two one has data, or none
+  View<Half> half;  // one of the two has data, or neither
   View<Full> full;
 
   DCN_DEVICE bool given() const { return half.data || full.data; }
@@ -34,15 +34,15 @@ struct TilePixel {
   int y, x;
 };
 
-// A block keeps so many samples of a pixel at a time: as many as fit into shared memory beside the operands.
+// How many samples of a pixel a block keeps at a time: what fits into shared memory beside the operands.
 constexpr int kSamplesPerPixel = 9;
 
 struct SampleRecord {
   float weight[4];  // mask * bilinear, 0 for corners that are not read
-  int64_t where;    // 16 * (place of the first corner from the start of the input) + bit c: corner c is read
+  int64_t where;    // 16 * place + bits: place of the first corner in the input; bit c is set if corner c is read
 };
 
-// What kernels ask of the geometry all the time, found once on the host: it divides, in 64 bits, for most of this.
+// Sizes that kernels ask for again and again, computed on the host: ConvGeometry would divide, in 64 bits, each time.
 struct ConvSizes {
   int taps, kernel_w, out_width;
   int groups, group_channels, group_outputs, depth;  // depth = taps * group_channels
@@ -65,22 +65,22 @@ struct ConvSizes {
         out_height(static_cast<int>(g.out_height)),
         strip(rows_of_strip) {}
 
-  DCN_HOST_DEVICE int pieces() const { return group_channels / 8; }  // of eight channels, in a group
+  DCN_HOST_DEVICE int vectors() const { return group_channels / 8; }  // of eight channels, in a group
 };
 
-// The order in which pieces of eight channels of some taps' columns are taken: so many `Together` of every tap before
-// the next ones, where a tap's pieces come in such numbers, because taps read nearly the same pixels, and those are
-// then still in the first-level cache. Else tap by tap.
+// In which order the vectors of some taps' columns are taken. Taps read nearly the same pixels, so `Together` vectors
+// of every tap come before the next ones of any: their pixels are then still in the first-level cache. Where the number
+// of a tap's vectors is no multiple of that, tap by tap.
 template <int Together>
-struct PieceOrder {
-  int taps, pieces;  // the second: of a tap
+struct VectorOrder {
+  int taps, vectors;  // how many taps, and vectors of each
 
   struct At {
-    int tap, piece;  // the tap counts from the first of them
+    int tap, vector;  // the tap counts from the first of these
   };
-  DCN_DEVICE int count() const { return taps * pieces; }
+  DCN_DEVICE int count() const { return taps * vectors; }
   DCN_DEVICE At at(int number) const {
-    if (pieces % Together) return {number / pieces, number % pieces};
+    if (vectors % Together) return {number / vectors, number % vectors};
     const int step = number / Together;
     return {step % taps, step / taps * Together + number % Together};
   }
@@ -93,8 +93,8 @@ struct Sampler {
   View<const S> input;
   ReadEither<S> offset, mask;
 
-  // Pixels are numbered in strips of some rows, within a strip column by column: those of a tile then lie close
-  // together in both directions and read the same part of the input. The last strip of an image may be lower.
+  // Pixel `number` of the batch: in strips of some rows, and column by column within a strip, so that the pixels of a
+  // tile lie close together in both directions and read the same part of the input. An image's last strip may be lower.
   DCN_DEVICE TilePixel pixel(int64_t number) const {
     if (number >= sizes.pixels) return {-1, 0, 0};
     const int64_t n = number / sizes.out_pixels;
@@ -104,7 +104,7 @@ struct Sampler {
     return {n, top + within % rows, within / rows};
   }
 
-  // As the index of samples numbers pixels (PixelRange).
+  // The same pixel's number row by row, as in a PixelRange.
   DCN_DEVICE int64_t number_by_rows(const TilePixel& p) const {
     return p.n * sizes.out_pixels + static_cast<int64_t>(p.y) * sizes.out_width + p.x;
   }
@@ -137,14 +137,15 @@ struct Sampler {
     if (read) {
       r.where = (p.n * input.n + s.y0 * input.h + s.x0 * input.w) * 16 + read;
     } else {
-      // 0; NaN for NaN positions and infinite masks, which then shows by way of the image's first pixel.
+      // Nothing is read. A NaN position or infinite mask is to show: its NaN is multiplied with the image's first
+      // pixel.
       r.weight[0] = m * s.origin();
       r.where = p.n * input.n * 16 + (r.weight[0] != 0 ? 1 : 0);
     }
     return r;
   }
 
-  // The same without weights, and with all corners on the map, as derivatives need them.
+  // As SampleRecord::where, with the bits of all corners on the map: derivatives read those without weight too.
   DCN_DEVICE int64_t place(const TilePixel& p, int plane) const {
     if (p.n < 0) return 0;
     const Sample<float, int> s = sample(p, plane);
@@ -153,15 +154,15 @@ struct Sampler {
 
   DCN_DEVICE bool channels_together() const { return input.c == 1; }
 
-  // Where corner c lies from the first one.
+  // How far corner c lies behind the first one.
   DCN_DEVICE int64_t corner_step(int c) const { return (c & 2 ? input.h : 0) + (c & 1 ? input.w : 0); }
 
-  // Eight channels, which lie together, of the four corners; zeros for those that are not read.
-  DCN_DEVICE void fetch(Eight<S> (&corners)[4], int64_t where, int channel) const {
+  // Eight channels, which lie together, of each corner; zeros for corners that are not read.
+  DCN_DEVICE void fetch(Vector8<S> (&corners)[4], int64_t where, int channel) const {
     const S* const first = input.data + (where >> 4) + channel;
     DCN_UNROLL
     for (int c = 0; c < 4; ++c)
-      corners[c] = where >> c & 1 ? *reinterpret_cast<const Eight<S>*>(first + corner_step(c)) : zeros<S>();
+      corners[c] = where >> c & 1 ? *reinterpret_cast<const Vector8<S>*>(first + corner_step(c)) : zeros<S>();
   }
 
   // sums[c] = sum over eight channels of grad * corner c, 0 for corners that are not on the map.
@@ -173,7 +174,7 @@ struct Sampler {
       if (!(where >> c & 1)) continue;
       const S* const from = first + corner_step(c);
       if (channels_together()) {
-        sums[c] = dot(grad, *reinterpret_cast<const Eight<S>*>(from));
+        sums[c] = dot(grad, *reinterpret_cast<const Vector8<S>*>(from));
       } else {
         DCN_UNROLL
         for (int i = 0; i < 8; ++i) sums[c] += grad[i] * static_cast<float>(from[i * input.c]);
@@ -181,8 +182,8 @@ struct Sampler {
     }
   }
 
-  // Eight channels that lie apart, interpolated at once.
-  DCN_DEVICE Eight<S> interpolate_apart(int64_t where, const float (&weight)[4], int channel) const {
+  // Eight channels that lie apart, interpolated at once: unlike `fetch`, it need not keep the corners.
+  DCN_DEVICE Vector8<S> interpolate_apart(int64_t where, const float (&weight)[4], int channel) const {
     const S* const first = input.data + (where >> 4) + channel * input.c;
     float sums[8];
     DCN_UNROLL
@@ -198,8 +199,8 @@ struct Sampler {
   }
 };
 
-// Writes the gradients of a sample's offset and mask. sums[c] = sum over its channels of the column's gradient times
-// corner c, which is all that they need.
+// Writes the gradients of a sample's offset and mask, which follow from sums[c] = sum over its channels of the column's
+// gradient times corner c.
 template <typename S>
 DCN_DEVICE void write_displacement_gradient(const Sampler<S>& sampler, const TilePixel& p, int plane,
                                             const float (&sums)[4], const WriteEither<S>& grad_offset,
@@ -214,7 +215,7 @@ DCN_DEVICE void write_displacement_gradient(const Sampler<S>& sampler, const Til
 }
 
 template <typename S>
-DCN_DEVICE Eight<S> combine(const Eight<S> (&corners)[4], const float (&weight)[4]) {
+DCN_DEVICE Vector8<S> combine(const Vector8<S> (&corners)[4], const float (&weight)[4]) {
   float sums[8] = {0, 0, 0, 0, 0, 0, 0, 0};
   DCN_UNROLL
   for (int c = 0; c < 4; ++c) add_scaled(sums, weight[c], corners[c]);
