@@ -1,8 +1,8 @@
 // Pooling over regions of interest: the schemas, and the CPU's implementation.
-#include "roi_pool.h"
+#include "portable.h"
 
-#include "../runtime/cpu.h"
-#include "roi_pool_cpu.h"
+#include "../../runtime/cpu.h"
+#include "cpu/backward.h"
 
 namespace dcn {
 namespace {

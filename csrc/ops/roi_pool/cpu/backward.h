@@ -2,7 +2,7 @@
 // scatter over channels, so that no thread adds to what another adds to.
 #pragma once
 
-#include "roi_rows.h"
+#include "rows.h"
 
 namespace dcn::tiles::regions {
 

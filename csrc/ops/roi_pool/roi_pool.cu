@@ -1,7 +1,7 @@
 // Pooling over regions of interest on CUDA: the portable bodies, one thread per element.
-#include "../runtime/cuda.cuh"
-#include "../runtime/kernel_log.h"
-#include "roi_pool.h"
+#include "../../runtime/cuda.cuh"
+#include "../../runtime/kernel_log.h"
+#include "portable.h"
 
 namespace dcn {
 namespace {

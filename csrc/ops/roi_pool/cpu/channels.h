@@ -4,8 +4,8 @@
 
 #include <utility>
 
-#include "image_rows.h"
-#include "roi_taps.h"
+#include "../../image_rows.h"
+#include "taps.h"
 
 namespace dcn::tiles::regions {
 

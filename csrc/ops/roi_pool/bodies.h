@@ -2,9 +2,9 @@
 // task; index i runs over its elements in any order. No torch here.
 #pragma once
 
-#include "../core/accumulate.h"
-#include "../core/roi_geometry.h"
-#include "../core/view.h"
+#include "../../core/accumulate.h"
+#include "../../core/roi_geometry.h"
+#include "../../core/view.h"
 
 namespace dcn {
 

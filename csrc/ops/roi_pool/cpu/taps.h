@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "../core/roi_geometry.h"
+#include "../../../core/roi_geometry.h"
 
 namespace dcn::tiles::regions {
 

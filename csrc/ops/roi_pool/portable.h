@@ -1,12 +1,12 @@
 // Pooling over regions of interest on any device: check, allocate, run. The three operators differ in the geometry
-// that their arguments describe; everything after that is one. The arithmetic is in roi_pool_body.h.
+// that their arguments describe; everything after that is one. The arithmetic is in bodies.h.
 #pragma once
 
 #include <algorithm>
 #include <tuple>
 
-#include "../runtime/tensor.h"
-#include "roi_pool_body.h"
+#include "../../runtime/tensor.h"
+#include "bodies.h"
 
 namespace dcn {
 

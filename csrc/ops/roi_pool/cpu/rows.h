@@ -1,8 +1,8 @@
 // Images and results of RoI pooling on the CPU as rows of channels: what a bin reads lies together.
 #pragma once
 
-#include "roi_channels.h"
-#include "roi_pool.h"
+#include "../portable.h"
+#include "channels.h"
 
 namespace dcn::tiles::regions {
 
