@@ -100,7 +100,8 @@ def huge():
     return torch.zeros(1).expand(1, 4, 2**30 + 1, 6)
 
 
-C, R, T = "ops/deform_conv2d.h", "ops/roi_pool/portable.h", "runtime/tensor.h"
+C, T = "ops/deform_conv2d.h", "runtime/tensor.h"
+R, RO = "ops/roi_pool/arguments.h", "ops/roi_pool/operator.h"
 # File, how the condition begins, a call, what the message names.
 CASES = [
     (C, "t.dim() == 4, name", lambda: conv(input=torch.zeros(4, 6, 6)), "input"),
@@ -159,7 +160,7 @@ CASES = [
     ),
     (R, "t.dim() == 4 &&", lambda: align(offset=torch.zeros(2, 2, 2, 2)), "offset"),
     (R, "t.dim() == 4 &&", lambda: align(mask=torch.zeros(3, 2, 2, 2)), "mask"),
-    (R, "grad_output.dim() == 4", lambda: align_backward(torch.zeros(3, 4, 2, 3)), "grad_output"),
+    (RO, "grad_output.dim() == 4", lambda: align_backward(torch.zeros(3, 4, 2, 3)), "grad_output"),
     (T, "t.scalar_type() == type", lambda: align_backward(torch.zeros(3, 4, 2, 2).half()), "grad_output"),
     (T, "t.device() == input.device()", lambda: align_backward(torch.zeros(3, 4, 2, 2, device="meta")), "grad_output"),
     (R, "output_size.size() == 2", lambda: align(output_size=[2]), "output_size"),

@@ -1,33 +1,5 @@
-// Pooling over regions of interest on CUDA: the portable bodies, one thread per element.
-#include "../../runtime/cuda.cuh"
-#include "../../runtime/kernel_log.h"
-#include "portable.h"
-
-namespace dcn {
-namespace {
-
-// The operator whose rule this is, as kernels_used names it.
-const char* name_of(RoiRule rule) {
-  if (rule == RoiRule::kAlign) return "deform_roi_pool";
-  return rule == RoiRule::kPart ? "deform_ps_roi_pool" : "ps_roi_pool";
-}
-
-struct CudaRoiPool {
-  static Tensor forward(const RoiArguments& a, const RoiGeometry& g) {
-    const torch::stable::accelerator::DeviceGuard guard(a.input.get_device_index());
-    note_kernel(name_of(g.rule), "plain");
-    return roi_pool_portable<Cuda>(a, g);
-  }
-  template <typename S>
-  static Tensor backward(const Tensor& grad_output, const RoiArguments& a, const RoiPlaces<Accumulate<S>>& where,
-                         int64_t needs, const PartGradients<Accumulate<S>>& parts) {
-    const torch::stable::accelerator::DeviceGuard guard(a.input.get_device_index());
-    note_kernel(std::string(name_of(where.g.rule)) + "_backward", needs & kRoiOrdered ? "plain ordered" : "plain");
-    return roi_pool_backward_portable<Cuda, S>(grad_output, a, where, needs, parts);
-  }
-};
-
-}  // namespace
-}  // namespace dcn
+// RoI pooling on CUDA.
+#include "cuda/paths.h"
+#include "operator.h"
 
 STABLE_TORCH_LIBRARY_IMPL(dcn_plugin, CUDA, m) { dcn::RoiPoolOperators<dcn::CudaRoiPool>::implement(m); }

@@ -1,72 +1,11 @@
-// Pooling over regions of interest on the CPU: vectors run over the channels of a bin, threads over regions, and in the
-// scatter over channels, so that no thread adds to what another adds to.
+// The backward of RoI pooling on the CPU.
 #pragma once
 
+#include "../arguments.h"
+#include "regions.h"
 #include "rows.h"
 
 namespace dcn::tiles::regions {
-
-// What all regions of a call share.
-template <typename A>
-struct RegionsOfCall {
-  RoiPlaces<A> where;
-  BinTable table;
-  std::vector<RoiFrame<A>> frames;  // by region
-  std::vector<int64_t> order;       // of their images; those that name none come last
-  std::vector<int64_t> starts;      // image n has order[starts[n]] to order[starts[n + 1] - 1]
-
-  explicit RegionsOfCall(const RoiPlaces<A>& places)
-      : where(places), table(places.g), frames(places.g.rois), order(places.g.rois), starts(places.g.batch + 2) {
-    const int64_t none = where.g.batch;
-    const auto image = [&](int64_t r) { return frames[r].image < 0 ? none : frames[r].image; };
-    for (int64_t r = 0; r < where.g.rois; ++r) {
-      frames[r] = where.g.frame(where.rois + 5 * r);
-      ++starts[image(r) + 1];
-    }
-    for (int64_t n = 0; n <= none; ++n) starts[n + 1] += starts[n];
-    std::vector<int64_t> next(starts);
-    for (int64_t r = 0; r < where.g.rois; ++r) order[next[image(r)]++] = r;
-  }
-
-  // Calls f(class, bin, its taps, where it lies) for the bins of a region.
-  template <typename F>
-  DCN_HOST_DEVICE void for_each_bin(const RegionTaps<A>& taps, const F& f) const {
-    for (int64_t bin = 0; bin < where.g.bins(); ++bin)
-      for (int64_t c = 0; c < where.g.classes; ++c) f(c, bin, taps.bin(c, bin, table.bins[bin]), table.bins[bin]);
-  }
-};
-
-template <typename A>
-struct FindTaps {
-  const RegionsOfCall<A>& regions;
-  int64_t r;
-  RegionTaps<A>& taps;
-  DCN_HOST_DEVICE void operator()() const { taps.find(regions.where, regions.table, regions.frames[r], r); }
-};
-
-// pooled[bin, d] = mask * mean of the bin's samples, for one region.
-template <typename A>
-struct PoolRegion {
-  const RegionsOfCall<A>& regions;
-  int64_t r;
-  CellRows<const A> rows;  // of its image
-  RegionTaps<A>& taps;
-  PooledRows<A> pooled;
-
-  DCN_HOST_DEVICE void operator()() const {
-    const RoiPlaces<A>& where = regions.where;
-    const int64_t count = where.g.class_outputs();
-    taps.find(where, regions.table, regions.frames[r], r);
-    regions.for_each_bin(
-        taps, [&](int64_t c, int64_t index, const BinTaps<A>& bin, const BinTable::Entry& entry) DCN_INLINE_LAMBDA {
-          A* const sums = pooled.at(index) + c * count;
-          sum_pixels(bin, rows.at(entry.cell) + c * count, rows.h, rows.w, count, sums,
-                     where.modulation(r, c, entry.part) * bin.share());
-          if (bin.value_origin() != 0)
-            for (int64_t d = 0; d < count; ++d) sums[d] = bin.value_origin();
-        });
-  }
-};
 
 // The adjoint of PoolRegion, for the channels [first, last) of the rows.
 template <typename A>
@@ -124,60 +63,6 @@ struct RegionPartGradient {
         });
   }
 };
-
-// Maps as rows of channels: where they lie, if they lie so, else in a buffer that holds `held` of them.
-template <typename S>
-bool is_cells(const RoiGeometry& g, const Tensor& t) {
-  return g.groups == 1 && is_rows<S>(t);
-}
-
-template <typename S, typename A>
-CellRows<A> rows_in_place(const View<S>& images, int64_t image) {
-  return {reinterpret_cast<A*>(images.data) + image * images.n, images.n, 0, images.h, images.w};
-}
-
-template <typename S>
-CellRows<const Accumulate<S>> input_cells(const RoiGeometry& g, bool direct, const View<const S>& input, int64_t image,
-                                          int64_t images, const Tensor& buffer) {
-  using A = Accumulate<S>;
-  if (direct) return rows_in_place<const S, const A>(input, image);
-  const CellRows<A> rows = dense_cells(g, static_cast<A*>(buffer.data_ptr()));
-  transpose_cells<Turn::kToRows>(g, input, image, images, rows);
-  return {rows.data, rows.n, rows.cell, rows.h, rows.w};
-}
-
-template <typename S>
-void roi_forward(const RoiArguments& a, const RoiPlaces<Accumulate<S>>& where, const Tensor& output) {
-  using A = Accumulate<S>;
-  const RoiGeometry& g = where.g;
-  const RegionsOfCall<A> regions(where);
-  const View<const S> input = view<const S>(a.input);
-  const View<S> out = view<S>(output);
-  const ImageSize size{g.channels, g.height, g.width};
-  const bool direct = is_cells<S>(g, a.input), direct_output = is_pooled_rows<S>(g, output);
-  const int64_t stride = direct_output ? g.outputs : pooled_stride(g);
-  const int64_t held = direct ? g.batch : images_at_a_time<A>(size, g.batch);
-  const Tensor buffer = torch::stable::new_empty(a.input, {direct ? 0 : held * size.elements()}, scalar_type_of<A>());
-  for (int64_t image = 0; image < g.batch; image += held) {
-    const int64_t images = std::min(held, g.batch - image);
-    const int64_t begin = regions.starts[image], end = regions.starts[image + images];
-    if (begin == end) continue;
-    const CellRows<const A> rows = input_cells(g, direct, input, image, images, buffer);
-    torch::stable::parallel_for(begin, end, 1, [&](int64_t first, int64_t last) {
-      RegionTaps<A> taps;
-      A* const scratch = thread_scratch<A, 0>(direct_output ? 0 : g.bins() * stride);
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t r = regions.order[i];
-        const PooledRows<A> pooled{direct_output ? reinterpret_cast<A*>(&out.at(r, 0, 0, 0)) : scratch, stride};
-        run_vectorised(PoolRegion<A>{regions, r, rows.of(regions.frames[r].image - image), taps, pooled});
-        if (!direct_output) transpose_region<Turn::kFromRows>(g, out, r, 0, g.outputs, pooled);
-      }
-    });
-  }
-  std::vector<A> refused(g.outputs * g.bins(), static_cast<A>(NAN));
-  for (int64_t i = regions.starts[g.batch]; i < g.rois; ++i)
-    transpose_region<Turn::kFromRows>(g, out, regions.order[i], 0, g.outputs, PooledRows<A>{refused.data(), g.outputs});
-}
 
 // The gradient of a region's result as rows, and where its bins read.
 template <typename S>

@@ -1,7 +1,7 @@
 // Images and results of RoI pooling on the CPU as rows of channels: what a bin reads lies together.
 #pragma once
 
-#include "../portable.h"
+#include "../arguments.h"
 #include "channels.h"
 
 namespace dcn::tiles::regions {
@@ -126,6 +126,27 @@ void transpose_region(const RoiGeometry& g, const View<S>& result, int64_t r, in
   for (int64_t y = 0; y < lines; ++y)
     run_vectorised(TransposePlanes<Direction, A, S>{&result.at(r, first, y, 0), result.c, result.w, last - first,
                                                     length, rows.at(y * length) + first, rows.stride});
+}
+
+// Maps as rows of channels: where they lie, if they lie so, else in a buffer that holds `held` of them.
+template <typename S>
+bool is_cells(const RoiGeometry& g, const Tensor& t) {
+  return g.groups == 1 && is_rows<S>(t);
+}
+
+template <typename S, typename A>
+CellRows<A> rows_in_place(const View<S>& images, int64_t image) {
+  return {reinterpret_cast<A*>(images.data) + image * images.n, images.n, 0, images.h, images.w};
+}
+
+template <typename S>
+CellRows<const Accumulate<S>> input_cells(const RoiGeometry& g, bool direct, const View<const S>& input, int64_t image,
+                                          int64_t images, const Tensor& buffer) {
+  using A = Accumulate<S>;
+  if (direct) return rows_in_place<const S, const A>(input, image);
+  const CellRows<A> rows = dense_cells(g, static_cast<A*>(buffer.data_ptr()));
+  transpose_cells<Turn::kToRows>(g, input, image, images, rows);
+  return {rows.data, rows.n, rows.cell, rows.h, rows.w};
 }
 
 }  // namespace dcn::tiles::regions
