@@ -6,7 +6,7 @@
 
 #include "cuda.cuh"
 #include "gpu_values.h"
-#include "kernel_choice.h"
+#include "kernels.h"
 
 namespace dcn {
 

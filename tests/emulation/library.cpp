@@ -1,9 +1,10 @@
 // The GPU's operators on CPU tensors: everything of csrc/ops/deform_conv2d_cuda but CUDA itself, in an emulated block
 // of threads. Compiled and loaded by the tests.
 #include "block.h"
-#include "ops/deform_conv2d_cuda/operator.h"
+#include "ops/deform_conv2d/cuda/paths.h"
+#include "ops/deform_conv2d/operator.h"
 #include "runtime/cpu.h"
-#include "runtime/kernel_choice.h"
+#include "runtime/kernels.h"
 
 namespace emulation {
 

@@ -13,7 +13,7 @@ import torch
 OPS = torch.ops.dcn_plugin
 SOURCE = Path(__file__).resolve().parents[2] / "csrc"
 # Read by the CUDA operators alone; tests/ops/test_emulated_cuda.py has its error.
-CUDA_ONLY = ("runtime/kernel_choice.h",)
+CUDA_ONLY = ("runtime/kernels.h",)
 CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
@@ -34,7 +34,7 @@ def checks():
     found = []
     for path in sorted([*SOURCE.rglob("*.h"), *SOURCE.rglob("*.cpp")]):
         file = str(path.relative_to(SOURCE))
-        if file in CUDA_ONLY or "_cuda/" in file or "/cuda/" in file:
+        if file in CUDA_ONLY or "/cuda/" in file:
             continue
         text = path.read_text()
         for match in re.finditer(r"(?<!void )\bcheck\(", text):
@@ -100,8 +100,9 @@ def huge():
     return torch.zeros(1).expand(1, 4, 2**30 + 1, 6)
 
 
-C, T = "ops/deform_conv2d.h", "runtime/tensor.h"
-R, RO = "ops/roi_pool/arguments.h", "ops/roi_pool/operator.h"
+T = "runtime/tensor.h"
+C, O, P = (f"ops/deform_conv2d/{name}.h" for name in ("arguments", "operator", "portable"))
+R, RO = (f"ops/roi_pool/{name}.h" for name in ("arguments", "operator"))
 # File, how the condition begins, a call, what the message names.
 CASES = [
     (C, "t.dim() == 4, name", lambda: conv(input=torch.zeros(4, 6, 6)), "input"),
@@ -134,8 +135,8 @@ CASES = [
         (T, "t.device() == input.device()", lambda name=name: conv(**{name: CONV[name].to("meta")}), name)
         for name in ("weight", "bias", "offset", "mask")
     ),
-    (C, "countable > 0", too_many_samples, "offset"),
-    (C, "grad_output.dim() == 4", lambda: conv_backward(torch.zeros(2, 6, 4, 3)), "grad_output"),
+    (P, "countable > 0", too_many_samples, "offset"),
+    (O, "grad_output.dim() == 4", lambda: conv_backward(torch.zeros(2, 6, 4, 3)), "grad_output"),
     (T, "t.scalar_type() == type", lambda: conv_backward(torch.zeros(2, 6, 4, 4).half()), "grad_output"),
     (T, "t.device() == input.device()", lambda: conv_backward(torch.zeros(2, 6, 4, 4, device="meta")), "grad_output"),
     (R, "a.input.dim() == 4", lambda: align(input=torch.zeros(4, 6, 6)), "input"),

@@ -35,7 +35,7 @@ def test_two_threads_at_one_element():
     assert reports() == ""
     # There elements are no tasks: those are taken by whoever is free. Its end untold, the next call packs weights that
     # the last still reads, as far as can be known. Comes last, since nothing that follows would be ordered.
-    untold = "csrc/ops/deform_conv2d_cpu/forward.h"
+    untold = "csrc/ops/deform_conv2d/cpu/forward.h"
     for place in sorted(found, key=lambda place: place.startswith(untold)):
         loop, problem = found[place]
         fault = UNTOLD if place.startswith(untold) else OVERLAP

@@ -4,7 +4,7 @@
 
 #include <utility>
 
-#include "../../image_rows.h"
+#include "../../../runtime/cpu_rows.h"
 #include "taps.h"
 
 namespace dcn::tiles::regions {

@@ -2,13 +2,13 @@
 #pragma once
 
 #include "../../../runtime/cuda.cuh"
-#include "../../../runtime/kernel_log.h"
+#include "../../../runtime/kernels.h"
 #include "../portable.h"
 
 namespace dcn {
 
 // The operator whose rule this is, as kernels_used names it.
-const char* name_of(RoiRule rule) {
+inline const char* name_of(RoiRule rule) {
   if (rule == RoiRule::kAlign) return "deform_roi_pool";
   return rule == RoiRule::kPart ? "deform_ps_roi_pool" : "ps_roi_pool";
 }

@@ -1,12 +1,24 @@
-// Which kernel served an operator last, for tests, benchmarks and people who wonder (dcn_plugin.ops.kernels_used).
+// Which kernels may serve a call, and which one served an operator last.
 #pragma once
 
+#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <sstream>
 #include <string>
 
+#include "tensor.h"
+
 namespace dcn {
+
+// The fused kernels have not run on a GPU yet, so they are not the default.
+inline bool wants_fused_kernels() {
+  const char* const given = std::getenv("DCN_PLUGIN_CUDA_KERNELS");
+  const std::string choice = given && *given ? given : "plain";
+  check(choice == "plain" || choice == "fused", "DCN_PLUGIN_CUDA_KERNELS must be 'plain' or 'fused', got '", choice,
+        "'");
+  return choice == "fused";
+}
 
 struct KernelLog {
   std::mutex mutex;

@@ -1,7 +1,7 @@
 // Products of tiles in shared memory on tensor cores: half operands, float sums in registers.
 #pragma once
 
-#include "../../runtime/gpu_values.h"
+#include "../../../runtime/gpu_values.h"
 
 namespace dcn {
 

@@ -1,5 +1,5 @@
 // The switch between the paths on the CPU, for tests: returns what was set before.
-#include "../runtime/cpu.h"
+#include "cpu.h"
 
 namespace dcn {
 namespace {

@@ -3,8 +3,8 @@
 // much as reading eight channels of it. What is summed stays in registers, in float and in a fixed order.
 #pragma once
 
-#include "../../runtime/gpu_values.h"
-#include "../deform_conv2d_index.h"
+#include "../../../runtime/gpu_values.h"
+#include "../index.h"
 #include "samples.h"
 
 namespace dcn {

@@ -1,10 +1,10 @@
 // Which samples read a pixel of the input: an inverted index, so that the gradient of the input is gathered in a fixed
 // order and nothing is added atomically. It is a counting sort of samples by the cell they lie in: count, running sum
-// (torch's), fill, sort each cell. Bodies as in deform_conv2d_body.h; build_input_index (deform_conv2d.h) runs them.
+// (torch's), fill, sort each cell. Bodies as in bodies.h; build_input_index (portable.h) runs them.
 #pragma once
 
-#include "../core/accumulate.h"
-#include "deform_conv2d_body.h"
+#include "../../core/accumulate.h"
+#include "bodies.h"
 
 namespace dcn {
 

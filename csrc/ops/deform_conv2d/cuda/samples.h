@@ -2,8 +2,8 @@
 // mask in them and the place of the first corner.
 #pragma once
 
-#include "../../runtime/gpu_values.h"
-#include "../deform_conv2d_body.h"
+#include "../../../runtime/gpu_values.h"
+#include "../bodies.h"
 
 namespace dcn {
 

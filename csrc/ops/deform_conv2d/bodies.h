@@ -3,8 +3,8 @@
 // proves the arithmetic of the GPU.
 #pragma once
 
-#include "../core/geometry.h"
-#include "../core/view.h"
+#include "../../core/conv_geometry.h"
+#include "../../core/view.h"
 
 namespace dcn {
 

@@ -1,6 +1,6 @@
 // Says which kernels ran; dcn_plugin.ops.kernels_used asks.
-#include "../runtime/kernel_log.h"
-#include "../runtime/tensor.h"
+#include "kernels.h"
+#include "tensor.h"
 
 namespace {
 std::string cuda_kernels_used() { return dcn::kernels_used(); }

@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "../deform_conv2d.h"
-#include "../image_rows.h"
+#include "../../../runtime/cpu_rows.h"
+#include "../arguments.h"
 
 namespace dcn::tiles {
 

@@ -1,7 +1,8 @@
 // Host side of depthwise.h: which bodies run over what, and the memory in between.
 #pragma once
 
-#include "../../runtime/kernel_log.h"
+#include "../../../runtime/kernels.h"
+#include "../portable.h"
 #include "depthwise.h"
 #include "plan.h"
 #include "weight_gradient.h"

@@ -1,12 +1,12 @@
-// Deformable convolution: the schemas, and the CPU's implementation.
-#include "deform_conv2d.h"
+// Deformable convolution on the CPU: the tuned path where it may run and serves the call, else the portable one.
+#pragma once
 
-#include "../runtime/cpu.h"
-#include "deform_conv2d_cpu/backward.h"
-#include "deform_conv2d_cpu/forward.h"
+#include "../../../runtime/cpu.h"
+#include "../portable.h"
+#include "backward.h"
+#include "forward.h"
 
 namespace dcn {
-namespace {
 
 struct CpuDeformConv2d {
   static Tensor forward(const ConvArguments& a, const ConvGeometry& g) {
@@ -31,19 +31,4 @@ struct CpuDeformConv2d {
   }
 };
 
-}  // namespace
 }  // namespace dcn
-
-STABLE_TORCH_LIBRARY_FRAGMENT(dcn_plugin, m) {
-  m.def(
-      "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias, Tensor? mask, SymInt[] stride, "
-      "SymInt[] padding, SymInt[] dilation) -> Tensor");
-  m.def(
-      "deform_conv2d_backward(Tensor grad_output, Tensor input, Tensor offset, Tensor weight, Tensor? mask, "
-      "SymInt[] stride, SymInt[] padding, SymInt[] dilation, int needs) -> (Tensor, Tensor, Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(dcn_plugin, CPU, m) {
-  m.impl("deform_conv2d", TORCH_BOX(&dcn::deform_conv2d<dcn::CpuDeformConv2d>));
-  m.impl("deform_conv2d_backward", TORCH_BOX(&dcn::deform_conv2d_backward<dcn::CpuDeformConv2d>));
-}

@@ -2,8 +2,8 @@
 // index.
 #pragma once
 
-#include "../../runtime/gpu_values.h"
-#include "../deform_conv2d_index.h"
+#include "../../../runtime/gpu_values.h"
+#include "../index.h"
 
 namespace dcn {
 

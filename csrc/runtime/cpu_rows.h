@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "../core/view.h"
-#include "../runtime/cpu.h"
+#include "cpu.h"
 
 namespace dcn::tiles {
 

@@ -1,7 +1,7 @@
 // Deformable convolution on the CPU: weights of any layout brought into panels, and their gradients back.
 #pragma once
 
-#include "../../runtime/cpu_product.h"
+#include "../../../runtime/cpu_product.h"
 #include "plan.h"
 
 namespace dcn::tiles {

@@ -2,9 +2,10 @@
 // `Device` is CUDA, or the tests' emulation of it.
 #pragma once
 
-#include "../../runtime/kernel_log.h"
+#include "../../../runtime/kernels.h"
+#include "../portable.h"
 #include "column_gradient.h"
-#include "depthwise_operator.h"
+#include "depthwise_path.h"
 #include "forward.h"
 #include "input_gradient.h"
 #include "plan.h"

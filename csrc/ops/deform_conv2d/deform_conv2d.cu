@@ -1,6 +1,7 @@
 // Deformable convolution on CUDA.
-#include "../runtime/cuda_block.cuh"
-#include "deform_conv2d_cuda/operator.h"
+#include "../../runtime/cuda_block.cuh"
+#include "cuda/paths.h"
+#include "operator.h"
 
 STABLE_TORCH_LIBRARY_IMPL(dcn_plugin, CUDA, m) {
   using Implementation = dcn::GpuDeformConv2d<dcn::CudaBlocks>;

@@ -1,7 +1,7 @@
 // Which calls the fused kernels serve; the plain ones serve all.
 #pragma once
 
-#include "../deform_conv2d.h"
+#include "../arguments.h"
 #include "samples.h"
 
 namespace dcn {
