@@ -1,21 +1,22 @@
-// Pooling over regions of interest, element by element: the arithmetic that CPU and CUDA share. Each struct is one
-// task; index i runs over its elements in any order. No torch here.
+// RoI pooling, element by element: the arithmetic that CPU and CUDA share. Each struct is one task; index i runs over
+// its elements in any order. No torch here: host and device compile the same source. `A` is the accumulator type, `S`
+// the type that the maps are stored in.
 #pragma once
 
 #include "../../core/accumulate.h"
-#include "../../core/roi_geometry.h"
+#include "../../core/roi_positions.h"
 #include "../../core/view.h"
 
 namespace dcn {
 
-// Whether a step along the channels is shorter in memory than one along a row. Elements then follow the channels, so
-// that threads side by side read side by side.
+// Whether neighbours along the channels lie closer in memory than neighbours along a row. Elements then follow the
+// channels, so that neighbouring threads read neighbouring values.
 template <typename S>
 DCN_HOST_DEVICE bool is_by_channel(const View<S>& v) {
   return v.c < v.w;
 }
 
-// Number i of the result, [R, D, P_h, P_w], or [R, P_h, P_w, D] by channel. Its output d belongs to class c.
+// Element i of the result: [R, D, P_h, P_w] in that order, or by channel [R, P_h, P_w, D]. Output d is of class c.
 struct PooledElement {
   int64_t r, d, c, y, x;
   DCN_HOST_DEVICE PooledElement(const RoiGeometry& g, bool by_channel, int64_t i) {
@@ -32,46 +33,45 @@ struct PooledElement {
 // output[r, d, bin] = mask * mean of the bin's samples
 template <typename A, typename S>
 struct PoolBins {
-  RoiPlaces<A> where;
+  Regions<A> regions;
   View<const S> input;
   View<S> output;
 
-  DCN_HOST_DEVICE int64_t size() const { return where.g.rois * where.g.outputs * where.g.bins(); }
+  DCN_HOST_DEVICE int64_t size() const { return regions.g.rois * regions.g.outputs * regions.g.bins(); }
   DCN_HOST_DEVICE void operator()(int64_t i) const {
-    const RoiGeometry& g = where.g;
+    const RoiGeometry& g = regions.g;
     const PooledElement e(g, is_by_channel(input), i);
-    const RoiBin<A> bin = where.bin(g.frame(where.rois + 5 * e.r), e.r, e.c, e.y, e.x);
+    const RoiBin<A> bin = regions.bin(regions.frame(e.r), e.r, e.c, e.y, e.x);
     if (bin.image < 0) {
       output.at(e.r, e.d, e.y, e.x) = static_cast<S>(static_cast<A>(NAN));
       return;
     }
     const int64_t channel = g.channel(e.d, bin.cell);
     A sum = 0;
-    for_each_sample(g, bin, [&](const Sample<A>& s, bool, bool) {
+    for_each_sample(bin, [&](const Sample<A>& s, bool, bool) {
       sum += interpolate(
           s, [&](int64_t row, int64_t column) { return static_cast<A>(input.at(bin.image, channel, row, column)); });
     });
-    output.at(e.r, e.d, e.y, e.x) = static_cast<S>(where.modulation(e.r, e.c, e.y, e.x) * (sum * bin.share));
+    output.at(e.r, e.d, e.y, e.x) = static_cast<S>(bin.mask * (sum * bin.inverse_count));
   }
 };
 
-// grad_input[image, channel, corner] += weight * mask * share * grad_output: the adjoint of PoolBins.
+// The adjoint of PoolBins: grad_input[image, channel, corner] += weight * mask / samples * grad_output[r, d, bin]
 template <typename A, typename S>
 struct ScatterBins {
-  RoiPlaces<A> where;
+  Regions<A> regions;
   View<const S> grad_output;
   View<A> grad_input;
 
-  DCN_HOST_DEVICE int64_t size() const { return where.g.rois * where.g.outputs * where.g.bins(); }
+  DCN_HOST_DEVICE int64_t size() const { return regions.g.rois * regions.g.outputs * regions.g.bins(); }
   DCN_HOST_DEVICE void operator()(int64_t i) const {
-    const RoiGeometry& g = where.g;
+    const RoiGeometry& g = regions.g;
     const PooledElement e(g, is_by_channel(grad_input), i);
-    const RoiBin<A> bin = where.bin(g.frame(where.rois + 5 * e.r), e.r, e.c, e.y, e.x);
+    const RoiBin<A> bin = regions.bin(regions.frame(e.r), e.r, e.c, e.y, e.x);
     if (bin.image < 0) return;
     const int64_t channel = g.channel(e.d, bin.cell);
-    const A grad =
-        static_cast<A>(grad_output.at(e.r, e.d, e.y, e.x)) * where.modulation(e.r, e.c, e.y, e.x) * bin.share;
-    for_each_sample(g, bin, [&](const Sample<A>& s, bool, bool) {
+    const A grad = static_cast<A>(grad_output.at(e.r, e.d, e.y, e.x)) * bin.mask * bin.inverse_count;
+    for_each_sample(bin, [&](const Sample<A>& s, bool, bool) {
       for (int corner = 0; corner < 4; ++corner) {
         const A w = s.weight(corner);
         if (s.has(corner) && w != 0)
@@ -81,92 +81,90 @@ struct ScatterBins {
   }
 };
 
-// Sums of one bin for the gradients of its offset and mask.
+// Sums over the samples of a bin, or over the bins of a part, that become the gradients of offset and mask.
 template <typename A>
-struct BinGradient {
+struct PartSums {
   A value = 0, dy = 0, dx = 0;
-
-  // One sample's value and derivatives, each already summed with the output's gradient over channels.
-  DCN_HOST_DEVICE void add(const Gradient<A>& s, bool y_moves, bool x_moves) {
-    value += s.value;
-    if (y_moves) dy += s.dy;
-    if (x_moves) dx += s.dx;
-  }
 };
 
-// What a slice of the outputs of a class adds to the gradients of offset and mask: sums over the bins of a part and
-// over the outputs slice, slice + slices, ... One element: a slice, and a part of a class of a region.
+// These sums for some outputs of a class: slice s of `slices` has the outputs s, s + slices, s + 2 slices, ... of it.
+// One element: a slice, and a part of a class of a region.
 template <typename A, typename S>
 struct PartGradient {
-  RoiPlaces<A> where;
+  Regions<A> regions;
   View<const S> input, grad_output;
   int64_t slices;
-  BinGradient<A>* sums;  // [slices, R, classes, parts]
+  PartSums<A>* sums;  // [slices, R, classes, parts]
 
-  DCN_HOST_DEVICE int64_t places() const { return where.g.rois * where.g.classes * where.g.parts(); }
+  DCN_HOST_DEVICE int64_t places() const { return regions.g.rois * regions.g.classes * regions.g.parts(); }
   DCN_HOST_DEVICE int64_t size() const { return slices * places(); }
   DCN_HOST_DEVICE void operator()(int64_t i) const {
-    const RoiGeometry& g = where.g;
+    const RoiGeometry& g = regions.g;
     const bool by_channel = is_by_channel(input);
     const int64_t slice = by_channel ? i % slices : i / places(), place = by_channel ? i / slices : i % places();
     const int64_t part = place % g.parts(), c = place / g.parts() % g.classes, r = place / g.parts() / g.classes;
     const int64_t part_y = part / g.part_width, part_x = part % g.part_width;
-    const RoiFrame<A> frame = g.frame(where.rois + 5 * r);
-    BinGradient<A> total;
+    const RoiFrame<A> frame = regions.frame(r);
+    PartSums<A> total;
     for (int64_t y = g.first_bin(part_y, 0); y < g.first_bin(part_y + 1, 0); ++y)
       for (int64_t x = g.first_bin(part_x, 1); x < g.first_bin(part_x + 1, 1); ++x) {
-        const RoiBin<A> bin = where.bin(frame, r, c, y, x);
-        const A m = where.modulation(r, c, y, x);
-        BinGradient<A> sum;
-        if (bin.image < 0) {
-          sum = {A(NAN), A(NAN), A(NAN)};
-        } else {
-          for_each_sample(g, bin, [&](const Sample<A>& s, bool y_moves, bool x_moves) {
-            Gradient<A> all{0, 0, 0};
-            for (int64_t d = c * g.class_outputs() + slice; d < (c + 1) * g.class_outputs(); d += slices) {
-              const int64_t channel = g.channel(d, bin.cell);
-              const A grad = static_cast<A>(grad_output.at(r, d, y, x));
-              const Gradient<A> one = interpolate_gradient(s, [&](int64_t row, int64_t column) {
-                return static_cast<A>(input.at(bin.image, channel, row, column));
-              });
-              all.value += grad * one.value;
-              all.dy += grad * one.dy;
-              all.dx += grad * one.dx;
-            }
-            sum.add(all, y_moves, x_moves);
-          });
-          sum.value *= bin.share;
-          sum.dy *= bin.share * bin.size_y;
-          sum.dx *= bin.share * bin.size_x;
-        }
+        const RoiBin<A> bin = regions.bin(frame, r, c, y, x);
+        const PartSums<A> sum = of_bin(bin, r, c, slice, y, x);
         total.value += sum.value;
-        total.dy += m * sum.dy;
-        total.dx += m * sum.dx;
+        total.dy += bin.mask * sum.dy;
+        total.dx += bin.mask * sum.dx;
       }
     sums[slice * places() + place] = total;
   }
+
+ private:
+  DCN_HOST_DEVICE PartSums<A> of_bin(const RoiBin<A>& bin, int64_t r, int64_t c, int64_t slice, int64_t y,
+                                     int64_t x) const {
+    if (bin.image < 0) return {A(NAN), A(NAN), A(NAN)};
+    const RoiGeometry& g = regions.g;
+    PartSums<A> sum;
+    for_each_sample(bin, [&](const Sample<A>& s, bool y_varies, bool x_varies) {
+      Gradient<A> all{0, 0, 0};  // times grad_output, summed over the slice's outputs
+      for (int64_t d = c * g.class_outputs() + slice; d < (c + 1) * g.class_outputs(); d += slices) {
+        const int64_t channel = g.channel(d, bin.cell);
+        const A grad = static_cast<A>(grad_output.at(r, d, y, x));
+        const Gradient<A> one = interpolate_gradient(
+            s, [&](int64_t row, int64_t column) { return static_cast<A>(input.at(bin.image, channel, row, column)); });
+        all.value += grad * one.value;
+        all.dy += grad * one.dy;
+        all.dx += grad * one.dx;
+      }
+      sum.value += all.value;
+      if (y_varies) sum.dy += all.dy;
+      if (x_varies) sum.dx += all.dx;
+    });
+    sum.value *= bin.inverse_count;
+    sum.dy *= bin.inverse_count * bin.size_y;
+    sum.dx *= bin.inverse_count * bin.size_x;
+    return sum;
+  }
 };
 
-// Gradients of offset and mask [R, (2) classes, parts] from their slices. One element: a part of a class of a region.
+// The gradients of offset and mask: the sums of their slices. One element: a part of a class of a region.
 template <typename A>
 struct AddSlices {
   int64_t places, parts, slices;
-  const BinGradient<A>* sums;
-  A *grad_offset, *grad_mask;  // dense; either may be null
+  const PartSums<A>* sums;     // [slices, R, classes, parts]
+  A *grad_offset, *grad_mask;  // [R, 2 classes, parts], [R, classes, parts]; either may be null
 
   DCN_HOST_DEVICE int64_t size() const { return places; }
   DCN_HOST_DEVICE void operator()(int64_t i) const {
-    BinGradient<A> total;
+    PartSums<A> total;
     for (int64_t slice = 0; slice < slices; ++slice) {
-      const BinGradient<A> sum = sums[slice * places + i];
+      const PartSums<A> sum = sums[slice * places + i];
       total.value += sum.value;
       total.dy += sum.dy;
       total.dx += sum.dx;
     }
     if (grad_offset) {
-      A* const both = grad_offset + i / parts * 2 * parts + i % parts;
-      both[0] = total.dy;
-      both[parts] = total.dx;
+      A* const planes = grad_offset + i / parts * 2 * parts + i % parts;
+      planes[0] = total.dy;
+      planes[parts] = total.dx;
     }
     if (grad_mask) grad_mask[i] = total.value;
   }

@@ -1,4 +1,6 @@
-// The backward of RoI pooling on the CPU.
+// The backward of RoI pooling on the CPU: vectors run over the channels of a bin. For the gradients of offset and mask
+// threads share out the regions. For that of the input they share out the channels, since regions overlap: no thread
+// adds to what another adds to.
 #pragma once
 
 #include "../arguments.h"
@@ -7,26 +9,27 @@
 
 namespace dcn::tiles::regions {
 
-// The adjoint of PoolRegion, for the channels [first, last) of the rows.
+// The adjoint of PoolRegion, for some channels of the rows.
 template <typename A>
 struct ScatterRegion {
-  const RegionsOfCall<A>& regions;
+  const RegionsByImage<A>& all;
   int64_t r;
-  CellRows<A> rows;
+  CellRows<A> rows;  // of its image
   const RegionTaps<A>& taps;
   PooledRows<const A> grad;
-  int64_t first, last;
+  Span channels;
 
   DCN_HOST_DEVICE void operator()() const {
-    const RoiPlaces<A>& where = regions.where;
-    const int64_t count = where.g.class_outputs();
-    regions.for_each_bin(
+    const Regions<A>& regions = all.regions;
+    const int64_t count = regions.g.class_outputs();
+    all.for_each_bin(
         taps, [&](int64_t c, int64_t index, const BinTaps<A>& bin, const BinTable::Entry& entry) DCN_INLINE_LAMBDA {
-          const int64_t start = entry.cell * where.g.outputs + c * count, end = start + count;
-          const int64_t from = (start > first ? start : first) - start, to = (end < last ? end : last) - start;
+          const int64_t start = entry.cell * regions.g.outputs + c * count, end = start + count;
+          const int64_t from = (start > channels.first ? start : channels.first) - start,
+                        to = (end < channels.last ? end : channels.last) - start;
           if (from >= to) return;
           scatter_pixels(bin, rows.at(entry.cell) + c * count + from, rows.h, rows.w, to - from,
-                         grad.at(index) + c * count + from, where.modulation(r, c, entry.part) * bin.share());
+                         grad.at(index) + c * count + from, regions.modulation(r, c, entry.part) * bin.inverse_count());
         });
   }
 };
@@ -34,7 +37,7 @@ struct ScatterRegion {
 // Gradients of a region's offset and mask.
 template <typename A>
 struct RegionPartGradient {
-  const RegionsOfCall<A>& regions;
+  const RegionsByImage<A>& all;
   int64_t r;
   CellRows<const A> rows;
   const RegionTaps<A>& taps;
@@ -42,48 +45,48 @@ struct RegionPartGradient {
   A *grad_offset, *grad_mask;  // of all regions; either may be null
 
   DCN_HOST_DEVICE void operator()() const {
-    const RoiPlaces<A>& where = regions.where;
-    const RoiGeometry& g = where.g;
+    const Regions<A>& regions = all.regions;
+    const RoiGeometry& g = regions.g;
     const int64_t count = g.class_outputs(), parts = g.parts();
     A* const offsets = grad_offset ? grad_offset + 2 * r * g.classes * parts : nullptr;
     A* const masks = grad_mask ? grad_mask + r * g.classes * parts : nullptr;
     for (int64_t i = 0; offsets && i < 2 * g.classes * parts; ++i) offsets[i] = 0;
     for (int64_t i = 0; masks && i < g.classes * parts; ++i) masks[i] = 0;
-    const A size_y = where.size(regions.frames[r], 0), size_x = where.size(regions.frames[r], 1);
-    regions.for_each_bin(
+    const A size_y = regions.size(all.frames[r], 0), size_x = regions.size(all.frames[r], 1);
+    all.for_each_bin(
         taps, [&](int64_t c, int64_t index, const BinTaps<A>& bin, const BinTable::Entry& entry) DCN_INLINE_LAMBDA {
           const Gradient<A> sum =
               bin_gradient(bin, rows.at(entry.cell) + c * count, rows.h, rows.w, count, grad.at(index) + c * count);
-          const A share = bin.share(), m = where.modulation(r, c, entry.part);
+          const A inverse = bin.inverse_count(), m = regions.modulation(r, c, entry.part);
           if (offsets) {
-            offsets[2 * c * parts + entry.part] += m * (sum.dy * (share * size_y));
-            offsets[(2 * c + 1) * parts + entry.part] += m * (sum.dx * (share * size_x));
+            offsets[2 * c * parts + entry.part] += m * (sum.dy * (inverse * size_y));
+            offsets[(2 * c + 1) * parts + entry.part] += m * (sum.dx * (inverse * size_x));
           }
-          if (masks) masks[c * parts + entry.part] += sum.value * share;
+          if (masks) masks[c * parts + entry.part] += sum.value * inverse;
         });
   }
 };
 
-// The gradient of a region's result as rows, and where its bins read.
+// What the two above need of a region: where its bins read, and the gradient of its result as rows.
 template <typename S>
 class RegionGradient {
  public:
   using A = Accumulate<S>;
-  RegionGradient(const RegionsOfCall<A>& regions, const Tensor& grad_output)
-      : regions_(regions),
+  RegionGradient(const RegionsByImage<A>& all, const Tensor& grad_output)
+      : all_(all),
         result_(view<const S>(grad_output)),
-        direct_(is_pooled_rows<S>(regions.where.g, grad_output)),
-        stride_(direct_ ? regions.where.g.outputs : pooled_stride(regions.where.g)) {}
+        direct_(is_pooled_rows<S>(all.regions.g, grad_output)),
+        stride_(direct_ ? all.regions.g.outputs : pooled_stride(all.regions.g)) {}
 
-  // For the channels [first, last) alone.
-  void find(int64_t r, int64_t first, int64_t last) {
-    const RoiGeometry& g = regions_.where.g;
-    run_vectorised(FindTaps<A>{regions_, r, taps_});
+  // Of region r, and of these outputs alone.
+  void find(int64_t r, const Span& outputs) {
+    const RoiGeometry& g = all_.regions.g;
+    run_vectorised(FindTaps<A>{all_, r, taps_});
     if (direct_) {
       rows_ = reinterpret_cast<const A*>(&result_.at(r, 0, 0, 0));
     } else {
       const PooledRows<A> rows{thread_scratch<A, 0>(g.bins() * stride_), stride_};
-      transpose_region<Turn::kToRows>(g, result_, r, first, last, rows);
+      transpose_region<Turn::kToRows>(g, result_, r, outputs.first, outputs.last, rows);
       rows_ = rows.data;
     }
   }
@@ -91,7 +94,7 @@ class RegionGradient {
   PooledRows<const A> rows() const { return {rows_, stride_}; }
 
  private:
-  const RegionsOfCall<A>& regions_;
+  const RegionsByImage<A>& all_;
   View<const S> result_;
   bool direct_;
   int64_t stride_;
@@ -99,41 +102,63 @@ class RegionGradient {
   const A* rows_ = nullptr;
 };
 
+// The channels of an image in `count` shares, for as many threads at most: whole group cells where there are enough of
+// them, else blocks of 16 channels.
+struct ChannelShares {
+  int64_t channels, count, each;
+
+  ChannelShares(const RoiGeometry& g, int64_t threads) : channels(g.channels) {
+    const int64_t cells = g.groups * g.groups, unit = cells > 1 && cells >= threads ? g.outputs : 16;
+    count = std::min<int64_t>(threads, divide_up(channels, unit));
+    each = divide_up(divide_up(channels, count), unit) * unit;
+  }
+  Span of(int64_t i) const { return {i * each, std::min(channels, (i + 1) * each)}; }
+};
+
+// In an invalid region every bin is NaN, and so are the gradients of the parts that have bins.
+template <typename A>
+void set_invalid_part_gradients(const RoiGeometry& g, int64_t r, int64_t planes, A* gradients) {
+  if (!gradients) return;
+  for (int64_t i = 0; i < planes * g.parts(); ++i) {
+    const int64_t part = i % g.parts();
+    const bool has_bins = g.has_bins(part / g.part_width, 0) && g.has_bins(part % g.part_width, 1);
+    gradients[r * planes * g.parts() + i] = has_bins ? static_cast<A>(NAN) : A(0);
+  }
+}
+
+// Returns the gradient of the input; those of offset and mask are written to `parts`.
 template <typename S>
-Tensor roi_backward(const Tensor& grad_output, const RoiArguments& a, const RoiPlaces<Accumulate<S>>& where,
-                    int64_t needs, const PartGradients<Accumulate<S>>& parts) {
+Tensor roi_backward(const Tensor& grad_output, const RoiArguments& a, const Regions<Accumulate<S>>& regions,
+                    int64_t wanted, const PartGradients<Accumulate<S>>& parts) {
   using A = Accumulate<S>;
-  const RoiGeometry& g = where.g;
-  const RegionsOfCall<A> regions(where);
-  const bool scatter = needs & kRoiInput, displaced = needs & (kRoiOffset | kRoiMask);
+  const RoiGeometry& g = regions.g;
+  const RegionsByImage<A> all(regions);
+  const bool scatter = wanted & kInput, displaced = wanted & (kOffset | kMask);
   const View<const S> input = view<const S>(a.input);
   const ImageSize size{g.channels, g.height, g.width};
 
   Tensor grad_input = new_roi_gradient(a.input, scatter, scalar_type_of<S>());
   const bool direct = is_cells<S>(g, a.input), direct_grad = scatter && is_cells<S>(g, grad_input);
-  const bool staged = (displaced && !direct) || (scatter && !direct_grad);
-  const int64_t held = staged ? images_at_a_time<A>(size, g.batch) : g.batch;
-  const auto buffer = [&](bool wanted) {
-    return torch::stable::new_empty(a.input, {wanted ? held * size.elements() : 0}, scalar_type_of<A>());
+  // Images that have to be transposed, one way or the other, are worked on a few at a time.
+  const bool transposed = (displaced && !direct) || (scatter && !direct_grad);
+  const int64_t step = transposed ? images_at_a_time<A>(size, g.batch) : g.batch;
+  const auto new_buffer = [&](bool wanted) {
+    return torch::stable::new_empty(a.input, {wanted ? step * size.elements() : 0}, scalar_type_of<A>());
   };
-  const Tensor input_buffer = buffer(displaced && !direct);
-  Tensor grad_buffer = buffer(scatter && !direct_grad);
+  const Tensor input_buffer = new_buffer(displaced && !direct);
+  Tensor grad_buffer = new_buffer(scatter && !direct_grad);
   if (direct_grad) torch::stable::zero_(grad_input);
 
-  // A lane owns channels of an image, those of whole cells where there are enough: regions overlap, and nobody else may
-  // add to the same numbers.
-  const int64_t threads = torch::stable::get_num_threads(), cells = g.groups * g.groups;
-  const int64_t unit = cells > 1 && cells >= threads ? g.outputs : 16;
-  const int64_t lanes = std::min<int64_t>(threads, divide_up(g.channels, unit));
-  const int64_t lane_channels = divide_up(divide_up(g.channels, lanes), unit) * unit;
-  const bool together = threads == 1;
+  const int64_t threads = torch::stable::get_num_threads();
+  const ChannelShares shares(g, threads);
+  const bool one_thread = threads == 1, one_cell = g.groups == 1;
 
-  for (int64_t image = 0; image < g.batch; image += held) {
-    const int64_t images = std::min(held, g.batch - image);
-    const int64_t begin = regions.starts[image], end = regions.starts[image + images];
+  for (int64_t image = 0; image < g.batch; image += step) {
+    const int64_t images = std::min(step, g.batch - image);
+    const Span present = all.of_images(image, images);
     CellRows<const A> values{};
     CellRows<A> rows{};
-    if (displaced && begin < end) values = input_cells(g, direct, input, image, images, input_buffer);
+    if (displaced && present.first < present.last) values = input_cells(g, direct, input, image, images, input_buffer);
     if (direct_grad) {
       rows = rows_in_place<S, A>(view<S>(grad_input), image);
     } else if (scatter) {
@@ -141,48 +166,37 @@ Tensor roi_backward(const Tensor& grad_output, const RoiArguments& a, const RoiP
       rows = dense_cells(g, static_cast<A*>(grad_buffer.data_ptr()));
     }
     const auto add_parts = [&](int64_t r, const RegionGradient<S>& grad) {
-      run_vectorised(RegionPartGradient<A>{regions, r, values.of(regions.frames[r].image - image), grad.taps(),
-                                           grad.rows(), parts.offset_data, parts.mask_data});
+      run_vectorised(RegionPartGradient<A>{all, r, values.of(all.frames[r].image - image), grad.taps(), grad.rows(),
+                                           parts.offset_data, parts.mask_data});
     };
-    // One thread does everything while it has the region at hand; several share out the regions here, and then lanes.
-    if (displaced && !together)
-      torch::stable::parallel_for(begin, end, 1, [&](int64_t first, int64_t last) {
-        RegionGradient<S> grad(regions, grad_output);
-        for (int64_t i = first; i < last; ++i) {
-          grad.find(regions.order[i], 0, g.outputs);
-          add_parts(regions.order[i], grad);
+    // One thread does both for a region while it is in the cache; several do one after the other.
+    if (displaced && !one_thread)
+      torch::stable::parallel_for(present.first, present.last, 1, [&](int64_t begin, int64_t end) {
+        RegionGradient<S> grad(all, grad_output);
+        for (int64_t i = begin; i < end; ++i) {
+          grad.find(all.order[i], {0, g.outputs});
+          add_parts(all.order[i], grad);
         }
       });
-    if (scatter || together)
-      torch::stable::parallel_for(0, images * lanes, 1, [&](int64_t first, int64_t last) {
-        RegionGradient<S> grad(regions, grad_output);
-        for (int64_t task = first; task < last; ++task) {
-          const int64_t n = image + task / lanes, channel = task % lanes * lane_channels;
-          const int64_t end_channel = std::min(g.channels, channel + lane_channels);
-          for (int64_t i = regions.starts[n]; i < regions.starts[n + 1]; ++i) {
-            const int64_t r = regions.order[i];
-            grad.find(r, cells == 1 ? channel : 0, cells == 1 ? end_channel : g.outputs);
-            if (displaced && together) add_parts(r, grad);
-            if (scatter)
-              run_vectorised(
-                  ScatterRegion<A>{regions, r, rows.of(n - image), grad.taps(), grad.rows(), channel, end_channel});
+    if (scatter || one_thread)
+      torch::stable::parallel_for(0, images * shares.count, 1, [&](int64_t begin, int64_t end) {
+        RegionGradient<S> grad(all, grad_output);
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t n = task / shares.count;
+          const Span channels = shares.of(task % shares.count), of_image = all.of_images(image + n, 1);
+          for (int64_t i = of_image.first; i < of_image.last; ++i) {
+            const int64_t r = all.order[i];
+            grad.find(r, one_cell ? channels : Span{0, g.outputs});
+            if (displaced && one_thread) add_parts(r, grad);
+            if (scatter) run_vectorised(ScatterRegion<A>{all, r, rows.of(n), grad.taps(), grad.rows(), channels});
           }
         }
       });
     if (scatter && !direct_grad) transpose_cells<Turn::kFromRows>(g, view<S>(grad_input), image, images, rows);
   }
-  // In a region that is refused every bin is NaN, and so is what its bins take their offset and mask from.
-  const auto refuse = [&](A* gradients, int64_t planes, int64_t r) {
-    if (!gradients) return;
-    for (int64_t i = 0; i < planes * g.parts(); ++i) {
-      const int64_t part = i % g.parts();
-      const bool has_bins = g.has_bins(part / g.part_width, 0) && g.has_bins(part % g.part_width, 1);
-      gradients[r * planes * g.parts() + i] = has_bins ? static_cast<A>(NAN) : A(0);
-    }
-  };
-  for (int64_t i = regions.starts[g.batch]; i < g.rois; ++i) {
-    refuse(parts.offset_data, 2 * g.classes, regions.order[i]);
-    refuse(parts.mask_data, g.classes, regions.order[i]);
+  for (int64_t i = all.invalid().first; i < all.invalid().last; ++i) {
+    set_invalid_part_gradients(g, all.order[i], 2 * g.classes, parts.offset_data);
+    set_invalid_part_gradients(g, all.order[i], g.classes, parts.mask_data);
   }
   return grad_input;
 }

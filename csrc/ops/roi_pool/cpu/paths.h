@@ -1,4 +1,4 @@
-// RoI pooling on the CPU: the tuned path, and the portable one where that is asked for or maps are huge.
+// RoI pooling on the CPU: the tuned path where it may run and serves the call, else the portable one.
 #pragma once
 
 #include "../../../runtime/cpu.h"
@@ -14,16 +14,17 @@ struct CpuRoiPool {
     const Tensor output = new_pooled(a, g);
     dispatch_floating(a.input.scalar_type(), [&](auto s) {
       using S = decltype(s);
-      const DensePlaces<Accumulate<S>> dense(a, g);
-      if (output.numel() > 0) tiles::regions::roi_forward<S>(a, dense.places(), output);
+      const DenseRegions<Accumulate<S>> dense(a, g);
+      if (output.numel() > 0) tiles::regions::roi_forward<S>(a, dense.regions(), output);
     });
     return output;
   }
+
   template <typename S>
-  static Tensor backward(const Tensor& grad_output, const RoiArguments& a, const RoiPlaces<Accumulate<S>>& where,
-                         int64_t needs, const PartGradients<Accumulate<S>>& parts) {
-    if (is_portable(where.g)) return roi_pool_backward_portable<Cpu, S>(grad_output, a, where, needs, parts);
-    return tiles::regions::roi_backward<S>(grad_output, a, where, needs, parts);
+  static Tensor backward(const Tensor& grad_output, const RoiArguments& a, const Regions<Accumulate<S>>& regions,
+                         int64_t wanted, const PartGradients<Accumulate<S>>& parts) {
+    if (is_portable(regions.g)) return roi_pool_backward_portable<Cpu, S>(grad_output, a, regions, wanted, parts);
+    return tiles::regions::roi_backward<S>(grad_output, a, regions, wanted, parts);
   }
 
  private:

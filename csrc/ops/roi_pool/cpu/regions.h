@@ -5,42 +5,45 @@
 
 namespace dcn::tiles::regions {
 
-// What all regions of a call share.
 template <typename A>
-struct RegionsOfCall {
-  RoiPlaces<A> where;
+struct RegionsByImage {
+  Regions<A> regions;
   BinTable table;
-  std::vector<RoiFrame<A>> frames;  // by region
-  std::vector<int64_t> order;       // of their images; those that name none come last
-  std::vector<int64_t> starts;      // image n has order[starts[n]] to order[starts[n + 1] - 1]
+  std::vector<RoiFrame<A>> frames;  // of each region
+  std::vector<int64_t> order;       // regions by image, the invalid ones last
+  std::vector<int64_t> starts;      // those of image n are order[starts[n]] to order[starts[n + 1] - 1]
 
-  explicit RegionsOfCall(const RoiPlaces<A>& places)
-      : where(places), table(places.g), frames(places.g.rois), order(places.g.rois), starts(places.g.batch + 2) {
-    const int64_t none = where.g.batch;
+  explicit RegionsByImage(const Regions<A>& all)
+      : regions(all), table(all.g), frames(all.g.rois), order(all.g.rois), starts(all.g.batch + 2) {
+    const int64_t none = all.g.batch;
     const auto image = [&](int64_t r) { return frames[r].image < 0 ? none : frames[r].image; };
-    for (int64_t r = 0; r < where.g.rois; ++r) {
-      frames[r] = where.g.frame(where.rois + 5 * r);
+    for (int64_t r = 0; r < all.g.rois; ++r) {
+      frames[r] = all.frame(r);
       ++starts[image(r) + 1];
     }
     for (int64_t n = 0; n <= none; ++n) starts[n + 1] += starts[n];
     std::vector<int64_t> next(starts);
-    for (int64_t r = 0; r < where.g.rois; ++r) order[next[image(r)]++] = r;
+    for (int64_t r = 0; r < all.g.rois; ++r) order[next[image(r)]++] = r;
   }
 
-  // Calls f(class, bin, its taps, where it lies) for the bins of a region.
+  // The regions of `count` images from `image` on are order[range.first] to order[range.last - 1].
+  Span of_images(int64_t image, int64_t count) const { return {starts[image], starts[image + count]}; }
+  Span invalid() const { return {starts[regions.g.batch], regions.g.rois}; }
+
+  // Calls f(class, bin, taps of the bin, entry in the table) for the bins of a region.
   template <typename F>
   DCN_HOST_DEVICE void for_each_bin(const RegionTaps<A>& taps, const F& f) const {
-    for (int64_t bin = 0; bin < where.g.bins(); ++bin)
-      for (int64_t c = 0; c < where.g.classes; ++c) f(c, bin, taps.bin(c, bin, table.bins[bin]), table.bins[bin]);
+    for (int64_t bin = 0; bin < regions.g.bins(); ++bin)
+      for (int64_t c = 0; c < regions.g.classes; ++c) f(c, bin, taps.bin(c, bin, table.bins[bin]), table.bins[bin]);
   }
 };
 
 template <typename A>
 struct FindTaps {
-  const RegionsOfCall<A>& regions;
+  const RegionsByImage<A>& all;
   int64_t r;
   RegionTaps<A>& taps;
-  DCN_HOST_DEVICE void operator()() const { taps.find(regions.where, regions.table, regions.frames[r], r); }
+  DCN_HOST_DEVICE void operator()() const { taps.find(all.regions, all.table, all.frames[r], r); }
 };
 
 }  // namespace dcn::tiles::regions

@@ -1,4 +1,5 @@
-// Images and results of RoI pooling on the CPU as rows of channels: what a bin reads lies together.
+// Images and results of RoI pooling on the CPU as rows of channels: the channels that a bin reads in a pixel lie side
+// by side.
 #pragma once
 
 #include "../arguments.h"
@@ -6,8 +7,8 @@
 
 namespace dcn::tiles::regions {
 
-// Pixels between planes (any type, channel c at c * plane_stride) and rows of channels, 16 by 16: whole cache lines on
-// both sides. TransposeRow is for every other layout.
+// Transposes pixels between planes of any type (channel c lies at c * plane_stride) and rows of channels, in blocks of
+// 16 by 16: whole cache lines on both sides. Planes whose pixels are not contiguous go through TransposeRow.
 template <Turn Direction, typename A, typename S>
 struct TransposePlanes {
   S* planes;
@@ -32,7 +33,7 @@ struct TransposePlanes {
     else
       pixel = static_cast<S>(value);
   }
-  // The channels are written out (`C...`): the compiler makes shuffles of that.
+  // With one statement per channel (`C...`), which the compiler turns into shuffles.
   template <size_t... C>
   DCN_HOST_DEVICE void transpose(int64_t first, std::index_sequence<C...>) const {
     constexpr int n = sizeof...(C);
@@ -60,9 +61,9 @@ struct TransposePlanes {
   }
 };
 
-// Images by group of channels: channel d * cells + cell of pixel (y, x) lies at data + cell * this->cell + y * h + x *
-// w
-// + d. One group, where pooling is not position-sensitive.
+// Images as rows of the channels that one bin reads. A bin of group cell `ic` reads channels d * cells + ic (see
+// RoiGeometry), and that of pixel (y, x) lies at data + ic * cell + y * h + x * w + d. Where pooling is not
+// position-sensitive there is one cell with all channels.
 template <typename A>
 struct CellRows {
   A* data;
@@ -77,19 +78,19 @@ CellRows<A> dense_cells(const RoiGeometry& g, A* data) {
   return {data, g.channels * plane, g.outputs * plane, g.width * g.outputs, g.outputs};
 }
 
-// Between images of any type and layout and dense_cells.
+// Transposes between images of any type and layout and dense_cells.
 template <Turn Direction, typename A, typename S>
 void transpose_cells(const RoiGeometry& g, const View<S>& images, int64_t first_image, int64_t count,
                      const CellRows<A>& rows) {
   const int64_t cells = g.groups * g.groups;
-  // Planes without gaps are cut as is convenient, others at the end of each line.
+  // Planes without gaps are cut into strips of any length, others into their lines.
   const bool whole = images.w == 1 && images.h == g.width;
   const int64_t pixels = whole ? g.height * g.width : g.width,
                 length = whole ? std::min(pixels, std::max<int64_t>(16, 8192 / g.outputs)) : pixels;
-  const int64_t pieces = whole ? divide_up(pixels, length) : g.height;
-  torch::stable::parallel_for(0, count * cells * pieces, 4, [&](int64_t begin, int64_t end) {
+  const int64_t strips = whole ? divide_up(pixels, length) : g.height;
+  torch::stable::parallel_for(0, count * cells * strips, 4, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / pieces / cells, cell = i / pieces % cells, start = i % pieces * length;
+      const int64_t n = i / strips / cells, cell = i / strips % cells, start = i % strips * length;
       const int64_t y = start / g.width, x = start % g.width;
       run_vectorised(TransposePlanes<Direction, A, S>{&images.at(first_image + n, cell, y, x), images.c * cells,
                                                       images.w, g.outputs, std::min(length, g.height * g.width - start),
@@ -98,8 +99,8 @@ void transpose_cells(const RoiGeometry& g, const View<S>& images, int64_t first_
   });
 }
 
-// One region of a result (or of its gradient) between [D, P_h, P_w] of any type and layout and [P_h P_w, D] in the type
-// of sums.
+// One region of a result, or of its gradient, as a row of channels for each bin: [P_h * P_w, D] in the accumulator
+// type.
 template <typename A>
 struct PooledRows {
   A* data;
@@ -107,17 +108,17 @@ struct PooledRows {
   DCN_HOST_DEVICE A* at(int64_t bin) const { return data + bin * stride; }
 };
 
-// Whether a region's rows can be read and written where they lie.
+// Whether a result is stored like that: then nothing is transposed.
 template <typename S>
 bool is_pooled_rows(const RoiGeometry& g, const Tensor& result) {
   return std::is_same_v<S, Accumulate<S>> &&
          is_stored(result, {result.stride(0), 1, g.out_width * g.outputs, g.outputs});
 }
 
-// An odd number of cache lines: the rows of a block of channels do not all fall into the same few sets.
+// An odd number of cache lines, so that the same channels of all bins do not compete for a few sets of the cache.
 inline int64_t pooled_stride(const RoiGeometry& g) { return (divide_up(g.outputs, 16) | 1) * 16; }
 
-// The channels [first, last) of them.
+// Transposes the channels [first, last) of a region between a result of any type and layout and rows.
 template <Turn Direction, typename A, typename S>
 void transpose_region(const RoiGeometry& g, const View<S>& result, int64_t r, int64_t first, int64_t last,
                       const PooledRows<A>& rows) {
@@ -128,7 +129,7 @@ void transpose_region(const RoiGeometry& g, const View<S>& result, int64_t r, in
                                                     length, rows.at(y * length) + first, rows.stride});
 }
 
-// Maps as rows of channels: where they lie, if they lie so, else in a buffer that holds `held` of them.
+// Whether images are stored as CellRows.
 template <typename S>
 bool is_cells(const RoiGeometry& g, const Tensor& t) {
   return g.groups == 1 && is_rows<S>(t);
@@ -139,6 +140,7 @@ CellRows<A> rows_in_place(const View<S>& images, int64_t image) {
   return {reinterpret_cast<A*>(images.data) + image * images.n, images.n, 0, images.h, images.w};
 }
 
+// Some images of the input as CellRows: as they are stored (`direct`), else transposed into `buffer`.
 template <typename S>
 CellRows<const Accumulate<S>> input_cells(const RoiGeometry& g, bool direct, const View<const S>& input, int64_t image,
                                           int64_t images, const Tensor& buffer) {

@@ -7,12 +7,6 @@
 
 namespace dcn {
 
-// The operator whose rule this is, as kernels_used names it.
-inline const char* name_of(RoiRule rule) {
-  if (rule == RoiRule::kAlign) return "deform_roi_pool";
-  return rule == RoiRule::kPart ? "deform_ps_roi_pool" : "ps_roi_pool";
-}
-
 struct CudaRoiPool {
   static Tensor forward(const RoiArguments& a, const RoiGeometry& g) {
     const torch::stable::accelerator::DeviceGuard guard(a.input.get_device_index());
@@ -20,11 +14,18 @@ struct CudaRoiPool {
     return roi_pool_portable<Cuda>(a, g);
   }
   template <typename S>
-  static Tensor backward(const Tensor& grad_output, const RoiArguments& a, const RoiPlaces<Accumulate<S>>& where,
-                         int64_t needs, const PartGradients<Accumulate<S>>& parts) {
+  static Tensor backward(const Tensor& grad_output, const RoiArguments& a, const Regions<Accumulate<S>>& regions,
+                         int64_t wanted, const PartGradients<Accumulate<S>>& parts) {
     const torch::stable::accelerator::DeviceGuard guard(a.input.get_device_index());
-    note_kernel(std::string(name_of(where.g.rule)) + "_backward", needs & kRoiOrdered ? "plain ordered" : "plain");
-    return roi_pool_backward_portable<Cuda, S>(grad_output, a, where, needs, parts);
+    note_kernel(std::string(name_of(regions.g.rule)) + "_backward", wanted & kOrdered ? "plain ordered" : "plain");
+    return roi_pool_backward_portable<Cuda, S>(grad_output, a, regions, wanted, parts);
+  }
+
+ private:
+  // The operator whose rule this is, as kernels_used names it.
+  static const char* name_of(RoiRule rule) {
+    if (rule == RoiRule::kAlign) return "deform_roi_pool";
+    return rule == RoiRule::kPart ? "deform_ps_roi_pool" : "ps_roi_pool";
   }
 };
 
