@@ -51,7 +51,8 @@ STABLE_TORCH_LIBRARY(dcn_plugin_emulated, m) {
       "SymInt[] padding, SymInt[] dilation) -> Tensor");
   m.def(
       "deform_conv2d_backward(Tensor grad_output, Tensor input, Tensor offset, Tensor weight, Tensor? mask, "
-      "SymInt[] stride, SymInt[] padding, SymInt[] dilation, int needs) -> (Tensor, Tensor, Tensor, Tensor)");
+      "SymInt[] stride, SymInt[] padding, SymInt[] dilation, int wanted) "
+      "-> (Tensor grad_input, Tensor grad_offset, Tensor grad_weight, Tensor grad_mask)");
   m.def("set_schedule(int order, bool late_copies, bool blocks_backwards, int multiprocessors) -> int");
   m.def("kernels_used() -> str");
 }

@@ -83,7 +83,7 @@ def part(**changes):
 
 
 def align_backward(grad_output):
-    return on_cpu(OPS.deform_roi_pool_backward, [grad_output, *ALIGN.values(), 7])
+    return on_cpu(OPS.deform_roi_pool_backward, [grad_output, *ALIGN.values(), 15])
 
 
 def too_many_samples():
