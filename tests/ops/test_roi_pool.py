@@ -526,14 +526,14 @@ def test_the_compiled_operators_protect_memory_by_themselves(case, name, value):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda g: g[0], "must have shape"),
-        (lambda g: g[:1], "must have shape"),
-        (lambda g: g[..., 1:], "must have shape"),
+        (lambda g: g[0], "expected shape"),
+        (lambda g: g[:1], "expected shape"),
+        (lambda g: g[..., 1:], "expected shape"),
         (lambda g: g.double(), "must be Float like input, got Double"),
     ],
 )
 def test_the_compiled_backward_checks_the_gradient_it_is_given(case, spoil, message):
     arguments = case.make(case.full, torch.float32)
     grad = torch.ones_like(case.function(**arguments))
-    with pytest.raises(RuntimeError, match=f"grad_output .*{message}"):
+    with pytest.raises(RuntimeError, match=f"grad_output:? .*{message}"):
         case.backward_op(*case.to_backward(spoil(grad), sum(WANTED.values()), **arguments).values())
