@@ -1,5 +1,5 @@
-// The GPU's operators on CPU tensors: everything of csrc/ops/deform_conv2d_cuda but CUDA itself, in an emulated block
-// of threads. Compiled and loaded by the tests.
+// The GPU's operators on CPU tensors: everything of csrc/ops/deform_conv2d/cuda but CUDA itself, in emulated blocks of
+// threads. Compiled and loaded by the tests.
 #include "block.h"
 #include "ops/deform_conv2d/cuda/paths.h"
 #include "ops/deform_conv2d/operator.h"
@@ -19,7 +19,7 @@ inline Settings& settings() {
 }
 
 struct Device : dcn::Cpu {
-  // Little, so that small tests have several ranges of images.
+  // So little that small tests have several ranges of images.
   static constexpr int64_t column_gradient_bytes = 40 << 10;
 
   struct Guard {
@@ -29,7 +29,7 @@ struct Device : dcn::Cpu {
   static bool fuses(const dcn::Tensor&) { return dcn::wants_fused_kernels(); }
   template <typename Kernel>
   static bool launch(const Kernel& kernel, int64_t blocks, const dcn::Tensor&) {
-    // The least that a processor from sm_80 on grants a block.
+    // What every processor from sm_80 on grants a block.
     static_assert(Kernel::kSharedBytes <= 99 << 10);
     run_grid(kernel, blocks, settings().schedule);
     return true;
