@@ -1,4 +1,4 @@
-"""One case per operator: how to call it and its reference, and the configurations that every contract runs over."""
+"""One case per operator: its configurations, over which every contract runs, and how to call what is compiled."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcn_plugin import ops, reference
 
@@ -16,7 +18,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, tor
 
 
 def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str = "") -> None:
-    """Compare with the tolerance of ``dtype``, relative to the largest expected magnitude; NaN must meet NaN."""
+    """Compare with the tolerance of `dtype`, relative to the largest expected magnitude; NaN must meet NaN."""
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)} != {tuple(expected.shape)}"
     actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
     assert torch.equal(actual.isnan(), expected.isnan()), f"{what}: NaN in other places"
@@ -27,15 +29,24 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str
     assert error <= TOLERANCE[dtype] * scale, f"{what}: error {error:.3g} on a scale of {scale:.3g}"
 
 
+class Calls(TorchDispatchMode):
+    """Collects the arguments of every call of a compiled operator."""
+
+    def __init__(self, op: Any) -> None:
+        super().__init__()
+        self.op, self.found = op, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is self.op:
+            self.found.append(args)
+        return function(*args, **kwargs or {})
+
+
 @dataclass(frozen=True)
 class OpCase:
-    """An operator: ``make(dtype)`` gives keyword arguments; tensors among them that float are differentiable."""
+    """An operator: `make(dtype)` gives keyword arguments; tensors among them that float are differentiable."""
 
-    name: str
-    function: Callable[..., Tensor]
-    reference: Callable[..., Tensor]
-    op: str  # torch.ops.dcn_plugin.<op>
-    to_op: Callable[..., tuple]  # keyword arguments -> the compiled operator's positional ones
+    name: str  # in dcn_plugin.ops, dcn_plugin.reference and torch.ops.dcn_plugin
     configs: dict[str, Callable[[], dict[str, Any]]]  # float64 arguments on the CPU, seeded by the test
     full: str  # the configuration with every argument
     bare: str  # the one with as few as can be
@@ -50,6 +61,46 @@ class OpCase:
     ) -> dict[str, Any]:
         torch.manual_seed(seed)
         return convert(self.configs[config](), dtype=dtype, device=device)
+
+    @property
+    def function(self) -> Callable[..., Tensor]:
+        return getattr(ops, self.name)
+
+    @property
+    def reference(self) -> Callable[..., Tensor]:
+        return getattr(reference, self.name)
+
+    @property
+    def op(self) -> Any:
+        return getattr(torch.ops.dcn_plugin, self.name).default
+
+    @property
+    def backward_op(self) -> Any:
+        return getattr(torch.ops.dcn_plugin, f"{self.name}_backward").default
+
+    def to_op(self, **arguments: Any) -> dict[str, Any]:
+        """Arguments of the function -> of the compiled operator, in order: options as the function hands them on.
+
+        It is asked with tensors that have no memory, so regions that it would refuse are no matter.
+        """
+
+        def without_memory(v: Any) -> Any:
+            return torch.empty(v.shape, dtype=v.dtype, device="meta") if isinstance(v, Tensor) else v
+
+        with temporarily_clear_interpreter_stack(), Calls(self.op) as calls:
+            self.function(**{k: without_memory(v) for k, v in arguments.items()})
+        (found,) = calls.found
+        given = dict(zip([a.name for a in self.op._schema.arguments], found, strict=True))
+        return {k: arguments.get(k) if v is None or isinstance(v, Tensor) else v for k, v in given.items()}
+
+    def to_backward(self, grad_output: Tensor, wanted: int, **arguments: Any) -> dict[str, Any]:
+        """The same for the compiled backward."""
+        given = {"grad_output": grad_output, **self.to_op(**arguments), "wanted": wanted}
+        return {a.name: given[a.name] for a in self.backward_op._schema.arguments}
+
+    def compiled(self, **arguments: Any) -> Tensor:
+        """The compiled operator, which looks at no values: what graphs call, and what runs on CUDA."""
+        return self.op(*self.to_op(**arguments).values())
 
 
 def convert(arguments: dict[str, Any], **to: Any) -> dict[str, Any]:
@@ -70,7 +121,7 @@ def leaves(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(function: Callable[..., Tensor], arguments: dict[str, Any], grad: Tensor | None = None) -> dict[str, Tensor]:
-    """Value and gradients, by name; the gradient of the output is ``grad`` or ones."""
+    """Value and gradients, by name; the gradient of the output is `grad` or ones."""
     arguments = leaves(arguments)
     out = function(**arguments)
     wanted = tensors(arguments)
@@ -105,12 +156,6 @@ def deform_conv2d_arguments(
         return arguments
 
     return make
-
-
-def _deform_conv2d_to_op(input, offset, weight, bias=None, stride=1, padding=0, dilation=1, mask=None):
-    pair = lambda v: [v, v] if isinstance(v, int) else list(v)  # noqa: E731
-    pads = pair(padding)
-    return input, offset, weight, bias, mask, pair(stride), pads if len(pads) == 4 else pads * 2, pair(dilation)
 
 
 def _regions(count: int, batch: int, height: int, width: int, scale: float) -> Tensor:
@@ -179,35 +224,11 @@ def ps_roi_pool_arguments(
     return make
 
 
-def _deform_roi_pool_to_op(
-    input, rois, output_size, spatial_scale, sampling_ratio, gamma, aligned, offset=None, mask=None
-):
-    return input, rois, offset, mask, list(output_size), spatial_scale, max(sampling_ratio, 0), gamma, aligned
-
-
-def _deform_ps_roi_pool_to_op(
-    input, rois, output_dim, group_size, output_size, part_size, samples_per_part, spatial_scale, offset_scale,
-    offset=None, mask=None,
-):  # fmt: skip
-    return (
-        input, rois, offset, mask, output_dim, group_size, list(output_size), list(part_size or output_size),
-        samples_per_part, spatial_scale, offset_scale,
-    )  # fmt: skip
-
-
-def _ps_roi_pool_to_op(input, rois, output_dim, group_size, output_size, spatial_scale):
-    return input, rois, output_dim, group_size, list(output_size), spatial_scale
-
-
 _make = deform_conv2d_arguments
 _align, _part, _pixels = deform_roi_pool_arguments, deform_ps_roi_pool_arguments, ps_roi_pool_arguments
 CASES = [
     OpCase(
         "deform_conv2d",
-        ops.deform_conv2d,
-        reference.deform_conv2d,
-        "deform_conv2d",
-        _deform_conv2d_to_op,
         {
             "v2": _make(),
             "v1": _make(mask=False, bias=False),
@@ -235,10 +256,6 @@ CASES = [
     ),
     OpCase(
         "deform_roi_pool",
-        ops.deform_roi_pool,
-        reference.deform_roi_pool,
-        "deform_roi_pool",
-        _deform_roi_pool_to_op,
         {
             "modulated": _align(),
             "plain": _align(offset=False, mask=False),
@@ -264,10 +281,6 @@ CASES = [
     ),
     OpCase(
         "deform_ps_roi_pool",
-        ops.deform_ps_roi_pool,
-        reference.deform_ps_roi_pool,
-        "deform_ps_roi_pool",
-        _deform_ps_roi_pool_to_op,
         {
             "modulated": _part(),
             "plain": _part(offset=False, mask=False),
@@ -293,10 +306,6 @@ CASES = [
     ),
     OpCase(
         "ps_roi_pool",
-        ops.ps_roi_pool,
-        reference.ps_roi_pool,
-        "ps_roi_pool",
-        _ps_roi_pool_to_op,
         {
             "square": _pixels(),
             "rectangular": _pixels((3, 24, 7, 9), regions=5, output_dim=6, group_size=2, bins=(4, 2)),

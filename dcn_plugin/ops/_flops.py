@@ -1,8 +1,8 @@
-"""Operations of RoI pooling for ``torch.utils.flop_counter``, which counts a product and a sum as two.
+"""Operations of RoI pooling for `torch.utils.flop_counter`, which counts a product and a sum as two.
 
 A sample is four products for each channel, a whole pixel of R-FCN's pooling one. How many there are depends on the
 regions where sampling is adaptive, and in R-FCN's pooling. Where values cannot be read (fake tensors, a traced graph),
-``UNKNOWN`` samples, or pixels, of a bin along each axis are taken, as many as detectors usually sample.
+`UNKNOWN` samples, or pixels, of a bin along each axis are taken, as many as detectors usually sample.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
+from ._operator import WANTED
 
 UNKNOWN = 2
 
 
 def _read(input: Tensor, rois: Tensor, vertical: Any, horizontal: Any, *_: Any) -> Tensor:
-    """What ``reference`` would sum up: the samples of all bins that lie on the map."""
+    """What `reference` would sum up: the samples of all bins that lie on the map."""
     return (vertical.read.sum(-1) * horizontal.read.sum(-1)).sum()
 
 
 def _samples(rois: Tensor, output_size: Sequence[int], along: int, exactly: Callable[[], Tensor]) -> int:
-    """Samples of all bins of all regions: ``along`` each axis, or, where that is 0, as the regions have it."""
+    """Samples of all bins of all regions: `along` each axis, or, where that is 0, as the regions have it."""
     if along > 0 or type(rois) not in (Tensor, torch.nn.Parameter) or rois.is_meta:
         return rois.shape[0] * output_size[0] * output_size[1] * (along if along > 0 else UNKNOWN) ** 2
     return int(exactly())
@@ -58,8 +59,9 @@ def _register(name: str, multiply_adds: Callable[..., int]) -> None:
     @register_flop_formula(getattr(torch.ops.dcn_plugin, f"{name}_backward"), get_raw=True)
     def _(grad_output: Tensor, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
         """As many for the gradient of the input, and for those of offset and mask together."""
-        *given, needs = args
-        return 2 * multiply_adds(*given) * ((needs & 1) + bool(needs >> 1 & 3))
+        *given, wanted = args
+        passes = bool(wanted & WANTED["input"]) + bool(wanted & (WANTED["offset"] | WANTED["mask"]))
+        return 2 * multiply_adds(*given) * passes
 
 
 for _name, _multiply_adds in (

@@ -24,10 +24,10 @@ def deform_conv2d(
     dilation: int | Sequence[int] = (1, 1),
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Executable definition of :func:`dcn_plugin.ops.deform_conv2d`; same arguments, any device, slow.
+    """Executable definition of `dcn_plugin.ops.deform_conv2d`; same arguments, any device, slow.
 
-    ``out[n,o,p] = bias[o] + sum_{k,c} weight[o,c,k] * mask[n,k,p] *
-    bilinear(input[n,c], p * stride - pad + p_k + offset[k])``
+    `out[n,o,p] = bias[o] + sum_{k,c} weight[o,c,k] * mask[n,k,p] *
+    bilinear(input[n,c], p * stride - pad + p_k + offset[k])`
     """
     (sy, sx), (dy, dx) = _pair(stride), _pair(dilation)
     pad = _pair(padding)
@@ -49,7 +49,7 @@ def deform_conv2d(
     x = shift[:, :, :, :, 1] + base_x
 
     per_group = input.to(acc).reshape(n * offset_groups, channels // offset_groups, height, width)
-    positions = (n * offset_groups, taps * out_h * out_w)  # by number: the batch may be empty
+    positions = (n * offset_groups, taps * out_h * out_w)  # no -1, which reshape cannot infer for an empty batch
     columns = bilinear_sample(per_group, y.reshape(positions), x.reshape(positions))
     columns = columns.reshape(n, offset_groups, channels // offset_groups, taps, out_h, out_w)
     if mask is not None:

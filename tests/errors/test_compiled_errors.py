@@ -84,7 +84,7 @@ def part(**changes):
 
 
 def align_backward(grad_output):
-    return on_cpu(OPS.deform_roi_pool_backward, [grad_output, *ALIGN.values(), 7])
+    return on_cpu(OPS.deform_roi_pool_backward, [grad_output, *ALIGN.values(), 15])
 
 
 def too_many_samples():
@@ -99,8 +99,9 @@ def huge():
     return torch.zeros(1).expand(1, 4, 2**30 + 1, 6)
 
 
-R, T = "ops/roi_pool.h", "runtime/tensor.h"
+T = "runtime/tensor.h"
 C, O, P = (f"ops/deform_conv2d/{name}.h" for name in ("arguments", "operator", "portable"))
+R, RO = (f"ops/roi_pool/{name}.h" for name in ("arguments", "operator"))
 # File, how the condition begins, a call, what the message names.
 CASES = [
     (C, "t.dim() == 4", lambda: conv(input=torch.zeros(4, 6, 6)), "input"),
@@ -121,7 +122,7 @@ CASES = [
     (C, "g.out_channels > 0", lambda: conv(weight=torch.zeros(0, 4, 3, 3)), "weight"),
     (C, "last_row >= 0", lambda: conv(dilation=[3, 3]), "input"),
     (C, "a.offset.size(1) > 0", lambda: conv(offset=torch.zeros(2, 9, 4, 4)), "offset"),
-    (C, "g.channels % g.offset_groups", lambda: conv(offset=torch.zeros(2, 54, 4, 4)), "offset groups"),
+    (C, "g.channels % g.offset_groups", lambda: conv(offset=torch.zeros(2, 54, 4, 4)), "input"),
     (C, "t.size(0) == g.batch", lambda: conv(offset=torch.zeros(1, 18, 4, 4)), "offset"),
     (C, "t.size(0) == g.batch", lambda: conv(mask=torch.zeros(2, 9, 4, 3)), "mask"),
     (C, "a.bias->dim() == 1", lambda: conv(bias=torch.zeros(5)), "bias"),
@@ -141,14 +142,15 @@ CASES = [
     (R, "a.input.dim() == 4", lambda: align(input=torch.zeros(4, 6, 6)), "input"),
     (R, "a.rois.dim() == 2", lambda: align(rois=torch.zeros(3, 4)), "rois"),
     (R, "g.channels > 0", lambda: align(input=torch.zeros(2, 4, 0, 6)), "input"),
-    (R, "value > 0 && value <= most", lambda: align(output_size=[0, 2]), "output_size"),
-    (R, "value > 0 && value <= most", lambda: part(part_size=[2, 2**20 + 1]), "part_size"),
-    (R, "value > 0 && value <= most", lambda: part(group_size=0), "group_size"),
-    (R, "g.grid >= least", lambda: align(sampling_ratio=-1), "sampling_ratio"),
-    (R, "g.grid >= least", lambda: part(samples_per_part=0), "samples_per_part"),
+    (R, "value >= min && value <= max", lambda: align(output_size=[0, 2]), "output_size"),
+    (R, "value >= min && value <= max", lambda: part(part_size=[2, 2**20 + 1]), "part_size"),
+    (R, "value >= min && value <= max", lambda: part(group_size=0), "group_size"),
+    (R, "value >= min && value <= max", lambda: align(sampling_ratio=-1), "sampling_ratio"),
+    (R, "value >= min && value <= max", lambda: part(samples_per_part=0), "samples_per_part"),
     (R, "g.spatial_scale > 0", lambda: align(spatial_scale=float("nan")), "spatial_scale"),
-    (R, "g.outputs > 0", lambda: part(output_dim=2), "output_dim"),
+    (R, "g.outputs > 0", lambda: part(output_dim=2), "input"),
     (R, "g.classes > 0", lambda: part(offset=torch.zeros(3, 4, 2, 2)), "offset"),
+    (R, "g.classes > 0", lambda: part(offset=None, mask=torch.zeros(3, 2, 2, 2)), "mask"),
     (T, "is_supported(input", lambda: align(input=torch.zeros(2, 4, 6, 6).long()), "input"),
     *(
         (T, "t.scalar_type() == type", lambda name=name: align(**{name: ALIGN[name].double()}), name)
@@ -160,7 +162,7 @@ CASES = [
     ),
     (R, "t.dim() == 4 &&", lambda: align(offset=torch.zeros(2, 2, 2, 2)), "offset"),
     (R, "t.dim() == 4 &&", lambda: align(mask=torch.zeros(3, 2, 2, 2)), "mask"),
-    (R, "grad_output.dim() == 4", lambda: align_backward(torch.zeros(3, 4, 2, 3)), "grad_output"),
+    (RO, "grad_output.dim() == 4", lambda: align_backward(torch.zeros(3, 4, 2, 3)), "grad_output"),
     (T, "t.scalar_type() == type", lambda: align_backward(torch.zeros(3, 4, 2, 2).half()), "grad_output"),
     (T, "t.device() == input.device()", lambda: align_backward(torch.zeros(3, 4, 2, 2, device="meta")), "grad_output"),
     (R, "output_size.size() == 2", lambda: align(output_size=[2]), "output_size"),
@@ -176,7 +178,8 @@ def test_message_is_that_of_the_check_and_names_operator_and_argument(file, cond
     said = re.findall(r'"((?:[^"\\]|\\.)*)"', arguments)
     message = str(raised.value)
     assert re.search(".*".join(map(re.escape, said)), message), (said, message)
-    assert re.search(rf"deform_(conv2d|roi_pool|ps_roi_pool)(_backward)?: .*{name}", message), message
+    grammar = rf"deform_(conv2d|roi_pool|ps_roi_pool)(_backward)?: {name}: expected .+, got .+"
+    assert re.search(grammar, message), message
 
 
 def test_every_check_has_a_case():

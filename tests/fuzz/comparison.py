@@ -21,7 +21,7 @@ def cpu(kernels, threads):
 def compare(actual, expected, name, loose=False):
     """Every value that is not finite is the same one; the others differ by no more than the type's tolerance.
 
-    ``loose``: what is finite on one side alone is left out.
+    `loose`: what is finite on one side alone is left out.
     """
     tolerance = TOLERANCE[actual.dtype]
     assert actual.shape == expected.shape, name
@@ -36,10 +36,10 @@ def compare(actual, expected, name, loose=False):
         assert error <= tolerance * scale, f"{name}: error {error:.3g} on a scale of {scale:.3g}"
 
 
-def both(case, arguments, grad, path, threads):
-    """Value and gradients of the operator, and of the reference in float64."""
+def both(case, arguments, grad, path, threads, function=None):
+    """Value and gradients of the operator, or of another `function`, and of the reference in float64."""
     with cpu(path, threads):
-        actual = run(case.function, arguments, grad)
+        actual = run(function or case.function, arguments, grad)
     for k, v in actual.items():
         assert v.dtype == arguments[k.removeprefix("grad_") if k != "out" else "input"].dtype, k
     exact = {k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}

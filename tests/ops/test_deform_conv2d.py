@@ -10,8 +10,10 @@ from conftest import PORTABLE, TUNED, cpu_kernels
 
 from dcn_plugin import reference
 from dcn_plugin.ops import deform_conv2d
+from dcn_plugin.ops._operator import WANTED
 
 CASE = next(c for c in CASES if c.name == "deform_conv2d")
+EVERYTHING = sum(WANTED.values())
 TORCHVISION = [k for k in CASE.configs if k != "four_sided"]
 
 
@@ -159,11 +161,11 @@ BAD = [
     ("mask", lambda a: a["offset"]),
     ("mask", lambda a: a["mask"].bool()),
     ("mask", lambda a: a["mask"].double()),
-    ("stride", lambda a: 0),
+    ("stride", lambda a: (0, 0)),
     ("stride", lambda a: (1, 2, 3)),
     ("dilation", lambda a: (1, 0)),
-    ("dilation", lambda a: 9),
-    ("padding", lambda a: -1),
+    ("dilation", lambda a: (9, 9)),
+    ("padding", lambda a: (-1, -1, -1, -1)),
     ("padding", lambda a: (1, 1, 1)),
 ]
 
@@ -173,14 +175,12 @@ def test_the_compiled_operators_protect_memory_by_themselves(name, change):
     """Callers from C++ or exported graphs skip the Python checks; forward and backward name the operator then."""
     arguments = good()
     grad = torch.ones_like(deform_conv2d(**arguments))
-    arguments[name] = change(arguments)
-    given = CASE.to_op(**arguments)
+    bad = {name: change(arguments)}
     with pytest.raises((RuntimeError, ValueError), match="deform_conv2d|expected to be on cpu"):
-        torch.ops.dcn_plugin.deform_conv2d(*given)
+        CASE.op(*(CASE.to_op(**arguments) | bad).values())
     if name != "bias":  # the backward has none
-        input, offset, weight, _, *rest = given
         with pytest.raises((RuntimeError, ValueError), match="deform_conv2d|expected to be on cpu"):
-            torch.ops.dcn_plugin.deform_conv2d_backward(grad, input, offset, weight, *rest, 15)
+            CASE.backward_op(*(CASE.to_backward(grad, EVERYTHING, **arguments) | bad).values())
 
 
 @pytest.mark.parametrize(
@@ -193,10 +193,9 @@ def test_the_compiled_operators_protect_memory_by_themselves(name, change):
     ],
 )
 def test_the_compiled_backward_checks_the_gradient_it_is_given(change, message):
-    input, offset, weight, _, *rest = CASE.to_op(**good())
     grad = torch.ones_like(deform_conv2d(**good()))
-    with pytest.raises(RuntimeError, match=f"grad_output .*{message}"):
-        torch.ops.dcn_plugin.deform_conv2d_backward(change(grad), input, offset, weight, *rest, 15)
+    with pytest.raises(RuntimeError, match=f"grad_output: {message}"):
+        CASE.backward_op(*CASE.to_backward(change(grad), EVERYTHING, **good()).values())
 
 
 def test_deterministic_mode_gives_equal_bits(device, monkeypatch):

@@ -52,7 +52,7 @@ def test_memory_that_is_not_there(fault):
     """Does not come to its end."""
     problem = PROBLEMS["pixels-float32-contiguous_format-tuned"]
     problem.run(threads=1)
-    place = "csrc/ops/roi_rows.h"
+    place = "csrc/ops/roi_pool/cpu/rows.h"
     spoiled = [loop for loop in loops() if loop.place.startswith(place)]
     assert spoiled
     for loop in spoiled:

@@ -11,6 +11,7 @@
 
 namespace dcn {
 
+// Which kernels served the operators last.
 inline KernelLog deform_conv2d_log("deform_conv2d"), deform_conv2d_backward_log("deform_conv2d_backward");
 
 struct ConvArguments {

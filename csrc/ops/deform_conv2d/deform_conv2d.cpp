@@ -8,7 +8,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dcn_plugin, m) {
       "SymInt[] padding, SymInt[] dilation) -> Tensor");
   m.def(
       "deform_conv2d_backward(Tensor grad_output, Tensor input, Tensor offset, Tensor weight, Tensor? mask, "
-      "SymInt[] stride, SymInt[] padding, SymInt[] dilation, int wanted) -> (Tensor, Tensor, Tensor, Tensor)");
+      "SymInt[] stride, SymInt[] padding, SymInt[] dilation, int wanted) "
+      "-> (Tensor grad_input, Tensor grad_offset, Tensor grad_weight, Tensor grad_mask)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dcn_plugin, CPU, m) {

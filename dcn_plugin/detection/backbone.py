@@ -1,0 +1,120 @@
+"""timm models as the backbones of torchvision's detectors, with or without a feature pyramid."""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
+
+from ..mm.timm_backbone import TimmBackbone
+
+
+class DetectionBackbone(nn.Module):
+    """Feature maps of a timm model, named "0", "1", ... from fine to coarse, as torchvision's detectors take them.
+
+    With `fpn_channels` they pass through torchvision's feature pyramid, which adds the map "pool" at twice the last
+    stride. The parts are named as in torchvision's `BackboneWithFPN`, so its weights fit where timm's names are
+    torchvision's, which is so for ResNets.
+
+    Args:
+        model: name of a timm model, or `dict(name=..., **arguments of TimmBackbone and of that model)`.
+        fpn_channels: channels of every map of the pyramid; None leaves the pyramid out.
+        trainable_layers: how many stages train, counted from the last as in torchvision; the stem is one of them. None
+            trains the last three of a pretrained model and all of any other.
+        norm_eval: keep batch norms of the backbone at their stored statistics while training; None does so for a
+            pretrained model. Scale and shift train anyway, except in frozen stages.
+
+    Attributes:
+        channels, strides: of the maps that the timm model returns.
+        out_channels: channels of the pyramid, or of the last map.
+        in_chans, mean, std: what the images are and how timm's preprocessing normalises them.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong kind or value, by name; what timm says of its own arguments.
+    """
+
+    def __init__(
+        self,
+        model: str | Mapping[str, Any],
+        fpn_channels: int | None = None,
+        trainable_layers: int | None = None,
+        norm_eval: bool | None = None,
+    ) -> None:
+        super().__init__()
+        arguments = dict(model) if isinstance(model, Mapping) else {"name": model}
+        name = arguments.pop("name", None)
+        if not isinstance(name, str):
+            raise TypeError(f"backbone: expected a timm model's name or dict(name=..., ...), got {model!r}")
+        if "features_only" in arguments:
+            got = arguments["features_only"]
+            raise ValueError(f"backbone: expected no features_only, which is always set, got {got!r}")
+        pretrained = bool(arguments.get("pretrained") or arguments.get("checkpoint_path"))
+        self.in_chans = int(arguments.get("in_chans", 3))
+        self.body = TimmBackbone(name, **arguments).model
+        info: Any = self.body.feature_info
+        self.channels: list[int] = info.channels()
+        self.strides: list[int] = info.reduction()
+        self.channels_last = str(getattr(self.body, "output_fmt", "NCHW")).endswith("NHWC")
+        cfg: Any = getattr(self.body, "pretrained_cfg", None) or {}
+        self.mean = _per_channel(cfg.get("mean", (0.485, 0.456, 0.406)), self.in_chans)
+        self.std = _per_channel(cfg.get("std", (0.229, 0.224, 0.225)), self.in_chans)
+
+        self.norm_eval = pretrained if norm_eval is None else norm_eval
+        last = max(index % len(info.info) for index in info.out_indices)
+        stages = [stage["module"] for stage in info.info[: last + 1]]
+        if trainable_layers is None:
+            trainable_layers = min(3, len(stages)) if pretrained else len(stages)
+        if not 0 <= trainable_layers <= len(stages):
+            raise ValueError(
+                f"trainable_backbone_layers: {name} has {len(stages)} ({', '.join(stages)}), expected 0 to "
+                f"{len(stages)}, got {trainable_layers}"
+            )
+        frozen = len(stages) - trainable_layers
+        self.frozen = _modules_up_to(self.body, stages[frozen - 1]) if frozen else []
+        for module in map(self.body.get_submodule, self.frozen):
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+
+        self.fpn = None
+        self.out_channels = self.channels[-1]
+        if fpn_channels is not None:
+            if any(fine * 2 != coarse for fine, coarse in zip(self.strides, self.strides[1:], strict=False)):
+                raise ValueError(f"backbone: a pyramid needs maps whose strides double, {name} has {self.strides}")
+            self.fpn = FeaturePyramidNetwork(self.channels, fpn_channels, extra_blocks=LastLevelMaxPool())
+            self.out_channels = fpn_channels
+
+    def train(self, mode: bool = True) -> "DetectionBackbone":
+        """Switch to training, but for frozen stages and, with `norm_eval`, batch norms."""
+        super().train(mode)
+        if mode:
+            for module in map(self.body.get_submodule, self.frozen):
+                module.training = False
+            for module in self.body.modules() if self.norm_eval else ():
+                if isinstance(module, _BatchNorm):
+                    module.training = False
+        return self
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the maps of [N, C, H, W] images, fine to coarse."""
+        maps = self.body(images)
+        if self.channels_last:
+            maps = [m.permute(0, 3, 1, 2) for m in maps]
+        named: dict[str, Tensor] = OrderedDict((str(i), m) for i, m in enumerate(maps))
+        return named if self.fpn is None else self.fpn(named)
+
+
+def _per_channel(values: Sequence[float], channels: int) -> list[float]:
+    """Fit preprocessing made for colour images to other numbers of channels: their mean, for each."""
+    return list(values) if len(values) == channels else [sum(values) / len(values)] * channels
+
+
+def _modules_up_to(body: nn.Module, stage: str) -> list[str]:
+    """Return the names of all modules up to a stage, in the order of definition, which is timm's order of execution."""
+    names = [name for name, _ in body.named_modules()]
+    for candidate in (stage, stage.replace(".", "_"), f"model.{stage}"):
+        if candidate in names:
+            inside = [i for i, name in enumerate(names) if name == candidate or name.startswith(f"{candidate}.")]
+            return names[: inside[-1] + 1]
+    raise ValueError(f"trainable_backbone_layers: {type(body).__name__} has no module {stage!r} to freeze up to")
