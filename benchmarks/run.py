@@ -160,7 +160,7 @@ def main() -> int:
     )
     parser.add_argument(
         "--kernels",
-        choices=[gpu.PLAIN, gpu.FUSED],
+        choices=[gpu.PORTABLE, gpu.FUSED],
         default=gpu.FUSED,
         help="ours on cuda (default: fused where they exist)",
     )
@@ -177,7 +177,7 @@ def main() -> int:
         if not limits.items() <= os.environ.items():
             # Libraries look at these when they are loaded.
             os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **limits})
-        torch.ops.dcn_plugin._set_cpu_path(3)
+        torch.ops.dcn_plugin._choose_cpu_kernels("tuned x86-64-v3")
     cuda = args.device == "cuda"
     if cuda:
         torch.backends.cudnn.benchmark = True

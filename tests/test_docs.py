@@ -27,7 +27,7 @@ EXECUTED = {
     "docs/operators.md": (),
     "docs/integration.md": (*FRAMEWORKS, "mmcv", "pycocotools", "onnxscript"),
 }
-DOCUMENTS = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")})
+DOCUMENTS = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("csrc/*.md")})
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.relative_to(ROOT).as_posix())
 
 # What the documents' examples read, made where they run. Weights are views of one number, so the files are small.
