@@ -52,7 +52,6 @@ def fvcore_handles() -> dict[str, Callable[[Any, Any], Counter[str]]]:
     pixels, for each bin.
 
     Example:
-
         >>> from dcn_plugin.flops import fvcore_handles
         >>> for name in fvcore_handles():  # FlopCountAnalysis(model, image).set_op_handle(**fvcore_handles()).total()
         ...     print(name)
@@ -120,7 +119,6 @@ def ptflops_hooks() -> dict[Any, Callable[..., Any]]:
     Classes derived from the layers need an entry of their own: ptflops goes by a module's very class.
 
     Example:
-
         >>> from dcn_plugin import DCNv2
         >>> from dcn_plugin.flops import ptflops_hooks
         >>> hooks = ptflops_hooks()  # get_model_complexity_info(model, (3, 64, 64), custom_modules_hooks=hooks)
@@ -146,7 +144,6 @@ def thop_ops() -> Mapping[type[nn.Module], Callable[..., None]]:
     Classes derived from the layers need an entry of their own: thop goes by a module's very class.
 
     Example:
-
         >>> from dcn_plugin import DCNv2
         >>> from dcn_plugin.flops import thop_ops
         >>> DCNv2 in thop_ops()  # profile(model, (image,), custom_ops=thop_ops())
