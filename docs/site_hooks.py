@@ -30,25 +30,35 @@ ELSEWHERE = {
 }
 
 
-def public_modules() -> list[str]:
-    """Modules of the package that say what is public, by `__all__`, and are public themselves."""
-    found = []
+def public_modules() -> dict[str, ast.Module]:
+    """Modules of the package that say what is public, by `__all__`, and are public themselves, as they are written."""
+    found = {}
     for path in sorted((ROOT / "dcn_plugin").rglob("*.py")):
-        *parts, name = path.relative_to(ROOT).with_suffix("").parts
-        if name != "__init__":
-            parts.append(name)
-        says = any(
-            isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
-            for node in ast.parse(path.read_text()).body
-        )
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        parts = parts[:-1] if parts[-1] == "__init__" else parts
+        tree = ast.parse(path.read_text())
+        says = any(isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__" for node in tree.body)
         if says and not any(part.startswith("_") for part in parts):
-            found.append(".".join(parts))
-    return sorted(found)
+            found[".".join(parts)] = tree
+    return dict(sorted(found.items()))
+
+
+def api_page(module: str, tree: ast.Module) -> str:
+    """Name what mkdocstrings shows: the module, and functions that it would take for the file of the same name."""
+    folder, text = ROOT.joinpath(*module.split(".")), f"::: {module}\n"
+    for node in ast.walk(tree):
+        for name in node.names if isinstance(node, ast.ImportFrom) and node.module else ():
+            if (folder / f"{name.name}.py").exists():
+                text += f"\n::: {module}.{node.module}.{name.name}\n"
+                text += "    options: {heading_level: 2, show_root_full_path: false}\n"
+    return text
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Put the API's pages into the navigation."""
+    """Put the page of the C++ and the API's pages into the navigation."""
     assert config.nav is not None
+    if (ROOT / "csrc/README.md").exists():
+        config.nav.append(ELSEWHERE["csrc/README.md"])
     config.nav.append({"API": [{name: f"api/{name}.md"} for name in public_modules()]})
     return config
 
@@ -58,8 +68,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for source, target in ELSEWHERE.items():
         if (ROOT / source).exists():
             files.append(File.generated(config, target, content=(ROOT / source).read_text()))
-    for name in public_modules():
-        files.append(File.generated(config, f"api/{name}.md", content=f"# {name}\n\n::: {name}\n"))
+    for name, tree in public_modules().items():
+        files.append(File.generated(config, f"api/{name}.md", content=api_page(name, tree)))
     files.append(File.generated(config, "site.css", content=HtmlFormatter().get_style_defs(".highlight")))
     return files
 

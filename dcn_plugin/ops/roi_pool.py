@@ -48,7 +48,8 @@ def deform_roi_pool(
         aligned: shift by half a pixel, so that pixel (i, j) covers [i, i + 1), and a region that is inside out
             (x2 < x1) is pooled backwards, with as many samples as `sampling_ratio` says, and 0 where that is 0;
             otherwise regions are at least 1 x 1.
-        rois, offset and mask may be float32 beside a half-precision input.
+
+    `rois`, `offset` and `mask` may be float32 beside a half-precision input.
 
     Returns:
         `[R, C, P_h, P_w]`.
