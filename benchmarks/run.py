@@ -9,7 +9,7 @@
 
 Families: deform_conv2d (against conv2d, torchvision and, where it is installed, onnxruntime), half_types (bfloat16 and
 float16 against float32, on the CPU), roi_pool (against torchvision) and models (resnet50_dcn against resnet50, and
-against itself on torchvision's operator; needs timm). `pip install dcn_plugin[benchmark]` brings the peers.
+against itself on torchvision's operator; needs timm). `pip install '.[benchmark]'` brings the peers.
 
 Results are compared before anything is timed. Rounds alternate between the contestants, so that a noisy machine
 disturbs them alike; slow ones have fewer rounds, at least three. A time is the median over rounds, a ratio the median
@@ -160,7 +160,7 @@ def main() -> int:
     )
     parser.add_argument(
         "--kernels",
-        choices=[gpu.PLAIN, gpu.FUSED],
+        choices=[gpu.PORTABLE, gpu.FUSED],
         default=gpu.FUSED,
         help="ours on cuda (default: fused where they exist)",
     )
@@ -177,7 +177,7 @@ def main() -> int:
         if not limits.items() <= os.environ.items():
             # Libraries look at these when they are loaded.
             os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **limits})
-        torch.ops.dcn_plugin._set_cpu_path(3)
+        torch.ops.dcn_plugin._choose_cpu_kernels("tuned x86-64-v3")
     cuda = args.device == "cuda"
     if cuda:
         torch.backends.cudnn.benchmark = True

@@ -97,16 +97,49 @@ def includes_of(path: Path) -> list[tuple[str, bool]]:
     return found + [(name, False) for _, name in included if name]
 
 
-@pytest.mark.parametrize("path", sorted(CSRC.rglob("*.*")), ids=lambda path: str(path.relative_to(CSRC)))
+SOURCES = sorted(path for path in CSRC.rglob("*.*") if path.suffix in (".h", ".cuh", ".cpp", ".cu"))
+# Layers of csrc, and the files of an operator's folder, from the bottom: each may include what stands before it.
+LAYERS = ["core", "runtime", "ops"]
+OF_OPERATOR = ["arguments.h", "bodies.h", "index.h", "portable.h", ("cpu", "cuda"), "operator.h", "registration"]
+
+
+def place_in_operator(path: str) -> tuple[str, int, str]:
+    """Return the operator that a file below csrc/ops belongs to, its rank in OF_OPERATOR, and the device's folder."""
+    operator, first, *rest = Path(path).parts[1:]
+    registration = first in (f"{operator}.cpp", f"{operator}.cu")
+    for rank, name in enumerate(OF_OPERATOR):
+        if (rest and first in name) or first == name or (registration and name == "registration"):
+            return operator, rank, first if rest else ""
+    raise AssertionError(f"{path}: an operator's folder has {OF_OPERATOR}")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(CSRC)))
 def test_includes_point_one_way(path):
-    allowed = {"core": {"core"}, "runtime": {"core", "runtime"}, "ops": {"core", "runtime", "ops"}}
-    folder = path.relative_to(CSRC).parts[0]
+    here = path.relative_to(CSRC).as_posix()
+    layer = here.split("/")[0]
     for name, ours in includes_of(path):
         if ours:
-            assert name.split("/")[0] in allowed[folder], f"{folder} may not include {name}"
+            assert LAYERS.index(name.split("/")[0]) <= LAYERS.index(layer), f"{here} may not include {name}"
         elif name.startswith(("torch/", "ATen/", "c10/")):
-            assert folder == "runtime", f"only csrc/runtime includes torch, not {path.name}"
+            assert layer == "runtime", f"only csrc/runtime includes torch, not {here}"
             assert name.startswith(("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/aoti_torch/"))
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in SOURCES if CSRC / "ops" in p.parents], ids=lambda path: str(path.relative_to(CSRC))
+)
+def test_includes_within_an_operator_point_one_way(path):
+    here = path.relative_to(CSRC).as_posix()
+    operator, rank, device = place_in_operator(here)
+    for name, ours in includes_of(path):
+        if not ours or not name.startswith("ops/"):
+            continue
+        other, below, folder = place_in_operator(name)
+        assert other == operator, f"{here}: {name} belongs to another operator; what both need goes to core or runtime"
+        # Files of one rank are those of a device, which knows no other device.
+        assert below < rank or (below == rank and device and folder == device), f"{here} may not include {name}"
+        # A path of its own does without the portable one; paths.h chooses between them.
+        assert name != f"ops/{operator}/portable.h" or path.name in ("paths.h", f"{operator}.cu"), here
 
 
 def test_one_sampler():

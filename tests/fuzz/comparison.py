@@ -4,17 +4,18 @@ import contextlib
 
 import torch
 from cases import TOLERANCE, convert, run
+from conftest import cpu_kernels
 
 
 @contextlib.contextmanager
-def cpu(path, threads):
-    before = torch.ops.dcn_plugin._set_cpu_path(path), torch.get_num_threads()
+def cpu(kernels, threads):
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        yield
+        with cpu_kernels(kernels):
+            yield
     finally:
-        torch.ops.dcn_plugin._set_cpu_path(before[0])
-        torch.set_num_threads(before[1])
+        torch.set_num_threads(before)
 
 
 def compare(actual, expected, name, loose=False):

@@ -65,7 +65,7 @@ each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 # Other tests have these words in their names: `-k "not kernels_fused"` means this parameter.
-@pytest.fixture(params=["plain", "fused"], ids=lambda name: f"kernels_{name}")
+@pytest.fixture(params=["portable", "fused"], ids=lambda name: f"kernels_{name}")
 def kernels(request, monkeypatch):
     monkeypatch.setenv("DCN_PLUGIN_CUDA_KERNELS", request.param)
     return request.param
@@ -172,7 +172,7 @@ def check_configuration(case: OpCase, config: str, dtype: torch.dtype, device: s
 
 def test_the_setting_decides_which_kernels_run(kernels):
     check_against_cpu("c256", "bfloat16", "channels_last", "cuda")
-    used = ops.kernels_used()
+    used = ops.kernels_used("cuda")
     # The fused ones need the tensor cores of 8.0 and up.
     fused = kernels == "fused" and torch.cuda.get_device_capability() >= (8, 0)
     for operator in ("deform_conv2d", "deform_conv2d_backward"):
@@ -189,7 +189,7 @@ def test_the_setting_decides_which_kernels_run(kernels):
 def test_every_tile_size_equals_the_cpu(tile, types, layout, kernels):
     check_against_cpu(tile, types, layout, "cuda")
     if torch.cuda.get_device_properties(0).multi_processor_count <= 160:
-        assert ops.kernels_used()["deform_conv2d"] == f"fused {tile}"
+        assert ops.kernels_used("cuda")["deform_conv2d"] == f"fused {tile}"
 
 
 @one_of_each

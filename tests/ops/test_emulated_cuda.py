@@ -13,6 +13,7 @@ import torch
 from cases import CASES, convert
 
 from dcn_plugin import reference
+from dcn_plugin.ops._kernels import latest
 from dcn_plugin.ops._layout import new_image
 from dcn_plugin.ops._operator import WANTED
 
@@ -44,7 +45,7 @@ def schedule(name="up", multiprocessors=FEW):
 
 
 def used() -> dict[str, str]:
-    return dict(line.split(": ") for line in emulation.load().kernels_used().splitlines())
+    return latest(emulation.load().kernels_used())
 
 
 class Problem:
@@ -217,17 +218,17 @@ def test_only_what_is_asked_for(wanted):
         dict(shape=(1, 80, 4, 4), offset_groups=10),  # more samples than fit
     ],
 )
-def test_the_plain_kernels_serve_the_rest(change):
+def test_the_portable_path_serve_the_rest(change):
     ran = Problem(**{"out": 16, **change}).check()
-    assert ran == {"deform_conv2d": "plain", "deform_conv2d_backward": "plain"}
+    assert ran == {"deform_conv2d": "portable", "deform_conv2d_backward": "portable"}
 
 
-def test_unaligned_memory_goes_to_the_plain_kernels():
+def test_unaligned_memory_goes_to_the_portable_path():
     problem = Problem((1, 16, 6, 6), 16)
     whole = torch.randn(1, 6, 6, 24, dtype=torch.bfloat16)
     problem.input = whole[..., 4:20].permute(0, 3, 1, 2)
     close(problem.forward(), problem.truth()[0], torch.bfloat16)
-    assert used()["deform_conv2d"] == "plain"
+    assert used()["deform_conv2d"] == "portable"
 
 
 def test_views_of_larger_tensors():
@@ -239,16 +240,16 @@ def test_views_of_larger_tensors():
     assert ran["deform_conv2d"].startswith("fused") and ran["deform_conv2d_backward"] == "fused"
 
 
-def test_plain_is_the_default(monkeypatch):
+def test_portable_is_the_default(monkeypatch):
     problem = Problem((1, 16, 6, 6), 16)
-    for value in ("plain", "", None):
+    for value in ("portable", "", None):
         monkeypatch.delenv("DCN_PLUGIN_CUDA_KERNELS", raising=False)
         if value is not None:
             monkeypatch.setenv("DCN_PLUGIN_CUDA_KERNELS", value)
         problem.forward()
-        assert used()["deform_conv2d"] == "plain"
+        assert used()["deform_conv2d"] == "portable"
     monkeypatch.setenv("DCN_PLUGIN_CUDA_KERNELS", "fast")
-    with pytest.raises(RuntimeError, match="must be 'plain' or 'fused', got 'fast'"):
+    with pytest.raises(RuntimeError, match="expected 'portable' or 'fused', got 'fast'"):
         problem.forward()
 
 

@@ -6,7 +6,7 @@ from test_emulated_cuda import FEW, GRADIENTS, HALVES, LAYOUTS, MANY, Problem, c
 from test_emulated_cuda import fused as fused  # every test here runs with it
 
 DEPTHWISE = {"deform_conv2d": "fused depthwise", "deform_conv2d_backward": "fused depthwise"}
-PLAIN = {"deform_conv2d": "plain", "deform_conv2d_backward": "plain"}
+PORTABLE = {"deform_conv2d": "portable", "deform_conv2d_backward": "portable"}
 
 
 def problem(shape, **how) -> Problem:
@@ -120,5 +120,5 @@ def test_images_of_several_ranges(layout):
         dict(shape=(1, 16, 6, 6), out=32),  # two outputs for each channel
     ],
 )
-def test_the_plain_kernels_serve_the_rest(change):
-    assert problem(**change).check() == PLAIN
+def test_the_portable_path_serve_the_rest(change):
+    assert problem(**change).check() == PORTABLE

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from cases import CASES, OpCase, convert, run
-from conftest import PORTABLE, TUNED
+from conftest import PORTABLE, TUNED, cpu_kernels
 from torch import Tensor
 
 import dcn_plugin
@@ -24,18 +24,18 @@ class Problem(NamedTuple):
 
     case: OpCase
     arguments: dict[str, Any]
-    path: int
+    kernels: str
     ordered: bool
 
     def run(self, threads: int = THREADS) -> dict[str, Tensor]:
-        before = torch.ops.dcn_plugin._set_cpu_path(self.path), torch.get_num_threads()
+        before = torch.get_num_threads()
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(self.ordered)
         try:
-            return run(self.case.function, self.arguments)
+            with cpu_kernels(self.kernels):
+                return run(self.case.function, self.arguments)
         finally:
-            torch.ops.dcn_plugin._set_cpu_path(before[0])
-            torch.set_num_threads(before[1])
+            torch.set_num_threads(before)
             torch.use_deterministic_algorithms(False)
 
 
@@ -71,7 +71,7 @@ def loops_of_sources() -> set[str]:
 
 def bodies_of_sources() -> set[str]:
     """The structs that the portable path hands to Cpu::for_each."""
-    texts = [path.read_text() for path in (ROOT / "csrc" / "ops").rglob("*.h")]
+    texts = [path.read_text() for path in (ROOT / "csrc").rglob("*.h") if path.parent.name != "cuda"]
     return {name for text in texts for name in re.findall(r"Device::for_each\((\w+)", text)}
 
 
