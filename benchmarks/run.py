@@ -9,7 +9,7 @@
 
 Families: deform_conv2d (against conv2d, torchvision and, where it is installed, onnxruntime), half_types (bfloat16 and
 float16 against float32, on the CPU), roi_pool (against torchvision) and models (resnet50_dcn against resnet50, and
-against itself on torchvision's operator; needs timm). `pip install dcn_plugin[benchmark]` brings the peers.
+against itself on torchvision's operator; needs timm). `pip install '.[benchmark]'` brings the peers.
 
 Results are compared before anything is timed. Rounds alternate between the contestants, so that a noisy machine
 disturbs them alike; slow ones have fewer rounds, at least three. A time is the median over rounds, a ratio the median

@@ -57,7 +57,6 @@ def fvcore_handles() -> dict[str, Callable[[Any, Any], Counter[str]]]:
     pixels, for each bin.
 
     Example:
-
         >>> from dcn_plugin.flops import fvcore_handles
         >>> handles = fvcore_handles()  # FlopCountAnalysis(model, image).set_op_handle(**handles).total()
         >>> "dcn_plugin::deform_conv2d" in handles
@@ -117,7 +116,6 @@ def ptflops_hooks() -> dict[Any, Callable[..., Any]]:
     Classes derived from the layers need an entry of their own: ptflops goes by a module's very class.
 
     Example:
-
         >>> from dcn_plugin import DCNv2
         >>> from dcn_plugin.flops import ptflops_hooks
         >>> hooks = ptflops_hooks()  # get_model_complexity_info(model, (3, 64, 64), custom_modules_hooks=hooks)
@@ -142,7 +140,6 @@ def thop_ops() -> Mapping[type[nn.Module], Callable[..., None]]:
     Classes derived from the layers need an entry of their own: thop goes by a module's very class.
 
     Example:
-
         >>> from dcn_plugin import DCNv2
         >>> from dcn_plugin.flops import thop_ops
         >>> DCNv2 in thop_ops()  # profile(model, (image,), custom_ops=thop_ops())

@@ -1,6 +1,6 @@
 """Export to ONNX: deform_conv2d becomes the standard operator DeformConv, RoI pooling a graph of standard operators.
 
-Needs `pip install 'dcn_plugin[onnx]'`. What DeformConv makes of numbers that are not finite is the runtime's affair.
+Needs onnx and onnxscript: `pip install '.[onnx]'` in a clone. What DeformConv makes of numbers that are not finite is the runtime's affair.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ try:
     from onnxscript import evaluator, ir, opset19
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f"dcn_plugin.export.onnx needs {error.name}: pip install 'dcn_plugin[onnx]'", name=error.name
+        f"dcn_plugin.export.onnx needs {error.name}, which is not installed: pip install '.[onnx]' in a clone of dcn_plugin",
+        name=error.name,
     ) from error
 
 # The first opset that has DeformConv.

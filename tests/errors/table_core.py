@@ -304,7 +304,7 @@ ONNX = [
     Case(export_of_any_size, ValueError, "input:", "expected fixed channels and a fixed kernel", "got shape (1, 'C'"),
     Case(
         import_without_onnx,
-        ModuleNotFoundError, "dcn_plugin.export.onnx", "pip install 'dcn_plugin[onnx]'", "needs onnxscript",
+        ModuleNotFoundError, "dcn_plugin.export.onnx", "pip install '.[onnx]'", "needs onnxscript",
     ),
 ]  # fmt: skip
 
