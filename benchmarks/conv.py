@@ -27,6 +27,7 @@ from torch import Tensor
 from dcn_plugin.ops import deform_conv2d
 
 NAME = "deform_conv2d"
+OPERATORS = (NAME,)
 _CONV2D = """`/ conv2d` is our time over that of the plain convolution
 with the same weights in"""
 _MEMORY = "`MiB` is the peak memory of a call above its arguments and"

@@ -86,16 +86,7 @@ benchmark() { # FAMILY SECONDS OPTIONS...
 
 check() {
     local gpu status
-    gpu=$("$python" -c '
-import sys
-try:
-    import torch
-except ImportError as error:
-    sys.exit("gpu_check.sh: %s has no torch (%s); set PYTHON to one that has." % (sys.executable, error))
-if not torch.cuda.is_available():
-    sys.exit("gpu_check.sh: torch %s finds no usable CUDA GPU on this machine." % torch.__version__)
-print(";".join(sorted({"%d.%d" % torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})))') ||
-        return 1
+    gpu=$("$python" scripts/gpu_capabilities.py) || return 1
     export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$gpu}
     parallel=()
     if "$python" -c 'import xdist' 2>/dev/null; then

@@ -48,6 +48,8 @@ class OpCase:
 
     name: str  # in dcn_plugin.ops, dcn_plugin.reference and torch.ops.dcn_plugin
     configs: dict[str, Callable[[], dict[str, Any]]]  # float64 arguments on the CPU, seeded by the test
+    real: dict[str, Callable[[], dict[str, Any]]]  # as large as in models, for GPUs; the first also for graphs, streams
+    threaded: dict[str, Callable[[], dict[str, Any]]]  # which threads of the CPU share, for the sanitizers
     full: str  # the configuration with every argument
     bare: str  # the one with as few as can be
     mixed: str  # the one with groups and classes, in which no two sizes are equal
@@ -69,6 +71,10 @@ class OpCase:
     @property
     def reference(self) -> Callable[..., Tensor]:
         return getattr(reference, self.name)
+
+    @property
+    def of_regions(self) -> bool:
+        return "rois" in self.per_result
 
     @property
     def op(self) -> Any:
@@ -247,6 +253,29 @@ CASES = [
             "few_pixels_many_channels": _make((1, 600, 2, 2), out=16, groups=2),
             "many_tiles": _make((3, 20, 31, 29), out=8, groups=4, offset_groups=2),
         },
+        real={
+            "c64": _make((3, 64, 24, 20), out=64),
+            "c128-to-96": _make((2, 128, 15, 13), out=96),
+            "c256": _make((4, 256, 14, 14), out=256, bias=False),
+            "c512": _make((3, 512, 7, 7), out=512, spread=1.0),
+            "c72-to-40": _make((1, 72, 11, 9), out=40, mask=False),
+            "stride-dilation": _make((2, 64, 19, 22), out=128, stride=2, dilation=2, padding=(2, 1, 0, 3)),
+            "offset-groups": _make((2, 128, 13, 17), out=64, offset_groups=4),
+            "groups": _make((2, 128, 12, 10), out=192, groups=4, offset_groups=2),
+            "depthwise": _make((2, 64, 14, 15), out=64, groups=64, offset_groups=4),
+            "kernel-5x3": _make((2, 32, 12, 11), out=48, kernel=(5, 3), padding=(2, 1)),
+            "pointwise": _make((2, 192, 9, 16), out=64, kernel=(1, 1), padding=0),
+            "far": _make((2, 64, 12, 12), out=64, spread=25.0),
+            "small-conv": _make((1, 64, 9, 7), out=64),
+        },
+        threaded={
+            "conv": _make((2, 20, 26, 24), out=24),
+            "conv_lanes": _make((1, 160, 14, 15), out=40),
+            "conv_images": _make((5, 70, 10, 9), out=18, mask=False),
+            "conv_groups": _make((3, 64, 12, 13), out=64, groups=4, offset_groups=2),
+            "conv_depthwise": _make((2, 96, 13, 12), out=96, groups=96, offset_groups=3),
+            "conv_few_pixels": _make((1, 200, 4, 3), out=70),
+        },
         full="v2",
         bare="v1",
         mixed="groups",
@@ -268,6 +297,15 @@ CASES = [
             "many_channels": _align((1, 150, 6, 5), regions=4),
             "many_regions": _align((3, 20, 17, 15), regions=70, bins=(2, 3), sampling_ratio=0),
             "one_pixel": _align((2, 4, 1, 1), regions=5),
+        },
+        real={
+            "roi-adaptive": _align((2, 64, 20, 24), regions=40, bins=(7, 7), sampling_ratio=0),
+            "roi": _align((2, 256, 20, 24), regions=40, bins=(7, 7)),
+            "small-roi": _align((2, 24, 9, 8), regions=9),
+        },
+        threaded={
+            "align": _align((2, 40, 20, 18), regions=30),
+            "align_many": _align((2, 4, 9, 8), regions=1200, bins=(2, 1), sampling_ratio=1),
         },
         full="modulated",
         bare="plain",
@@ -294,6 +332,11 @@ CASES = [
             "far": _part(spread=60.0),
             "many_regions": _part((2, 72, 12, 10), regions=40, output_dim=18, group_size=2, bins=(4, 4), classes=2),
         },
+        real={
+            "ps": _part((2, 10 * 49, 20, 24), regions=40, output_dim=10, group_size=7, bins=(7, 7), classes=5),
+            "small-ps": _part((2, 24, 9, 8), regions=9, output_dim=6, classes=2),
+        },
+        threaded={"part": _part((2, 72, 17, 16), regions=40, output_dim=18, classes=2)},
         full="modulated",
         bare="plain",
         mixed="classes",
@@ -313,6 +356,11 @@ CASES = [
             "more_groups_than_bins": _pixels((2, 18, 6, 7), output_dim=2, group_size=3, bins=(2, 2)),
             "many_regions": _pixels((2, 72, 12, 10), regions=40, output_dim=18, group_size=2, bins=(4, 4)),
         },
+        real={
+            "pixels": _pixels((2, 10 * 49, 20, 24), 40, output_dim=10, group_size=7, bins=(7, 7)),
+            "small-pixels": _pixels((2, 24, 9, 8), regions=9, output_dim=6),
+        },
+        threaded={"pixels": _pixels((3, 72, 17, 16), regions=60, output_dim=18, bins=(4, 4))},
         full="square",
         bare="square",
         mixed="rectangular",
@@ -324,3 +372,4 @@ CASES = [
         float32_beside_half=("rois",),
     ),
 ]
+BY_NAME = {case.name: case for case in CASES}

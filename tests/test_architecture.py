@@ -187,6 +187,23 @@ def test_no_paths_of_one_machine():
                 assert not absolute.search(line), f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
 
 
+def python_in_shell(text: str) -> list[str]:
+    """Return what a shell script feeds to an interpreter beyond a line: ruff and mypy do not look there."""
+    documents = re.findall(r"^.*(?<!<)<<-?\s*[\\'\"]?[A-Za-z_].*$", text, re.M)
+    return documents + [code for _, code in re.findall(r"\s-c\s+(['\"])(.*?)\1", text, re.S) if "\n" in code]
+
+
+def test_shell_scripts_hold_no_python():
+    """Those in findings/ do: each is a report to another project, which has to be a single file."""
+    shell = [p for p in tracked_files() if p.suffix == ".sh" or p.read_bytes().startswith(b"#!/usr/bin/env bash")]
+    assert {"setup_env.sh", "gpu_check.sh", "run"} <= {path.name for path in shell}
+    ours = [path for path in shell if path.parent != ROOT / "findings"]
+    assert {path.name: found for path in ours if (found := python_in_shell(path.read_text()))} == {}
+    assert python_in_shell("exec python - \"$1\" <<'END'\nimport os\nEND\n") == ["exec python - \"$1\" <<'END'"]
+    assert python_in_shell("x=$(python -c 'import os\nprint(os)')") == ["import os\nprint(os)"]
+    assert python_in_shell("""python -c 'print(1 << 2)'; read -r a <<<"$b"; ((c << 2))\n""") == []
+
+
 def test_no_large_files():
     large = [str(path.relative_to(ROOT)) for path in tracked_files() if path.stat().st_size > 2**20]
     assert large == []

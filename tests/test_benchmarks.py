@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import BY_NAME
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
@@ -76,6 +77,18 @@ def test_all_take_turns_and_slow_ones_have_fewer_rounds(benchmark, monkeypatch):
     found = harness.compared(times, "NCHW")
     assert found["slow"]["NCHW"] == {"ms": 400, "spread": 0, "rounds": 3, "ratio": 10 / 400}
     assert found["fast"]["NCHW"]["ratio"] == 10
+
+
+def test_every_operator_is_timed_or_it_says_why_not(benchmark):
+    run = benchmark("run")
+    timed = {name for family in run.FAMILIES.values() for name in getattr(family, "OPERATORS", ())}
+    assert timed.isdisjoint(run.NOT_TIMED)
+    for name in BY_NAME:
+        assert name in timed or name in run.NOT_TIMED, (
+            f"benchmarks/: add {name} to OPERATORS of the family that times it (a new one to FAMILIES in run.py) or to "
+            "NOT_TIMED in run.py with the reason why none does"
+        )
+    assert timed | run.NOT_TIMED.keys() == BY_NAME.keys()
 
 
 def test_what_differs_is_not_timed(benchmark):

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import BY_NAME
 from conftest import PORTABLE, cpu_kernels
 
 OPS = torch.ops.dcn_plugin
+OPERATORS = "|".join(BY_NAME)
 SOURCE = Path(__file__).resolve().parents[2] / "csrc"
 # Read by the CUDA operators alone; tests/ops/test_emulated_cuda.py has its error.
 CUDA_ONLY = ("runtime/kernels.h",)
@@ -178,7 +180,7 @@ def test_message_is_that_of_the_check_and_names_operator_and_argument(file, cond
     said = re.findall(r'"((?:[^"\\]|\\.)*)"', arguments)
     message = str(raised.value)
     assert re.search(".*".join(map(re.escape, said)), message), (said, message)
-    grammar = rf"deform_(conv2d|roi_pool|ps_roi_pool)(_backward)?: {name}: expected .+, got .+"
+    grammar = rf"({OPERATORS})(_backward)?: {name}: expected .+, got .+"
     assert re.search(grammar, message), message
 
 

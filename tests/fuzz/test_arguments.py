@@ -1,16 +1,17 @@
 """Calls that must be refused: by name in Python, and before memory is touched in the compiled operators."""
 
+import inspect
 import math
 import re
 
 import pytest
 import torch
-from cases import convert
+from cases import BY_NAME, CASES, convert
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fuzz.comparison import compare
-from fuzz.strategies import CASE, calls, each_name, fuzz
+from fuzz.strategies import calls, each_name, fuzz
 
 HUGE = [2**30 + 1, 2**31, 2**40, 2**62, 2**63 - 1, 2**63, 2**70, 10**400]
 # A size that no address space holds: a tensor that repeats one value may have it, what is made for it may not.
@@ -44,14 +45,14 @@ def spoil_tensor(draw, t):
     return t.new_zeros([max(s + change * (i == d), 0) for i, s in enumerate(t.shape)])
 
 
-def names_an_argument(error, case, arguments):
-    known = "|".join([*arguments, "bias", "mask", "offset"])
+def names_an_argument(error, case):
+    known = "|".join(inspect.signature(case.function).parameters)
     return re.match(rf"({known})(\[\d\])?(:| must)", str(error))
 
 
 @each_name
 def test_wrong_arguments_are_refused_by_name(name):
-    case = CASE[name]
+    case = BY_NAME[name]
 
     @fuzz
     @given(st.data(), calls(name))
@@ -59,7 +60,7 @@ def test_wrong_arguments_are_refused_by_name(name):
         arguments = convert(arguments, dtype=torch.float32)
         chosen = data.draw(st.sampled_from(sorted(arguments)))
         value = arguments[chosen]
-        wrong_integers = WRONG_COUNTS if name != "deform_conv2d" and chosen != "output_dim" else WRONG_INTEGERS
+        wrong_integers = WRONG_COUNTS if case.of_regions and chosen != "output_dim" else WRONG_INTEGERS
         spoiled = dict(arguments)
         if isinstance(value, torch.Tensor):
             spoiled[chosen] = spoil_tensor(data.draw, value)
@@ -75,7 +76,7 @@ def test_wrong_arguments_are_refused_by_name(name):
         try:
             out = case.function(**spoiled)
         except (ValueError, TypeError) as error:
-            assert names_an_argument(error, case, arguments), error
+            assert names_an_argument(error, case), error
             assert not own or str(error).startswith(chosen), error
             return
         except (RuntimeError, MemoryError) as error:  # the oldest torch hands on what C++ says of an endless batch
@@ -91,7 +92,7 @@ def test_wrong_arguments_are_refused_by_name(name):
 
 @each_name
 def test_the_compiled_operators_refuse_wrong_arguments(name):
-    case = CASE[name]
+    case = BY_NAME[name]
 
     @fuzz
     @given(st.data(), calls(name), st.booleans())
@@ -133,20 +134,18 @@ def test_sizes_whose_product_overflows_are_refused():
         torch.ops.dcn_plugin.deform_conv2d(one.expand(1, 1, 2**31, 2**31), offset, weight, None, None, *how)
 
 
-LIMITS = [
-    ("deform_conv2d", 2**30, ("stride", "padding", "dilation")),
-    ("deform_roi_pool", 2**20, ("output_size", "sampling_ratio")),
-    ("deform_ps_roi_pool", 2**20, ("output_size", "part_size", "group_size", "samples_per_part")),
-    ("ps_roi_pool", 2**20, ("output_size", "group_size")),
-]
+def limits():
+    """(operator, option, what it is at most) of every option that is an integer, or several."""
+    for case in CASES:
+        for option in case.op._schema.arguments:
+            if str(option.type) in ("int", "List[int]") and option.name != "output_dim":  # which has to fit the input
+                yield case.name, option.name, 2**20 if case.of_regions else 2**30
 
 
 @pytest.mark.parametrize("more", [1, 2**30, 2**31, 2**70])
-@pytest.mark.parametrize(
-    ("name", "most", "argument"), [(name, most, a) for name, most, arguments in LIMITS for a in arguments]
-)
-def test_integers_too_large_for_the_compiled_operators_are_refused_by_name(name, most, argument, more):
-    case = CASE[name]
+@pytest.mark.parametrize(("name", "argument", "most"), limits())
+def test_integers_too_large_for_the_compiled_operators_are_refused_by_name(name, argument, most, more):
+    case = BY_NAME[name]
     arguments = case.make(case.full)
     with pytest.raises(ValueError, match=f"^{argument} must be at most {most}, got {most + more}$"):
         case.function(**arguments | {argument: most + more})
@@ -160,6 +159,6 @@ def test_integers_too_large_for_the_compiled_operators_are_refused_by_name(name,
 
 @pytest.mark.parametrize(("name", "argument"), [("deform_roi_pool", "gamma"), ("deform_ps_roi_pool", "offset_scale")])
 def test_an_integer_beyond_every_float_is_refused_by_name(name, argument):
-    case = CASE[name]
+    case = BY_NAME[name]
     with pytest.raises(ValueError, match=f"{argument} must be finite"):
         case.function(**(case.make(case.full) | {argument: 10**400}))

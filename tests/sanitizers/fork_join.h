@@ -1,4 +1,4 @@
-// Included before everything else when the library is compiled for a sanitizer (scripts/sanitize.sh): wraps the calls
+// Included before everything else when the library is compiled for a sanitizer (scripts/sanitize.py): wraps the calls
 // of torch::stable::parallel_for. Threads remain torch's own, whose OpenMP runtime is not compiled for ThreadSanitizer,
 // so this file tells it what a parallel loop orders. It also records which loops several threads have shared, and can
 // give a loop a fault, so that tests see whether the sanitizers find it.
