@@ -9,9 +9,9 @@ namespace dcn {
 // The samples in one row of a bin, where that row is on the map: positions (positions.h).
 template <typename A>
 struct BinRow {
-  A y;            // where all of them lie
-  bool y_varies;  // whether their values change with y
-  BinAxis<A> x;
+  A y;                  // where all of them lie
+  bool y_varies;        // whether their values change with y
+  const BinAxis<A>& x;  // of the bin; a copy in every row would cost more than its samples
   A mask;
   int64_t height, width;  // of the map
 
