@@ -128,6 +128,8 @@ def _check_tensors(
 
 
 def _out_shape(input, offset, weight, bias, mask, stride, padding, dilation):
+    for name, value, length in (("stride", stride, 2), ("padding", padding, 4), ("dilation", dilation, 2)):
+        _check.integers(name, value, int(name != "padding"), (length,))
     _check_tensors(input, offset, weight, bias, mask, stride, padding, dilation)
     return [input.shape[0], weight.shape[0], *_out_size(input, weight, stride, padding, dilation)]
 
