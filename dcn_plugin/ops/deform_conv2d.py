@@ -141,9 +141,6 @@ def _fold(own: set[str]) -> dict[str, int]:
 
 _op = register(
     "deform_conv2d",
-    tensors=("input", "offset", "weight", "bias", "mask"),
-    options=("stride", "padding", "dilation"),
-    gradients=("input", "offset", "weight", "mask"),  # in the order of the bits of `needs` in csrc/ops/deform_conv2d.h
     positions=("offset", "mask"),
     reference=reference.deform_conv2d,
     out_shape=_out_shape,

@@ -355,9 +355,6 @@ def _number_images(samples: dict[str, Tensor]) -> None:
 
 _deform_roi_pool = register(
     "deform_roi_pool",
-    tensors=("input", "rois", "offset", "mask"),
-    options=("output_size", "spatial_scale", "sampling_ratio", "gamma", "aligned"),
-    gradients=("input", "offset", "mask"),
     positions=("rois", "offset", "mask"),
     reference=reference.deform_roi_pool,
     out_shape=_shape_of_deform_roi_pool,
@@ -366,22 +363,14 @@ _deform_roi_pool = register(
 )
 _deform_ps_roi_pool = register(
     "deform_ps_roi_pool",
-    tensors=("input", "rois", "offset", "mask"),
-    options=(
-        "output_dim", "group_size", "output_size", "part_size", "samples_per_part", "spatial_scale", "offset_scale",
-    ),
-    gradients=("input", "offset", "mask"),
     positions=("rois", "offset", "mask"),
     reference=reference.deform_ps_roi_pool,
     out_shape=_shape_of_deform_ps_roi_pool,
     fold=_fold,
     prepare=_number_images,
-)  # fmt: skip
+)
 _ps_roi_pool = register(
     "ps_roi_pool",
-    tensors=("input", "rois"),
-    options=("output_dim", "group_size", "output_size", "spatial_scale"),
-    gradients=("input",),
     positions=("rois",),
     reference=reference.ps_roi_pool,
     out_shape=_shape_of_ps_roi_pool,

@@ -315,6 +315,7 @@ def load_libraries(monkeypatch, tmp_path, content=None, torch_version=None):
     if content is not None:
         _extension.CPU_LIBRARY.write_bytes(content)
     if torch_version is not None:
+        _extension.BUILD_INFO.write_text('{"torch_floor": "2.11"}')
         monkeypatch.setattr(torch, "__version__", torch_version)
     _extension.load.__wrapped__()
 
