@@ -16,7 +16,10 @@ def _devices() -> list:
     return devices
 
 
-@pytest.fixture(params=_devices())
+DEVICES = _devices()
+
+
+@pytest.fixture(params=DEVICES)
 def device(request):
     """Each device, and on the CPU both the tuned kernels and the portable bodies, whose arithmetic is CUDA's."""
     name, path = request.param
