@@ -1,12 +1,12 @@
 """Build the two operator libraries; whatever is mere metadata stands in pyproject.toml.
 
-``_C`` (schemas and CPU kernels, from ``csrc/**/*.cpp``) and ``_C_cuda`` (CUDA kernels, from ``csrc/**/*.cu``) are plain
+`_C` (schemas and CPU kernels, from `csrc/**/*.cpp`) and `_C_cuda` (CUDA kernels, from `csrc/**/*.cu`) are plain
 shared libraries on LibTorch's stable ABI. They hold no Python symbol, so one build serves every Python, and every torch
 from the floor up.
 
 Environment:
-    DCN_PLUGIN_CUDA        ``auto`` (default: the CUDA library is built when there is a usable nvcc), ``1``, ``0``
-    TORCH_CUDA_ARCH_LIST   e.g. ``"8.0;9.0+PTX"``; the default covers every GPU from 7.5 up that nvcc knows
+    DCN_PLUGIN_CUDA        `auto` (default: the CUDA library is built when there is a usable nvcc), `1`, `0`
+    TORCH_CUDA_ARCH_LIST   e.g. `"8.0;9.0+PTX"`; the default covers every GPU from 7.5 up that nvcc knows
     CUDA_HOME              toolkit to use; by default the nvcc on PATH
     CXX, CXXFLAGS, LDFLAGS, NVCC_FLAGS   compiler and additional flags
     MAX_JOBS               parallel compilations
@@ -169,9 +169,9 @@ class Nvcc(NamedTuple):
 
 
 def gencode(wanted: str, known: list[str]) -> tuple[list[str], list[str]]:
-    """Turn ``TORCH_CUDA_ARCH_LIST`` into the list of architectures and nvcc's flags for them.
+    """Turn `TORCH_CUDA_ARCH_LIST` into the list of architectures and nvcc's flags for them.
 
-    ``known`` are nvcc's own architectures ("75", "120"). Without a wish, the default list is cut to those, and the
+    `known` are nvcc's own architectures ("75", "120"). Without a wish, the default list is cut to those, and the
     newest also goes in as PTX, for GPUs that are newer still.
     """
     if wanted.strip():
@@ -262,7 +262,7 @@ def environment_flags(name: str) -> list[str]:
 
 
 def write_ninja(folder: Path, torch: Torch, compiler: Compiler, nvcc: Nvcc | str, jobs: int) -> list[str]:
-    """Write ``folder/build.ninja`` (paths relative to the root, from which ninja runs); return the libraries' paths."""
+    """Write `folder/build.ninja` (paths relative to the root, from which ninja runs); return the libraries' paths."""
     cpp = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp"))
     cu = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cu"))
     if not cpp:
@@ -334,7 +334,7 @@ def build_info(version: str, torch: Torch, compiler: Compiler, nvcc: Nvcc | str,
 
 
 class BuildLibraries(build_ext):
-    """``build_ext`` that hands the whole compilation to ninja and puts the libraries into the package."""
+    """`build_ext` that hands the whole compilation to ninja and puts the libraries into the package."""
 
     FILES = ("_C.so", "_C_cuda.so", "_build_info.json")
 

@@ -141,7 +141,7 @@ def work(shape: Shape, task: str, itemsize: int) -> Work:
 
 
 def problem(shape: Shape, setting: Setting, layout: str, through: torch.dtype) -> dict[str, Tensor]:
-    """Arguments, and a gradient of the result, of the same values for all types that hold those of ``through``."""
+    """Arguments, and a gradient of the result, of the same values for all types that hold those of `through`."""
     torch.manual_seed(0)
     size, on = sizes(shape), dict(device=setting.device)
     values = {

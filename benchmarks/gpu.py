@@ -42,7 +42,7 @@ class Work(NamedTuple):
     images: int = 0
 
     def with_backward(self, gradients: int) -> "Work":
-        """The backward makes two products for one, reads what the forward touched and writes ``gradients`` bytes."""
+        """The backward makes two products for one, reads what the forward touched and writes `gradients` bytes."""
         return self._replace(operations=3 * self.operations, traffic=2 * self.traffic + gradients)
 
 
@@ -100,7 +100,7 @@ class Rotating:
 
 
 def rotating(make: Callable[[], dict[str, Call]], least: int, kernels: str) -> dict[str, Rotating]:
-    """The tasks that ``make`` makes, each on at least so many copies of their arguments."""
+    """The tasks that `make` makes, each on at least so many copies of their arguments."""
     choose(kernels)
     before = torch.cuda.memory_allocated()
     made = [make()]

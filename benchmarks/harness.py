@@ -37,7 +37,7 @@ OWN_THREADS, REST = "onnxruntime", 0.01
 
 
 class Setting(NamedTuple):
-    """What holds for all shapes of a run. A contestant has ``rounds`` in a task, or as many as fit into ``seconds``."""
+    """What holds for all shapes of a run. A contestant has `rounds` in a task, or as many as fit into `seconds`."""
 
     device: str
     dtype: torch.dtype
@@ -75,7 +75,7 @@ def measure(calls: dict[Contestant, Call], setting: Setting) -> dict[Contestant,
 
 
 def compared(times: dict[Contestant, Times], layout: str) -> dict[str, dict[str, dict[str, float]]]:
-    """Name -> layout -> median, spread and our time in ``layout`` over this one's, the median of common rounds."""
+    """Name -> layout -> median, spread and our time in `layout` over this one's, the median of common rounds."""
     ours = times[OURS, layout]
     found: dict[str, dict[str, dict[str, float]]] = {}
     for (name, its_layout), its in times.items():
@@ -124,7 +124,7 @@ def rows_for(family: ModuleType, shape: tuple, setting: Setting) -> list[dict]:
 
 
 def differentiated(forward: Callable[[], Tensor], tensors: list[Tensor], grad: Tensor) -> dict[str, Call]:
-    """The tasks of an operator: alone, and with the gradients of ``tensors``."""
+    """The tasks of an operator: alone, and with the gradients of `tensors`."""
 
     def both() -> list[Tensor]:
         out = forward()
@@ -149,7 +149,7 @@ def require_equal(what: str, ours: Iterable[Tensor], theirs: Iterable[Tensor], l
 def require_agreement(
     shape: tuple, made: dict[Contestant, dict[str, Call]], names: Iterable[str], truth: Contestant, limit: float
 ) -> None:
-    """Compare the results of all tasks of the contestants called ``names`` with those of ``truth``."""
+    """Compare the results of all tasks of the contestants called `names` with those of `truth`."""
     for task, call in made[truth].items():
         theirs = call()
         for key, calls in made.items():
@@ -177,7 +177,7 @@ def _peak(
 
 
 def peaks(family: str, small: tuple, shape: tuple, setting: Setting, layout: str, task: str) -> dict[str, float | None]:
-    """MiB that ours in this layout, and torchvision, need above their results; ``small`` is a shape to warm up with."""
+    """MiB that ours in this layout, and torchvision, need above their results; `small` is a shape to warm up with."""
     keys = ((OURS, layout), ("torchvision", "NCHW"))
     return {key[0]: _peak(family, small, shape, setting, key, task, torch.get_num_threads()) for key in keys}
 

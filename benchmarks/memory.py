@@ -21,9 +21,9 @@ Make = Callable[..., Callable[[], list[Tensor]]]
 
 
 def peak_mib(make: Make, small: tuple[Any, ...], arguments: tuple[Any, ...], device: str = "cpu") -> float | None:
-    """MiB by which memory rises during ``make(*arguments)()`` above what stands before it and what it returns.
+    """MiB by which memory rises during `make(*arguments)()` above what stands before it and what it returns.
 
-    ``make(*small)()`` is called first and is to be a small problem of the same kind: it starts the libraries. ``make``
+    `make(*small)()` is called first and is to be a small problem of the same kind: it starts the libraries. `make`
     and its arguments have to be picklable. None where the system does not tell.
     """
     if device == "cuda":

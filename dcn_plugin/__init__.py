@@ -1,6 +1,6 @@
 """Deformable convolution for PyTorch, plugged into timm and MMEngine by one import.
 
-``import dcn_plugin`` loads the compiled operators and registers the models with timm and the layers, backbones and
+`import dcn_plugin` loads the compiled operators and registers the models with timm and the layers, backbones and
 hooks with MMEngine, whichever of the two is installed. Example::
 
     import timm, dcn_plugin
@@ -25,7 +25,7 @@ if not _REPORTING:
 __all__ = ["DCNv1", "DCNv2", "DeformConv2d", "__version__", "convert", "layers", "load_checkpoint", "ops", "reference"]
 
 # What to import of a framework to know that it works, and the module of ours that registers with it.
-_PLUGS = (("timm", "dcn_plugin.models.dcn_resnet"), ("mmengine.registry", "dcn_plugin.registry"))
+_PLUGS = (("timm", "dcn_plugin.models"), ("mmengine.registry", "dcn_plugin.registry"))
 
 
 def _plug_in() -> None:

@@ -61,8 +61,8 @@ def _explain(library: Path, error: Exception) -> str:
 def info() -> dict[str, Any]:
     """Return what the libraries were built with (empty when that is not known).
 
-    Keys: ``version`` of the package, ``torch``, ``torch_floor``, ``compiler``, ``platform``, ``cuda`` (None, or a
-    dictionary of ``version`` and ``architectures``), ``without_cuda_because`` (None, or the reason).
+    Keys: `version` of the package, `torch`, `torch_floor`, `compiler`, `platform`, `cuda` (None, or a
+    dictionary of `version` and `architectures`), `without_cuda_because` (None, or the reason).
     """
     try:
         return dict(json.loads(BUILD_INFO.read_text()))
@@ -77,7 +77,7 @@ def cuda_built() -> bool:
 
 @functools.cache
 def load() -> None:
-    """Load the operator libraries into torch: always ``_C``, and ``_C_cuda`` beside a torch with CUDA.
+    """Load the operator libraries into torch: always `_C`, and `_C_cuda` beside a torch with CUDA.
 
     A CUDA library that is missing or does not load leaves the CPU operators working; the reason is raised by the first
     call on a CUDA tensor.

@@ -1,7 +1,7 @@
 """Modules that fold their convolutions into fewer for inference (RepVGG, MobileOne, ...), and what a layer would lose.
 
 Such a module reads the weights of its convolutions, makes a plain one of them and throws them away: a deformable layer
-among them would lose its offsets without a word. Names alone do not tell: a whole model's ``fuse()`` may leave most
+among them would lose its offsets without a word. Names alone do not tell: a whole model's `fuse()` may leave most
 convolutions alone, and a block that is folded already has nothing left to fold. So the folding is tried on a copy.
 """
 
@@ -48,7 +48,7 @@ class Folded(NamedTuple):
 
 
 def find_folded(model: nn.Module, plan: Mapping[nn.Module, nn.Module]) -> Folded | None:
-    """Return the first convolution of ``plan`` (to the layer that is to take its place) that must stay as it is.
+    """Return the first convolution of `plan` (to the layer that is to take its place) that must stay as it is.
 
     The model is left alone; every module of it, and it itself, is asked.
     """

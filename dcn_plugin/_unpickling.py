@@ -181,17 +181,17 @@ def extract_weights(path: str | os.PathLike[str], target: str | os.PathLike[str]
     not matter.
 
     Args:
-        path: a file that ``torch.save`` or ``pickle`` wrote.
-        target: file to write, which ``torch.load(weights_only=True)`` and :func:`load_checkpoint` read.
+        path: a file that `torch.save` or `pickle` wrote.
+        target: file to write, which `torch.load(weights_only=True)` and `load_checkpoint` read.
 
     Returns:
-        What was left out, as ``name (class)``.
+        What was left out, as `name (class)`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, something else (TorchScript, an archive, ...: it is named), or holds no tensor.
 
-    Example::
+    Example:
 
         >>> import argparse, tempfile, torch
         >>> from dcn_plugin.checkpoint import extract_weights, read_checkpoint
@@ -220,7 +220,7 @@ _NOTHING = object()
 
 
 def _plain(value: Any, name: str, leave_out: Callable[[str, str], None]) -> Any:
-    """Turn what was read into tensors and plain containers, or ``_NOTHING``."""
+    """Turn what was read into tensors and plain containers, or `_NOTHING`."""
     if isinstance(value, _StandIn) and {"_parameters", "_buffers", "_modules"} <= value.__dict__.keys():
         return dict(_state_of(value, ""))
     if isinstance(value, _StandIn) and value.__dict__["items_"]:

@@ -39,7 +39,7 @@ _NO_WEIGHTS = re.compile(r"optim|sched|scaler|rng|loops|^state$|averaging_state|
 
 
 class State(dict[str, Any]):
-    """A state dict with the module versions that ``load_state_dict`` looks for in ``_metadata``."""
+    """A state dict with the module versions that `load_state_dict` looks for in `_metadata`."""
 
     def __init__(self, items: Mapping[str, Any], metadata: Mapping[str, Any] | None) -> None:
         super().__init__(items)
@@ -100,7 +100,7 @@ def refuse_others(path: str | os.PathLike[str]) -> None:
 
 
 def _describe_zip(file: Path) -> str:
-    """What a zip archive is that ``torch.save`` did not write, or ''."""
+    """What a zip archive is that `torch.save` did not write, or ''."""
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
     if any(re.fullmatch(r"[^/]*/?constants\.pkl", name) for name in names):
@@ -132,7 +132,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def _read_shards(index: Path) -> dict[str, Any]:
-    """Read the files that an index such as ``model.safetensors.index.json`` names, which lie beside it."""
+    """Read the files that an index such as `model.safetensors.index.json` names, which lie beside it."""
     try:
         content = json.loads(index.read_text())
     except ValueError as error:
@@ -215,11 +215,11 @@ def _explain_unsafe(file: Path, error: Exception) -> str:
 
 
 def find_weights(content: Any, key: str | Sequence[str] | None, source: str, notes: list[str]) -> State:
-    """Return the weights in what a file holds; ``notes`` gets what else there is to choose from.
+    """Return the weights in what a file holds; `notes` gets what else there is to choose from.
 
     Raises:
-        TypeError: ``key`` is neither a string nor a list of them, or there are no tensors.
-        ValueError: ``key`` is not there, or the file holds something other than a dict of weights.
+        TypeError: `key` is neither a string nor a list of them, or there are no tensors.
+        ValueError: `key` is not there, or the file holds something other than a dict of weights.
     """
     if key is not None and not isinstance(key, str):
         if not isinstance(key, Sequence) or not all(isinstance(part, str) for part in key):

@@ -50,7 +50,7 @@ _DETECTRON2_MARK = re.compile(r"(^|\.)res[2-5]\.\d+\.conv\d\.")
 
 @dataclass
 class LoadReport:
-    """What :func:`load_checkpoint` did, name by name; prints as text.
+    """What `load_checkpoint` did, name by name; prints as text.
 
     Attributes:
         source: the file, or 'state dict'.
@@ -59,9 +59,9 @@ class LoadReport:
         missing: names in the model that the source lacks.
         unexpected: names in the source that the model lacks.
         mismatched: name to (shape in the source, shape in the model).
-        allowed: names among the three above that ``allow_*`` patterns allowed, or that are BatchNorm's
-            ``num_batches_tracked``, which older files lack; they keep the model's value.
-        outside: names in the source outside ``prefix``, left alone.
+        allowed: names among the three above that `allow_*` patterns allowed, or that are BatchNorm's
+            `num_batches_tracked`, which older files lack; they keep the model's value.
+        outside: names in the source outside `prefix`, left alone.
         notes: what else was decided or should be known.
     """
 
@@ -77,7 +77,7 @@ class LoadReport:
 
     @property
     def problems(self) -> list[str]:
-        """What ``strict=True`` refuses, as sentences; empty where everything fits."""
+        """What `strict=True` refuses, as sentences; empty where everything fits."""
         allowed = set(self.allowed)
         missing = [name for name in self.missing if name not in allowed]
         unexpected = [name for name in self.unexpected if name not in allowed]
@@ -110,13 +110,13 @@ class LoadReport:
 def read_checkpoint(path: str | os.PathLike[str], key: str | Sequence[str] | None = None) -> dict[str, Any]:
     """Read the weights in a file, or in the shards of one, without ever executing code from it.
 
-    safetensors reads its own format, ``torch.load(weights_only=True)`` everything else, whatever the file is called.
+    safetensors reads its own format, `torch.load(weights_only=True)` everything else, whatever the file is called.
 
     Args:
-        path: a file; an index of shards, such as ``model.safetensors.index.json``; or the folder of either.
-        key: entry of the file that holds the weights, with dots (``'ema.module'``) or as a list where it is nested; by
-            default one of ``state_dict``, ``model``, ``model_state_dict``, ``model_state``, ``state_dict_ema``,
-            ``model_ema``, ``ema_state_dict``, ``ema``, ``module``, ``params``, ``params_ema``, or the file itself.
+        path: a file; an index of shards, such as `model.safetensors.index.json`; or the folder of either.
+        key: entry of the file that holds the weights, with dots (`'ema.module'`) or as a list where it is nested; by
+            default one of `state_dict`, `model`, `model_state_dict`, `model_state`, `state_dict_ema`,
+            `model_ema`, `ema_state_dict`, `ema`, `module`, `params`, `params_ema`, or the file itself.
 
     Returns:
         Names to tensors, on the CPU. What else lies beside them is left out.
@@ -129,7 +129,7 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | Sequence[str] | Non
         TypeError: there are no tensors where the weights should be.
         ImportError: a safetensors file without safetensors installed.
 
-    Example::
+    Example:
 
         >>> import torch, tempfile
         >>> from dcn_plugin.checkpoint import read_checkpoint
@@ -154,33 +154,33 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load weights from a file or state dict, whichever of the known layouts it has, and report every difference.
 
-    Understood: timm, torchvision and mmdetection ResNets (the names used here); detectron2's (``bottom_up.res3.0...``);
-    ``conv2_offset`` (detectron2, mmdetection before 2.0) and ``conv2.conv_offset_mask`` (chengdazhi, CharlesShang) for
-    ``conv2.conv_offset``; ``offset_mask_fc`` (CharlesShang) for a modulated ``DeformPSRoIPoolPack``; what wrappers put
-    into names, at the start or inside (``_orig_mod.`` of ``torch.compile``, ``module.``, FSDP's). Everything is
+    Understood: timm, torchvision and mmdetection ResNets (the names used here); detectron2's (`bottom_up.res3.0...`);
+    `conv2_offset` (detectron2, mmdetection before 2.0) and `conv2.conv_offset_mask` (chengdazhi, CharlesShang) for
+    `conv2.conv_offset`; `offset_mask_fc` (CharlesShang) for a modulated `DeformPSRoIPoolPack`; what wrappers put
+    into names, at the start or inside (`_orig_mod.` of `torch.compile`, `module.`, FSDP's). Everything is
     compared before anything is copied: after an error the model is as it was.
 
     Args:
         model: receives the weights.
-        source: path of a file, an index or a folder (see :func:`read_checkpoint`), or a state dict.
+        source: path of a file, an index or a folder (see `read_checkpoint`), or a state dict.
         strict: raise if a name is missing or unexpected or a shape differs. False loads what fits and reports the rest.
-        prefix: use the names that start with this and drop it, e.g. ``'backbone.'`` of a detector. By default the
+        prefix: use the names that start with this and drop it, e.g. `'backbone.'` of a detector. By default the
             names as they are or, if none of them fits the model, the first usual prefix that does (reported).
-        key: entry of the file that holds the weights, see :func:`read_checkpoint`.
+        key: entry of the file that holds the weights, see `read_checkpoint`.
         allow_missing: glob or globs of model names that may be absent from the source. A plain ResNet goes into a
-            deformable one with ``'*.conv_offset.*'``.
-        allow_unexpected: globs of source names the model may lack, e.g. ``'fc.*'``.
-        allow_mismatched: globs of names that keep the model's value where the shape differs, e.g. ``'fc.*'``.
+            deformable one with `'*.conv_offset.*'`.
+        allow_unexpected: globs of source names the model may lack, e.g. `'fc.*'`.
+        allow_mismatched: globs of names that keep the model's value where the shape differs, e.g. `'fc.*'`.
 
     Returns:
-        A printable :class:`LoadReport`, which is also logged ('dcn_plugin', INFO; WARNING where there are notes).
+        A printable `LoadReport`, which is also logged ('dcn_plugin', INFO; WARNING where there are notes).
 
     Raises:
-        RuntimeError: ``strict`` and something does not fit; the message lists every name.
-        ValueError: the file cannot be read, or ``prefix`` fits nothing.
+        RuntimeError: `strict` and something does not fit; the message lists every name.
+        ValueError: the file cannot be read, or `prefix` fits nothing.
         TypeError: an argument has the wrong type, or the state dict holds no tensors.
 
-    Example::
+    Example:
 
         >>> from torch import nn
         >>> import dcn_plugin
@@ -240,9 +240,9 @@ def _globs(name: str, value: Any) -> list[str]:
 
 
 def match_wrappers(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename a state dict that has what wrappers such as ``torch.compile`` put into names to what ``model`` has.
+    """Rename a state dict that has what wrappers such as `torch.compile` put into names to what `model` has.
 
-    ``model`` may be wrapped in another way, or not. What fits as it is comes back as it is.
+    `model` may be wrapped in another way, or not. What fits as it is comes back as it is.
     """
     given = State(state, getattr(state, "_metadata", None))
     return _fit_names(model, model.state_dict(), given, None, LoadReport("state dict"))
@@ -271,7 +271,7 @@ def _bare(name: str) -> str:
 
 
 def _fit_names(model: nn.Module, own: Mapping[str, Any], state: State, prefix: str | None, report: LoadReport) -> State:
-    """Drop a prefix and, where more names fit then, what wrappers such as ``torch.compile`` put into names.
+    """Drop a prefix and, where more names fit then, what wrappers such as `torch.compile` put into names.
 
     The model may be wrapped as well: its own wrappers are put in.
     """

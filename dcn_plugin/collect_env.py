@@ -1,4 +1,4 @@
-"""Versions, libraries and devices for a bug report: ``python -m dcn_plugin.collect_env``.
+"""Versions, libraries and devices for a bug report: `python -m dcn_plugin.collect_env`.
 
 Works where the operators do not: a library that is missing, stale or broken is what such a report is often about.
 """
@@ -111,7 +111,7 @@ def _operators() -> dict[str, str]:
 
 
 def report() -> str:
-    """Return the report, one ``name: value`` per line; a section that fails holds its exception instead.
+    """Return the report, one `name: value` per line; a section that fails holds its exception instead.
 
     >>> print(report())  # doctest: +ELLIPSIS
     dcn_plugin: ...

@@ -38,8 +38,8 @@ class Replacement:
         name: dotted name in the model.
         before: the convolution as text: type, channels, taps, and whatever differs from 1 of the rest.
         after: the layer as text: type and options; its geometry is the convolution's.
-        params_added: new parameters (those of ``conv_offset``).
-        macs_added: multiply-adds of ``conv_offset`` for one image; None where the feature size is not known.
+        params_added: new parameters (those of `conv_offset`).
+        macs_added: multiply-adds of `conv_offset` for one image; None where the feature size is not known.
         aliases: other names under which the model holds the same layer.
     """
 
@@ -53,7 +53,7 @@ class Replacement:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What :func:`convert` did: a sequence of :class:`Replacement` that prints as a table.
+    """What `convert` did: a sequence of `Replacement` that prints as a table.
 
     Attributes:
         replacements: in the model's order.
@@ -116,21 +116,21 @@ def convert(
     rules: Mapping[str, Any] | Sequence[Mapping[str, Any]],
     input_size: tuple[int, int, int] | None = None,
 ) -> ConversionReport:
-    """Replace convolutions of ``model`` by deformable layers, in place.
+    """Replace convolutions of `model` by deformable layers, in place.
 
-    A fresh replacement computes what the convolution computed and shares its ``weight`` and ``bias``. Everything is
+    A fresh replacement computes what the convolution computed and shares its `weight` and `bias`. Everything is
     checked before anything is changed: after an error the model is as it was.
 
     A rule is a dict:
 
-    - ``match``: a glob on dotted module names, or a list of them. ``*`` and ``?`` match any character, dots included,
-      and ``[2-4]`` one of a set (the rules of :mod:`fnmatch`); a name starting with ``re:`` is a regular expression
+    - `match`: a glob on dotted module names, or a list of them. `*` and `?` match any character, dots included,
+      and `[2-4]` one of a set (the rules of `fnmatch`); a name starting with `re:` is a regular expression
       that must match the whole name.
-    - ``layer``: ``dict(type='DCNv2', offset_groups=1, ...)``; type is a name in ``dcn_plugin.layers.LAYERS``, the rest
-      are that layer's options beyond ``nn.Conv2d``'s arguments.
-    - ``exclude`` (optional): like ``match``; takes names out again.
-    - conditions (optional): ``kernel_size``, ``stride``, ``dilation`` (integer or (y, x) pair), ``groups`` (integer, or
-      ``'depthwise'``), ``min_channels`` and ``max_channels`` (hold for input and output channels both).
+    - `layer`: `dict(type='DCNv2', offset_groups=1, ...)`; type is a name in `dcn_plugin.layers.LAYERS`, the rest
+      are that layer's options beyond `nn.Conv2d`'s arguments.
+    - `exclude` (optional): like `match`; takes names out again.
+    - conditions (optional): `kernel_size`, `stride`, `dilation` (integer or (y, x) pair), `groups` (integer, or
+      `'depthwise'`), `min_channels` and `max_channels` (hold for input and output channels both).
 
     Without a condition, everything a rule matches must be a convolution. With one, the rule is about convolutions, and
     whatever else the glob matches is left out.
@@ -139,19 +139,19 @@ def convert(
         model: any module.
         rules: one rule or a sequence of them, for example from a config file.
         input_size: (C, H, W) of an image, for counting multiply-adds; one forward pass of zeros measures the feature
-            maps. Default: what a timm model says about itself (``pretrained_cfg``), else multiply-adds are unknown.
+            maps. Default: what a timm model says about itself (`pretrained_cfg`), else multiply-adds are unknown.
 
     Returns:
-        A printable :class:`ConversionReport`. Multiply-adds are those of ``conv_offset``; bilinear sampling, about four
+        A printable `ConversionReport`. Multiply-adds are those of `conv_offset`; bilinear sampling, about four
         per tap and input channel and output position, is not among them.
 
     Raises:
         ValueError: a rule matches nothing, has an unknown key or layer type or option, or two rules match one layer.
-        TypeError: a rule matches something that cannot be replaced (not an ``nn.Conv2d``, a subclass with a ``forward``
+        TypeError: a rule matches something that cannot be replaced (not an `nn.Conv2d`, a subclass with a `forward`
             of its own, one that is deformable already, one that a module above it folds into others, as RepVGG's blocks
             do, ...), or an argument has the wrong type.
 
-    Example::
+    Example:
 
         >>> from torch import nn
         >>> import dcn_plugin

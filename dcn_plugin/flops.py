@@ -1,9 +1,9 @@
 """What the operators cost, for counters that have to be told.
 
-``torch.utils.flop_counter.FlopCounterMode`` knows every operator of this package as soon as it is imported, and is the
-one to ask: it counts two operations for a product and the sum it goes into. MMEngine's ``get_model_complexity_info``
-and ``FlopAnalyzer`` are told on import. fvcore, ptflops and thop take the costs with each call, from here. These four
-count multiply-adds, half of ``FlopCounterMode``'s number. torchinfo cannot be told, and leaves deformable layers out.
+`torch.utils.flop_counter.FlopCounterMode` knows every operator of this package as soon as it is imported, and is the
+one to ask: it counts two operations for a product and the sum it goes into. MMEngine's `get_model_complexity_info`
+and `FlopAnalyzer` are told on import. fvcore, ptflops and thop take the costs with each call, from here. These four
+count multiply-adds, half of `FlopCounterMode`'s number. torchinfo cannot be told, and leaves deformable layers out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from .layers import LAYERS, DeformConv2d
+from .layers import LAYERS, DeformConv2d, SamplingModule
 from .ops._flops import UNKNOWN
 
 __all__ = ["fvcore_handles", "ptflops_hooks", "register_with_mmengine", "thop_ops"]
@@ -36,7 +36,7 @@ def _conv_handle(inputs: Any, outputs: Any) -> Counter[str]:
 
 
 def _pooling_handle(name: str, reads: int, samples: int | None) -> Callable[[Any, Any], Counter[str]]:
-    """Multiply-adds of pooling: ``reads`` pixels a sample; ``samples`` is the place of their number in the schema."""
+    """Multiply-adds of pooling: `reads` pixels a sample; `samples` is the place of their number in the schema."""
 
     def handle(inputs: Any, outputs: Any) -> Counter[str]:
         along = 0 if samples is None else inputs[samples].toIValue()
@@ -46,12 +46,12 @@ def _pooling_handle(name: str, reads: int, samples: int | None) -> Callable[[Any
 
 
 def fvcore_handles() -> dict[str, Callable[[Any, Any], Counter[str]]]:
-    """Multiply-adds of every operator, as ``set_op_handle`` of fvcore's (and MMEngine's) analyses takes them.
+    """Multiply-adds of every operator, as `set_op_handle` of fvcore's (and MMEngine's) analyses takes them.
 
     A traced graph does not hold the regions: adaptive sampling and R-FCN's pooling are taken to read 2 x 2 samples, or
     pixels, for each bin.
 
-    Example::
+    Example:
 
         >>> from dcn_plugin.flops import fvcore_handles
         >>> for name in fvcore_handles():  # FlopCountAnalysis(model, image).set_op_handle(**fvcore_handles()).total()
@@ -103,20 +103,23 @@ def _multiply_adds(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> i
 
 
 def _layers() -> list[type[nn.Module]]:
-    layers = list(LAYERS.values())
-    try:
-        from .layers import MultiScaleDeformRoIPool
-    except ModuleNotFoundError:
-        return layers
-    return [*layers, MultiScaleDeformRoIPool]
+    """The package's layers, those included that are defined elsewhere, as far as they have been imported."""
+    found = dict.fromkeys(LAYERS.values())
+    waiting: list[type[nn.Module]] = [SamplingModule]
+    while waiting:
+        known = waiting.pop()
+        if "forward" in vars(known):
+            found[known] = None
+        waiting += known.__subclasses__()
+    return list(found)
 
 
 def ptflops_hooks() -> dict[Any, Callable[..., Any]]:
-    """Multiply-adds of every layer and operator, as ``custom_modules_hooks`` of ptflops takes them, for both backends.
+    """Multiply-adds of every layer and operator, as `custom_modules_hooks` of ptflops takes them, for both backends.
 
     Classes derived from the layers need an entry of their own: ptflops goes by a module's very class.
 
-    Example::
+    Example:
 
         >>> from dcn_plugin import DCNv2
         >>> from dcn_plugin.flops import ptflops_hooks
@@ -138,11 +141,11 @@ def ptflops_hooks() -> dict[Any, Callable[..., Any]]:
 
 
 def thop_ops() -> Mapping[type[nn.Module], Callable[..., None]]:
-    """Multiply-adds of every layer, as ``custom_ops`` of thop's ``profile`` takes them.
+    """Multiply-adds of every layer, as `custom_ops` of thop's `profile` takes them.
 
     Classes derived from the layers need an entry of their own: thop goes by a module's very class.
 
-    Example::
+    Example:
 
         >>> from dcn_plugin import DCNv2
         >>> from dcn_plugin.flops import thop_ops

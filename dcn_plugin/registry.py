@@ -1,19 +1,19 @@
-"""MMEngine's view of this package: the registry scope ``dcn_plugin``.
+"""MMEngine's view of this package: the registry scope `dcn_plugin`.
 
-MMEngine imports this module by itself when a config says ``type="dcn_plugin.<name>"``; no ``custom_imports`` needed::
+MMEngine imports this module by itself when a config says `type="dcn_plugin.<name>"`; no `custom_imports` needed::
 
     from mmengine.registry import MODELS
     layer = MODELS.build(dict(type="dcn_plugin.DCNv2", in_channels=8, out_channels=8, kernel_size=3, padding=1))
 
-``DCN`` and ``DCNv2`` without a scope are mmcv's names. Where mmcv's compiled operators are installed they stay mmcv's;
-elsewhere they mean this package's layers with mmcv's arguments and mmcv's sigmoid masks (see `models.dcn_mmcv`), so
-that ``conv_cfg`` and ``dcn=dict(type="DCNv2", deform_groups=1)`` of mm* models work. The decision looks at what is
-installed, not at what is imported, so the order of imports does not matter. ``dcn_plugin.MMCVDCN`` and
-``dcn_plugin.MMCVDCNv2`` are the same two layers under names that are always ours. Under
-``default_scope = "dcn_plugin"`` a bare ``DCNv2`` is this package's own layer, with its own arguments and masks.
+`DCN` and `DCNv2` without a scope are mmcv's names. Where mmcv's compiled operators are installed they stay mmcv's;
+elsewhere they mean this package's layers with mmcv's arguments and mmcv's sigmoid masks (see `mm.layers`), so
+that `conv_cfg` and `dcn=dict(type="DCNv2", deform_groups=1)` of mm* models work. The decision looks at what is
+installed, not at what is imported, so the order of imports does not matter. `dcn_plugin.MMCVDCN` and
+`dcn_plugin.MMCVDCNv2` are the same two layers under names that are always ours. Under
+`default_scope = "dcn_plugin"` a bare `DCNv2` is this package's own layer, with its own arguments and masks.
 
 The RoI pooling layers are in our scope only: mmcv registers none, and mmdetection's RoI extractors do not look into a
-registry for ``roi_layer=dict(type=...)`` but among the names in ``mmcv.ops``, which this package does not touch.
+registry for `roi_layer=dict(type=...)` but among the names in `mmcv.ops`, which this package does not touch.
 """
 
 from collections.abc import Callable
@@ -27,12 +27,11 @@ from torch import nn
 
 from .flops import register_with_mmengine
 from .layers import LAYERS
-from .models import DCNResNet, TimmBackbone
-from .models.dcn_mmcv import MMCV_LAYERS
+from .mm import DCNResNet, TimmBackbone
+from .mm.layers import MMCV_LAYERS
+from .mm.scope import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 
 __all__ = ["HOOKS", "MODELS", "OPTIM_WRAPPER_CONSTRUCTORS"]
-
-SCOPE = "dcn_plugin"
 
 
 def mmcv_has_ops() -> bool:
@@ -41,25 +40,9 @@ def mmcv_has_ops() -> bool:
     return spec is not None and PathFinder.find_spec("mmcv._ext", spec.submodule_search_locations) is not None
 
 
-# One node per root registry, so that ``default_scope = "dcn_plugin"`` finds a registry for everything it builds.
-# Hooks and optimizers live in modules of their own because importing MMEngine's takes seconds: MMEngine imports them on
-# first use.
-_LOCATIONS = {"HOOKS": "dcn_plugin.mmengine_hooks", "OPTIM_WRAPPER_CONSTRUCTORS": "dcn_plugin.mmengine_optim"}
-_NODES = {
-    name: _mmengine.Registry(
-        root.name, parent=root, scope=SCOPE, locations=[_LOCATIONS[name]] if name in _LOCATIONS else []
-    )
-    for name, root in vars(_mmengine).items()
-    if isinstance(root, _mmengine.Registry)
-}
-MODELS = _NODES["MODELS"]
-HOOKS = _NODES["HOOKS"]
-OPTIM_WRAPPER_CONSTRUCTORS = _NODES["OPTIM_WRAPPER_CONSTRUCTORS"]
-
-
 def _build_multiscale_deform_roi_pool(**arguments: Any) -> nn.Module:
     """Build `MultiScaleDeformRoIPool`, which is imported only now because it needs torchvision."""
-    from .layers import MultiScaleDeformRoIPool
+    from .detection import MultiScaleDeformRoIPool
 
     return MultiScaleDeformRoIPool(**arguments)
 
@@ -83,10 +66,10 @@ register_with_mmengine()
 
 
 def _watch_constructors(root: Any) -> Callable[[], None]:
-    """Let MMEngine's constructors of optimizers say when ``paramwise_cfg`` means something else for our layers.
+    """Let MMEngine's constructors of optimizers say when `paramwise_cfg` means something else for our layers.
 
     The registry's function that builds them is wrapped, so nothing of MMEngine's is imported early or replaced; one
-    built without ``paramwise_cfg`` stays as it is. Returns what takes the wrapper away again.
+    built without `paramwise_cfg` stays as it is. Returns what takes the wrapper away again.
     """
     build = root.build_func
 
@@ -95,7 +78,7 @@ def _watch_constructors(root: Any) -> Callable[[], None]:
         constructor = build(*args, **kwargs)
         if not getattr(constructor, "paramwise_cfg", None) or not hasattr(constructor, "add_params"):
             return constructor
-        from .mmengine_optim import OptimWrapperConstructor, warn_of_other_rates
+        from .mm.optim import OptimWrapperConstructor, warn_of_other_rates
 
         if not isinstance(constructor, OptimWrapperConstructor):
             add = constructor.add_params

@@ -157,7 +157,7 @@ def exported(op: Operator) -> str:
 def onnx(op: Operator) -> str:
     import onnxruntime
 
-    from dcn_plugin.onnx_export import custom_translation_table  # of this package's operators, nobody else's
+    from dcn_plugin.export.onnx import custom_translation_table  # of this package's operators, nobody else's
 
     given, file = arguments(torch.float32), io.BytesIO()
     table = custom_translation_table()

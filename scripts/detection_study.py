@@ -6,8 +6,9 @@ import argparse
 import os
 from pathlib import Path
 
+from studies.detection import ARMS, run_study
+
 from dcn_plugin.finetune.command_line import add_options, errors_in_one_line, parse_options
-from dcn_plugin.finetune.detection.study import ARMS, run_study
 
 
 def main() -> None:

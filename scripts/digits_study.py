@@ -6,8 +6,9 @@ import argparse
 import os
 from pathlib import Path
 
+from studies.digits import run_study
+
 from dcn_plugin.finetune.command_line import add_options, errors_in_one_line, parse_options
-from dcn_plugin.finetune.study import run_study
 
 
 def main() -> None:

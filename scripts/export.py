@@ -52,7 +52,7 @@ def write(model: nn.Module, path: Path, image: Tensor, dynamic: bool, args: argp
     if args.format == "exported_program":
         torch.export.save(torch.export.export(model, (image,), dynamic_shapes=sizes), path)
         return torch.export.load(path).module()
-    from dcn_plugin.onnx_export import export_onnx, run_onnx
+    from dcn_plugin.export.onnx import export_onnx, run_onnx
 
     export_onnx(model, (image,), path, dynamic_shapes=sizes, opset_version=args.opset)
     return lambda image: run_onnx(path, (image,))

@@ -16,7 +16,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, tor
 
 
 def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str = "") -> None:
-    """Compare with the tolerance of ``dtype``, relative to the largest expected magnitude; NaN must meet NaN."""
+    """Compare with the tolerance of `dtype`, relative to the largest expected magnitude; NaN must meet NaN."""
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)} != {tuple(expected.shape)}"
     actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
     assert torch.equal(actual.isnan(), expected.isnan()), f"{what}: NaN in other places"
@@ -29,7 +29,7 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str
 
 @dataclass(frozen=True)
 class OpCase:
-    """An operator: ``make(dtype)`` gives keyword arguments; tensors among them that float are differentiable."""
+    """An operator: `make(dtype)` gives keyword arguments; tensors among them that float are differentiable."""
 
     name: str
     function: Callable[..., Tensor]
@@ -70,7 +70,7 @@ def leaves(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(function: Callable[..., Tensor], arguments: dict[str, Any], grad: Tensor | None = None) -> dict[str, Tensor]:
-    """Value and gradients, by name; the gradient of the output is ``grad`` or ones."""
+    """Value and gradients, by name; the gradient of the output is `grad` or ones."""
     arguments = leaves(arguments)
     out = function(**arguments)
     wanted = tensors(arguments)

@@ -12,7 +12,7 @@ OF_TORCHAO = "register_constant() on Enum subclasses is deprecated"
 
 
 def run_python(code: str, *options: str, path: Path | None = None) -> str:
-    """Run ``code`` with interpreter ``options``, ``path`` first on ``sys.path``; return stdout, fail on any stderr."""
+    """Run `code` with interpreter `options`, `path` first on `sys.path`; return stdout, fail on any stderr."""
     entries = [path, Path(dcn_plugin.__file__).parents[1], os.environ.get("PYTHONPATH")]
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(str(entry) for entry in entries if entry))
     command = [sys.executable, *options, "-c", code]

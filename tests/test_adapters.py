@@ -9,17 +9,17 @@ import timm
 import torch
 from torch import nn
 
+from dcn_plugin.detection import MultiScaleDeformRoIPool
+from dcn_plugin.detection.rfcn import PSRoIMaps
 from dcn_plugin.layers import (
     DCNv1,
     DCNv2,
     DeformPSRoIPoolPack,
     DeformRoIPoolPack,
     ModulatedDeformRoIPoolPack,
-    MultiScaleDeformRoIPool,
     OffsetConv,
     offset_parameters,
 )
-from dcn_plugin.models.dcn_rfcn import PSRoIMaps
 
 peft = pytest.importorskip("peft")
 

@@ -15,29 +15,32 @@ CSRC = ROOT / "csrc"
 # Part -> the parts of dcn_plugin that it may import; what else it may import besides torch and the standard library.
 MAY_IMPORT = {
     "_version": ("", ""),
+    "_config": ("", ""),
     "_extension": ("_version", ""),
     "collect_env": ("_version _extension", ""),
     "reference": ("reference", ""),
     "ops": ("ops reference _extension", ""),
-    # torchvision: multiscale_roi.py is a subclass of its class; the package imports that file on first use only.
-    "layers": ("layers ops", "torchvision"),
+    "layers": ("layers ops", ""),
     "_folding": ("", ""),
     "convert": ("_folding layers ops", ""),
-    "_unpickling": ("_weight_files", ""),
     "_weight_files": ("", "safetensors"),
+    "_unpickling": ("_weight_files", ""),
     "checkpoint": ("_unpickling _weight_files layers", ""),
     "flops": ("layers ops", "mmengine"),
-    "onnx_export": ("reference", "onnx onnxruntime onnxscript"),
-    "visualize": ("layers ops", "numpy matplotlib"),
-    "visualize_detection": ("visualize layers", "numpy matplotlib"),
+    "visualize": ("visualize layers", "numpy matplotlib"),
+    "models": ("models convert layers _config registry", "timm mmengine"),
+    "mm": ("mm checkpoint layers", "timm mmengine numpy"),
     # Detectors are torchvision's; they alone import it.
-    "models": ("models convert checkpoint layers ops", "timm mmengine torchvision"),
-    "mmengine_hooks": ("registry", "mmengine numpy"),
-    "mmengine_optim": ("registry layers", "mmengine"),
-    "registry": ("models layers flops mmengine_hooks mmengine_optim convert", "mmengine mmcv"),
+    "detection": ("detection mm layers ops _config", "torchvision"),
+    # MMEngine asks for detection's layer by name; it is imported then.
+    "registry": ("mm detection layers flops", "mmengine mmcv"),
+    "export": (
+        "models detection convert checkpoint reference _config",
+        "timm torchvision safetensors onnx onnxruntime onnxscript",
+    ),
     "finetune": (
-        "finetune models registry convert checkpoint visualize visualize_detection layers ops",
-        "timm mmengine pytorch_lightning torchmetrics torchvision sklearn numpy PIL safetensors matplotlib rich",
+        "finetune export detection models convert checkpoint visualize layers _config",
+        "timm mmengine pytorch_lightning torchmetrics torchvision sklearn numpy PIL rich",
     ),
     "__init__": ("_version layers ops reference checkpoint convert", ""),
 }
@@ -73,6 +76,13 @@ def test_imports_point_one_way(path):
             assert (rest or ["__init__"])[0] in ours, f"{part} may not import {name}"
         else:
             assert top in others | {"torch"} | sys.stdlib_module_names, f"{part} may not import {name}"
+
+
+def test_imports_within_the_package_are_relative():
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level or node.module.partition(".")[0] != "dcn_plugin", f"{path}:{node.lineno}"
 
 
 def includes_of(path: Path) -> list[tuple[str, bool]]:

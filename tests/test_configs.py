@@ -13,8 +13,8 @@ from mmengine.config import Config  # noqa: E402
 from test_data import write_shards  # noqa: E402
 from test_detection_finetune import write_coco  # noqa: E402
 
+from dcn_plugin._config import arguments, build_object  # noqa: E402
 from dcn_plugin.finetune import load_config  # noqa: E402
-from dcn_plugin.finetune.config import arguments, build_object  # noqa: E402
 from dcn_plugin.finetune.run import KINDS, RUN_KEYS, STRATEGIES, build  # noqa: E402
 from dcn_plugin.layers import OffsetConv  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""``_conv_forward(input, weight, bias)``: what other code calls of a convolution whose weight it has scaled."""
+"""`_conv_forward(input, weight, bias)`: what other code calls of a convolution whose weight it has scaled."""
 
 import pytest
 import torch

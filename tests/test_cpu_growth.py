@@ -45,7 +45,7 @@ def growth(call: Callable[[], object]) -> tuple[int, int]:
 
 
 def in_fresh_process(body: str) -> dict[str, tuple[int, int]]:
-    """What ``{name: a call}``, an expression, grows by in a process of its own."""
+    """What `{name: a call}`, an expression, grows by in a process of its own."""
     code = f"import json, torch, {__name__} as t; torch.set_num_threads(1); "
     code += f"print(json.dumps({{k: t.growth(c) for k, c in {body}.items()}}))"
     return json.loads(run_python(code, path=Path(__file__).parent))

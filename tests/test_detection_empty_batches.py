@@ -9,7 +9,7 @@ pytest.importorskip("torchvision")
 from test_detection_models import SPECS, images, targets
 from torchvision.models.detection.roi_heads import RoIHeads
 
-from dcn_plugin.models.dcn_detection import build_detector
+from dcn_plugin.detection.faster_rcnn import build_detector
 
 HEAD = dict(type="FastRCNNConvFCHead", conv_layers=(8,), fc_layers=(16,))
 SPECS = SPECS | {

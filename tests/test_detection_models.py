@@ -15,9 +15,10 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from dcn_plugin import load_checkpoint, ops
-from dcn_plugin.layers import MultiScaleDeformRoIPool, offset_parameters
-from dcn_plugin.models.dcn_detection import DETECTORS, build_detector, faster_rcnn, rfcn
-from dcn_plugin.models.dcn_rfcn import PSRoIMaps
+from dcn_plugin.detection import MultiScaleDeformRoIPool
+from dcn_plugin.detection.faster_rcnn import DETECTORS, build_detector, faster_rcnn, rfcn
+from dcn_plugin.detection.rfcn import PSRoIMaps
+from dcn_plugin.layers import offset_parameters
 
 TINY: dict[str, Any] = dict(layers=(1, 1, 1, 1), channels=(8, 16, 32, 64), stem_type="deep", stem_width=8, in_chans=1)
 PLAIN, DCN = dict(TINY, name="resnet18"), dict(TINY, name="resnet18_dcn")

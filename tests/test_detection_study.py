@@ -14,10 +14,10 @@ for _name in (
 ):  # fmt: skip
     pytest.importorskip(_name)
 from matplotlib.image import imread  # noqa: E402
+from studies.detection import ARMS, run_study  # noqa: E402
+from studies.stages import over_seeds, percent, write_table  # noqa: E402
 
 from dcn_plugin.finetune import load_exported, run  # noqa: E402
-from dcn_plugin.finetune.detection.study import ARMS, run_study  # noqa: E402
-from dcn_plugin.finetune.stages import over_seeds, percent, write_table  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -100,7 +100,7 @@ def environment():
     [([], "at least one"), ([0, 0], "each once"), ([-1], "got -1"), ([0.5], "got 0.5"), ([True], "got True")],
 )
 def test_bad_seeds_are_named(tmp_path, seeds, message):
-    from dcn_plugin.finetune.study import run_study as run_digits
+    from studies.digits import run_study as run_digits
 
     with pytest.raises(ValueError, match=f"seeds: .*{message}"):
         run_study(CONFIGS, tmp_path, seeds)

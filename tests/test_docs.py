@@ -78,7 +78,7 @@ def blocks(path: Path) -> list[tuple[int, str, str]]:
     found, lines = [], path.read_text().splitlines()
     start = None
     for number, line in enumerate(lines):
-        if not line.startswith("```"):
+        if not line.startswith("``"):
             continue
         if start is None:
             start = number
@@ -127,13 +127,13 @@ def test_python_blocks_that_are_not_run_are_python(path):
 
 def anchors(path: Path) -> set[str]:
     """The anchors GitHub gives to a document's headings."""
-    titles = re.findall(r"^#+ +(.+?) *$", re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S), re.M)
+    titles = re.findall(r"^#+ +(.+?) *$", re.sub(r"^``.*?^``", "", path.read_text(), flags=re.M | re.S), re.M)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 @each_document
 def test_links_lead_somewhere(path):
-    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)
+    text = re.sub(r"^``.*?^``", "", path.read_text(), flags=re.M | re.S)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"https?:|mailto:", target):
             continue

@@ -545,7 +545,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it():
 
 
 def test_study_runs_reuses_and_resumes(tmp_path, capsys):
-    from dcn_plugin.finetune.study import run_study
+    from studies.digits import run_study
 
     options = {
         "data.dataset.limit": 16, "data.batch_size": 16, "data.dataset.copies": 1, "trainer.max_epochs": 1,
@@ -587,7 +587,7 @@ def test_study_runs_reuses_and_resumes(tmp_path, capsys):
 
 
 def test_multiply_adds_of_a_convolution_by_hand():
-    from dcn_plugin.finetune.study import multiply_adds
+    from studies.digits import multiply_adds
 
     conv = torch.nn.Conv2d(3, 8, 3, padding=1)
     assert multiply_adds(torch.nn.Sequential(conv), (3, 10, 10)) == 100 * 8 * 27

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import dcn_plugin
+from dcn_plugin.detection import MultiScaleDeformRoIPool
+from dcn_plugin.detection.rfcn import PSRoIMaps
 from dcn_plugin.layers import (
     DCNv1,
     DCNv2,
@@ -16,9 +18,7 @@ from dcn_plugin.layers import (
     DeformPSRoIPoolPack,
     DeformRoIPoolPack,
     ModulatedDeformRoIPoolPack,
-    MultiScaleDeformRoIPool,
 )
-from dcn_plugin.models.dcn_rfcn import PSRoIMaps
 
 transformers = pytest.importorskip("transformers")
 from transformers import (  # noqa: E402
@@ -274,7 +274,7 @@ def test_a_models_own_initialiser_of_deformable_weights_holds(tmp_path):
 
 @pytest.mark.parametrize("assign", [False, True])
 def test_weights_loaded_before_a_model_is_finished_are_kept(assign):
-    """Built without memory, filled by ``load_state_dict``, then handed to transformers."""
+    """Built without memory, filled by `load_state_dict`, then handed to transformers."""
     trained = deformable_weights()
     with torch.device("meta"):
         backbone = timm.create_model("resnet18_dcn", num_classes=5, **TINY)

@@ -206,7 +206,7 @@ def test_a_skipped_image_has_no_prediction(tmp_path, num_workers):
 
     import pytorch_lightning as pl
 
-    from dcn_plugin.finetune.callbacks import PredictionWriter
+    from dcn_plugin.finetune.classification.writer import PredictionWriter
 
     class Brightness(pl.LightningModule):
         def predict_step(self, batch):

@@ -1,4 +1,4 @@
-"""What ``import dcn_plugin`` does to the process: everything that is promised, and nothing else."""
+"""What `import dcn_plugin` does to the process: everything that is promised, and nothing else."""
 
 from pathlib import Path
 
@@ -21,13 +21,13 @@ import torch, dcn_plugin
 layer = dcn_plugin.DCNv2(4, 4, 3, padding=1)
 x = torch.rand(1, 4, 5, 5)
 torch.testing.assert_close(layer(x), torch.nn.functional.conv2d(x, layer.weight, layer.bias, padding=1))
-from dcn_plugin.models import DCNResNet
+from dcn_plugin.mm import DCNResNet
 maps = DCNResNet(18, base_channels=8, dcn=dict(type="DCNv2"))(torch.rand(2, 3, 64, 64))
 assert [m.shape[1] for m in maps] == [8, 16, 32, 64]
 """
 
 NO_TIMM = """
-from dcn_plugin.models import TimmBackbone
+from dcn_plugin.mm import TimmBackbone
 try:
     TimmBackbone("resnet18_dcn")
 except ImportError as error:

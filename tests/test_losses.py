@@ -17,8 +17,8 @@ from tiny import classifier, image_loader, trainer  # noqa: E402
 from torch import nn  # noqa: E402
 
 from dcn_plugin.finetune import FinetuneModule, export_model, load_exported  # noqa: E402
-from dcn_plugin.finetune.callbacks import PredictionWriter  # noqa: E402
-from dcn_plugin.finetune.losses import NAMED  # noqa: E402
+from dcn_plugin.finetune.classification.losses import NAMED  # noqa: E402
+from dcn_plugin.finetune.classification.writer import PredictionWriter  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("few_words")
 

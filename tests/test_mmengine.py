@@ -19,7 +19,7 @@ from torch import nn
 
 import dcn_plugin
 from dcn_plugin.layers import DCNv1, DCNv2, DeformConv2d, ModulatedDeformRoIPoolPack, OffsetConv
-from dcn_plugin.models import DCNResNet, TimmBackbone, build_dcn
+from dcn_plugin.mm import DCNResNet, TimmBackbone, build_dcn
 
 LAYOUT = json.loads((Path(__file__).parent / "data" / "mmdet_resnet50_dcnv2.json").read_text())["shapes"]
 DCNV2 = dict(type="DCNv2", deform_groups=1, fallback_on_stride=False)
@@ -68,7 +68,7 @@ def test_default_scope_covers_every_registry(caplog):
     with DefaultScope.overwrite_default_scope("dcn_plugin"):
         assert type(MODELS.build(dict(type="DCNResNet", **SMALL))) is DCNResNet
         hook = HOOKS.build(dict(type="WeightsOnlyCheckpointHook"))
-        assert type(hook).__module__ == "dcn_plugin.mmengine_hooks"
+        assert type(hook).__module__ == "dcn_plugin.mm.hooks"
         assert HOOKS.build(dict(type="IterTimerHook")).priority == "NORMAL"
     assert not caplog.records
 
@@ -110,7 +110,7 @@ def test_mmcv_arguments_that_have_no_or_another_name_here():
 
 @pytest.mark.parametrize("name", ["DCN", "DCNv2"])
 def test_initialisers_of_convolutions_leave_offsets_at_zero(name):
-    """A neck's or head's ``init_cfg``: mmcv's DCNv2 sets its offsets back to zero after it."""
+    """A neck's or head's `init_cfg`: mmcv's DCNv2 sets its offsets back to zero after it."""
 
     class Neck(BaseModule):
         def __init__(self):

@@ -109,7 +109,7 @@ def test_custom_keys_come_first():
 
 def test_rfcns_fields_of_offsets_count_as_offsets_of_convolutions():
     pytest.importorskip("torchvision")
-    from dcn_plugin.models.dcn_rfcn import PSRoIMaps
+    from dcn_plugin.detection.rfcn import PSRoIMaps
 
     model = PSRoIMaps(4, 3, stride=1, group_size=2, conv_channels=8, deformable=True)
     found = groups(OURS, model, dcn_offset_lr_mult=0.1, bias_lr_mult=2.0)

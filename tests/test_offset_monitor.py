@@ -203,7 +203,7 @@ def test_regions_by_keyword_and_with_offsets_from_elsewhere():
 
 
 def test_rfcn_reports_the_offsets_of_its_boxes():
-    from dcn_plugin.models.dcn_rfcn import PSRoIMaps
+    from dcn_plugin.detection.rfcn import PSRoIMaps
 
     layer = PSRoIMaps(2, 3, stride=1, group_size=2, conv_channels=4, deformable=True, offset_scale=0.1)
     with torch.no_grad():

@@ -18,7 +18,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 from onnx_checks import HAS_RUNTIME, assert_close, by_definition, needs_runtime  # noqa: E402
 
-from dcn_plugin.onnx_export import custom_translation_table, export_onnx, run_onnx  # noqa: E402
+from dcn_plugin.export.onnx import custom_translation_table, export_onnx, run_onnx  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 Dim = torch.export.Dim
@@ -170,7 +170,7 @@ def test_without_onnx_the_extra_is_named():
 import sys
 sys.modules["onnxscript"] = None
 try:
-    import dcn_plugin.onnx_export
+    import dcn_plugin.export.onnx
 except ModuleNotFoundError as error:
     print(error)
 """
@@ -201,7 +201,7 @@ def resnet50() -> nn.Module:
 
 def mmdetection_resnet() -> nn.Module:
     pytest.importorskip("mmengine")
-    from dcn_plugin.models import DCNResNet
+    from dcn_plugin.mm import DCNResNet
 
     return DCNResNet(50, dcn=dict(type="DCNv2"), norm_eval=False)
 

@@ -13,7 +13,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 from onnx_checks import HAS_RUNTIME, assert_close, by_definition, needs_runtime  # noqa: E402
 
-from dcn_plugin.onnx_export import export_onnx, roi_pooling_decompositions, run_onnx  # noqa: E402
+from dcn_plugin.export.onnx import export_onnx, roi_pooling_decompositions, run_onnx  # noqa: E402
 
 Dim = torch.export.Dim
 N, REGIONS = Dim("n"), {0: Dim("regions")}
@@ -172,7 +172,7 @@ def test_a_hundred_regions_need_little_memory(tmp_path):
     code = f"""
 import resource, torch
 from dcn_plugin import ops
-from dcn_plugin.onnx_export import export_onnx, run_onnx
+from dcn_plugin.export.onnx import export_onnx, run_onnx
 
 class Pool(torch.nn.Module):
     def forward(self, *given):

@@ -13,7 +13,7 @@ from tiny import CLASSIFIER, DETECTOR, box_loader, classifier, detector, image_l
 
 import dcn_plugin  # noqa: E402
 from dcn_plugin.finetune import DetectionModule, FinetuneModule, export_model, load_exported  # noqa: E402
-from dcn_plugin.finetune.losses import NAMED  # noqa: E402
+from dcn_plugin.finetune.classification.losses import NAMED  # noqa: E402
 from dcn_plugin.finetune.module import SCHEDULES  # noqa: E402
 from dcn_plugin.finetune.run import export_module  # noqa: E402
 from dcn_plugin.layers import OffsetConv  # noqa: E402

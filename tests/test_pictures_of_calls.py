@@ -6,7 +6,7 @@ from torch import nn
 
 from dcn_plugin import visualize
 from dcn_plugin.layers import DCNv1, DCNv2, DeformConv2d, DeformRoIPool, DeformRoIPoolPack
-from dcn_plugin.visualize_detection import bin_shifts, record_bins
+from dcn_plugin.visualize.regions import bin_shifts, record_bins
 
 
 class Head(nn.Module):

@@ -14,7 +14,7 @@ from test_data import COLOURS, write_folder  # noqa: E402
 from timm.data import create_transform  # noqa: E402
 
 from dcn_plugin.finetune import ImageDataModule, load_config  # noqa: E402
-from dcn_plugin.finetune.augment import check_policy, magnitudes, operations  # noqa: E402
+from dcn_plugin.finetune.classification.augment import check_policy, magnitudes, operations  # noqa: E402
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "classification").glob("*.py"))
 NOISE = Image.fromarray(np.random.RandomState(0).randint(0, 256, (32, 32, 3), dtype=np.uint8))

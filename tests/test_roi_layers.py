@@ -32,7 +32,7 @@ from dcn_plugin.layers import (
 torchvision = pytest.importorskip("torchvision")
 roi_align = torchvision.ops.roi_align
 MultiScaleRoIAlign = torchvision.ops.MultiScaleRoIAlign
-MultiScaleDeformRoIPool = dcn_plugin.layers.MultiScaleDeformRoIPool
+MultiScaleDeformRoIPool = dcn_plugin.detection.MultiScaleDeformRoIPool
 
 MMCV_PACKS = [DeformRoIPoolPack, ModulatedDeformRoIPoolPack]
 ROIS = torch.tensor([[0, 2.0, 3.0, 12.0, 11.0], [1, 0.0, 1.0, 9.5, 15.0], [0, 4.5, 2.5, 6.0, 14.0]]).double()
@@ -810,7 +810,7 @@ from dcn_plugin.layers import *
 assert DeformRoIPoolPack(2, 4, 8)(torch.rand(1, 4, 8, 8), torch.tensor([[0, 1.0, 1.0, 5.0, 5.0]])).shape == (1, 4, 2, 2)
 assert "MultiScaleDeformRoIPool" in dir(dcn_plugin.layers)
 try:
-    from dcn_plugin.layers import MultiScaleDeformRoIPool
+    from dcn_plugin.detection import MultiScaleDeformRoIPool
 except ModuleNotFoundError as error:
     print(error)
 try:

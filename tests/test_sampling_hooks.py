@@ -1,4 +1,4 @@
-"""Sampling hooks see what ``forward`` sampled with, however the layer is called, and leave no trace elsewhere."""
+"""Sampling hooks see what `forward` sampled with, however the layer is called, and leave no trace elsewhere."""
 
 import copy
 import io
@@ -137,7 +137,7 @@ def test_offsets_of_regions_from_elsewhere_are_seen_as_y_then_x():
 
 def test_the_samples_of_pooling_on_a_pyramid_make_its_output():
     pytest.importorskip("torchvision")
-    from dcn_plugin.layers import MultiScaleDeformRoIPool
+    from dcn_plugin.detection import MultiScaleDeformRoIPool
 
     layer = moved(MultiScaleDeformRoIPool(["0", "1"], 2, 2, in_channels=4, deform_fc_channels=8, gamma=0.5))
     seen = Seen()
@@ -157,7 +157,7 @@ def test_the_samples_of_pooling_on_a_pyramid_make_its_output():
 
 def test_rfcn_shows_the_offsets_of_its_scores_and_of_its_boxes():
     pytest.importorskip("torchvision")
-    from dcn_plugin.models.dcn_rfcn import PSRoIMaps
+    from dcn_plugin.detection.rfcn import PSRoIMaps
 
     geometry = dict(in_channels=4, num_classes=3, stride=1, group_size=2, conv_channels=8)
     layer, seen = moved(PSRoIMaps(**geometry, deformable=True)), Seen()

@@ -8,7 +8,7 @@ from mmengine.registry import MODELS as ROOT
 from torch import nn
 
 from dcn_plugin.finetune import FinetuneModule, export_model, load_exported
-from dcn_plugin.finetune.models import check_saved_model
+from dcn_plugin.models.build import check_saved_model
 from dcn_plugin.registry import MODELS
 
 TINY = dict(

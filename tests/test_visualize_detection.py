@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dcn_plugin.layers import DeformPSRoIPoolPack, DeformRoIPoolPack, ModulatedDeformRoIPoolPack
-from dcn_plugin.visualize_detection import bin_shifts, draw_detections, record_bins
+from dcn_plugin.visualize.regions import bin_shifts, draw_detections, record_bins
 
 TINY: dict[str, Any] = dict(name="resnet18", layers=(1, 1, 1, 1), channels=(8, 16, 32, 64), in_chans=1)
 
@@ -15,7 +15,7 @@ TINY: dict[str, Any] = dict(name="resnet18", layers=(1, 1, 1, 1), channels=(8, 1
 def detector(name: str, **options: Any) -> nn.Module:
     pytest.importorskip("timm")
     pytest.importorskip("torchvision")
-    from dcn_plugin.models.dcn_detection import build_detector
+    from dcn_plugin.detection.faster_rcnn import build_detector
 
     torch.manual_seed(0)
     return build_detector(dict(name=name, num_classes=3, backbone=TINY, min_size=64, box_score_thresh=0.0, **options))

@@ -171,7 +171,7 @@ def test_arrays_are_read_as_numpy_reads_them(tmp_path, protocol):
 
 
 def instruction_to_set(module, name):
-    """A pickle that asks for an attribute of a global: ``(None, {"marked": 1})`` is the state of that."""
+    """A pickle that asks for an attribute of a global: `(None, {"marked": 1})` is the state of that."""
     return f"c{module}\n{name}\n".encode().join((b"\x80\x02", b"N}X\x06\x00\x00\x00markedK\x01s\x86b."))
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 try:
+    from ..export.folder import export_model, load_exported
     from .callbacks import OffsetMonitor
-    from .data import ImageDataModule
+    from .classification import FinetuneModule, ImageDataModule
     from .detection import CocoDataModule, DetectionModule
     from .digits import Digits
-    from .export import export_model, load_exported
     from .freezing import BackboneFinetuning
-    from .module import FinetuneModule
     from .run import build, load_config, run
 except ModuleNotFoundError as error:
     if error.name is None or error.name.startswith("dcn_plugin"):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import itertools
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,8 +12,8 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from dcn_plugin.layers import DeformConv2d, Samples, sampling_layers
-from dcn_plugin.visualize import effective_dilation
+from ..layers import DeformConv2d, Samples, sampling_layers
+from ..visualize import effective_dilation
 
 
 class _Moments(NamedTuple):
@@ -42,7 +39,7 @@ def _moments(values: Tensor) -> _Moments:
 
 
 def _together(parts: Sequence[_Moments]) -> tuple[Tensor, Tensor]:
-    """Mean and variance of all the values that went into ``parts``."""
+    """Mean and variance of all the values that went into `parts`."""
     counts = torch.tensor([float(part.number) for part in parts])
     means = torch.stack([part.mean.cpu() for part in parts])
     variances = torch.stack([part.variance.cpu() for part in parts])
@@ -189,7 +186,7 @@ class OffsetMonitor(pl.Callback):
         self.on_train_end(trainer, pl_module)
 
 
-class _EpochWriter(BasePredictionWriter):
+class EpochWriter(BasePredictionWriter):
     """What the writers share: one file in `directory` after the last batch, or one per process if several."""
 
     filename: ClassVar[str]
@@ -202,80 +199,3 @@ class _EpochWriter(BasePredictionWriter):
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / self.filename
         return path.with_stem(f"{path.stem}_{trainer.global_rank}") if trainer.world_size > 1 else path
-
-
-class PredictionWriter(_EpochWriter):
-    """Write `predictions.csv` (file, label, class name, score) after prediction, one file per process if several.
-
-    An image has one line, that of its best class. Where it may have several labels it has a line for each whose score
-    is at least `threshold`, the best first; if there is none, one without label and class, with the highest score. What
-    could not be read (`bad_images='skip'`) has no line.
-
-    Args:
-        directory: folder to write to; made if missing.
-        threshold: smallest score, in 0..1, of a label among several.
-    """
-
-    filename = "predictions.csv"
-
-    def __init__(self, directory: str | Path, threshold: float = 0.5) -> None:
-        super().__init__(directory)
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold: expected a score in 0..1, got {threshold}")
-        self.threshold = threshold
-
-    def _rows(self, batch: Any) -> Iterator[list[tuple[int | None, float]]]:
-        """Give the labels of each image of a batch and their scores."""
-        if "label" in batch:
-            for label, score in zip(batch["label"].tolist(), batch["score"].tolist(), strict=True):
-                yield [(label, score)]
-            return
-        for scores in batch["scores"].tolist():
-            found = [(label, score) for label, score in enumerate(scores) if score >= self.threshold]
-            yield sorted(found, key=lambda pair: -pair[1]) or [(None, max(scores))]
-
-    def write_on_epoch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, predictions: Sequence[Any], batch_indices: Sequence
-    ) -> None:
-        names = trainer.datamodule.filenames("predict") if hasattr(trainer.datamodule, "filenames") else None
-        unreadable = getattr(trainer.datamodule, "unreadable", None)
-        bad = set() if unreadable is None else set(unreadable("predict"))
-        indices = [i for batch in batch_indices[0] for i in batch] if batch_indices else []
-        classes = getattr(pl_module, "class_names", None)
-        images = itertools.chain.from_iterable(map(self._rows, predictions))
-        with open(self._path(trainer), "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["file", "label", "class", "score"])
-            for row, found in enumerate(images):
-                index = indices[row] if indices else row
-                if index in bad:  # what was predicted is the image that was taken in its place
-                    continue
-                name = names[index] if names is not None else index
-                for label, score in found:
-                    said = classes[label] if classes and label is not None else label
-                    writer.writerow([name, label, said, f"{score:.6f}"])
-
-
-class DetectionWriter(_EpochWriter):
-    """Write `detections.json` after prediction: COCO's results format, one file per process if several.
-
-    A list of `dict(image_id, category_id, bbox=[x, y, width, height], score, file_name)`, which
-    `pycocotools.coco.COCO.loadRes` reads. `category_id` is that of the training data.
-    """
-
-    filename = "detections.json"
-
-    def write_on_epoch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, predictions: Sequence[Any], batch_indices: Sequence
-    ) -> None:
-        names = trainer.datamodule.filenames("predict") if hasattr(trainer.datamodule, "filenames") else {}
-        ids = getattr(pl_module, "category_ids", None)
-        results = []
-        for image in (image for batch in predictions for image in batch):
-            boxes = image["boxes"].float().cpu()
-            boxes[:, 2:] -= boxes[:, :2]
-            labels, scores = image["labels"].tolist(), image["scores"].tolist()
-            for label, box, score in zip(labels, boxes.tolist(), scores, strict=True):
-                result = dict(image_id=image["image_id"], category_id=ids[label - 1] if ids else label, bbox=box)
-                results.append(result | dict(score=score, file_name=names.get(image["image_id"])))
-        self._path(trainer).write_text(json.dumps(results))

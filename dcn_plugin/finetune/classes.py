@@ -12,17 +12,10 @@ import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
-from dcn_plugin.checkpoint import LoadReport
+from ..checkpoint import LoadReport
+from ..export.folder import as_names
 
 Id = int | str
-
-
-def as_names(labels: Any) -> list[str] | None:
-    """Return names in label order from a list of names, or a dict from label to name as timm's folders may have."""
-    if isinstance(labels, Mapping):
-        numbered = {int(label): name for label, name in labels.items()}
-        labels = [numbered[label] for label in sorted(numbered)] if set(numbered) == set(range(len(numbered))) else None
-    return None if labels is None else [str(name) for name in labels]
 
 
 def names_in(path: str | Path) -> list[str] | None:

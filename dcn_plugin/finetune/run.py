@@ -19,17 +19,17 @@ from mmengine.config import Config
 from timm.data import Mixup
 from timm.scheduler import create_scheduler_v2
 
+from .._config import arguments, build_object, check_keys, check_kinds, plain, unknown
 from ..checkpoint import match_wrappers, read_file
-from .callbacks import DetectionWriter, OffsetMonitor, PredictionWriter
+from ..export.folder import export_model
+from .callbacks import OffsetMonitor
+from .classification import FinetuneModule, ImageDataModule, PredictionWriter
 from .command_line import at
-from .config import arguments, build_object, check_keys, check_kinds, plain, unknown
-from .data import ImageDataModule
-from .detection import CocoDataModule, DetectionModule
+from .detection import CocoDataModule, DetectionModule, DetectionWriter
 from .digits import Digits
-from .export import export_model
 from .freezing import BackboneFinetuning
 from .guard import require_batches
-from .module import FinetuneModule, TunedModule
+from .module import TunedModule
 
 TASKS = ("fit", "validate", "test", "predict")
 _OURS = {cls.__name__: cls for cls in (BackboneFinetuning, OffsetMonitor, PredictionWriter, DetectionWriter)}

@@ -1,9 +1,9 @@
-"""How a layer takes part in ``fuse_conv_bn`` of mmcv, which folds norms into the convolutions in front of them.
+"""How a layer takes part in `fuse_conv_bn` of mmcv, which folds norms into the convolutions in front of them.
 
-It walks over the children of a module, remembers the last ``nn.Conv2d`` and folds the next norm into that. A deformable
+It walks over the children of a module, remembers the last `nn.Conv2d` and folds the next norm into that. A deformable
 layer is none to it, so the norm behind one went into the convolution before it, and the outputs changed. A deformable
 convolution is linear in weight and bias like any other, so it can take its norm itself; and the one sign that a layer
-gets is that ``fuse_conv_bn``, called on each child in turn, asks it for its own children.
+gets is that `fuse_conv_bn`, called on each child in turn, asks it for its own children.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FUNCTION = "fuse_conv_bn"
 
 
 def take_norm_if_folding(layer: DeformConv2d) -> None:
-    """Fold the norm that follows ``layer`` into it where ``fuse_conv_bn`` is what asks for the layer's children."""
+    """Fold the norm that follows `layer` into it where `fuse_conv_bn` is what asks for the layer's children."""
     asking = sys._getframe(2)  # beyond this function and named_children
     around = asking.f_back
     if asking.f_code.co_name != FUNCTION or around is None or around.f_code is not asking.f_code:

@@ -1,8 +1,8 @@
 """How parameters of ours start, and what keeps frameworks that initialise whatever they find from changing it.
 
-transformers hands every module of a model to the model's ``_init_weights``, which draws an ``nn.Conv2d`` from
-N(0, 0.02) whatever it is for. It asks a module for ``_is_hf_initialized`` before, and sets that attribute afterwards;
-tensors that came from a file carry an attribute of the same name. ``from_pretrained`` builds on the meta device and
+transformers hands every module of a model to the model's `_init_weights`, which draws an `nn.Conv2d` from
+N(0, 0.02) whatever it is for. It asks a module for `_is_hf_initialized` before, and sets that attribute afterwards;
+tensors that came from a file carry an attribute of the same name. `from_pretrained` builds on the meta device and
 gives what the file lacks uninitialised memory, so skipping would not do: something has to write.
 """
 
@@ -55,7 +55,7 @@ class OwnStart(nn.Module):
         self._note_memory()
 
     def _start_again(self, before: dict[str, Tensor], changed: set[str]) -> None:
-        """Put right what an initialiser of a whole model has left; ``before`` is what it found, but for files'."""
+        """Put right what an initialiser of a whole model has left; `before` is what it found, but for files'."""
         raise NotImplementedError
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -99,15 +99,15 @@ class _ZeroLinear(StartsAtZero, nn.Linear):
 
 # Not directly an nn.Conv2d: MMEngine's initialisers for layer="Conv2d" go by the names of a class and its bases.
 class OffsetPredictor(_ZeroConv2d):
-    """The convolution that predicts offsets (and masks): an ``nn.Conv2d`` that is zero at first."""
+    """The convolution that predicts offsets (and masks): an `nn.Conv2d` that is zero at first."""
 
 
 class ZeroLinear(_ZeroLinear):
-    """The last layer of an offset or mask branch: an ``nn.Linear`` that is zero at first."""
+    """The last layer of an offset or mask branch: an `nn.Linear` that is zero at first."""
 
 
 def warn_if_redrawn(layer: nn.Module) -> None:
-    """Warn, at the first call of ``layer``, where an initialiser has drawn what should start at zero in it.
+    """Warn, at the first call of `layer`, where an initialiser has drawn what should start at zero in it.
 
     Those draw the weight and leave the bias at zero. Training moves both.
     """

@@ -1,4 +1,4 @@
-"""How ``torch.fx`` records a layer: as one call of the module, like PyTorch's own convolutions.
+"""How `torch.fx` records a layer: as one call of the module, like PyTorch's own convolutions.
 
 Passes over a graph (fusing or folding norms) look for the module in front of a norm. What they do not know they leave
 alone; traced through, the layer would be a function there, which some of them take for a module's name.
@@ -11,7 +11,7 @@ from torch import nn
 
 
 def recorded_call(layer: nn.Module, *args: Any) -> Any:
-    """The call of ``layer`` in the graph that is being recorded; None where there is none, or where it has no name."""
+    """The call of `layer` in the graph that is being recorded; None where there is none, or where it has no name."""
     for arg in args:
         if isinstance(arg, torch.fx.Proxy):
             return _record(layer, arg.tracer, args)

@@ -1,4 +1,4 @@
-"""What ``torch.jit.script`` is told about layers that it cannot take."""
+"""What `torch.jit.script` is told about layers that it cannot take."""
 
 from typing import NoReturn
 

@@ -1,4 +1,4 @@
-"""Deformable convolution layers with ``nn.Conv2d``'s signature (Dai et al. 2017, Zhu et al. 2019).
+"""Deformable convolution layers with `nn.Conv2d`'s signature (Dai et al. 2017, Zhu et al. 2019).
 
 Symbols: N batch, C input channels, O output channels, K = kh*kw taps, G offset groups, H' W' output size.
 """
@@ -43,7 +43,7 @@ torch.fx.wrap("_offset_channels")
 
 
 def activation(value: Any) -> Callable[[Tensor], Tensor]:
-    """Return the function that ``mask_activation`` names."""
+    """Return the function that `mask_activation` names."""
     if not isinstance(value, str) or value not in MASK_ACTIVATIONS:
         raise ValueError(f"mask_activation must be {' or '.join(map(repr, MASK_ACTIVATIONS))}, got {value!r}")
     return MASK_ACTIVATIONS[value]
@@ -51,7 +51,7 @@ def activation(value: Any) -> Callable[[Tensor], Tensor]:
 
 @unrecorded
 def _check_input(x: Tensor, channels: int, parameter: Tensor | None = None) -> Tensor:
-    """Return ``x`` if it is an image with so many channels, where ``parameter`` is."""
+    """Return `x` if it is an image with so many channels, where `parameter` is."""
     if not isinstance(x, Tensor):
         raise TypeError(f"input must be a tensor [N, {channels}, H, W], got {type(x).__name__}")
     require_dense("input", x)
@@ -66,7 +66,7 @@ def _check_input(x: Tensor, channels: int, parameter: Tensor | None = None) -> T
 
 @unrecorded
 def _offset_channels(raw: Tensor) -> int:
-    """How many of the channels that ``conv_offset`` returned are offsets; as many as half of them are mask logits."""
+    """How many of the channels that `conv_offset` returned are offsets; as many as half of them are mask logits."""
     return raw.shape[1] // 3 * 2
 
 
@@ -91,23 +91,23 @@ def _floating(name: str, dtype: torch.dtype | None) -> None:
 
 
 class DeformConv2d(NotScriptable, SamplingModule, OwnStart):
-    """Deformable convolution whose offsets (and mask) are arguments of ``forward``, as in torchvision's module.
+    """Deformable convolution whose offsets (and mask) are arguments of `forward`, as in torchvision's module.
 
-    ``out(p0) = bias + sum_k weight_k * mask_k(p0) * bilinear(x, p0 * stride - padding + k * dilation + offset_k(p0))``
+    `out(p0) = bias + sum_k weight_k * mask_k(p0) * bilinear(x, p0 * stride - padding + k * dilation + offset_k(p0))`
 
-    The constructor is ``nn.Conv2d``'s, in its order, followed by this package's options.
+    The constructor is `nn.Conv2d`'s, in its order, followed by this package's options.
 
     Args:
         in_channels: C.
         out_channels: O.
         kernel_size: taps, integer or (height, width).
         stride: pixels, integer or (y, x).
-        padding: zeros around the input in pixels: integer, (y, x), (top, left, bottom, right), ``'valid'`` or
-            ``'same'`` (stride 1 only; an even kernel gets its odd pixel below and to the right, as in ``nn.Conv2d``).
+        padding: zeros around the input in pixels: integer, (y, x), (top, left, bottom, right), `'valid'` or
+            `'same'` (stride 1 only; an even kernel gets its odd pixel below and to the right, as in `nn.Conv2d`).
         dilation: pixels between taps, integer or (y, x).
         groups: channel groups of the weight; divides C and O.
         bias: learn a bias.
-        padding_mode: ``'zeros'`` only: samples are free to leave the padded image, so other modes have no meaning.
+        padding_mode: `'zeros'` only: samples are free to leave the padded image, so other modes have no meaning.
         device: where the parameters live.
         dtype: floating-point type of the parameters.
         offset_groups: G, channel groups with offsets of their own; divides C.
@@ -115,7 +115,7 @@ class DeformConv2d(NotScriptable, SamplingModule, OwnStart):
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it, what was expected and what came.
 
-    Example::
+    Example:
 
         >>> import torch
         >>> from dcn_plugin.layers import DeformConv2d
@@ -124,7 +124,7 @@ class DeformConv2d(NotScriptable, SamplingModule, OwnStart):
         torch.Size([1, 8, 6, 6])
     """
 
-    #: True where ``forward(x)`` alone suffices, so that the layer can stand in for a convolution.
+    #: True where `forward(x)` alone suffices, so that the layer can stand in for a convolution.
     drop_in: ClassVar[bool] = False
     # Attributes of nn.Conv2d that others read (mmcv's ConvModule does).
     transposed: ClassVar[bool] = False
@@ -191,7 +191,7 @@ class DeformConv2d(NotScriptable, SamplingModule, OwnStart):
         DeformConv2d.reset_parameters(self)
 
     def reset_parameters(self) -> None:
-        """Initialise weight and bias as ``nn.Conv2d`` does."""
+        """Initialise weight and bias as `nn.Conv2d` does."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if self.bias is not None:
             bound = 1 / math.sqrt(self.weight[0].numel())
@@ -223,12 +223,12 @@ class DeformConv2d(NotScriptable, SamplingModule, OwnStart):
         """Apply the layer.
 
         Args:
-            input: ``[N, C, H, W]``.
-            offset: ``[N, 2*G*K, H', W']`` in pixels; per offset group, per tap in row-major order, (y, x).
-            mask: ``[N, G*K, H', W']`` or None for all ones.
+            input: `[N, C, H, W]`.
+            offset: `[N, 2*G*K, H', W']` in pixels; per offset group, per tap in row-major order, (y, x).
+            mask: `[N, G*K, H', W']` or None for all ones.
 
         Returns:
-            ``[N, O, H', W']``.
+            `[N, O, H', W']`.
         """
         call = recorded_call(self, input, offset, mask)
         return self._convolve(input, offset, mask, self.weight, self.bias) if call is None else call
@@ -248,21 +248,21 @@ class DeformConv2d(NotScriptable, SamplingModule, OwnStart):
 
     @classmethod
     def from_conv(cls: type[Layer], conv: nn.Conv2d, **options: Any) -> Layer:
-        """Make this layer out of a convolution, sharing its weight and bias ``Parameter`` objects.
+        """Make this layer out of a convolution, sharing its weight and bias `Parameter` objects.
 
-        dtype, device, memory format, ``training`` and ``requires_grad`` carry over; what the layer adds
-        (``conv_offset``) starts at zero and is trainable.
+        dtype, device, memory format, `training` and `requires_grad` carry over; what the layer adds
+        (`conv_offset`) starts at zero and is trainable.
 
         Args:
-            conv: an ``nn.Conv2d`` that computes just what ``nn.Conv2d`` computes.
-            options: this layer's arguments beyond ``nn.Conv2d``'s, such as ``offset_groups``.
+            conv: an `nn.Conv2d` that computes just what `nn.Conv2d` computes.
+            options: this layer's arguments beyond `nn.Conv2d`'s, such as `offset_groups`.
 
         Raises:
-            TypeError: ``conv`` is something else (a subclass with a ``forward`` of its own, a transposed or lazy
+            TypeError: `conv` is something else (a subclass with a `forward` of its own, a transposed or lazy
                 convolution), has a parametrised weight (weight norm, pruning), or carries hooks, which would be lost.
-            ValueError: ``conv`` pads with something other than zeros, or an option does not fit.
+            ValueError: `conv` pads with something other than zeros, or an option does not fit.
 
-        Example::
+        Example:
 
             >>> from torch import nn
             >>> from dcn_plugin.layers import DCNv2
@@ -314,11 +314,11 @@ class DeformConv2d(NotScriptable, SamplingModule, OwnStart):
 
 
 class OffsetConv(DeformConv2d):
-    """What :class:`DCNv1` and :class:`DCNv2` share: a ``conv_offset`` that predicts what ``forward`` samples with.
+    """What `DCNv1` and `DCNv2` share: a `conv_offset` that predicts what `forward` samples with.
 
-    ``conv_offset`` is an ``nn.Conv2d`` from C channels to ``outputs_per_tap * G * K``, with the layer's own kernel
+    `conv_offset` is an `nn.Conv2d` from C channels to `outputs_per_tap * G * K`, with the layer's own kernel
     size, stride, padding and dilation, groups 1 and a bias, all zero at first. Where the padding differs between
-    opposite sides, which ``nn.Conv2d`` does not know, the layer pads the input and ``conv_offset`` does not.
+    opposite sides, which `nn.Conv2d` does not know, the layer pads the input and `conv_offset` does not.
     """
 
     drop_in = True
@@ -364,7 +364,7 @@ class OffsetConv(DeformConv2d):
         )
 
     def reset_parameters(self) -> None:
-        """Initialise weight and bias as ``nn.Conv2d`` does, and ``conv_offset`` with zeros."""
+        """Initialise weight and bias as `nn.Conv2d` does, and `conv_offset` with zeros."""
         super().reset_parameters()
         self.conv_offset.reset_parameters()
 
@@ -383,9 +383,9 @@ class OffsetConv(DeformConv2d):
 
     @property
     def _uneven_padding(self) -> tuple[int, ...]:
-        """For ``F.pad``, where opposite sides differ; else ().
+        """For `F.pad`, where opposite sides differ; else ().
 
-        Outside of ``conv_offset``, which so is an ``nn.Conv2d`` like any other: adapters repeat it by its attributes.
+        Outside of `conv_offset`, which so is an `nn.Conv2d` like any other: adapters repeat it by its attributes.
         """
         top, left, bottom, right = self.padding4
         return () if (top, left) == (bottom, right) else (left, right, top, bottom)
@@ -394,25 +394,25 @@ class OffsetConv(DeformConv2d):
         return raw if self.offset_bound is None else self.offset_bound * torch.tanh(raw / self.offset_bound)
 
     def offsets(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What ``forward`` samples with, after bound and activation.
+        """What `forward` samples with, after bound and activation.
 
         Args:
-            x: ``[N, C, H, W]``.
+            x: `[N, C, H, W]`.
 
         Returns:
-            Offset ``[N, 2*G*K, H', W']`` in pixels, (y, x) per tap, and mask ``[N, G*K, H', W']`` (None for v1).
+            Offset `[N, 2*G*K, H', W']` in pixels, (y, x) per tap, and mask `[N, G*K, H', W']` (None for v1).
         """
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
-        """Apply the layer to ``[N, C, H, W]``; returns ``[N, O, H', W']``."""
+        """Apply the layer to `[N, C, H, W]`; returns `[N, O, H', W']`."""
         call = recorded_call(self, input)
         return self._conv_forward(input, self.weight, self.bias) if call is None else call
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Apply the layer with another weight and bias, as ``nn.Conv2d._conv_forward`` does.
+        """Apply the layer with another weight and bias, as `nn.Conv2d._conv_forward` does.
 
-        mmcv's ``efficient_conv_bn_eval`` scales the two by a norm that follows.
+        mmcv's `efficient_conv_bn_eval` scales the two by a norm that follows.
         """
         return self._convolve(input, *self.offsets(input), weight, bias)
 
@@ -441,7 +441,7 @@ class OffsetConv(DeformConv2d):
         )
 
     def explain_mismatch(self, name: str, shape: torch.Size) -> str:
-        """Say in words why a ``conv_offset`` weight of ``shape`` does not fit this layer."""
+        """Say in words why a `conv_offset` weight of `shape` does not fit this layer."""
         taps = self.kernel_size[0] * self.kernel_size[1]
         wants = f"{self.outputs_per_tap} x {self.offset_groups} offset groups x {taps} taps"
         text = (
@@ -462,17 +462,17 @@ class OffsetConv(DeformConv2d):
 class DCNv1(OffsetConv):
     """Deformable convolution (Dai et al. 2017): a convolution that predicts where each of its taps samples.
 
-    ``out(p0) = bias + sum_k weight_k * bilinear(x, p0 * stride - padding + k * dilation + offset_k(p0))``,
-    ``offset = conv_offset(x)``
+    `out(p0) = bias + sum_k weight_k * bilinear(x, p0 * stride - padding + k * dilation + offset_k(p0))`,
+    `offset = conv_offset(x)`
 
-    A fresh layer computes what ``nn.Conv2d`` with the same weight computes.
+    A fresh layer computes what `nn.Conv2d` with the same weight computes.
 
     Args:
-        in_channels .. dtype: as in :class:`DeformConv2d` (``nn.Conv2d``'s arguments in its order).
+        in_channels .. dtype: as in `DeformConv2d` (`nn.Conv2d`'s arguments in its order).
         offset_groups: G, channel groups with offsets of their own; divides C.
-        offset_bound: keep offsets within this many pixels, ``bound * tanh(raw / bound)``; None leaves them free.
+        offset_bound: keep offsets within this many pixels, `bound * tanh(raw / bound)`; None leaves them free.
 
-    Example::
+    Example:
 
         >>> import torch
         >>> from dcn_plugin.layers import DCNv1
@@ -492,19 +492,19 @@ class DCNv1(OffsetConv):
 class DCNv2(OffsetConv):
     """Modulated deformable convolution (Zhu et al. 2019): each tap also has a weight of its own at each position.
 
-    ``out(p0) = bias + sum_k weight_k * mask_k(p0) * bilinear(x, p0 * stride - padding + k * dilation + offset_k(p0))``
+    `out(p0) = bias + sum_k weight_k * mask_k(p0) * bilinear(x, p0 * stride - padding + k * dilation + offset_k(p0))`
 
-    The first 2/3 of ``conv_offset``'s outputs are offsets, the last 1/3 mask logits (mmcv's layout). A fresh layer
-    computes what ``nn.Conv2d`` with the same weight computes, unless ``mask_activation='sigmoid'``.
+    The first 2/3 of `conv_offset`'s outputs are offsets, the last 1/3 mask logits (mmcv's layout). A fresh layer
+    computes what `nn.Conv2d` with the same weight computes, unless `mask_activation='sigmoid'`.
 
     Args:
-        in_channels .. dtype: as in :class:`DeformConv2d` (``nn.Conv2d``'s arguments in its order).
+        in_channels .. dtype: as in `DeformConv2d` (`nn.Conv2d`'s arguments in its order).
         offset_groups: G, channel groups with offsets and masks of their own; divides C.
-        mask_activation: ``'2*sigmoid'`` (mask 1 at first) or ``'sigmoid'`` (mask 0.5 at first, halving the output:
+        mask_activation: `'2*sigmoid'` (mask 1 at first) or `'sigmoid'` (mask 0.5 at first, halving the output:
             what weights trained with mmcv, detectron2 and other earlier implementations expect).
-        offset_bound: keep offsets within this many pixels, ``bound * tanh(raw / bound)``; None leaves them free.
+        offset_bound: keep offsets within this many pixels, `bound * tanh(raw / bound)`; None leaves them free.
 
-    Example::
+    Example:
 
         >>> import torch
         >>> from dcn_plugin.layers import DCNv2
@@ -552,13 +552,13 @@ class DCNv2(OffsetConv):
 
 
 def layer_options(layer: type[nn.Module]) -> list[str]:
-    """Names of the constructor arguments a layer has beyond ``nn.Conv2d``'s."""
+    """Names of the constructor arguments a layer has beyond `nn.Conv2d`'s."""
     conv = inspect.signature(nn.Conv2d).parameters
     return [name for name in inspect.signature(layer).parameters if name not in conv]
 
 
 def require_plain_conv(conv: nn.Module) -> None:
-    """Raise unless ``conv`` computes what ``nn.Conv2d`` computes and nothing would be lost by replacing it."""
+    """Raise unless `conv` computes what `nn.Conv2d` computes and nothing would be lost by replacing it."""
     name = type(conv).__name__
     if not isinstance(conv, nn.Conv2d):
         raise TypeError(f"conv must be an nn.Conv2d, got {name}")
@@ -597,15 +597,15 @@ def require_plain_conv(conv: nn.Module) -> None:
 
 
 def rename_offset_keys(module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Rename, in place, the keys that earlier implementations use for ``conv_offset``.
+    """Rename, in place, the keys that earlier implementations use for `conv_offset`.
 
-    For a layer at ``conv2``: ``conv2_offset.*`` (mmdetection before 2.0, detectron2) and ``conv2.conv_offset_mask.*``
-    (chengdazhi, CharlesShang) become ``conv2.conv_offset.*``, unless that key is there already.
+    For a layer at `conv2`: `conv2_offset.*` (mmdetection before 2.0, detectron2) and `conv2.conv_offset_mask.*`
+    (chengdazhi, CharlesShang) become `conv2.conv_offset.*`, unless that key is there already.
 
     Args:
         module: the model or layer the keys are for.
         state_dict: changed in place.
-        prefix: of the module's keys in ``state_dict``, ending in a dot.
+        prefix: of the module's keys in `state_dict`, ending in a dot.
 
     Returns:
         Old names to new names; empty where nothing was renamed.
@@ -625,10 +625,10 @@ def rename_offset_keys(module: nn.Module, state_dict: MutableMapping[str, Any], 
 
 
 def accept_sibling_offset_keys(module: nn.Module) -> None:
-    """Let plain ``module.load_state_dict`` take ``conv2_offset.*`` for the layer at ``conv2``, wherever it is inside.
+    """Let plain `module.load_state_dict` take `conv2_offset.*` for the layer at `conv2`, wherever it is inside.
 
-    PyTorch shows a layer only the keys under its own name, so the keys beside it are renamed by a hook on ``module``.
-    ``dcn_plugin.convert`` installs it; a model that builds its layers itself calls this once.
+    PyTorch shows a layer only the keys under its own name, so the keys beside it are renamed by a hook on `module`.
+    `dcn_plugin.convert` installs it; a model that builds its layers itself calls this once.
     """
     module.register_load_state_dict_pre_hook(_rename_hook)
 
@@ -646,7 +646,7 @@ def _log_renames(module: nn.Module, renamed: dict[str, str]) -> None:
 
 
 def sigmoid_note(module: nn.Module) -> str:
-    """A sentence of advice where ``module`` has masks that start at 1, which earlier implementations do not; or ''."""
+    """A sentence of advice where `module` has masks that start at 1, which earlier implementations do not; or ''."""
     masked = (m for m in module.modules() if isinstance(m, DCNv2) or getattr(m, "modulated", False))
     if any(getattr(m, "mask_activation", "") == "2*sigmoid" for m in masked):
         return (

@@ -1,8 +1,8 @@
 """Layers that pool regions of interest (RoIs), plain and deformable (Dai et al. 2016 and 2017, Zhu et al. 2019).
 
-Symbols: N batch, C channels, R RoIs, P_h x P_w bins of a RoI. RoIs are ``[R, 5]`` (batch index, x1, y1, x2, y2) or a
-list of ``[L_n, 4]`` boxes for each image, in pixels of the image. Offsets have no unit: a bin moves by
-``gamma * size of the RoI * offset``.
+Symbols: N batch, C channels, R RoIs, P_h x P_w bins of a RoI. RoIs are `[R, 5]` (batch index, x1, y1, x2, y2) or a
+list of `[L_n, 4]` boxes for each image, in pixels of the image. Offsets have no unit: a bin moves by
+`gamma * size of the RoI * offset`.
 
 The classes with mmcv's names have mmcv's arguments, state dict, **(x, y)** order of offset channels and sigmoid masks,
 so that its checkpoints mean the same here. All others have (y, x), like the rest of this package.
@@ -84,7 +84,7 @@ class _Branched(NotScriptable, SamplingModule):
     offset_branches: ClassVar[dict[str, float]] = {"offset_fc": BRANCH_LR_MULT, "mask_fc": BRANCH_LR_MULT}
 
     def reset_parameters(self) -> None:
-        """Initialise the branch as ``nn.Linear`` does, and its last layers with zeros."""
+        """Initialise the branch as `nn.Linear` does, and its last layers with zeros."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 module.reset_parameters()
@@ -93,20 +93,20 @@ class _Branched(NotScriptable, SamplingModule):
 class DeformRoIPool(NotScriptable, SamplingModule):
     """Deformable RoI pooling whose offsets are an argument, with mmcv's name, arguments and **(x, y)** offsets.
 
-    ``out[r, c, p] = mean_s bilinear(input[n_r, c], corner_r + p * bin_r + s + gamma * size_r * offset[r, p])``
+    `out[r, c, p] = mean_s bilinear(input[n_r, c], corner_r + p * bin_r + s + gamma * size_r * offset[r, p])`
 
-    over the samples s of a bin, without rounding. Without offsets it is torchvision's ``roi_align(aligned=True)``.
+    over the samples s of a bin, without rounding. Without offsets it is torchvision's `roi_align(aligned=True)`.
 
     Args:
         output_size: bins, integer or (P_h, P_w).
-        spatial_scale: pixels of ``input`` per pixel of the image, e.g. 1/16.
+        spatial_scale: pixels of `input` per pixel of the image, e.g. 1/16.
         sampling_ratio: samples along each side of a bin; 0 or -1: as many as the bin has pixels, rounded up.
         gamma: what an offset of 1 is of the RoI's size.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it, what was expected and what came.
 
-    Example::
+    Example:
 
         >>> import torch
         >>> from dcn_plugin.layers import DeformRoIPool
@@ -156,12 +156,12 @@ class DeformRoIPool(NotScriptable, SamplingModule):
         """Pool.
 
         Args:
-            input: ``[N, C, H, W]``.
-            rois: ``[R, 5]`` or a list of boxes for each image.
-            offset: ``[R, 2, P_h, P_w]``, **(x, y)** as in mmcv, or None.
+            input: `[N, C, H, W]`.
+            rois: `[R, 5]` or a list of boxes for each image.
+            offset: `[R, 2, P_h, P_w]`, **(x, y)** as in mmcv, or None.
 
         Returns:
-            ``[R, C, P_h, P_w]``.
+            `[R, C, P_h, P_w]`.
         """
         return self._deform(input, rois, _swap(offset))
 
@@ -172,19 +172,19 @@ class DeformRoIPool(NotScriptable, SamplingModule):
 class DeformRoIPoolPack(_Branched, DeformRoIPool):
     """Deformable RoI pooling that predicts its offsets, with mmcv's name, arguments and state dict.
 
-    ``offset = offset_fc(roi_align(input, rois))``, then :class:`DeformRoIPool`. The branch has three fully connected
+    `offset = offset_fc(roi_align(input, rois))`, then `DeformRoIPool`. The branch has three fully connected
     layers, the last one zero at first: a fresh layer is RoIAlign. As in mmcv, the rows of the last one are the x of all
-    bins, then the y; :meth:`offsets` returns (y, x).
+    bins, then the y; `offsets` returns (y, x).
 
     Args:
         output_size: bins, integer or (P_h, P_w).
         output_channels: C of the input.
         deform_fc_channels: width of the branch.
-        spatial_scale, sampling_ratio, gamma: as in :class:`DeformRoIPool`.
+        spatial_scale, sampling_ratio, gamma: as in `DeformRoIPool`.
         device: where the parameters live.
         dtype: floating-point type of the parameters.
 
-    Example::
+    Example:
 
         >>> import torch
         >>> from dcn_plugin.layers import DeformRoIPoolPack
@@ -216,14 +216,14 @@ class DeformRoIPoolPack(_Branched, DeformRoIPool):
         self.offset_fc = branch(bins * self.output_channels, self.deform_fc_channels, 2 * bins, factory)
 
     def offsets(self, input: Tensor, rois: RoIs) -> tuple[Tensor, Tensor | None]:
-        """What ``forward`` pools with.
+        """What `forward` pools with.
 
         Args:
-            input: ``[N, C, H, W]``.
-            rois: ``[R, 5]`` or a list of boxes for each image.
+            input: `[N, C, H, W]`.
+            rois: `[R, 5]` or a list of boxes for each image.
 
         Returns:
-            Offset ``[R, 2, P_h, P_w]`` in (y, x), in units of gamma times the RoI's size, and mask ``[R, 1, P_h, P_w]``
+            Offset `[R, 2, P_h, P_w]` in (y, x), in units of gamma times the RoI's size, and mask `[R, 1, P_h, P_w]`
             (None where the layer has none).
         """
         return self._offset(self._pooled(input, rois)), None
@@ -237,7 +237,7 @@ class DeformRoIPoolPack(_Branched, DeformRoIPool):
         return self.offset_fc(pooled).unflatten(1, (2, *self.output_size)).flip(1)
 
     def forward(self, input: Tensor, rois: RoIs) -> Tensor:  # type: ignore[override]
-        """Pool ``[N, C, H, W]`` to ``[R, C, P_h, P_w]``."""
+        """Pool `[N, C, H, W]` to `[R, C, P_h, P_w]`."""
         return self._deform(input, rois, *self.offsets(input, rois))
 
     def extra_repr(self) -> str:
@@ -245,18 +245,18 @@ class DeformRoIPoolPack(_Branched, DeformRoIPool):
 
 
 class ModulatedDeformRoIPoolPack(DeformRoIPoolPack):
-    """:class:`DeformRoIPoolPack` with a learnt weight for each bin, with mmcv's name, arguments and state dict.
+    """`DeformRoIPoolPack` with a learnt weight for each bin, with mmcv's name, arguments and state dict.
 
-    ``out[r, c, p] = mask[r, p] * (what DeformRoIPoolPack gives)``, ``mask = sigmoid(mask_fc(roi_align(input, rois)))``
+    `out[r, c, p] = mask[r, p] * (what DeformRoIPoolPack gives)`, `mask = sigmoid(mask_fc(roi_align(input, rois)))`
 
     **The mask of a fresh layer is 0.5, as in mmcv, and halves the output**: mmcv's checkpoints were trained so. Put in
-    RoIAlign's place in a trained model, it changes what the model computes; ``MultiScaleDeformRoIPool`` and
-    :class:`DeformPSRoIPoolPack` start at 1.
+    RoIAlign's place in a trained model, it changes what the model computes; `MultiScaleDeformRoIPool` and
+    `DeformPSRoIPoolPack` start at 1.
 
     Args:
-        output_size .. dtype: as in :class:`DeformRoIPoolPack`.
+        output_size .. dtype: as in `DeformRoIPoolPack`.
 
-    Example::
+    Example:
 
         >>> import torch
         >>> from dcn_plugin.layers import ModulatedDeformRoIPoolPack
@@ -299,18 +299,18 @@ class ModulatedDeformRoIPoolPack(DeformRoIPoolPack):
 class PSRoIPool(NotScriptable, nn.Module):
     """Position-sensitive RoI pooling of R-FCN: bin (i, j) averages the pixels it touches, in channels of its own.
 
-    ``out[r, d, p] = mean_{q in bin p of r} input[n_r, (d * k + g_y) * k + g_x, q]``, ``k = group_size``
+    `out[r, d, p] = mean_{q in bin p of r} input[n_r, (d * k + g_y) * k + g_x, q]`, `k = group_size`
 
     Args:
         output_dim: D, channels of the output.
-        group_size: k; the input has ``D * k * k`` channels.
+        group_size: k; the input has `D * k * k` channels.
         output_size: bins, integer or (P_h, P_w); k in the paper.
-        spatial_scale: pixels of ``input`` per pixel of the image, e.g. 1/16.
+        spatial_scale: pixels of `input` per pixel of the image, e.g. 1/16.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it, what was expected and what came.
 
-    Example::
+    Example:
 
         >>> import torch
         >>> from dcn_plugin.layers import PSRoIPool
@@ -332,7 +332,7 @@ class PSRoIPool(NotScriptable, nn.Module):
         self.spatial_scale = number("spatial_scale", spatial_scale, positive=True)
 
     def forward(self, input: Tensor, rois: RoIs) -> Tensor:
-        """Pool ``[N, D * k * k, H, W]`` to ``[R, D, P_h, P_w]``."""
+        """Pool `[N, D * k * k, H, W]` to `[R, D, P_h, P_w]`."""
         return ps_roi_pool(
             input,
             rois,
@@ -347,18 +347,18 @@ class PSRoIPool(NotScriptable, nn.Module):
 
 
 class DeformPSRoIPool(PSRoIPool, SamplingModule):
-    """Deformable position-sensitive RoI pooling whose offsets (and mask) are arguments of ``forward``.
+    """Deformable position-sensitive RoI pooling whose offsets (and mask) are arguments of `forward`.
 
-    ``out[r, d, p] = mask[r, e, p] * mean_s bilinear(input[n_r, (d * k + g_y) * k + g_x], start_r + p * bin_r + s +``
-    ``offset_scale * size_r * offset[r, e, p])`` with the class ``e = d // (D / classes)``, in the original's semantics:
-    rounded RoIs, samples outside the map left out of the mean. With ``group_size=1`` it is plain deformable RoI pooling
+    `out[r, d, p] = mask[r, e, p] * mean_s bilinear(input[n_r, (d * k + g_y) * k + g_x], start_r + p * bin_r + s +`
+    `offset_scale * size_r * offset[r, e, p])` with the class `e = d // (D / classes)`, in the original's semantics:
+    rounded RoIs, samples outside the map left out of the mean. With `group_size=1` it is plain deformable RoI pooling
     as the original has it.
 
     Args:
         output_dim: D, channels of the output.
-        group_size: k; the input has ``D * k * k`` channels.
+        group_size: k; the input has `D * k * k` channels.
         output_size: bins, integer or (P_h, P_w).
-        spatial_scale: pixels of ``input`` per pixel of the image, e.g. 1/16.
+        spatial_scale: pixels of `input` per pixel of the image, e.g. 1/16.
         part_size: cells that offsets and masks are given for, integer or (part_h, part_w); None: one for each bin.
         samples_per_part: samples along each side of a bin.
         offset_scale: what an offset of 1 is of the RoI's size.
@@ -366,7 +366,7 @@ class DeformPSRoIPool(PSRoIPool, SamplingModule):
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it, what was expected and what came.
 
-    Example::
+    Example:
 
         >>> import torch
         >>> from dcn_plugin.layers import DeformPSRoIPool
@@ -397,13 +397,13 @@ class DeformPSRoIPool(PSRoIPool, SamplingModule):
         """Pool.
 
         Args:
-            input: ``[N, D * k * k, H, W]``.
-            rois: ``[R, 5]`` or a list of boxes for each image.
-            offset: ``[R, 2 * classes, part_h, part_w]``, (y, x) for each class, or None.
-            mask: ``[R, classes, part_h, part_w]`` or None.
+            input: `[N, D * k * k, H, W]`.
+            rois: `[R, 5]` or a list of boxes for each image.
+            offset: `[R, 2 * classes, part_h, part_w]`, (y, x) for each class, or None.
+            mask: `[R, classes, part_h, part_w]` or None.
 
         Returns:
-            ``[R, D, P_h, P_w]``.
+            `[R, D, P_h, P_w]`.
         """
         output = self._pool(input, rois, offset, mask)
         if self._sampling_hooks is not None:
@@ -433,25 +433,25 @@ class DeformPSRoIPool(PSRoIPool, SamplingModule):
 class DeformPSRoIPoolPack(_Branched, DeformPSRoIPool):
     """Deformable position-sensitive RoI pooling that predicts its offsets from what it pools without them.
 
-    ``offset = offset_fc(pool(input, rois))``; with ``modulated``, ``mask = 2 * sigmoid(mask_fc(h))`` on the last hidden
-    layer h of ``offset_fc``. The last layers are zero at first: a fresh layer is :class:`DeformPSRoIPool` without
-    offsets. The rows of ``offset_fc``'s last layer are, for each class, the y of all cells, then the x.
+    `offset = offset_fc(pool(input, rois))`; with `modulated`, `mask = 2 * sigmoid(mask_fc(h))` on the last hidden
+    layer h of `offset_fc`. The last layers are zero at first: a fresh layer is `DeformPSRoIPool` without
+    offsets. The rows of `offset_fc`'s last layer are, for each class, the y of all cells, then the x.
 
     Args:
-        output_dim .. offset_scale: as in :class:`DeformPSRoIPool`.
+        output_dim .. offset_scale: as in `DeformPSRoIPool`.
         deform_fc_channels: width of the branch.
-        offset_classes: classes with offsets (and masks) of their own; divides ``output_dim``.
+        offset_classes: classes with offsets (and masks) of their own; divides `output_dim`.
         modulated: learn a weight for each cell, too.
-        mask_activation: ``'2*sigmoid'`` (mask 1 at first) or ``'sigmoid'`` (0.5 at first: what weights trained with
+        mask_activation: `'2*sigmoid'` (mask 1 at first) or `'sigmoid'` (0.5 at first: what weights trained with
             earlier implementations expect).
         device: where the parameters live.
         dtype: floating-point type of the parameters.
 
-    ``offset_mask_fc.*`` of CharlesShang's ``DCNPooling`` loads into a modulated layer with one class: its last layer is
-    split, and its (x, y) turned to (y, x). Its masks are sigmoid. ``offset_fc`` of mmdetection 1.x'
-    ``DeformRoIPoolingPack`` has this layer's names, but (x, y) in its last layer: turn them before loading.
+    `offset_mask_fc.*` of CharlesShang's `DCNPooling` loads into a modulated layer with one class: its last layer is
+    split, and its (x, y) turned to (y, x). Its masks are sigmoid. `offset_fc` of mmdetection 1.x'
+    `DeformRoIPoolingPack` has this layer's names, but (x, y) in its last layer: turn them before loading.
 
-    Example::
+    Example:
 
         >>> import torch
         >>> from dcn_plugin.layers import DeformPSRoIPoolPack
@@ -498,22 +498,22 @@ class DeformPSRoIPoolPack(_Branched, DeformPSRoIPool):
             self.mask_fc = ZeroLinear(self.deform_fc_channels, cells, **factory)
 
     def offsets(self, input: Tensor, rois: RoIs) -> tuple[Tensor, Tensor | None]:
-        """What ``forward`` pools with.
+        """What `forward` pools with.
 
         Args:
-            input: ``[N, D * k * k, H, W]``.
-            rois: ``[R, 5]`` or a list of boxes for each image.
+            input: `[N, D * k * k, H, W]`.
+            rois: `[R, 5]` or a list of boxes for each image.
 
         Returns:
-            Offset ``[R, 2 * classes, part_h, part_w]``, (y, x) for each class, in units of
-            offset_scale times the RoI's size, and mask ``[R, classes, part_h, part_w]`` (None unless ``modulated``).
+            Offset `[R, 2 * classes, part_h, part_w]`, (y, x) for each class, in units of
+            offset_scale times the RoI's size, and mask `[R, classes, part_h, part_w]` (None unless `modulated`).
         """
         offset, mask = predict(self, self._pool(input, rois))
         offset = offset.unflatten(1, (2 * self.offset_classes, *self.part_size))
         return offset, None if mask is None else mask.unflatten(1, (self.offset_classes, *self.part_size))
 
     def forward(self, input: Tensor, rois: RoIs) -> Tensor:  # type: ignore[override]
-        """Pool ``[N, D * k * k, H, W]`` to ``[R, D, P_h, P_w]``."""
+        """Pool `[N, D * k * k, H, W]` to `[R, D, P_h, P_w]`."""
         return super().forward(input, rois, *self.offsets(input, rois))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -539,14 +539,14 @@ def predict(layer: Any, pooled: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def split_offset_mask_fc(module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Rename and split, in place, CharlesShang's ``offset_mask_fc`` for modulated layers with one class.
+    """Rename and split, in place, CharlesShang's `offset_mask_fc` for modulated layers with one class.
 
-    Its last layer has the x of all cells, the y, then the mask: here the y and x of ``offset_fc``, and ``mask_fc``.
+    Its last layer has the x of all cells, the y, then the mask: here the y and x of `offset_fc`, and `mask_fc`.
 
     Args:
         module: the model or layer the keys are for.
         state_dict: changed in place.
-        prefix: of the module's keys in ``state_dict``, ending in a dot.
+        prefix: of the module's keys in `state_dict`, ending in a dot.
 
     Returns:
         Old names to new names, two where a tensor was split; empty where nothing was renamed.
@@ -576,16 +576,16 @@ def split_offset_mask_fc(module: nn.Module, state_dict: MutableMapping[str, Any]
 def offset_parameters(model: nn.Module) -> dict[str, float]:
     """Names of the parameters that predict offsets and masks, with their usual learning rate multiplier.
 
-    1.0 for every ``conv_offset``, 0.01 for the fully connected branches of RoI pooling (Dai et al. 2017, section 2.3).
-    A module class of your own says so with a class attribute: ``offset_branches = {"<submodule>": <multiplier>}``.
+    1.0 for every `conv_offset`, 0.01 for the fully connected branches of RoI pooling (Dai et al. 2017, section 2.3).
+    A module class of your own says so with a class attribute: `offset_branches = {"<submodule>": <multiplier>}`.
 
     Args:
         model: any module.
 
     Returns:
-        Parameter name, as in ``model.named_parameters()``, to multiplier, in the model's order.
+        Parameter name, as in `model.named_parameters()`, to multiplier, in the model's order.
 
-    Example::
+    Example:
 
         >>> from torch import nn
         >>> from dcn_plugin.layers import DCNv1, DeformRoIPoolPack, offset_parameters

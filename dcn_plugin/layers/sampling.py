@@ -1,4 +1,4 @@
-"""The one way to look at what a layer samples with: hooks that ``forward`` calls with its own tensors.
+"""The one way to look at what a layer samples with: hooks that `forward` calls with its own tensors.
 
 Nothing is computed for them a second time, so what they see is what was sampled, however the layer was called.
 """
@@ -20,14 +20,14 @@ class Samples(NamedTuple):
     """What one call of a layer sampled with, cut off from the graph of gradients.
 
     Fields:
-        input: ``[N, C, H, W]``, or feature maps by name where the layer takes several.
-        offset: in **(y, x)**, after a bound: ``[N, 2*G*K, H', W']`` in pixels (convolution) or
-            ``[R, 2 * classes, P_h, P_w]`` in ``gamma`` (``offset_scale``) times the RoI's size; None: undeformed.
-        mask: after its activation, one for each pair of ``offset``; None: all ones.
-        rois: what the layer was given, ``[R, 5]`` or boxes for each image; None for a convolution.
+        input: `[N, C, H, W]`, or feature maps by name where the layer takes several.
+        offset: in **(y, x)**, after a bound: `[N, 2*G*K, H', W']` in pixels (convolution) or
+            `[R, 2 * classes, P_h, P_w]` in `gamma` (`offset_scale`) times the RoI's size; None: undeformed.
+        mask: after its activation, one for each pair of `offset`; None: all ones.
+        rois: what the layer was given, `[R, 5]` or boxes for each image; None for a convolution.
         image_sizes: (height, width) of each image, where the layer is told.
-        scale: what an offset of 1 moves: ``gamma`` (``offset_scale``) RoI sizes; 1 pixel of the input in a convolution.
-        part: which of several poolings of one layer this is (``"scores"`` or ``"boxes"`` in R-FCN), or ``""``.
+        scale: what an offset of 1 moves: `gamma` (`offset_scale`) RoI sizes; 1 pixel of the input in a convolution.
+        part: which of several poolings of one layer this is (`"scores"` or `"boxes"` in R-FCN), or `""`.
     """
 
     input: Tensor | Mapping[str, Tensor]
@@ -57,7 +57,7 @@ class _Hooks:
 
 
 class SamplingHandle:
-    """Takes a hook away again: by ``remove()``, or at the end of a ``with`` block."""
+    """Takes a hook away again: by `remove()`, or at the end of a `with` block."""
 
     def __init__(self, layer: SamplingModule, hook: SamplingHook) -> None:
         self._layer: Callable[[], SamplingModule | None] = weakref.ref(layer)
@@ -88,25 +88,25 @@ class SamplingModule(nn.Module):
     _sampling_hooks: _Hooks | None = None
 
     def register_sampling_hook(self, hook: SamplingHook) -> SamplingHandle:
-        """Call ``hook(layer, samples)`` in every later call of ``forward``, with what that call sampled with.
+        """Call `hook(layer, samples)` in every later call of `forward`, with what that call sampled with.
 
-        ``samples`` are :class:`Samples`: the offset after ``offset_bound`` and the mask after its activation, wherever
+        `samples` are `Samples`: the offset after `offset_bound` and the mask after its activation, wherever
         they come from, for each call of a layer that runs several times. What a backward pass runs again
-        (checkpointing) is not reported again, nor what is only recorded (``torch.export``, ``torch.fx``,
-        ``torch.jit.trace``, ONNX). Hooks run without gradients and must not change the tensors in place;
-        ``torch.compile`` traces them as it does PyTorch's forward hooks. They belong to this one object: copies,
-        pickles and ``state_dict`` are without them. A layer without hooks pays nothing.
+        (checkpointing) is not reported again, nor what is only recorded (`torch.export`, `torch.fx`,
+        `torch.jit.trace`, ONNX). Hooks run without gradients and must not change the tensors in place;
+        `torch.compile` traces them as it does PyTorch's forward hooks. They belong to this one object: copies,
+        pickles and `state_dict` are without them. A layer without hooks pays nothing.
 
         Args:
             hook: called with the layer and its samples; what it returns is ignored.
 
         Returns:
-            A handle whose ``remove()``, or use in a ``with`` statement, takes the hook away.
+            A handle whose `remove()`, or use in a `with` statement, takes the hook away.
 
         Raises:
-            TypeError: ``hook`` cannot be called.
+            TypeError: `hook` cannot be called.
 
-        Example::
+        Example:
 
             >>> import torch
             >>> from dcn_plugin.layers import DCNv2
@@ -125,7 +125,7 @@ class SamplingModule(nn.Module):
     def _sampled(
         self, input: Any, offset: Tensor | None, mask: Tensor | None = None, rois: Any = None, *others: Any
     ) -> None:
-        """Tell the hooks; ``forward`` calls this where ``_sampling_hooks`` is not None."""
+        """Tell the hooks; `forward` calls this where `_sampling_hooks` is not None."""
         hooks = self._sampling_hooks
         if hooks is None or _recorded(input, offset):
             return
@@ -139,7 +139,7 @@ class SamplingModule(nn.Module):
 
 
 def sampling_layers(model: nn.Module) -> dict[str, SamplingModule]:
-    """The layers of ``model`` whose sampling hooks together see every sample once, by their (first) names."""
+    """The layers of `model` whose sampling hooks together see every sample once, by their (first) names."""
     found: dict[str, SamplingModule] = {}
     spoken_for: set[nn.Module] = set()
     for name, module in model.named_modules():

@@ -1,10 +1,13 @@
-"""Backbones: timm models (`dcn_resnet`), mmdet's ResNet (`dcn_resnet_mmdet`), any timm model for MMEngine configs.
+"""Models for timm: every file `dcn_<family>.py` of this folder, which importing the folder registers.
 
-Nothing here imports timm or MMEngine by itself; ``import dcn_plugin`` registers with those that are installed.
+A family's module begins with `dcn_` because timm files models under the last part of their module's name.
 """
 
-from .dcn_mmcv import build_dcn, build_dcnv2
-from .dcn_resnet_mmdet import DCNResNet
-from .dcn_timm_backbone import TimmBackbone
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = ["DCNResNet", "TimmBackbone", "build_dcn", "build_dcnv2"]
+#: The modules of the families, which `timm.list_models(module=...)` knows by the same names.
+FAMILIES = sorted(module.name for module in iter_modules(__path__) if module.name.startswith("dcn_"))
+
+for _name in FAMILIES:
+    import_module(f"{__name__}.{_name}")

@@ -1,8 +1,8 @@
 """timm's ResNets with a deformable 3x3 convolution in every block of the chosen stages.
 
-Each ``<base>_dcn`` (DCNv2) and ``<base>_dcnv1`` entry is timm's ``<base>`` with ``conv2`` of its blocks replaced. A
+Each `<base>_dcn` (DCNv2) and `<base>_dcnv1` entry is timm's `<base>` with `conv2` of its blocks replaced. A
 fresh or pretrained model computes exactly what the base computes, as every offset starts at zero and every mask at one.
-``pretrained=True`` therefore loads the base model's own published weights, under the base's own tags. Example::
+`pretrained=True` therefore loads the base model's own published weights, under the base's own tags. Example::
 
     import timm, dcn_plugin
     model = timm.create_model("resnet50_dcn.a1_in1k", pretrained=True, num_classes=10)
@@ -10,10 +10,10 @@ fresh or pretrained model computes exactly what the base computes, as every offs
 
 Keyword arguments of every entry, besides those of `timm.models.resnet.ResNet`:
 
-- ``dcn_stages``: stages to make deformable, in the paper's numbering 2..5 for conv2_x..conv5_x (timm's layer1..layer4),
+- `dcn_stages`: stages to make deformable, in the paper's numbering 2..5 for conv2_x..conv5_x (timm's layer1..layer4),
   or as those layer names. Default (3, 4, 5), as in Deformable ConvNets v2.
-- ``dcn_layer``: ``"DCNv1"``, ``"DCNv2"``, or ``dict(type=..., **options of that layer)``.
-- ``offset_groups``: channel groups that share one offset field.
+- `dcn_layer`: `"DCNv1"`, `"DCNv2"`, or `dict(type=..., **options of that layer)`.
+- `offset_groups`: channel groups that share one offset field.
 
 Sources: https://arxiv.org/abs/1703.06211 (v1), https://arxiv.org/abs/1811.11168 (v2).
 """
@@ -34,8 +34,8 @@ from timm.models import (
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from dcn_plugin.layers import LAYERS, OffsetConv
-from dcn_plugin.layers.conv import accept_sibling_offset_keys
+from ..layers import LAYERS, OffsetConv
+from ..layers.conv import accept_sibling_offset_keys
 
 __all__ = ["DeformResNet"]
 
@@ -57,9 +57,9 @@ _STAGES |= {name: name for name in tuple(_STAGES.values())}
 
 
 class DeformResNet(ResNet):
-    """timm's ResNet whose blocks have a deformable ``conv2`` in the stages given by ``dcn_stages`` (see the module).
+    """timm's ResNet whose blocks have a deformable `conv2` in the stages given by `dcn_stages` (see the module).
 
-    Input [N, C, H, W], output [N, num_classes]. Raises ValueError or TypeError naming a bad ``dcn_*`` argument.
+    Input [N, C, H, W], output [N, num_classes]. Raises ValueError or TypeError naming a bad `dcn_*` argument.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ MOST_OF_REGION = 2**20
 
 
 def integer(name: str, value: Any, least: int, most: int = MOST) -> int:
-    """Return ``value`` as an int from ``least`` to ``most``."""
+    """Return `value` as an int from `least` to `most`."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -38,7 +38,7 @@ def integer(name: str, value: Any, least: int, most: int = MOST) -> int:
 
 
 def integers(name: str, value: Any, least: int, lengths: tuple[int, ...] = (2,), most: int = MOST) -> tuple[int, ...]:
-    """Return ``value``, an integer (repeated) or a sequence of one of ``lengths`` integers, as a tuple."""
+    """Return `value`, an integer (repeated) or a sequence of one of `lengths` integers, as a tuple."""
     if type(value) is tuple and len(value) in lengths:  # what a layer gives in every call
         for item in value:
             if type(item) is not int or not least <= item <= most:
@@ -54,14 +54,14 @@ def integers(name: str, value: Any, least: int, lengths: tuple[int, ...] = (2,),
 
 
 def _is_sequence(value: Any) -> bool:
-    """Whether ``value`` holds several numbers: lists of config systems, arrays and tensors do, as for ``nn.Conv2d``."""
+    """Whether `value` holds several numbers: lists of config systems, arrays and tensors do, as for `nn.Conv2d`."""
     if isinstance(value, (int, torch.SymInt, str)):
         return False
     return isinstance(value, Sequence) or getattr(value, "ndim", 0) == 1
 
 
 def number(name: str, value: Any, positive: bool = False) -> float:
-    """Return ``value`` as a finite float, above 0 if ``positive``."""
+    """Return `value` as a finite float, above 0 if `positive`."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt, Real)):
         raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
     try:
@@ -74,7 +74,7 @@ def number(name: str, value: Any, positive: bool = False) -> float:
 
 
 def tensor(value: object, name: str, dim: int, shape: str) -> None:
-    """Check that ``value`` is a dense floating-point tensor of ``dim`` dimensions; ``shape`` is how to say it."""
+    """Check that `value` is a dense floating-point tensor of `dim` dimensions; `shape` is how to say it."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
     require_dense(name, value)
@@ -86,7 +86,7 @@ def tensor(value: object, name: str, dim: int, shape: str) -> None:
 
 @unrecorded
 def boxes(value: Sequence[Tensor], name: str, input: Tensor) -> None:
-    """Check that ``value`` has boxes ``[L, 4]`` for each image of ``input``."""
+    """Check that `value` has boxes `[L, 4]` for each image of `input`."""
     if len(value) != input.shape[0]:
         raise ValueError(f"{name}: expected {input.shape[0]} tensors [L, 4], one for each image, got {len(value)}")
     for i, own in enumerate(value):
@@ -107,7 +107,7 @@ def same_device(value: Tensor, name: str, input: Tensor) -> None:
 
 
 def same_dtype(value: Tensor, name: str, input: Tensor, or_float32: bool = False) -> None:
-    """Check the type of ``value`` against the input's; under autocast types are brought together later."""
+    """Check the type of `value` against the input's; under autocast types are brought together later."""
     if value.dtype == input.dtype or (or_float32 and value.dtype == torch.float32 and input.dtype != torch.float64):
         return
     if input.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(input.device.type):

@@ -1,8 +1,8 @@
-"""Operations of RoI pooling for ``torch.utils.flop_counter``, which counts a product and a sum as two.
+"""Operations of RoI pooling for `torch.utils.flop_counter`, which counts a product and a sum as two.
 
 A sample is four products for each channel, a whole pixel of R-FCN's pooling one. How many there are depends on the
 regions where sampling is adaptive, and in R-FCN's pooling. Where values cannot be read (fake tensors, a traced graph),
-``UNKNOWN`` samples, or pixels, of a bin along each axis are taken, as many as detectors usually sample.
+`UNKNOWN` samples, or pixels, of a bin along each axis are taken, as many as detectors usually sample.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ UNKNOWN = 2
 
 
 def _read(input: Tensor, rois: Tensor, vertical: Any, horizontal: Any, *_: Any) -> Tensor:
-    """What ``reference`` would sum up: the samples of all bins that lie on the map."""
+    """What `reference` would sum up: the samples of all bins that lie on the map."""
     return (vertical.read.sum(-1) * horizontal.read.sum(-1)).sum()
 
 
 def _samples(rois: Tensor, output_size: Sequence[int], along: int, exactly: Callable[[], Tensor]) -> int:
-    """Samples of all bins of all regions: ``along`` each axis, or, where that is 0, as the regions have it."""
+    """Samples of all bins of all regions: `along` each axis, or, where that is 0, as the regions have it."""
     if along > 0 or type(rois) not in (Tensor, torch.nn.Parameter) or rois.is_meta:
         return rois.shape[0] * output_size[0] * output_size[1] * (along if along > 0 else UNKNOWN) ** 2
     return int(exactly())

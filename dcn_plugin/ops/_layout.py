@@ -1,4 +1,4 @@
-"""Memory layout of results, for tracing: the same rules as ``csrc/runtime/tensor.h``."""
+"""Memory layout of results, for tracing: the same rules as `csrc/runtime/tensor.h`."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from ._transforms import unrecorded
 
 @unrecorded
 def is_channels_last(t: Tensor) -> bool:
-    """Whether a result computed from ``t`` is channels_last: torch's own rule (``suggest_memory_format``)."""
+    """Whether a result computed from `t` is channels_last: torch's own rule (`suggest_memory_format`)."""
     if t.dim() != 4 or t.stride(1) == 0:
         return False
     least = 0
@@ -24,6 +24,6 @@ def is_channels_last(t: Tensor) -> bool:
 
 
 def new_image(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return an uninitialised tensor of type, device and layout of ``like``."""
+    """Return an uninitialised tensor of type, device and layout of `like`."""
     layout = torch.channels_last if is_channels_last(like) else torch.contiguous_format
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)

@@ -13,7 +13,7 @@ from ._vmap import Fold, Prepare, register_vmap
 
 _lib = torch.library.Library("dcn_plugin", "IMPL")
 
-# Bit of ``needs`` beyond those of gradients: no sums whose order may vary (kOrdered in csrc/ops).
+# Bit of `needs` beyond those of gradients: no sums whose order may vary (kOrdered in csrc/ops).
 ORDERED = 1 << 8
 
 
@@ -30,21 +30,21 @@ def register(
     prepare: Prepare | None = None,
     closed_form: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> Callable[..., Tensor]:
-    """Complete the compiled operator ``name`` and return it.
+    """Complete the compiled operator `name` and return it.
 
-    Its schema has ``tensors``, then ``options``; ``<name>_backward`` takes the output's gradient, the tensors without
-    those of ``closed_form``, the options and ``needs``, whose bit i asks for the gradient of ``gradients[i]`` and whose
-    bit ``ORDERED`` is torch's deterministic mode.
+    Its schema has `tensors`, then `options`; `<name>_backward` takes the output's gradient, the tensors without
+    those of `closed_form`, the options and `needs`, whose bit i asks for the gradient of `gradients[i]` and whose
+    bit `ORDERED` is torch's deterministic mode.
 
     Args:
-        name: of the operator in ``torch.ops.dcn_plugin``.
+        name: of the operator in `torch.ops.dcn_plugin`.
         tensors: names of its tensor arguments; the first one gives the result type, device and layout.
         options: names of its other arguments.
         gradients: names of the tensors whose gradients the backward operator returns, in its order.
         positions: names of the tensors that autocast keeps in float32: half precision rounds them to whole pixels.
         reference: the definition, called with all of these by name; second gradients go through it.
         out_shape: checks arguments given by name and returns the shape of the result.
-        fold, prepare: how the samples of a ``torch.vmap`` become one call (``_vmap.py``).
+        fold, prepare: how the samples of a `torch.vmap` become one call (`_vmap.py`).
         closed_form: name of a tensor -> its gradient from that of the output, where no kernel is needed.
     """
     op, backward_op = (getattr(torch.ops.dcn_plugin, n) for n in (name, f"{name}_backward"))

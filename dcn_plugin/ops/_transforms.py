@@ -19,12 +19,12 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def is_tracing() -> bool:
-    """Whether ``torch.jit.trace`` records this call."""
+    """Whether `torch.jit.trace` records this call."""
     return torch.jit.is_tracing()  # type: ignore[attr-defined]  # public, but not in its list of names
 
 
 def unrecorded(function: Callable[P, R]) -> Callable[P, R]:
-    """Let ``torch.jit.trace`` see sizes and values as plain numbers in ``function``, and none of what it computes.
+    """Let `torch.jit.trace` see sizes and values as plain numbers in `function`, and none of what it computes.
 
     For checks. The tracer would warn of each that it does not become part of the graph, which is what is wanted.
     """
@@ -44,7 +44,7 @@ def unrecorded(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def need_plain_torch() -> bool:
-    """Whether forward-mode differentiation or ``torch.func.grad`` and its kin are at work.
+    """Whether forward-mode differentiation or `torch.func.grad` and its kin are at work.
 
     The operators then run as their reference, which every transform differentiates: right, at the reference's speed.
     The compiled operator would drop tangents silently.
@@ -55,23 +55,23 @@ def need_plain_torch() -> bool:
 
 @torch.compiler.assume_constant_result
 def _differentiates() -> bool:
-    """Whether ``torch.func`` takes derivatives here; traced once, which holds: torch.compile guards the transforms."""
+    """Whether `torch.func` takes derivatives here; traced once, which holds: torch.compile guards the transforms."""
     transforms = get_interpreter_stack()
     return transforms is not None and any(t.key() in (TransformType.Grad, TransformType.Jvp) for t in transforms)
 
 
 def values_are_known(t: Tensor) -> bool:
-    """Whether Python may look at the values of ``t``: not in a graph, nor inside ``torch.func`` transforms."""
+    """Whether Python may look at the values of `t`: not in a graph, nor inside `torch.func` transforms."""
     if torch.compiler.is_compiling() or is_tracing() or get_interpreter_stack() is not None:
         return False
     return type(t) in _PLAIN and _get_current_dispatch_mode() is None
 
 
 def look_at(t: Tensor, look: Callable[[Tensor], None]) -> None:
-    """Call ``look`` with the values of ``t``, unless they are not there to be seen, or looking would leave a trace.
+    """Call `look` with the values of `t`, unless they are not there to be seen, or looking would leave a trace.
 
-    That is while a graph is made, and for subclasses of a tensor. Beneath ``torch.func`` transforms the samples of
-    ``vmap`` come as leading dimensions.
+    That is while a graph is made, and for subclasses of a tensor. Beneath `torch.func` transforms the samples of
+    `vmap` come as leading dimensions.
     """
     if torch.compiler.is_compiling() or is_tracing():
         return

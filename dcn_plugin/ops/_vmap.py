@@ -1,4 +1,4 @@
-"""The batching rule of every operator: ``torch.vmap`` becomes one call, with the samples folded into its arguments."""
+"""The batching rule of every operator: `torch.vmap` becomes one call, with the samples folded into its arguments."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # Names of tensors that need a value of their own for each sample -> name of each tensor that the samples are folded
-# into (``out`` is the result) -> the dimension that takes them, sample by sample. The other tensors serve all samples.
+# into (`out` is the result) -> the dimension that takes them, sample by sample. The other tensors serve all samples.
 Fold = Callable[[set[str]], Mapping[str, int]]
 # Changes tensors [samples, ...], by name, before they are folded.
 Prepare = Callable[[dict[str, Tensor]], None]
@@ -26,9 +26,9 @@ def register_vmap(
     """Give an operator its batching rule.
 
     Args:
-        name: of the operator in ``torch.ops.dcn_plugin``.
+        name: of the operator in `torch.ops.dcn_plugin`.
         tensors: names of its first arguments, the tensors.
-        results: names of what it returns: ``out``, or of the tensors whose gradients they are.
+        results: names of what it returns: `out`, or of the tensors whose gradients they are.
         fold: where the samples go.
         prepare: what else sets the samples apart.
         asked: all arguments -> names of the results that are computed; the others are empty tensors. None: all.

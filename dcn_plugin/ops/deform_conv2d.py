@@ -21,7 +21,7 @@ def deform_conv2d(
     dilation: int | Sequence[int] = (1, 1),
     mask: Tensor | None = None,
 ) -> Tensor:
-    r"""Convolve at learnt positions: deformable convolution v1, or v2 (modulated) when ``mask`` is given.
+    r"""Convolve at learnt positions: deformable convolution v1, or v2 (modulated) when `mask` is given.
 
     .. math:: out(p_0) = b + \sum_k w_k \cdot m_k(p_0) \cdot input(p_0 s + p_k d - pad + \Delta p_k(p_0))
 
@@ -29,17 +29,17 @@ def deform_conv2d(
     and offset groups follow from the shapes. K = kernel_h * kernel_w taps, row-major.
 
     Args:
-        input: ``[N, C, H, W]``; float64, float32, float16 or bfloat16; channels_last in, channels_last out.
-        offset: ``[N, 2 * offset_groups * K, H', W']`` in pixels: per offset group, per tap, (y, x). May be float32
+        input: `[N, C, H, W]`; float64, float32, float16 or bfloat16; channels_last in, channels_last out.
+        offset: `[N, 2 * offset_groups * K, H', W']` in pixels: per offset group, per tap, (y, x). May be float32
             beside a half-precision input.
-        weight: ``[O, C / groups, kernel_h, kernel_w]``.
-        bias: ``[O]`` or None.
+        weight: `[O, C / groups, kernel_h, kernel_w]`.
+        bias: `[O]` or None.
         stride, dilation: int or (y, x), at least 1.
         padding: int, (y, x) or (top, left, bottom, right), at least 0.
-        mask: ``[N, offset_groups * K, H', W']`` or None (all ones). May be float32 beside a half-precision input.
+        mask: `[N, offset_groups * K, H', W']` or None (all ones). May be float32 beside a half-precision input.
 
     Returns:
-        ``[N, O, H', W']`` with ``H' = (H + top + bottom - dilation * (kernel_h - 1) - 1) // stride + 1``.
+        `[N, O, H', W']` with `H' = (H + top + bottom - dilation * (kernel_h - 1) - 1) // stride + 1`.
         A position with y <= -1 or y >= H (likewise x), or infinite, contributes 0; a NaN position gives NaN.
 
     Raises:

@@ -37,22 +37,22 @@ def deform_roi_pool(
     within [-1, H] x [-1, W] (ends included) reads the nearest point of the map, any other counts as 0.
 
     Args:
-        input: ``[N, C, H, W]``; float64, float32, float16 or bfloat16; channels_last in, channels_last out.
-        rois: ``[R, 5]`` of (batch index, x1, y1, x2, y2), or one ``[L, 4]`` of (x1, y1, x2, y2) for each image; in
-            pixels of the image, which ``spatial_scale`` turns into the input's. No gradient flows to them.
-        offset: ``[R, 2, P_h, P_w]``, (y, x) in units of ``gamma`` times the size of the region; None: no shift.
-        mask: ``[R, 1, P_h, P_w]``, a factor for each bin; None: all ones.
+        input: `[N, C, H, W]`; float64, float32, float16 or bfloat16; channels_last in, channels_last out.
+        rois: `[R, 5]` of (batch index, x1, y1, x2, y2), or one `[L, 4]` of (x1, y1, x2, y2) for each image; in
+            pixels of the image, which `spatial_scale` turns into the input's. No gradient flows to them.
+        offset: `[R, 2, P_h, P_w]`, (y, x) in units of `gamma` times the size of the region; None: no shift.
+        mask: `[R, 1, P_h, P_w]`, a factor for each bin; None: all ones.
         output_size: bins, int or (P_h, P_w).
         spatial_scale: input pixels per image pixel, for instance 1/16.
         sampling_ratio: samples of a bin along each axis; 0 or less takes ceil(bin size) of them.
         gamma: scale of the offsets.
         aligned: shift by half a pixel, so that pixel (i, j) covers [i, i + 1), and a region that is inside out
-            (x2 < x1) is pooled backwards, with as many samples as ``sampling_ratio`` says, and 0 where that is 0;
+            (x2 < x1) is pooled backwards, with as many samples as `sampling_ratio` says, and 0 where that is 0;
             otherwise regions are at least 1 x 1.
         rois, offset and mask may be float32 beside a half-precision input.
 
     Returns:
-        ``[R, C, P_h, P_w]``.
+        `[R, C, P_h, P_w]`.
 
     Raises:
         ValueError: a shape, size, device or region does not fit. TypeError: a type does not fit. Both name the
@@ -68,7 +68,7 @@ def deform_roi_pool(
         torch.Size([1, 4, 7, 7])
 
     Source: Dai et al., Deformable Convolutional Networks (2017), eq. 6; Zhu et al., Deformable ConvNets v2 (2019),
-    eq. 2 (mask); numbers as mmcv's ``deform_roi_pool``.
+    eq. 2 (mask); numbers as mmcv's `deform_roi_pool`.
     """
     size = _pair("output_size", output_size)
     scale = _check.number("spatial_scale", spatial_scale, positive=True)
@@ -104,30 +104,30 @@ def deform_ps_roi_pool(
     .. math:: out(r, d, p) = m(r, p) \cdot \frac{1}{S} \sum_{s}
         input_{c(d, p)}(start_r + p \cdot bin_r + \gamma \cdot size_r \cdot \Delta_{class(d)}(r, p) + s)
 
-    with ``c(d, p) = (d * group_size + g_y) * group_size + g_x`` for the group (g_y, g_x) that bin p lies in. As in the
+    with `c(d, p) = (d * group_size + g_y) * group_size + g_x` for the group (g_y, g_x) that bin p lies in. As in the
     original, corners are rounded (half away from zero) before scaling and the last pixel belongs to the region, sizes
     are at least 0.1 (those of regions that are inside out, too), samples start at the bin's own start, and the average
     is over those that lie within the input.
 
     Args:
-        input: ``[N, output_dim * group_size ** 2, H, W]``; any type and layout that ``deform_roi_pool`` takes.
-        rois: as for :func:`deform_roi_pool`.
-        offset: ``[R, 2 * classes, part_h, part_w]``, (y, x) for each class, in units of ``offset_scale`` times the
-            size of the region. Output d belongs to class ``d // (output_dim / classes)``. None: no shift.
-        mask: ``[R, classes, part_h, part_w]``, a factor for each class and part; None: all ones.
+        input: `[N, output_dim * group_size ** 2, H, W]`; any type and layout that `deform_roi_pool` takes.
+        rois: as for `deform_roi_pool`.
+        offset: `[R, 2 * classes, part_h, part_w]`, (y, x) for each class, in units of `offset_scale` times the
+            size of the region. Output d belongs to class `d // (output_dim / classes)`. None: no shift.
+        mask: `[R, classes, part_h, part_w]`, a factor for each class and part; None: all ones.
         output_dim: D, channels of the result.
         group_size: groups of channels along each axis.
         output_size: bins, int or (P_h, P_w).
         part_size: parts that have offsets, int or (part_h, part_w); None: one for each bin.
         samples_per_part: samples of a bin along each axis.
         spatial_scale: input pixels per image pixel.
-        offset_scale: the scale of the offsets; the original's ``trans_std``.
+        offset_scale: the scale of the offsets; the original's `trans_std`.
 
     Returns:
-        ``[R, output_dim, P_h, P_w]``.
+        `[R, output_dim, P_h, P_w]`.
 
     Raises:
-        ValueError, TypeError: as for :func:`deform_roi_pool`, and channels that are not output_dim * group_size ** 2.
+        ValueError, TypeError: as for `deform_roi_pool`, and channels that are not output_dim * group_size ** 2.
 
     Example:
         >>> import torch
@@ -167,24 +167,24 @@ def ps_roi_pool(
 
     .. math:: out(r, d, p) = \frac{1}{|B(r, p)|} \sum_{q \in B(r, p)} input_{c(d, p)}(q)
 
-    with channels as in :func:`deform_ps_roi_pool`. Corners are rounded (half away from zero) before scaling and the
+    with channels as in `deform_ps_roi_pool`. Corners are rounded (half away from zero) before scaling and the
     last pixel belongs to the region; sizes are at least 0.1; a bin holds the pixels from the floor of its start to the
-    ceiling of its end. A bin without pixels is 0. (torchvision's ``ps_roi_pool`` rounds after scaling and leaves the
+    ceiling of its end. A bin without pixels is 0. (torchvision's `ps_roi_pool` rounds after scaling and leaves the
     last pixel out.)
 
     Args:
-        input: ``[N, output_dim * group_size ** 2, H, W]``; any type and layout that ``deform_roi_pool`` takes.
-        rois: as for :func:`deform_roi_pool`.
+        input: `[N, output_dim * group_size ** 2, H, W]`; any type and layout that `deform_roi_pool` takes.
+        rois: as for `deform_roi_pool`.
         output_dim: D, channels of the result.
         group_size: groups of channels along each axis.
         output_size: bins, int or (P_h, P_w).
         spatial_scale: input pixels per image pixel.
 
     Returns:
-        ``[R, output_dim, P_h, P_w]``.
+        `[R, output_dim, P_h, P_w]`.
 
     Raises:
-        ValueError, TypeError: as for :func:`deform_ps_roi_pool`.
+        ValueError, TypeError: as for `deform_ps_roi_pool`.
 
     Example:
         >>> import torch

@@ -13,7 +13,7 @@ R = TypeVar("R")
 
 
 def require_dense(name: str, value: object) -> None:
-    """Raise unless ``value`` is dense; what is no tensor is left to other checks.
+    """Raise unless `value` is dense; what is no tensor is left to other checks.
 
     Raises:
         TypeError: it is nested, sparse or in oneDNN's layout; the message names it.
@@ -24,7 +24,7 @@ def require_dense(name: str, value: object) -> None:
 
 
 def dense_arguments(function: Callable[P, R]) -> Callable[P, R]:
-    """Let ``function`` refuse tensors that are not dense, by the names of its arguments."""
+    """Let `function` refuse tensors that are not dense, by the names of its arguments."""
     names = list(inspect.signature(function).parameters)
 
     @functools.wraps(function)

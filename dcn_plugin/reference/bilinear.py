@@ -8,17 +8,17 @@ from ._dense import dense_arguments
 
 @dense_arguments
 def bilinear_sample(value: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """Sample ``value`` bilinearly at real positions, with zeros outside the map.
+    """Sample `value` bilinearly at real positions, with zeros outside the map.
 
-    ``out[b, c, p] = sum_{i,j} max(0, 1-|y-i|) * max(0, 1-|x-j|) * value[b, c, i, j]``
+    `out[b, c, p] = sum_{i,j} max(0, 1-|y-i|) * max(0, 1-|x-j|) * value[b, c, i, j]`
 
     Args:
-        value: ``[B, C, H, W]``.
-        y: ``[B, P]``, row positions in pixels; ``0`` is the centre of the first row.
-        x: ``[B, P]``, column positions in pixels.
+        value: `[B, C, H, W]`.
+        y: `[B, P]`, row positions in pixels; `0` is the centre of the first row.
+        x: `[B, P]`, column positions in pixels.
 
     Returns:
-        ``[B, C, P]``. A position with ``y <= -1``, ``y >= H`` (likewise x), or an infinite one gives 0 and zero
+        `[B, C, P]`. A position with `y <= -1`, `y >= H` (likewise x), or an infinite one gives 0 and zero
         gradients; a NaN position gives NaN; a pixel whose weight is 0 is not read.
     """
     height, width = value.shape[-2:]
@@ -49,14 +49,14 @@ def bilinear_sample(value: Tensor, y: Tensor, x: Tensor) -> Tensor:
 
 @dense_arguments
 def axis_weights(position: Tensor, read: Tensor, extent: int) -> Tensor:
-    """Sum up how much samples along one axis weigh each of its ``extent`` pixels.
+    """Sum up how much samples along one axis weigh each of its `extent` pixels.
 
-    ``out[..., i] = sum_s read[..., s] * max(0, 1-|position[..., s]-i|)``, so that samples on a grid need no more than
-    the product of two of these: ``sum_{s,t} bilinear(value, y_s, x_t) = sum_{i,j} out_y[i] * out_x[j] * value[i, j]``.
+    `out[..., i] = sum_s read[..., s] * max(0, 1-|position[..., s]-i|)`, so that samples on a grid need no more than
+    the product of two of these: `sum_{s,t} bilinear(value, y_s, x_t) = sum_{i,j} out_y[i] * out_x[j] * value[i, j]`.
 
     Args:
-        position: ``[..., S]``, from 0 to ``extent - 1`` where it is read; NaN makes NaN.
-        read: ``[..., S]``, which samples count.
+        position: `[..., S]`, from 0 to `extent - 1` where it is read; NaN makes NaN.
+        read: `[..., S]`, which samples count.
         extent: of the axis, in pixels.
     """
     first = torch.where(read & ~position.isnan(), position, 0).long()

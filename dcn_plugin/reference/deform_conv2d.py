@@ -24,10 +24,10 @@ def deform_conv2d(
     dilation: int | Sequence[int] = (1, 1),
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Executable definition of :func:`dcn_plugin.ops.deform_conv2d`; same arguments, any device, slow.
+    """Executable definition of `dcn_plugin.ops.deform_conv2d`; same arguments, any device, slow.
 
-    ``out[n,o,p] = bias[o] + sum_{k,c} weight[o,c,k] * mask[n,k,p] *
-    bilinear(input[n,c], p * stride - pad + p_k + offset[k])``
+    `out[n,o,p] = bias[o] + sum_{k,c} weight[o,c,k] * mask[n,k,p] *
+    bilinear(input[n,c], p * stride - pad + p_k + offset[k])`
     """
     (sy, sx), (dy, dx) = _pair(stride), _pair(dilation)
     pad = _pair(padding)

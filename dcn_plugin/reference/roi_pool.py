@@ -1,7 +1,7 @@
 """Pooling over regions of interest in plain PyTorch (Dai et al. 2017, section 2.2; Zhu et al. 2019; Dai et al. 2016).
 
 Symbols: R regions, P_h x P_w bins, D output channels, k x k position-sensitive groups of channels. Whoever sums the
-samples in a way of his own gives a ``pool``, which is called as ``_pool`` is.
+samples in a way of his own gives a `pool`, which is called as `_pool` is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _pair(value: int | Sequence[int]) -> Sequence[int]:
 
 
 class _Axis(NamedTuple):
-    """Samples of every bin along one axis: ``position`` and ``read`` are ``[R, classes, P_h, P_w, samples]``."""
+    """Samples of every bin along one axis: `position` and `read` are `[R, classes, P_h, P_w, samples]`."""
 
     position: Tensor  # on the map
     read: Tensor  # whether it counts and lies on the map; a NaN position does
@@ -42,9 +42,9 @@ def deform_roi_pool(
     aligned: bool = True,
     pool: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """Executable definition of :func:`dcn_plugin.ops.deform_roi_pool`; same arguments (rois as a tensor), any device.
+    """Executable definition of `dcn_plugin.ops.deform_roi_pool`; same arguments (rois as a tensor), any device.
 
-    ``out[r,c,p] = mask[r,p] / S * sum_s bilinear(input[n_r,c], start + bin * p + gamma * size * offset[r,p] + s)``
+    `out[r,c,p] = mask[r,p] / S * sum_s bilinear(input[n_r,c], start + bin * p + gamma * size * offset[r,p] + s)`
     """
     regions = _regions(rois, input, spatial_scale, 0.5 * aligned, None if aligned else 1)
     bins = _pair(output_size)
@@ -77,9 +77,9 @@ def deform_ps_roi_pool(
     offset_scale: float = 0.1,
     pool: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """Executable definition of :func:`dcn_plugin.ops.deform_ps_roi_pool`; same arguments (rois as a tensor).
+    """Executable definition of `dcn_plugin.ops.deform_ps_roi_pool`; same arguments (rois as a tensor).
 
-    As :func:`deform_roi_pool`, but bin p reads the channels of its own group, and the average is over samples inside.
+    As `deform_roi_pool`, but bin p reads the channels of its own group, and the average is over samples inside.
     """
     regions = _regions(rois, input, spatial_scale, 0.5, 0.1, whole=True)
     bins, parts = _pair(output_size), _pair(output_size if part_size is None else part_size)
@@ -108,7 +108,7 @@ def ps_roi_pool(
     spatial_scale: float = 1.0,
     pool: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """Executable definition of :func:`dcn_plugin.ops.ps_roi_pool`; same arguments (rois as a tensor).
+    """Executable definition of `dcn_plugin.ops.ps_roi_pool`; same arguments (rois as a tensor).
 
     The average of the whole pixels that a bin touches, in the channels of its own group; 0 where it touches none.
     """
@@ -135,9 +135,9 @@ def ps_roi_pool(
 def _regions(
     rois: Tensor, input: Tensor, scale: float, half: float, least: float | None, whole: bool = False
 ) -> list[tuple[Tensor, Tensor]]:
-    """Start and size along y, and along x, each [R], on the map and in at least float32; ``whole``: of whole pixels.
+    """Start and size along y, and along x, each [R], on the map and in at least float32; `whole`: of whole pixels.
 
-    NaN, both, for a region that names no image of the batch or is not finite on the map. Sizes are at least ``least``;
+    NaN, both, for a region that names no image of the batch or is not finite on the map. Sizes are at least `least`;
     without one, that of a region which is inside out is negative.
     """
     number, lower, upper = rois.detach().split((1, 2, 2), 1)
@@ -164,7 +164,7 @@ def _numbers(bins: Sequence[int], i: int) -> Tensor:
 
 
 def _is_mapped(t: Tensor) -> bool:
-    """Whether the values of ``t`` cannot be read: ``torch.compile`` traces, ``torch.func.vmap`` hides a dimension."""
+    """Whether the values of `t` cannot be read: `torch.compile` traces, `torch.func.vmap` hides a dimension."""
     if torch.compiler.is_compiling():
         return True
     while torch._C._functorch.is_functorch_wrapped_tensor(t):
@@ -209,9 +209,9 @@ def _spread(
     input: Tensor,
     i: int,
 ) -> _Axis:
-    """Samples at ``origin + (0, 1, ... + phase) * step``, ``grid`` [R] of them (``known`` unless 0).
+    """Samples at `origin + (0, 1, ... + phase) * step`, `grid` [R] of them (`known` unless 0).
 
-    Those within ``inside``, ends included, are moved onto the map.
+    Those within `inside`, ends included, are moved onto the map.
     """
     extent = input.shape[2 + i]
     first = torch.zeros_like(origin)

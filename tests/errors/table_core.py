@@ -266,21 +266,21 @@ CHECKPOINT = [
 
 
 def export(version):
-    from dcn_plugin.onnx_export import export_onnx
+    from dcn_plugin.export.onnx import export_onnx
 
     return export_onnx(nn.Identity(), (torch.zeros(1),), "not written.onnx", opset_version=version)
 
 
 def translate_pooling():
-    """What torch's exporter meets without ``export_onnx``."""
-    from dcn_plugin.onnx_export import custom_translation_table
+    """What torch's exporter meets without `export_onnx`."""
+    from dcn_plugin.export.onnx import custom_translation_table
 
     custom_translation_table()[torch.ops.dcn_plugin.ps_roi_pool.default]()
 
 
 def export_of_any_size(monkeypatch):
     """The exporter asks for the operator's translation while sizes of the channels are not known."""
-    from dcn_plugin import onnx_export
+    from dcn_plugin.export import onnx as onnx_export
 
     target = SimpleNamespace(opset=SimpleNamespace(version=19))
     monkeypatch.setattr(onnx_export.evaluator, "default", lambda: target)
@@ -290,9 +290,9 @@ def export_of_any_size(monkeypatch):
 
 
 def import_without_onnx(monkeypatch):
-    monkeypatch.delitem(sys.modules, "dcn_plugin.onnx_export", raising=False)
+    monkeypatch.delitem(sys.modules, "dcn_plugin.export.onnx", raising=False)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    importlib.import_module("dcn_plugin.onnx_export")
+    importlib.import_module("dcn_plugin.export.onnx")
 
 
 ONNX = [
@@ -304,7 +304,7 @@ ONNX = [
     Case(export_of_any_size, ValueError, "input:", "expected fixed channels and a fixed kernel", "got shape (1, 'C'"),
     Case(
         import_without_onnx,
-        ModuleNotFoundError, "dcn_plugin.onnx_export", "pip install 'dcn_plugin[onnx]'", "needs onnxscript",
+        ModuleNotFoundError, "dcn_plugin.export.onnx", "pip install 'dcn_plugin[onnx]'", "needs onnxscript",
     ),
 ]  # fmt: skip
 

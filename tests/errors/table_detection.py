@@ -6,6 +6,7 @@ from functools import partial
 from types import SimpleNamespace
 
 from PIL import Image
+from studies.detection import run_study
 from test_detection_finetune import FASTER, write_coco
 from torch import nn
 from torchmetrics.detection import mean_ap
@@ -13,7 +14,6 @@ from torchmetrics.detection import mean_ap
 from dcn_plugin.finetune import CocoDataModule, DetectionModule
 from dcn_plugin.finetune.detection.datasets import CocoImages
 from dcn_plugin.finetune.detection.scenes import draw_scene, write_scenes
-from dcn_plugin.finetune.detection.study import run_study
 from dcn_plugin.finetune.images import UnreadableImage
 from errors.case import Case
 

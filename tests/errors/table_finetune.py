@@ -13,6 +13,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from PIL import Image, ImageOps
+from studies.stages import check_seeds
 from test_data import COLOURS, write_folder
 from test_finetune import DATA, MODEL, TRAINER, config, module
 from test_images import encoded, tiff
@@ -30,14 +31,13 @@ from dcn_plugin.finetune import (
     load_exported,
     run,
 )
-from dcn_plugin.finetune.callbacks import PredictionWriter
+from dcn_plugin.finetune.classification.samples import ImageStream
+from dcn_plugin.finetune.classification.writer import PredictionWriter
 from dcn_plugin.finetune.command_line import _literal, _split, parse_options
 from dcn_plugin.finetune.folders import Place
 from dcn_plugin.finetune.guard import refuse_callbacks, refuse_monitors, require_batches
 from dcn_plugin.finetune.images import UnreadableImage, read_image
 from dcn_plugin.finetune.run import build, quiet, writing_to
-from dcn_plugin.finetune.samples import ImageStream
-from dcn_plugin.finetune.stages import check_seeds
 from errors.case import Case
 from errors.table_models import faster
 
@@ -237,7 +237,7 @@ def resumed():
 
 def import_without_torchmetrics(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchmetrics", None)
-    for name in ("losses", "module"):
+    for name in ("classification", "classification.losses", "classification.module", "module"):
         monkeypatch.delitem(sys.modules, f"dcn_plugin.finetune.{name}")
     path = dcn_plugin.finetune.__file__
     spec = importlib.util.spec_from_file_location("dcn_plugin.finetune", path, submodule_search_locations=[])

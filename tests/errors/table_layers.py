@@ -1,8 +1,6 @@
 """The layers, in what they are constructed with, made from, and called with."""
 
-import builtins
 import math
-import sys
 import warnings
 from functools import partial
 
@@ -11,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
 
 from dcn_plugin import layers
+from dcn_plugin.detection import MultiScaleDeformRoIPool
 from dcn_plugin.layers import (
     DCNv1,
     DCNv2,
@@ -20,7 +19,6 @@ from dcn_plugin.layers import (
     DeformRoIPool,
     DeformRoIPoolPack,
     ModulatedDeformRoIPoolPack,
-    MultiScaleDeformRoIPool,
     PSRoIPool,
 )
 from errors.case import Case
@@ -240,20 +238,6 @@ def pyramid(x=None, boxes=BOXES):
     return lambda: MultiScaleDeformRoIPool(**PYRAMID)(maps, boxes, [(8, 8)] * 2)
 
 
-def without_torchvision(monkeypatch):
-    # None: an import of it fails; it may have been imported already.
-    monkeypatch.delitem(sys.modules, "dcn_plugin.layers.multiscale_roi", raising=False)
-    find = builtins.__import__
-
-    def absent(name, *args, **kwargs):
-        if name.partition(".")[0] == "torchvision":
-            raise ModuleNotFoundError("no such module", name="torchvision")
-        return find(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", absent)
-    layers.__getattr__("MultiScaleDeformRoIPool")
-
-
 CALLS = [
     Case(
         lambda: DCNv1(**CONV).register_sampling_hook("print"),
@@ -272,11 +256,6 @@ CALLS = [
         ValueError, "input", "must be on cpu like the layer's parameters", "got meta",
     ),
     Case(lambda: layers.offset_parameters({}), TypeError, "model", "must be an nn.Module", "got dict"),
-    Case(lambda: layers.DCNv9, AttributeError, "'dcn_plugin.layers'", "attribute", "'DCNv9'"),
-    Case(
-        without_torchvision,
-        ModuleNotFoundError, "MultiScaleDeformRoIPool", "pip install torchvision", "which is not installed",
-    ),
     Case(pyramid({"p2": IMAGE}), ValueError, "x", "must hold feature maps named ['0']", "got ['p2']"),
     Case(pyramid({"0": IMAGE[:, :3]}), ValueError, "x", "feature maps [N, 4, H, W]", "got [2, 3, 8, 8]"),
     Case(pyramid({"0": IMAGE.to_sparse()}), TypeError, "x['0']:", "expected a dense tensor", "torch.sparse_coo"),

@@ -1,5 +1,7 @@
 """Backbones and detectors."""
 
+import builtins
+import importlib
 import sys
 from functools import partial
 
@@ -7,9 +9,9 @@ import timm
 import torch
 from torch import nn
 
-from dcn_plugin.models import DCNResNet, TimmBackbone, build_dcn, build_dcnv2
-from dcn_plugin.models.dcn_detection import build_detector
-from dcn_plugin.models.dcn_detection_backbone import _modules_up_to
+from dcn_plugin.detection.backbone import _modules_up_to
+from dcn_plugin.detection.faster_rcnn import build_detector
+from dcn_plugin.mm import DCNResNet, TimmBackbone, build_dcn, build_dcnv2
 from errors.case import Case
 
 TINY = dict(layers=(1, 1, 1, 1), channels=(8, 16, 32, 64))
@@ -118,7 +120,26 @@ def rfcn(**given):
     return lambda: build_detector(dict(name="rfcn", num_classes=3, backbone=PLAIN, conv_channels=8) | given)
 
 
+def without_torchvision(monkeypatch):
+    # None: an import of it fails; it may have been imported already.
+    for name in [name for name in sys.modules if name.startswith("dcn_plugin.detection")]:
+        monkeypatch.delitem(sys.modules, name)
+    find = builtins.__import__
+
+    def absent(name, *args, **kwargs):
+        if name.partition(".")[0] == "torchvision":
+            raise ModuleNotFoundError("no such module", name="torchvision")
+        return find(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    importlib.import_module("dcn_plugin.detection")
+
+
 DETECTION = [
+    Case(
+        without_torchvision,
+        ModuleNotFoundError, "dcn_plugin.detection", "pip install torchvision", "which is not installed",
+    ),
     Case(lambda: build_detector(3), TypeError, "spec:", "expected dict(name=..., num_classes=..., ...)", "got 3"),
     Case(rfcn(name=None), ValueError, "name:", "expected a detector out of faster_rcnn, rfcn", "got None"),
     Case(rfcn(name="yolo"), ValueError, "name:", "expected a detector out of faster_rcnn, rfcn", "got 'yolo'"),

@@ -7,7 +7,7 @@ from torch import nn
 
 from dcn_plugin import visualize
 from dcn_plugin.layers import DCNv2, DeformRoIPool, DeformRoIPoolPack
-from dcn_plugin.visualize_detection import bin_shifts, draw_detections, record_bins
+from dcn_plugin.visualize.regions import bin_shifts, draw_detections, record_bins
 from errors.case import Case
 from errors.table_models import faster, rfcn
 

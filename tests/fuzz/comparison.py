@@ -20,7 +20,7 @@ def cpu(path, threads):
 def compare(actual, expected, name, loose=False):
     """Every value that is not finite is the same one; the others differ by no more than the type's tolerance.
 
-    ``loose``: what is finite on one side alone is left out.
+    `loose`: what is finite on one side alone is left out.
     """
     tolerance = TOLERANCE[actual.dtype]
     assert actual.shape == expected.shape, name

@@ -1,6 +1,6 @@
 """Calls of every operator at random: shapes, sizes, types and layouts.
 
-A minute of cases that are the same every time; ``DCN_PLUGIN_FUZZ_EXAMPLES=5000`` asks for that many new ones a test.
+A minute of cases that are the same every time; `DCN_PLUGIN_FUZZ_EXAMPLES=5000` asks for that many new ones a test.
 """
 
 import math
@@ -100,9 +100,9 @@ def without(draw, arguments, *names):
 
 
 def regions(draw, generator, shape, steps, whole, least, turns):
-    """Regions whose bins are ``steps`` samples long, each 2 ** ``least``, ... or 2 pixels from the next.
+    """Regions whose bins are `steps` samples long, each 2 ** `least`, ... or 2 pixels from the next.
 
-    Where it ``turns``, some are inside out, and these as large (``whole``: of any size, which makes no difference).
+    Where it `turns`, some are inside out, and these as large (`whole`: of any size, which makes no difference).
     """
     n, _, height, width = shape
     count = draw(st.integers(0, 5)) if n else 0

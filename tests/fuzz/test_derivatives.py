@@ -17,7 +17,7 @@ def like(arguments, seed):
 
 
 def second_gradients(function, arguments, grad, directions):
-    """The gradients of what the first gradients are along ``directions``, by the arguments and by ``grad``."""
+    """The gradients of what the first gradients are along `directions`, by the arguments and by `grad`."""
     arguments, grad = leaves(arguments), grad.detach().requires_grad_()
     wanted = tensors(arguments)
     first = torch.autograd.grad(function(**arguments), list(wanted.values()), grad, create_graph=True)

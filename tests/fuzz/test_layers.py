@@ -93,7 +93,7 @@ def arguments_of_pool(draw, cls, generator):
 
 
 def of_operator(package, layer, inputs):
-    """The layer's result, from the operator in ``package`` and what the layer predicts and holds."""
+    """The layer's result, from the operator in `package` and what the layer predicts and holds."""
     input, *places = (inputs[k] for k in ("input", "rois") if k in inputs)
     offset, mask = inputs.get("offset"), inputs.get("mask")
     if hasattr(layer, "offsets"):

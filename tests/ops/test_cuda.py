@@ -148,7 +148,7 @@ def require_equal(found: dict, expected: dict, types: str, device: str) -> None:
 
 
 def check_against_cpu(problem: str, types: str, layout: str, device: str, times: int = 1) -> None:
-    """Value and gradients are the CPU's; several ``times`` give equal bits."""
+    """Value and gradients are the CPU's; several `times` give equal bits."""
     arguments, grad, expected = given(problem, types)
     on = laid_out({**arguments, "grad": grad}, layout, device)
     grad = on.pop("grad")
@@ -239,7 +239,7 @@ def check_autocast(problem: str, half: torch.dtype, device: str) -> None:
 
 
 class Slots:
-    """Arguments in fixed memory, whose values can be exchanged; ``run`` computes from what is there."""
+    """Arguments in fixed memory, whose values can be exchanged; `run` computes from what is there."""
 
     def __init__(self, problem: str, types: str, device: str):
         self.problem, self.types, self.device = problem, types, device

@@ -30,7 +30,7 @@ GEOMETRIES = {
 
 
 def aim(arguments: dict, places: list[tuple[float, float]]) -> dict:
-    """Let every sample read one of ``places``, by turns."""
+    """Let every sample read one of `places`, by turns."""
     offset, (kh, kw) = arguments["offset"], arguments["weight"].shape[2:]
     n, _, height, width = offset.shape
     pairs = {k: (v, v) if isinstance(v := arguments[k], int) else v for k in ("stride", "padding", "dilation")}

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dcn_plugin import layers, ops, reference
+from dcn_plugin.detection import MultiScaleDeformRoIPool
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning", "ignore:Sparse CSR:UserWarning")
 
@@ -118,7 +119,7 @@ def test_layers(name, argument, kind):
 
 @each_kind
 def test_pooling_from_a_pyramid(kind):
-    pool = layers.MultiScaleDeformRoIPool(["0", "1"], 2, 2, in_channels=4, deform_fc_channels=4)
+    pool = MultiScaleDeformRoIPool(["0", "1"], 2, 2, in_channels=4, deform_fc_channels=4)
     make, message = refused(kind, r"x\['1'\]")
     with pytest.raises(TypeError, match=message):
         pool({"0": IMAGE, "1": make(IMAGE)}, BOXES, [(6, 6)] * 2)

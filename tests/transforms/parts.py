@@ -30,7 +30,7 @@ def batch_of(arguments: dict, names, samples: int = SAMPLES) -> dict[str, torch.
 
 
 def mapped(function, arguments: dict, names, in_dims=0):
-    """vmap of the function of the arguments that ``names`` are."""
+    """vmap of the function of the arguments that `names` are."""
     return torch.func.vmap(lambda *t: function(**{**arguments, **dict(zip(names, t, strict=True))}), in_dims)
 
 

@@ -1,4 +1,4 @@
-"""``torch.jit.trace``: no check of ours warns, and the trace computes what the module does, for other sizes too."""
+"""`torch.jit.trace`: no check of ours warns, and the trace computes what the module does, for other sizes too."""
 
 import io
 import warnings
@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from dcn_plugin import layers, ops, registry
-from dcn_plugin.models.dcn_detection import build_detector
+from dcn_plugin.detection import MultiScaleDeformRoIPool
+from dcn_plugin.detection.faster_rcnn import build_detector
 from transforms.parts import each_layer, make_layer
 
 # torch deprecates it as a whole.
@@ -40,7 +41,7 @@ def test_layers_that_predict(name):
 class Pyramid(nn.Module):
     def __init__(self, modulated):
         super().__init__()
-        self.pool = layers.MultiScaleDeformRoIPool(
+        self.pool = MultiScaleDeformRoIPool(
             ["0", "1"], 2, 2, in_channels=4, deform_fc_channels=4, canonical_level=3, modulated=modulated
         )
         for parameter in self.parameters():

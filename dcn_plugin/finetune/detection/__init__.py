@@ -3,5 +3,6 @@
 from .data import CocoDataModule
 from .module import DetectionModule
 from .scenes import draw_scene, write_scenes
+from .writer import DetectionWriter
 
-__all__ = ["CocoDataModule", "DetectionModule", "draw_scene", "write_scenes"]
+__all__ = ["CocoDataModule", "DetectionModule", "DetectionWriter", "draw_scene", "write_scenes"]

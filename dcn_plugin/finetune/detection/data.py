@@ -15,8 +15,8 @@ from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.transforms import v2
 
+from ..._config import arguments, build_object, check_keys, plain, unknown
 from ..classes import Id, first_difference
-from ..config import arguments, build_object, check_keys, plain, unknown
 from .datasets import CocoImages, FolderImages, Seeded, SeededSampler, collate
 from .scenes import scene_stamp, write_scenes
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -12,8 +12,10 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 
+from ..._config import arguments, plain, storable
+from ...detection import build_detector
+from ...detection.spec import detector_spec, layer_order, without_pretrained_backbone
 from ..classes import Id, first_difference
-from ..config import arguments, plain, storable
 from ..module import TunedModule
 from .datasets import mixed_seed
 
@@ -28,7 +30,7 @@ class DetectionModule(TunedModule):
 
     Args:
         model: `dict(name='faster_rcnn' | 'rfcn', backbone=..., ...)`, as `build_detector` of
-            `dcn_plugin.models.dcn_detection` takes it, without `num_classes`.
+            `dcn_plugin.detection.faster_rcnn` takes it, without `num_classes`.
         num_classes: number of classes of objects, at least 1. (torchvision's detectors count the background too; this
             does not.) None takes one less than `model['num_classes']`.
         rules: replacement rules for `dcn_plugin.convert`, applied after the model is built.
@@ -77,7 +79,7 @@ class DetectionModule(TunedModule):
         _metric()  # so that what it needs is missed now, not after the first epoch
         self.spec = detector_spec(model, num_classes)
         self.num_classes = self.spec["num_classes"] - 1
-        self.model = build(self.spec)
+        self.model = build_detector(self.spec)
         if self.layer_decay is not None:
             # timm asks the model for its layers; torchvision's detectors know of none.
             cast(Any, self.model).group_matcher = layer_order(self.model)
@@ -238,54 +240,3 @@ def _metric() -> MeanAveragePrecision:
         ) from error
     metric.warn_on_many_detections = False
     return metric
-
-
-def build(spec: Mapping[str, Any]) -> nn.Module:
-    """Build a detector from its whole specification."""
-    from dcn_plugin.models.dcn_detection import build_detector  # only who detects pays for its imports
-
-    return build_detector(spec)
-
-
-def detector_spec(model: Mapping[str, Any], num_classes: int | None) -> dict[str, Any]:
-    """Return the specification of a detector for so many classes of objects; `model` may say their number itself."""
-    if not isinstance(model, Mapping) or "name" not in model:
-        raise ValueError(f"model: expected dict(name='faster_rcnn' or 'rfcn', backbone=..., ...), got {model!r}")
-    spec = plain(model)
-    if num_classes is None and isinstance(spec.get("num_classes"), int):
-        num_classes = spec["num_classes"] - 1
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-        raise ValueError(f"num_classes: expected at least 1 class of objects, got {num_classes!r}")
-    if spec.setdefault("num_classes", num_classes + 1) != num_classes + 1:
-        got = f"model.num_classes={spec['num_classes']} with num_classes={num_classes}"
-        raise ValueError(f"model.num_classes: leave it out, or count one more for the background, got {got}")
-    return spec
-
-
-def layer_order(model: nn.Module) -> Callable[..., Callable[[str], int]]:
-    """Return what timm calls `group_matcher`: from a parameter's name to its place, by stages of the backbone."""
-    info = cast(Any, model).backbone.body.feature_info.info
-    stages = [stage["module"] for stage in info]
-    # Where the features come from a flattened model, its names have underscores.
-    places = {f"backbone.body.{name}.": i for i, n in enumerate(stages, 1) for name in (n, n.replace(".", "_"))}
-
-    def place(name: str) -> int:
-        if not name.startswith("backbone.body."):
-            return len(stages) + 1
-        return next((i for prefix, i in places.items() if name.startswith(prefix)), 0)
-
-    return lambda coarse=False: place
-
-
-def without_pretrained_backbone(model: Any) -> Any:
-    """Return a detector's specification without the weights of its backbone."""
-    spec = plain(model)
-    backbone = spec.get("backbone") if isinstance(spec, dict) else None
-    if isinstance(backbone, dict) and (backbone.get("pretrained") or backbone.get("checkpoint_path")):
-        spec["backbone"] = {key: value for key, value in backbone.items() if key != "checkpoint_path"}
-        spec["backbone"]["pretrained"] = False
-        # A pretrained backbone has other defaults, which have to stay.
-        for key, default in dict(trainable_backbone_layers=3, norm_eval=True).items():
-            if spec.get(key) is None:
-                spec[key] = default
-    return spec

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
-from dcn_plugin.layers import DeformPSRoIPool, PSRoIPool, SamplingModule
-from dcn_plugin.layers._start import OffsetPredictor, warn_if_redrawn
-from dcn_plugin.ops._transforms import unrecorded
+from ..layers import DeformPSRoIPool, PSRoIPool, SamplingModule
+from ..layers._start import OffsetPredictor, warn_if_redrawn
+from ..ops._transforms import unrecorded
 
 
 class FirstMapRPN(RegionProposalNetwork):
@@ -21,14 +21,14 @@ class FirstMapRPN(RegionProposalNetwork):
 
 
 class PSRoIMaps(SamplingModule):
-    """Position-sensitive score and box maps of the last feature map, pooled per RoI (``box_roi_pool`` of R-FCN).
+    """Position-sensitive score and box maps of the last feature map, pooled per RoI (`box_roi_pool` of R-FCN).
 
-    1x1 convolutions of ``x = relu(conv(map))`` give k*k*C score maps and k*k*4B box maps, where C counts the background
+    1x1 convolutions of `x = relu(conv(map))` give k*k*C score maps and k*k*4B box maps, where C counts the background
     and B is 1 (class-agnostic) or C. Bin (i, j) of the k x k bins of a RoI reads channels (d * k + i) * k + j.
 
     Deformable (Dai et al. 2017, figure 4): two more 1x1 convolutions, zero at first, give 2*k*k*C offset fields for the
-    scores (2*k*k with ``class_aware_offsets=False``) and 2*k*k for the boxes. Pooled position-sensitively, they are the
-    normalised offsets: a bin moves by ``offset_scale * offset * size of the RoI``.
+    scores (2*k*k with `class_aware_offsets=False`) and 2*k*k for the boxes. Pooled position-sensitively, they are the
+    normalised offsets: a bin moves by `offset_scale * offset * size of the RoI`.
 
     Input: maps by name, boxes [L_n, 4] in image pixels for each image, image sizes (unused, for torchvision's heads).
     Output: scores [R, C, k, k] and box deltas [R, 4B, k, k]; the votes of the bins, not yet averaged.
@@ -125,7 +125,7 @@ class OffsetField(nn.Module):
 
 
 class Vote(nn.Module):
-    """Average over the bins: scores [R, C, k, k] to [R, C] and deltas [R, 4B, k, k] to [R, 4B] (``box_head``)."""
+    """Average over the bins: scores [R, C, k, k] to [R, C] and deltas [R, 4B, k, k] to [R, 4B] (`box_head`)."""
 
     def forward(self, pooled: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Return class logits and box deltas."""
@@ -133,7 +133,7 @@ class Vote(nn.Module):
 
 
 class ForEachClass(nn.Module):
-    """Give every class the one set of deltas that class-agnostic boxes have (``box_predictor``)."""
+    """Give every class the one set of deltas that class-agnostic boxes have (`box_predictor`)."""
 
     def forward(self, votes: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Return logits [R, C] and deltas [R, 4C], as torchvision's RoI heads expect them."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MultilabelAveragePrecision, MultilabelF1Score
 
-from .config import check_keys, plain, unknown
+from ..._config import check_keys, plain, unknown
 
 # The losses that have a name of their own, and the weights they take.
 NAMED = {"cross_entropy": ("weight",), "binary_cross_entropy": ("weight", "pos_weight")}

@@ -13,11 +13,11 @@ from timm.data.loader import adapt_to_chs
 from torch.utils.data import DataLoader, IterableDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from ..._config import arguments, check_keys, plain, unknown
+from ..command_line import at
+from ..digits import Digits
+from ..folders import ClassFolders
 from .augment import check_policy
-from .command_line import at
-from .config import arguments, check_keys, plain, unknown
-from .digits import Digits
-from .folders import ClassFolders
 from .samples import BadImages, ImageFiles, ImageStream, read_files_of
 
 # timm treats a prefix it does not know as a folder; here a misspelt one is an error.

@@ -1,4 +1,4 @@
-"""Deformable RoI pooling on a feature pyramid, in place of torchvision's ``MultiScaleRoIAlign``."""
+"""Deformable RoI pooling on a feature pyramid, in place of torchvision's `MultiScaleRoIAlign`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torchvision.ops import MultiScaleRoIAlign, box_area
 from torchvision.ops.poolers import _setup_scales
 
+from ..layers._start import ZeroLinear
+from ..layers.conv import _pair, activation
+from ..layers.roi import Size, _Branched, branch, describe, factory_arguments, flag, predict
 from ..ops import _check, deform_roi_pool
 from ..ops._layout import is_channels_last
 from ..ops._transforms import is_tracing, unrecorded
-from ._start import ZeroLinear
-from .conv import _pair, activation
-from .roi import Size, _Branched, branch, describe, factory_arguments, flag, predict
 
 # Symbolic tracing records these as calls: they look at shapes and values.
 for _name in ("_scales_of", "_maps", "_assign", "_pool"):
@@ -28,41 +28,41 @@ _scales_of = unrecorded(_setup_scales)
 
 
 class MultiScaleDeformRoIPool(_Branched, MultiScaleRoIAlign):
-    """Deformable RoI pooling on a feature pyramid, for the ``box_roi_pool`` of torchvision's detectors.
+    """Deformable RoI pooling on a feature pyramid, for the `box_roi_pool` of torchvision's detectors.
 
-    Each RoI is pooled from the level that its size belongs to (as in ``MultiScaleRoIAlign``), twice: plainly, for the
+    Each RoI is pooled from the level that its size belongs to (as in `MultiScaleRoIAlign`), twice: plainly, for the
     branch that predicts offsets, then with them:
 
-    ``out[r, c, p] = mask[r, p] * mean_s bilinear(x_l[n_r, c], corner_r + p * bin_r + s + gamma * size_r *``
-    ``offset[r, p])``
+    `out[r, c, p] = mask[r, p] * mean_s bilinear(x_l[n_r, c], corner_r + p * bin_r + s + gamma * size_r *`
+    `offset[r, p])`
 
-    with ``offset = offset_fc(roi_align(x_l, r))`` and, if ``modulated``, ``mask = 2 * sigmoid(mask_fc(h))`` on the last
-    hidden layer h of ``offset_fc``. All levels share the branch. Its last layers are zero at first: a fresh layer
-    computes what ``MultiScaleRoIAlign`` does.
+    with `offset = offset_fc(roi_align(x_l, r))` and, if `modulated`, `mask = 2 * sigmoid(mask_fc(h))` on the last
+    hidden layer h of `offset_fc`. All levels share the branch. Its last layers are zero at first: a fresh layer
+    computes what `MultiScaleRoIAlign` does.
 
     Args:
         featmap_names: names of the feature maps to pool from, finest first.
         output_size: bins, integer or (P_h, P_w).
         sampling_ratio: samples along each side of a bin; 0 or -1: as many as the bin has pixels, rounded up.
         in_channels: C of every feature map.
-        canonical_scale: side in pixels of a RoI that belongs to level ``canonical_level``.
+        canonical_scale: side in pixels of a RoI that belongs to level `canonical_level`.
         canonical_level: that level; level k is 2^k times smaller than the image.
         deform_fc_channels: width of the branch.
         gamma: what an offset of 1 is of the RoI's size.
         modulated: learn a weight for each bin, too.
-        aligned: shift RoIs by half a pixel, as is right where pixel centres have whole numbers; ``MultiScaleRoIAlign``
+        aligned: shift RoIs by half a pixel, as is right where pixel centres have whole numbers; `MultiScaleRoIAlign`
             does not.
-        mask_activation: ``'2*sigmoid'`` (mask 1 at first) or ``'sigmoid'`` (0.5 at first).
+        mask_activation: `'2*sigmoid'` (mask 1 at first) or `'sigmoid'` (0.5 at first).
         device: where the parameters live.
         dtype: floating-point type of the parameters.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it, what was expected and what came.
 
-    Example::
+    Example:
 
         >>> import torch
-        >>> from dcn_plugin.layers import MultiScaleDeformRoIPool
+        >>> from dcn_plugin.detection import MultiScaleDeformRoIPool
         >>> pool = MultiScaleDeformRoIPool(["0", "1"], 7, 2, in_channels=8, deform_fc_channels=32)
         >>> maps = {"0": torch.rand(1, 8, 32, 32), "1": torch.rand(1, 8, 16, 16), "pool": torch.rand(1, 8, 8, 8)}
         >>> boxes = [torch.tensor([[4.0, 4.0, 40.0, 60.0], [0.0, 0.0, 128.0, 128.0]])]
@@ -128,28 +128,28 @@ class MultiScaleDeformRoIPool(_Branched, MultiScaleRoIAlign):
     def offsets(
         self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> tuple[Tensor, Tensor | None]:
-        """What ``forward`` pools with.
+        """What `forward` pools with.
 
         Args:
-            x, boxes, image_shapes: as in ``forward``.
+            x, boxes, image_shapes: as in `forward`.
 
         Returns:
-            Offset ``[R, 2, P_h, P_w]`` in (y, x), in units of gamma times the RoI's size, and mask ``[R, 1, P_h, P_w]``
-            (None unless ``modulated``), in the order of the boxes.
+            Offset `[R, 2, P_h, P_w]` in (y, x), in units of gamma times the RoI's size, and mask `[R, 1, P_h, P_w]`
+            (None unless `modulated`), in the order of the boxes.
         """
         return self._offsets(self._levels(x, boxes, image_shapes))
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
-        """Pool, as ``MultiScaleRoIAlign`` does.
+        """Pool, as `MultiScaleRoIAlign` does.
 
         Args:
-            x: feature maps by name, ``[N, C, H_l, W_l]`` each; others than ``featmap_names`` are left alone.
-            boxes: ``[L_n, 4]`` (x1, y1, x2, y2) for each image, in pixels of the image; L_n may be 0. One that is
+            x: feature maps by name, `[N, C, H_l, W_l]` each; others than `featmap_names` are left alone.
+            boxes: `[L_n, 4]` (x1, y1, x2, y2) for each image, in pixels of the image; L_n may be 0. One that is
                 inside out along one axis (x2 < x1) is pooled from the finest map.
             image_shapes: (height, width) of each image. The first call takes the scale of each level from them.
 
         Returns:
-            ``[sum of L_n, C, P_h, P_w]``, in the order of the boxes.
+            `[sum of L_n, C, P_h, P_w]`, in the order of the boxes.
         """
         levels = self._levels(x, boxes, image_shapes)
         offset, mask = self._offsets(levels)

@@ -9,7 +9,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from .dcn_detection_backbone import DetectionBackbone
+from .backbone import DetectionBackbone
 
 _ASPECT_RATIOS = (0.5, 1.0, 2.0)
 # What users of torchvision's and mmdetection's constructors may look for.
@@ -23,7 +23,7 @@ _ELSEWHERE = {
 
 
 def _defaults(*classes: type) -> dict[str, Any]:
-    """Return the arguments with defaults of torchvision's classes; their ``**kwargs`` would swallow a misspelt one."""
+    """Return the arguments with defaults of torchvision's classes; their `**kwargs` would swallow a misspelt one."""
     parameters = [p for cls in classes for p in inspect.signature(cls).parameters.values()]
     return {p.name: p.default for p in parameters if p.default is not p.empty and not p.name.startswith("_")}
 

@@ -8,18 +8,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
-from .dcn_timm_backbone import TimmBackbone
+from ..mm.timm_backbone import TimmBackbone
 
 
 class DetectionBackbone(nn.Module):
     """Feature maps of a timm model, named "0", "1", ... from fine to coarse, as torchvision's detectors take them.
 
-    With ``fpn_channels`` they pass through torchvision's feature pyramid, which adds the map "pool" at twice the last
-    stride. The parts are named as in torchvision's ``BackboneWithFPN``, so its weights fit where timm's names are
+    With `fpn_channels` they pass through torchvision's feature pyramid, which adds the map "pool" at twice the last
+    stride. The parts are named as in torchvision's `BackboneWithFPN`, so its weights fit where timm's names are
     torchvision's, which is so for ResNets.
 
     Args:
-        model: name of a timm model, or ``dict(name=..., **arguments of TimmBackbone and of that model)``.
+        model: name of a timm model, or `dict(name=..., **arguments of TimmBackbone and of that model)`.
         fpn_channels: channels of every map of the pyramid; None leaves the pyramid out.
         trainable_layers: how many stages train, counted from the last as in torchvision; the stem is one of them. None
             trains the last three of a pretrained model and all of any other.
@@ -86,7 +86,7 @@ class DetectionBackbone(nn.Module):
             self.out_channels = fpn_channels
 
     def train(self, mode: bool = True) -> "DetectionBackbone":
-        """Switch to training, but for frozen stages and, with ``norm_eval``, batch norms."""
+        """Switch to training, but for frozen stages and, with `norm_eval`, batch norms."""
         super().train(mode)
         if mode:
             for module in map(self.body.get_submodule, self.frozen):

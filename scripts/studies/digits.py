@@ -16,11 +16,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .. import visualize
-from .data import ImageDataModule
-from .digits import Digits
-from .export import load_exported
-from .run import quiet
+from dcn_plugin import visualize
+from dcn_plugin.export.folder import load_exported
+from dcn_plugin.finetune.classification.data import ImageDataModule
+from dcn_plugin.finetune.digits import Digits
+from dcn_plugin.finetune.run import quiet
+
 from .stages import check_seeds, over_seeds, percent, run_stage, save_figures, seconds, write_results, write_table
 
 # Arm -> (what it is, config). The base comes first; the others start from its weights.

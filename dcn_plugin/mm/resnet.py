@@ -7,10 +7,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from dcn_plugin.layers import OffsetConv
-from dcn_plugin.layers.conv import accept_sibling_offset_keys
-
-from .dcn_mmcv import build_conv2
+from ..layers import OffsetConv
+from ..layers.conv import accept_sibling_offset_keys
+from .layers import build_conv2
 
 _DEPTHS: dict[int, tuple[bool, tuple[int, ...]]] = {  # depth: (bottleneck blocks?, blocks per stage)
     18: (False, (2, 2, 2, 2)),
@@ -39,7 +38,7 @@ def _build_norm(norm_cfg: Mapping[str, Any], channels: int) -> tuple[str, nn.Mod
 
 
 class _Block(nn.Module):
-    """A residual block: ``convs``, each followed by a norm, around a shortcut."""
+    """A residual block: `convs`, each followed by a norm, around a shortcut."""
 
     def __init__(
         self, convs: Sequence[nn.Module], norm_cfg: Mapping[str, Any], downsample: nn.Module | None, with_cp: bool
@@ -102,36 +101,36 @@ def _check_per_stage(num_stages: int, **arguments: Sequence[Any]) -> None:
 
 
 class DCNResNet(nn.Module):
-    """mmdet's ResNet backbone: input [N, in_channels, H, W], output a tuple with the maps of stages ``out_indices``.
+    """mmdet's ResNet backbone: input [N, in_channels, H, W], output a tuple with the maps of stages `out_indices`.
 
-    Stage i (0..3, mmdet's numbering; the paper's conv2_x..conv5_x) has ``base_channels * 2**i`` planes, four times as
+    Stage i (0..3, mmdet's numbering; the paper's conv2_x..conv5_x) has `base_channels * 2**i` planes, four times as
     many output channels from depth 50 on, and stride 4 * strides[0] * ... * strides[i]. State dict keys are mmdet's.
 
-    **Masks follow mmcv**: ``dcn=dict(type="DCNv2")`` starts with masks of 0.5, as mmdet's checkpoints need; add
-    ``mask_activation="2*sigmoid"`` to start from plain ImageNet weights without changing what they compute.
+    **Masks follow mmcv**: `dcn=dict(type="DCNv2")` starts with masks of 0.5, as mmdet's checkpoints need; add
+    `mask_activation="2*sigmoid"` to start from plain ImageNet weights without changing what they compute.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
-        stem_channels: channels after the stem; default ``base_channels``.
-        strides, dilations: of the stages, ``num_stages`` numbers each.
+        stem_channels: channels after the stem; default `base_channels`.
+        strides, dilations: of the stages, `num_stages` numbers each.
         style: where a bottleneck block has its stride: "pytorch" in the 3x3, "caffe" in the first 1x1 convolution.
         deep_stem: three 3x3 convolutions instead of a 7x7 one. avg_down: average pooling in the shortcuts.
         frozen_stages: -1 freezes nothing, 0 the stem, k the stem and the first k stages (no gradient, eval mode).
-        norm_cfg: ``dict(type="BN" | "SyncBN" | "GN", requires_grad=True, ...)``.
+        norm_cfg: `dict(type="BN" | "SyncBN" | "GN", requires_grad=True, ...)`.
         norm_eval: keep batch norm statistics as they are, in train mode too.
         with_cp: recompute blocks in the backward pass to save memory.
         zero_init_residual: start every block as its shortcut.
-        dcn: ``dict(type="DCN" | "DCNv2", deform_groups=1, fallback_on_stride=False, ...)`` for the 3x3 convolution of
+        dcn: `dict(type="DCN" | "DCNv2", deform_groups=1, fallback_on_stride=False, ...)` for the 3x3 convolution of
             each block (the second one at depth 18 and 34); further keys are options of `dcn_plugin.DCNv1` or `DCNv2`.
-        stage_with_dcn: which stages ``dcn`` applies to (mmdet's default is none of them, here stages 1 to 3).
-        init_cfg: MMEngine's, applied by ``init_weights``; ``dict(type="Pretrained", checkpoint="torchvision://resnet50")``.
+        stage_with_dcn: which stages `dcn` applies to (mmdet's default is none of them, here stages 1 to 3).
+        init_cfg: MMEngine's, applied by `init_weights`; `dict(type="Pretrained", checkpoint="torchvision://resnet50")`.
 
     Raises ValueError or TypeError naming a bad argument. Example::
 
         backbone = DCNResNet(50, dcn=dict(type="DCNv2", deform_groups=1), stage_with_dcn=(False, True, True, True))
         c2, c3, c4, c5 = backbone(torch.rand(1, 3, 224, 224))
 
-    Source of the interface: mmdet 3.3, ``mmdet.models.backbones.ResNet``.
+    Source of the interface: mmdet 3.3, `mmdet.models.backbones.ResNet`.
     """
 
     def __init__(
@@ -245,7 +244,7 @@ class DCNResNet(nn.Module):
                 module.conv_offset.reset_parameters()
 
     def init_weights(self) -> None:
-        """Apply ``init_cfg`` (MMEngine's Runner calls this once, before training); without one the weights stay."""
+        """Apply `init_cfg` (MMEngine's Runner calls this once, before training); without one the weights stay."""
         if not self.init_cfgs:
             return
         from mmengine.model import initialize
@@ -264,7 +263,7 @@ class DCNResNet(nn.Module):
                 getattr(self, name).eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "DCNResNet":
-        """Set the mode, but leave frozen stages, and with ``norm_eval`` every batch norm, in eval mode."""
+        """Set the mode, but leave frozen stages, and with `norm_eval` every batch norm, in eval mode."""
         super().train(mode)
         self._freeze()
         if mode and self.norm_eval:
@@ -274,7 +273,7 @@ class DCNResNet(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return the feature maps of the stages ``out_indices``, finest first."""
+        """Return the feature maps of the stages `out_indices`, finest first."""
         for name in self.stem_names:
             x = getattr(self, name)(x)
         x = self.maxpool(x)

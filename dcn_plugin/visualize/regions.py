@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from .layers import DeformConv2d, Samples, SamplingModule, sampling_layers
-from .visualize import _evaluating, _figure, _show_image
+from ..layers import DeformConv2d, Samples, SamplingModule, sampling_layers
+from ._figure import evaluating, new_figure, show_image
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -104,7 +104,7 @@ def record_bins(
     def keep(layer: SamplingModule, args: tuple, kwargs: dict[str, Any]) -> None:
         calls.append((layer, signature(layer.forward).bind(*args, **kwargs)))
 
-    with _evaluating(model), ExitStack() as hooks:
+    with evaluating(model), ExitStack() as hooks:
         for pool in names:
             if boxes is not None:
                 hooks.callback(pool.register_forward_pre_hook(keep, with_kwargs=True).remove)
@@ -252,8 +252,8 @@ def draw_detections(
     Args:
         image: [C, H, W], or several of any sizes, the way the boxes have them: detections of files are in pixels of the
             upright image, as `dcn_plugin.finetune.images.read_image` reads it.
-        detections: for each image ``boxes`` [L, 4], ``labels`` [L] and ``scores`` [L], as torchvision's models return.
-        targets: for each image ``boxes`` and ``labels``; drawn dashed.
+        detections: for each image `boxes` [L, 4], `labels` [L] and `scores` [L], as torchvision's models return.
+        targets: for each image `boxes` and `labels`; drawn dashed.
         class_names: name of each label, by position (label 0 is the background) or by key; those of a loaded detector
             are `dict(enumerate(model.class_names, 1))`.
         threshold: leave out detections with a lower score.
@@ -268,12 +268,12 @@ def draw_detections(
         if len(items) != len(images) or not images:
             raise ValueError(f"{name}: expected those of {len(images)} images, at least one, got {len(items)}")
     columns = min(len(images), 4)
-    figure, grid = _figure(columns, -(-len(images) // columns))
+    figure, grid = new_figure(columns, -(-len(images) // columns))
     panels = list(grid.flat)
     for axes in panels[len(images) :]:
         axes.set_axis_off()
     for axes, picture, boxes, truth in zip(panels, images, found, truths, strict=False):
-        _show_image(axes, picture, None)
+        show_image(axes, picture, None)
         if truth is not None:
             for box, label in zip(truth["boxes"].tolist(), truth["labels"].tolist(), strict=True):
                 _rectangle(axes, box, edgecolor="white", linewidth=2.2)
@@ -321,7 +321,7 @@ def bin_shifts(
     if image.dim() != 3:
         raise ValueError(f"image: expected [C, H, W], got {list(image.shape)}")
     if boxes is None:
-        with _evaluating(model):
+        with evaluating(model):
             parameter = next(model.parameters())
             (found,) = model([image.to(parameter.device, parameter.dtype)])
         order = found["scores"].argsort(descending=True)[:count]
@@ -337,12 +337,12 @@ def bin_shifts(
     item = record_bins(model, [image], [boxes], layer)[0]
     points = item.shifted(labels)
     columns = min(len(boxes), 4)
-    figure, grid = _figure(columns, -(-len(boxes) // columns))
+    figure, grid = new_figure(columns, -(-len(boxes) // columns))
     panels = list(grid.flat)
     for axes in panels[len(boxes) :]:
         axes.set_axis_off()
     for index, axes in enumerate(panels[: len(boxes)]):
-        _show_image(axes, image, picture)
+        show_image(axes, image, picture)
         _draw_bins(axes, item.boxes[index], item.bins[index], points[index])
         if labels is not None:
             axes.set_title(_name(int(labels[index]), class_names), fontsize=9)

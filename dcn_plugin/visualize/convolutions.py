@@ -7,8 +7,7 @@ state and so work without a display. Positions are (y, x) everywhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .layers import DeformConv2d, Samples, sampling_layers
+from ..layers import DeformConv2d, Samples, sampling_layers
+from ._figure import evaluating, new_figure, show_image
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,18 +94,6 @@ def effective_dilation(offset: Tensor, kernel_size: Sequence[int], dilation: Seq
     ]
     distances = torch.cat(pairs, dim=2)
     return distances.mean(dim=2) if distances.shape[2] else offset.new_zeros(n, taps.shape[1], h, w)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _spatial(module: nn.Module) -> tuple[list[int], list[int], list[int], list[int]] | None:
@@ -215,7 +203,7 @@ def record(
         if module not in inner and _spatial(module) is not None:
             handles.append(module.register_forward_hook(follow, with_kwargs=True))
     try:
-        with _evaluating(model):
+        with evaluating(model):
             parameter = next(model.parameters(), images)
             model(images.to(parameter.device, parameter.dtype))
     finally:
@@ -308,32 +296,6 @@ def _dilations(model: nn.Module, images: Tensor) -> list[tuple[str, DeformConv2d
 # -- figures ----------------------------------------------------------------------------------------------------------
 
 
-def _figure(columns: int, rows: int = 1, width: float = 3.2, height: float = 3.2) -> tuple[Figure, Any]:
-    # A Figure of its own instead of pyplot's: no global state, no display, nothing to close.
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        message = "figures need matplotlib, which is not installed: pip install 'dcn_plugin[visualize]'"
-        raise ModuleNotFoundError(message, name=error.name) from error
-
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def _show_image(axes: Any, image: Tensor, picture: Tensor | None) -> None:
-    shown = (image if picture is None else picture).detach().float().cpu()
-    if shown.dim() != 3 or shown.shape[-2:] != image.shape[-2:]:
-        raise ValueError(f"picture: expected [C, {image.shape[-2]}, {image.shape[-1]}], got {list(shown.shape)}")
-    low, high = shown.min(), shown.max()
-    shown = ((shown - low) / (high - low).clamp(min=1e-8)).permute(1, 2, 0)
-    if shown.shape[2] != 3:
-        shown = shown.mean(dim=2, keepdim=True).expand(-1, -1, 3)
-    axes.imshow(shown.numpy(), interpolation="nearest")
-    axes.set_axis_off()
-
-
 def sampling_points(
     model: nn.Module,
     image: Tensor,
@@ -376,11 +338,11 @@ def sampling_points(
     if not isinstance(chosen[0], (tuple, list)):
         chosen = [tuple(chosen)]
     single = len(images) == 1
-    figure, grid = _figure(len(chosen) if single else len(images), 1 if single else len(chosen), 2.8, 2.8)
+    figure, grid = new_figure(len(chosen) if single else len(images), 1 if single else len(chosen), 2.8, 2.8)
     for sample, column in enumerate(grid if single else grid.T):
         for axes, unit in zip(column, chosen, strict=True):
             points = trace(records, unit, sample, group)
-            _show_image(axes, images[sample], pictures[sample])
+            show_image(axes, images[sample], pictures[sample])
             # Many paths may end in one pixel: transparency shows how often.
             alpha = 0.9 if len(points) <= 9 else 0.5
             axes.scatter(points[:, 1], points[:, 0], s=10, c="#ff2d2d", alpha=alpha, linewidths=0)
@@ -424,10 +386,10 @@ def offset_field(
     start = _to_image(cells.float(), item.out_grid)
     longest = arrows.norm(dim=1).max().clamp(min=1e-6).item()
     height, width = image.shape[-2:]
-    figure, grid = _figure(2, width=4.0, height=3.8)
+    figure, grid = new_figure(2, width=4.0, height=3.8)
 
     def field(axes: Any, vectors: Tensor, limit: float, title: str) -> None:
-        _show_image(axes, image, picture)
+        show_image(axes, image, picture)
         length = vectors.norm(dim=0).reshape(-1)
         drawn = axes.quiver(
             start[:, 1], start[:, 0], vectors[1].reshape(-1), vectors[0].reshape(-1), length,
@@ -442,7 +404,7 @@ def offset_field(
     mean = arrows.mean(dim=0)
     field(grid[0, 0], mean, max(mean.norm(dim=0).max().item(), 1e-6), "mean over taps")
     axes = grid[0, 1]
-    _show_image(axes, image, picture)
+    show_image(axes, image, picture)
     steps = item.taps() * torch.tensor([item.grid[0][0], item.grid[1][0]])
     base = start[:, None] + (steps - steps.mean(dim=0))
     tips = base + arrows.permute(2, 3, 0, 1).reshape(len(base), -1, 2)
@@ -469,7 +431,7 @@ def dilation_plot(model: nn.Module, images: Tensor) -> Figure:
         A matplotlib figure; the dilation each layer would have with zero offsets is marked.
     """
     names, layers, values = zip(*_dilations(model, images), strict=True)
-    figure, grid = _figure(1, width=max(4.0, 0.55 * len(values) + 2.0), height=3.6)
+    figure, grid = new_figure(1, width=max(4.0, 0.55 * len(values) + 2.0), height=3.6)
     axes = grid[0, 0]
     boxes = axes.boxplot(
         [value.flatten().numpy() for value in values], whis=(5, 95), showfliers=False, patch_artist=True,

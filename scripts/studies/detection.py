@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ... import visualize_detection
-from ..config import plain
-from ..export import load_exported
-from ..run import quiet
-from ..stages import check_seeds, over_seeds, percent, run_stage, save_figures, seconds, write_results, write_table
-from .data import CocoDataModule
+from dcn_plugin import visualize
+from dcn_plugin._config import plain
+from dcn_plugin.export.folder import load_exported
+from dcn_plugin.finetune.detection.data import CocoDataModule
+from dcn_plugin.finetune.run import quiet
+
+from .stages import check_seeds, over_seeds, percent, run_stage, save_figures, seconds, write_results, write_table
 
 # Arm -> (detector, RoI pooling, config).
 ARMS = {
@@ -115,10 +116,10 @@ def _pictures(outcomes: Mapping[str, Mapping[str, Any]], folder: Path, scenes: i
         model = load_exported(outcome["export"])
         with torch.no_grad():
             found = model(list(images))
-        figures[f"{arm}_detections"] = visualize_detection.draw_detections(images, found, targets, names)
+        figures[f"{arm}_detections"] = visualize.draw_detections(images, found, targets, names)
         figures[f"{arm}_detections"].suptitle(": ".join(ARMS[arm][:2]), fontsize=9)
         if "deformable" in arm:
             # Of the true boxes, so that all detectors are asked the same.
             boxes, labels = targets[0]["boxes"][:4], targets[0]["labels"][:4]
-            figures[f"{arm}_bins"] = visualize_detection.bin_shifts(model, images[0], boxes, labels, class_names=names)
+            figures[f"{arm}_bins"] = visualize.bin_shifts(model, images[0], boxes, labels, class_names=names)
     return save_figures(folder, figures, dpi=80)

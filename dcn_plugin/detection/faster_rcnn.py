@@ -1,6 +1,6 @@
 """torchvision detectors on timm backbones, with plain or deformable RoI pooling.
 
-`faster_rcnn` and `rfcn` return torchvision's own kinds of models: ``model(images, targets)`` takes and gives what
+`faster_rcnn` and `rfcn` return torchvision's own kinds of models: `model(images, targets)` takes and gives what
 torchvision's detectors do. `build_detector` makes one from a dict, for configs.
 """
 
@@ -16,12 +16,11 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
-from dcn_plugin.layers import MultiScaleDeformRoIPool
-
-from .dcn_detection_backbone import DetectionBackbone
-from .dcn_detection_heads import box_heads
-from .dcn_detection_options import OPTIONS, check_options, choose, fill_in
-from .dcn_rfcn import FirstMapRPN, ForEachClass, PSRoIMaps, Vote
+from .backbone import DetectionBackbone
+from .heads import box_heads
+from .options import OPTIONS, check_options, choose, fill_in
+from .rfcn import FirstMapRPN, ForEachClass, PSRoIMaps, Vote
+from .roi_pool import MultiScaleDeformRoIPool
 
 __all__ = ["DETECTORS", "build_detector", "faster_rcnn", "rfcn"]
 
@@ -79,26 +78,26 @@ def faster_rcnn(
 ) -> FasterRCNN:
     """Return torchvision's Faster R-CNN on a feature pyramid over a timm model.
 
-    ``model(images, targets)`` gives torchvision's four losses in training mode, and in evaluation mode a dict of
-    ``boxes`` [L, 4] (x1, y1, x2, y2 in pixels), ``labels`` and ``scores`` for each image. Images are a list of
+    `model(images, targets)` gives torchvision's four losses in training mode, and in evaluation mode a dict of
+    `boxes` [L, 4] (x1, y1, x2, y2 in pixels), `labels` and `scores` for each image. Images are a list of
     [C, H, W] in 0..1, of any sizes. A training batch that leaves the heads nothing, without boxes and with every
     proposal fallen away, has losses of 0 there, where torchvision's are NaN.
 
     Args:
         num_classes: classes with the background, which is class 0.
-        backbone: name of a timm model, or ``dict(name=..., **arguments)`` such as ``pretrained=True``,
-            ``checkpoint_path=...``, ``in_chans=1``, ``out_indices`` (default: the last four maps), ``dcn_stages``.
-        roi_pool: ``dict(type="MultiScaleRoIAlign" | "MultiScaleDeformRoIPool", output_size=7, sampling_ratio=2, ...)``.
-        box_head: ``dict(type="TwoMLPHead", representation_size=1024)``, which is the default, or
-            ``dict(type="FastRCNNConvFCHead", conv_layers=(256, 256, 256, 256), fc_layers=(1024,))``, or a module.
-        box_predictor: a module instead of torchvision's ``FastRCNNPredictor`` on the head's last linear layer.
+        backbone: name of a timm model, or `dict(name=..., **arguments)` such as `pretrained=True`,
+            `checkpoint_path=...`, `in_chans=1`, `out_indices` (default: the last four maps), `dcn_stages`.
+        roi_pool: `dict(type="MultiScaleRoIAlign" | "MultiScaleDeformRoIPool", output_size=7, sampling_ratio=2, ...)`.
+        box_head: `dict(type="TwoMLPHead", representation_size=1024)`, which is the default, or
+            `dict(type="FastRCNNConvFCHead", conv_layers=(256, 256, 256, 256), fc_layers=(1024,))`, or a module.
+        box_predictor: a module instead of torchvision's `FastRCNNPredictor` on the head's last linear layer.
         fpn_channels: channels of the pyramid.
         trainable_backbone_layers: how many stages of the backbone train, counted from the last; the default is
             torchvision's 3 for a pretrained backbone and all for another.
         norm_eval: keep the backbone's batch norms at their stored statistics; by default for a pretrained backbone.
-        options: torchvision's, by its names: ``min_size``, ``max_size``, ``image_mean``, ``image_std``, ``rpn_*``,
-            ``box_*``, ``bbox_reg_weights``, ``size_divisible``, ``fixed_size``. ``rpn_anchor_generator`` may also be
-            ``dict(sizes=..., aspect_ratios=...)``. Mean and standard deviation default to the backbone's, anchors to
+        options: torchvision's, by its names: `min_size`, `max_size`, `image_mean`, `image_std`, `rpn_*`,
+            `box_*`, `bbox_reg_weights`, `size_divisible`, `fixed_size`. `rpn_anchor_generator` may also be
+            `dict(sizes=..., aspect_ratios=...)`. Mean and standard deviation default to the backbone's, anchors to
             one size of 8 strides for each map.
 
     Raises:
@@ -155,18 +154,18 @@ def rfcn(
 
     Args:
         num_classes: classes with the background, which is class 0.
-        backbone: as in `faster_rcnn`; by default with ``output_stride=16`` (``None`` for models without that argument)
-            and ``out_indices=(-2, -1)``.
+        backbone: as in `faster_rcnn`; by default with `output_stride=16` (`None` for models without that argument)
+            and `out_indices=(-2, -1)`.
         deformable: shift the bins of every RoI by learnt offsets. The plain form takes the mean of whole pixels, the
-            deformable one of ``samples_per_part**2`` bilinear samples.
+            deformable one of `samples_per_part**2` bilinear samples.
         group_size: bins along a side, k.
         conv_channels: channels of the 1x1 convolution after the backbone.
         class_agnostic: one box for all classes; otherwise one for each.
         class_aware_offsets: offsets of the scores' bins for each class, as in the original: many maps for many
-            classes (``2 * k * k * num_classes``). Otherwise the classes share them.
+            classes (`2 * k * k * num_classes`). Otherwise the classes share them.
         samples_per_part: samples along a side of a bin.
         offset_scale: RoI sizes that an offset of 1 is.
-        trainable_backbone_layers, norm_eval, options: as in `faster_rcnn`, without ``box_roi_pool``. Default anchors
+        trainable_backbone_layers, norm_eval, options: as in `faster_rcnn`, without `box_roi_pool`. Default anchors
             have 4, 8, 16 and 32 strides.
 
     Example:
@@ -227,7 +226,7 @@ DETECTORS: dict[str, Callable[..., GeneralizedRCNN]] = {"faster_rcnn": faster_rc
 
 
 def build_detector(spec: Mapping[str, Any]) -> GeneralizedRCNN:
-    """Return the detector of ``dict(name="faster_rcnn" | "rfcn", num_classes=..., **its arguments)``.
+    """Return the detector of `dict(name="faster_rcnn" | "rfcn", num_classes=..., **its arguments)`.
 
     Raises:
         TypeError, ValueError: no such detector or argument, by name.

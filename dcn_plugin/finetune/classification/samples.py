@@ -12,7 +12,7 @@ import torch
 from timm.data import IterableImageDataset
 from torch.utils.data import Dataset
 
-from .images import UnreadableImage, interpret, read_image, said
+from ..images import UnreadableImage, interpret, read_image, said
 
 _logger = logging.getLogger(__name__)
 _RETRIES = 10  # images in a row, as in timm

@@ -1,6 +1,6 @@
 """Export to ONNX: deform_conv2d becomes the standard operator DeformConv, RoI pooling a graph of standard operators.
 
-Needs ``pip install 'dcn_plugin[onnx]'``. What DeformConv makes of numbers that are not finite is the runtime's affair.
+Needs `pip install 'dcn_plugin[onnx]'`. What DeformConv makes of numbers that are not finite is the runtime's affair.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from . import reference
+from .. import reference
 
 try:
     import onnx  # noqa: F401  (torch's exporter needs it)
     from onnxscript import evaluator, ir, opset19
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f"dcn_plugin.onnx_export needs {error.name}: pip install 'dcn_plugin[onnx]'", name=error.name
+        f"dcn_plugin.export.onnx needs {error.name}: pip install 'dcn_plugin[onnx]'", name=error.name
     ) from error
 
 # The first opset that has DeformConv.
@@ -34,13 +34,13 @@ _ROI_POOLING = ("deform_roi_pool", "deform_ps_roi_pool", "ps_roi_pool")
 def _sum_windows(maps: Tensor, window: Tensor, weights_y: Tensor, weights_x: Tensor) -> Tensor:
     """What remains of RoI pooling in the graph, and becomes a Scan over the regions.
 
-    ``out[r,g,d,b] = sum_{i,j} weights_y[r,g,b,i] * weights_x[r,g,b,j] * maps[n_r,g,d,i,j]``
+    `out[r,g,d,b] = sum_{i,j} weights_y[r,g,b,i] * weights_x[r,g,b,j] * maps[n_r,g,d,i,j]`
 
     Args:
-        maps: ``[N, G, D, H, W]``, groups of channels.
-        window: ``[R, 6]``, (image, top, left) and (image + 1, bottom, right): beyond it the weights are 0.
-        weights_y: ``[R, G, B, H]``, for each bin of a group.
-        weights_x: ``[R, G, B, W]``.
+        maps: `[N, G, D, H, W]`, groups of channels.
+        window: `[R, 6]`, (image, top, left) and (image + 1, bottom, right): beyond it the weights are 0.
+        weights_y: `[R, G, B, H]`, for each bin of a group.
+        weights_x: `[R, G, B, W]`.
     """
     return torch.einsum("rgdij,rgbi,rgbj->rgdb", maps[window[:, 0]], weights_y, weights_x)
 
@@ -51,11 +51,11 @@ def _(maps: Tensor, window: Tensor, weights_y: Tensor, weights_x: Tensor) -> Ten
 
 
 def custom_translation_table() -> dict[Callable, Callable]:
-    """Return what ``torch.onnx.export(..., dynamo=True, custom_translation_table=...)`` needs for our operators.
+    """Return what `torch.onnx.export(..., dynamo=True, custom_translation_table=...)` needs for our operators.
 
-    ``deform_conv2d`` becomes ``DeformConv``, which zero padding and border rule fit exactly; float16 and bfloat16 are
+    `deform_conv2d` becomes `DeformConv`, which zero padding and border rule fit exactly; float16 and bfloat16 are
     computed in float32, as they are here. The target must be opset 19 or newer. RoI pooling that is not decomposed
-    first (``roi_pooling_decompositions``) raises an error that names ``export_onnx``, which does that.
+    first (`roi_pooling_decompositions`) raises an error that names `export_onnx`, which does that.
 
     Example:
         >>> import torch
@@ -76,10 +76,10 @@ def custom_translation_table() -> dict[Callable, Callable]:
 
 
 def roi_pooling_decompositions() -> dict[Callable, Callable[..., Tensor]]:
-    """Return what writes RoI pooling with operators that the table above translates, for ``run_decompositions``.
+    """Return what writes RoI pooling with operators that the table above translates, for `run_decompositions`.
 
-    ``program.run_decompositions(roi_pooling_decompositions())`` of a ``torch.export`` program is what
-    :func:`export_onnx` hands to torch's exporter. Results are the operators', to rounding, and NaN for a region that
+    `program.run_decompositions(roi_pooling_decompositions())` of a `torch.export` program is what
+    `export_onnx` hands to torch's exporter. Results are the operators', to rounding, and NaN for a region that
     names no image. A pixel that is not finite reaches every bin of the regions around it, in its channel.
     """
     return {_op(name): _decomposition_of(name) for name in _ROI_POOLING}
@@ -93,12 +93,12 @@ def export_onnx(
     dynamic_shapes: Any = None,
     opset_version: int = OPSET,
 ) -> Path:
-    """Write ``model`` to ``path`` in the ONNX format and return it.
+    """Write `model` to `path` in the ONNX format and return it.
 
     Args:
-        model: in the mode that it is to have, so mostly ``model.eval()``.
+        model: in the mode that it is to have, so mostly `model.eval()`.
         args: its arguments, for tracing.
-        dynamic_shapes: as ``torch.export.export`` takes it; None: every size is fixed.
+        dynamic_shapes: as `torch.export.export` takes it; None: every size is fixed.
         opset_version: at least 19.
 
     Raises:
@@ -195,7 +195,7 @@ def _decomposition_of(name: str) -> Callable[..., Tensor]:
 def _pool_windows(
     input: Tensor, rois: Tensor, vertical: Any, horizontal: Any, mask: Tensor | None, bins: Sequence[int], k: int
 ) -> Tensor:
-    """As the definition's own average over the samples of ``vertical`` and ``horizontal``, on ``sum_windows``.
+    """As the definition's own average over the samples of `vertical` and `horizontal`, on `sum_windows`.
 
     Samples of a bin form a grid and bilinear weights are products, so each axis has weights of its own. They are
     formed from no more samples than can lie on the map, and multiplied in the region's window alone.
@@ -244,7 +244,7 @@ def _window(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scan_windows(maps: Any, window: Any, weights_y: Any, weights_x: Any) -> Any:
-    """``sum_windows`` as a Scan, whose memory is that of one region; maps are read where they are, not passed along."""
+    """`sum_windows` as a Scan, whose memory is that of one region; maps are read where they are, not passed along."""
     recorder: Any = evaluator.default()
     outside = len(recorder.nodes)
     at, inputs_y, inputs_x = (

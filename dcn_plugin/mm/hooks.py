@@ -8,7 +8,7 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 
-from .registry import HOOKS
+from .scope import HOOKS
 
 
 def _plain(value: Any) -> Any:
@@ -31,19 +31,19 @@ def _stored(buffer: HistoryBuffer) -> dict[str, Any]:
 
 
 class WeightsOnlyCheckpointHook(Hook):
-    """Make the Runner's checkpoints loadable with ``torch.load(..., weights_only=True)``, torch's default since 2.6.
+    """Make the Runner's checkpoints loadable with `torch.load(..., weights_only=True)`, torch's default since 2.6.
 
-    MMEngine 0.10.7 stores its log history as pickled ``HistoryBuffer`` objects, which the safe loader refuses: training
-    runs, and ``resume=True`` or ``load_from`` of its checkpoint then fails with "Weights only load failed". This hook
+    MMEngine 0.10.7 stores its log history as pickled `HistoryBuffer` objects, which the safe loader refuses: training
+    runs, and `resume=True` or `load_from` of its checkpoint then fails with "Weights only load failed". This hook
     stores the history as tensors and restores it on resume, so nothing is lost. Such a checkpoint also loads without
-    the hook (the log history is then skipped, with a warning); one written without it needs ``weights_only=False``.
-    Example::
+    the hook (the log history is then skipped, with a warning); one written without it needs `weights_only=False`.
+    Example:
 
         custom_hooks = [dict(type="dcn_plugin.WeightsOnlyCheckpointHook")]
 
-    MMEngine 0.10.7 also imports ``pkg_resources``, which new versions of setuptools lack, for configs with
-    ``_base_ = "package::config.py"`` and for ``mmengine.utils.is_installed``. Relative ``_base_`` paths do not meet
-    that; for the others: ``pip install "setuptools<82"``.
+    MMEngine 0.10.7 also imports `pkg_resources`, which new versions of setuptools lack, for configs with
+    `_base_ = "package::config.py"` and for `mmengine.utils.is_installed`. Relative `_base_` paths do not meet
+    that; for the others: `pip install "setuptools<82"`.
     """
 
     priority = "VERY_LOW"  # after every hook that may add to the checkpoint

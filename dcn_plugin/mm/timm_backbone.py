@@ -10,10 +10,10 @@ from ..checkpoint import refuse_others
 
 
 class TimmBackbone(nn.Module):
-    """A timm model that returns a tuple of feature maps, or with ``features_only=False`` its logits.
+    """A timm model that returns a tuple of feature maps, or with `features_only=False` its logits.
 
-    Input [N, C, H, W]; output the maps ``out_indices``, [N, C_i, H_i, W_i] each, whose channels and strides are in
-    ``channels`` and ``reductions``. ``pretrained`` takes timm's weights for the model, ``checkpoint_path`` a local file
+    Input [N, C, H, W]; output the maps `out_indices`, [N, C_i, H_i, W_i] each, whose channels and strides are in
+    `channels` and `reductions`. `pretrained` takes timm's weights for the model, `checkpoint_path` a local file
     in their place; a head that does not fit is left out. All other arguments are those of `timm.create_model`. Raises
     ImportError without timm, RuntimeError for a name or weights that timm does not know, FileNotFoundError, ValueError
     for a file that is something else (a Git LFS pointer, an HTML page). Example::

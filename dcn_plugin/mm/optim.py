@@ -1,7 +1,7 @@
 """MMEngine's parameter-wise rates for layers that predict where they sample.
 
 MMEngine imports this module when a config names its constructor; `registry` does when another one meets a
-``paramwise_cfg``, because importing MMEngine's optimizers takes seconds.
+`paramwise_cfg`, because importing MMEngine's optimizers takes seconds.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from torch import nn
 
-from .layers import offset_parameters, sampling_layers
-from .layers.roi import BRANCH_LR_MULT
-from .registry import OPTIM_WRAPPER_CONSTRUCTORS
+from ..layers import offset_parameters, sampling_layers
+from ..layers.roi import BRANCH_LR_MULT
+from .scope import OPTIM_WRAPPER_CONSTRUCTORS
 
 # What MMEngine's constructor does with keys of paramwise_cfg where it does not know a layer.
 _UNAPPLIED = "is not applied to it"
@@ -31,21 +31,21 @@ _DIFFERS = {
 class OptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """MMEngine's default constructor of optimizers, which knows this package's layers as it does mmcv's.
 
-    ``lr = base_lr * dcn_offset_lr_mult`` for every ``conv_offset`` (and R-FCN's fields of offsets), whose biases
-    ``bias_lr_mult``, ``bias_decay_mult`` and ``flat_decay_mult`` leave out, as they do in mmcv's layers.
-    ``lr = base_lr * roi_offset_lr_mult`` for the fully connected branches of RoI pooling; without that key they are
+    `lr = base_lr * dcn_offset_lr_mult` for every `conv_offset` (and R-FCN's fields of offsets), whose biases
+    `bias_lr_mult`, `bias_decay_mult` and `flat_decay_mult` leave out, as they do in mmcv's layers.
+    `lr = base_lr * roi_offset_lr_mult` for the fully connected branches of RoI pooling; without that key they are
     trained like other layers, as mmcv's are. `dcn_plugin.layers.offset_parameters` lists both kinds. Everything else is
-    MMEngine's, ``custom_keys`` before all other rules.
+    MMEngine's, `custom_keys` before all other rules.
 
     Args:
-        optim_wrapper_cfg: as in MMEngine's ``DefaultOptimWrapperConstructor``.
-        paramwise_cfg: likewise; one key more, ``roi_offset_lr_mult``.
+        optim_wrapper_cfg: as in MMEngine's `DefaultOptimWrapperConstructor`.
+        paramwise_cfg: likewise; one key more, `roi_offset_lr_mult`.
 
     Raises:
         TypeError: a multiplier for offsets is no number.
-        ValueError: it is negative, or there is no ``lr`` to multiply.
+        ValueError: it is negative, or there is no `lr` to multiply.
 
-    Example::
+    Example:
 
         optim_wrapper = dict(
             constructor="dcn_plugin.OptimWrapperConstructor",
@@ -68,7 +68,7 @@ class OptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 raise ValueError(f"{key}: expected an optimizer with a learning rate to multiply, got one without lr")
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
-        """Build the optimizer of ``model``."""
+        """Build the optimizer of `model`."""
         parameters = dict(model.named_parameters())
         self._usual = {id(parameters[name]): usual for name, usual in offset_parameters(model).items()}
         return super().__call__(model)
@@ -76,7 +76,7 @@ class OptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def add_params(
         self, params: list[dict], module: nn.Module, prefix: str = "", is_dcn_module: int | float | None = None
     ) -> None:
-        """Add the parameters of ``module`` and of all inside it to the groups ``params``, as MMEngine's method does."""
+        """Add the parameters of `module` and of all inside it to the groups `params`, as MMEngine's method does."""
         own = {id(parameter): name for name, parameter in module.named_parameters(recurse=False)}
         # MMEngine asks only whether this is true: it keeps biases out of the rules for biases.
         exempt = any(self._usual.get(key, BRANCH_LR_MULT) != BRANCH_LR_MULT for key in own)

@@ -17,13 +17,12 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from dcn_plugin.checkpoint import refuse_others
-from dcn_plugin.convert import convert
-
-from .classes import as_names
-from .config import plain
-from .detection.module import build, without_pretrained_backbone
-from .models import build_model, check_saved_model, without_weights
+from .._config import plain
+from ..checkpoint import refuse_others
+from ..convert import convert
+from ..detection import build_detector
+from ..detection.spec import without_pretrained_backbone
+from ..models.build import build_model, check_saved_model, without_weights
 
 CONFIG, WEIGHTS, KEY = "config.json", "model.safetensors", "dcn_plugin"
 
@@ -181,7 +180,7 @@ def load_exported(directory: str | Path, *, spec: Mapping[str, Any] | None = Non
         model = timm.create_model(f"local-dir:{directory}", pretrained=True)
     else:
         if "detector" in ours:
-            model = build(ours["detector"])
+            model = build_detector(ours["detector"])
         elif "model" in ours:
             if spec is None:
                 check_saved_model(ours["model"], "load_exported(directory, spec=...)")
@@ -202,3 +201,11 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     given = {(own[name].data_ptr(), own[name].shape) for name in state if name in own}
     again = {name: value for name, value in own.items() if (value.data_ptr(), value.shape) in given and value.numel()}
     model.load_state_dict({name: value for name, value in again.items() if name not in state} | state)
+
+
+def as_names(labels: Any) -> list[str] | None:
+    """Return names in label order from a list of names, or a dict from label to name as timm's folders may have."""
+    if isinstance(labels, Mapping):
+        numbered = {int(label): name for label, name in labels.items()}
+        labels = [numbered[label] for label in sorted(numbered)] if set(numbered) == set(range(len(numbered))) else None
+    return None if labels is None else [str(name) for name in labels]

@@ -10,7 +10,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from .config import plain
+from .._config import plain
 
 
 def build_model(spec: str | Mapping[str, Any], num_classes: int | None = None) -> nn.Module:
@@ -21,7 +21,7 @@ def build_model(spec: str | Mapping[str, Any], num_classes: int | None = None) -
         raise ValueError(f"model: expected a timm name, dict(name=...) or an MMEngine dict(type=...), got {spec!r}")
     kwargs = plain(spec)
     if "type" in kwargs:
-        from dcn_plugin.registry import MODELS
+        from ..registry import MODELS
 
         return MODELS.build(kwargs)
     name = kwargs.pop("name")

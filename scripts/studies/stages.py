@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from .export import load_exported
-from .run import find_checkpoint, load_config, run
+from dcn_plugin.export.folder import load_exported
+from dcn_plugin.finetune.run import find_checkpoint, load_config, run
 
 RESULT = "result.json"
 # On a busy machine the processor's time tells more than the clock on the wall.

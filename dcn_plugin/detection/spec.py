@@ -1,0 +1,54 @@
+"""A detector as a dict: what it says, what it leaves out, and where its layers stand in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+from torch import nn
+
+from .._config import plain
+
+
+def detector_spec(model: Mapping[str, Any], num_classes: int | None) -> dict[str, Any]:
+    """Return the specification of a detector for so many classes of objects; `model` may say their number itself."""
+    if not isinstance(model, Mapping) or "name" not in model:
+        raise ValueError(f"model: expected dict(name='faster_rcnn' or 'rfcn', backbone=..., ...), got {model!r}")
+    spec = plain(model)
+    if num_classes is None and isinstance(spec.get("num_classes"), int):
+        num_classes = spec["num_classes"] - 1
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"num_classes: expected at least 1 class of objects, got {num_classes!r}")
+    if spec.setdefault("num_classes", num_classes + 1) != num_classes + 1:
+        got = f"model.num_classes={spec['num_classes']} with num_classes={num_classes}"
+        raise ValueError(f"model.num_classes: leave it out, or count one more for the background, got {got}")
+    return spec
+
+
+def layer_order(model: nn.Module) -> Callable[..., Callable[[str], int]]:
+    """Return what timm calls `group_matcher`: from a parameter's name to its place, by stages of the backbone."""
+    info = cast(Any, model).backbone.body.feature_info.info
+    stages = [stage["module"] for stage in info]
+    # Where the features come from a flattened model, its names have underscores.
+    places = {f"backbone.body.{name}.": i for i, n in enumerate(stages, 1) for name in (n, n.replace(".", "_"))}
+
+    def place(name: str) -> int:
+        if not name.startswith("backbone.body."):
+            return len(stages) + 1
+        return next((i for prefix, i in places.items() if name.startswith(prefix)), 0)
+
+    return lambda coarse=False: place
+
+
+def without_pretrained_backbone(model: Any) -> Any:
+    """Return a detector's specification without the weights of its backbone."""
+    spec = plain(model)
+    backbone = spec.get("backbone") if isinstance(spec, dict) else None
+    if isinstance(backbone, dict) and (backbone.get("pretrained") or backbone.get("checkpoint_path")):
+        spec["backbone"] = {key: value for key, value in backbone.items() if key != "checkpoint_path"}
+        spec["backbone"]["pretrained"] = False
+        # A pretrained backbone has other defaults, which have to stay.
+        for key, default in dict(trainable_backbone_layers=3, norm_eval=True).items():
+            if spec.get(key) is None:
+                spec[key] = default
+    return spec

@@ -1,0 +1,31 @@
+"""Look inside deformable layers: where convolutions (`convolutions`) and regions (`regions`) sample.
+
+What returns tensors needs torch alone; what returns a figure needs matplotlib.
+"""
+
+from .convolutions import (
+    LayerRecord,
+    dilation_by_layer,
+    dilation_plot,
+    effective_dilation,
+    offset_field,
+    record,
+    sampling_points,
+    trace,
+)
+from .regions import BinRecord, bin_shifts, draw_detections, record_bins
+
+__all__ = [
+    "BinRecord",
+    "LayerRecord",
+    "bin_shifts",
+    "dilation_by_layer",
+    "dilation_plot",
+    "draw_detections",
+    "effective_dilation",
+    "offset_field",
+    "record",
+    "record_bins",
+    "sampling_points",
+    "trace",
+]
