@@ -1,5 +1,9 @@
 """Devices and code paths that operator tests run over."""
 
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,6 +11,7 @@ import dcn_plugin  # noqa: F401  (registers operators, models and layers)
 
 # What may run at most on the CPU (csrc/runtime/cpu.h).
 PORTABLE, TUNED = 0, 4
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
 
 def _devices() -> list:
@@ -17,6 +22,12 @@ def _devices() -> list:
 
 
 DEVICES = _devices()
+
+
+def pytest_collection_modifyitems(config, items):
+    """Side by side, the slow ones first: none is left to run alone at the end."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(params=DEVICES)
@@ -60,3 +71,20 @@ def few_words():
 
     with quiet():
         yield
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    def call(name, *arguments):
+        """Run a script in this process; return its exit status, or what it says in place of one, and what it printed.
+
+        A process of its own takes ten seconds to import everything.
+        """
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        try:
+            runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+        except SystemExit as stop:
+            return stop.code, capsys.readouterr().out
+        return 0, capsys.readouterr().out
+
+    return call

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from conftest import DEVICES
 
+ON_CPU, ON_GPU = ([device for device in DEVICES if ("cpu" in device.id) == cpu] for cpu in (True, False))
+
 
 def pairwise(*lists: Sequence) -> list[tuple]:
     """Rows of one value of each list, so that any two values of two lists meet in some row.
@@ -29,23 +31,36 @@ def pairwise(*lists: Sequence) -> list[tuple]:
     return rows
 
 
-def cover(names: str, *lists: Iterable, indirect: Sequence[str] = ()) -> pytest.MarkDecorator:
-    """Parametrize ``names`` and the fixture ``device``: on the CPU every pair, on a GPU every combination.
-
-    A GPU's calls take no time, and its kernels differ by type and layout at once. ``indirect`` names fixtures among
-    ``names``.
-    """
-    lists = tuple(list(values) for values in lists)
-    on_cpu, on_gpu = ([d for d in DEVICES if ("cpu" in d.id) == cpu] for cpu in (True, False))
-    rows = pairwise(*lists, on_cpu) + list(itertools.product(*lists, on_gpu))
+def _parametrize(
+    names: str, on_cpu: Iterable[tuple], on_gpu: Iterable[tuple], indirect: Sequence[str] = ()
+) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(
         [*(name.strip() for name in names.split(",")), "device"],
         [
             pytest.param(*values, *device.values, id="-".join([device.id, *map(word, values)]), marks=device.marks)
-            for *values, device in rows
+            for *values, device in [*on_cpu, *on_gpu]
         ],
         indirect=[*indirect, "device"],
     )
+
+
+def cover(names: str, *lists: Iterable, indirect: Sequence[str] = ()) -> pytest.MarkDecorator:
+    """Parametrize `names` and the fixture `device`: on the CPU every pair, on a GPU every combination.
+
+    A GPU's calls take no time, and its kernels differ by type and layout at once. `indirect` names fixtures among
+    `names`.
+    """
+    lists = tuple(list(values) for values in lists)
+    return _parametrize(names, pairwise(*lists, ON_CPU), itertools.product(*lists, ON_GPU), indirect)
+
+
+def by_turns(names: str, rows: Sequence[tuple]) -> pytest.MarkDecorator:
+    """Parametrize `names` and the fixture `device`: each row on one of the CPU's paths, the next on the next.
+
+    For what Python does around an operator, which is the same on both; on a GPU every row.
+    """
+    on_cpu = ((*row, ON_CPU[i % len(ON_CPU)]) for i, row in enumerate(rows))
+    return _parametrize(names, on_cpu, ((*row, device) for row in rows for device in ON_GPU))
 
 
 def word(value: Any) -> str:
