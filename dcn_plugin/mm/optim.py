@@ -46,12 +46,11 @@ class OptimWrapperConstructor(DefaultOptimWrapperConstructor):
         ValueError: it is negative, or there is no `lr` to multiply.
 
     Example:
-
-        optim_wrapper = dict(
-            constructor="dcn_plugin.OptimWrapperConstructor",
-            optimizer=dict(type="SGD", lr=0.02, weight_decay=1e-4),
-            paramwise_cfg=dict(dcn_offset_lr_mult=0.1, bias_decay_mult=0.0, roi_offset_lr_mult=0.01),
-        )
+        >>> optim_wrapper = dict(
+        ...     constructor="dcn_plugin.OptimWrapperConstructor",
+        ...     optimizer=dict(type="SGD", lr=0.02, weight_decay=1e-4),
+        ...     paramwise_cfg=dict(dcn_offset_lr_mult=0.1, bias_decay_mult=0.0, roi_offset_lr_mult=0.01),
+        ... )
     """
 
     def _validate_cfg(self) -> None:

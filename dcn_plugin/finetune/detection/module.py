@@ -235,7 +235,7 @@ def _metric() -> MeanAveragePrecision:
         )
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "DetectionModule needs pycocotools, which is not installed: pip install 'dcn_plugin[detection]'",
+            "DetectionModule needs pycocotools, which is not installed: pip install '.[detection]' in a clone",
             name="pycocotools",
         ) from error
     metric.warn_on_many_detections = False
