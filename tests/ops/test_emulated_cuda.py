@@ -11,7 +11,7 @@ import emulation
 import pytest
 import torch
 from cases import CASES, convert
-from coverings import pairwise
+from coverings import pairwise, word
 
 from dcn_plugin import reference
 from dcn_plugin.ops._kernels import latest
@@ -125,7 +125,7 @@ FORMS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("form", "dtype", "layout"), pairwise(list(FORMS), list(LIMITS), list(FORMATS)))
+@pytest.mark.parametrize(("form", "dtype", "layout"), pairwise(list(FORMS), list(LIMITS), list(FORMATS)), ids=word)
 def test_results_and_gradients(form, dtype, layout):
     how = dict(FORMS[form], dtype=dtype, layout=FORMATS[layout])
     how["offset_dtype"] = how.get("offset_dtype", torch.float32) or dtype
@@ -172,6 +172,7 @@ def test_every_tile(out, multiprocessors, tile):
 @pytest.mark.parametrize(
     ("form", "multiprocessors", "layout"),
     pairwise(["all_tile_widths", "offset_groups_across_groups", "large_kernel"], [FEW, MANY], list(FORMATS)),
+    ids=word,
 )
 def test_nothing_depends_on_the_order_of_threads(form, layout, multiprocessors):
     """A barrier or a wait that is missing shows: shared memory begins as NaN, and some schedule reads it too early."""
