@@ -49,9 +49,15 @@ def storable(values: Mapping[str, Any]) -> dict[str, Any]:
 def unknown(what: str, name: Any, known: Iterable[str], where: str = "") -> str:
     """Word an error about a name that is not among the known ones."""
     known = sorted(known)
-    close = difflib.get_close_matches(str(name), known, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return f"{where + ': ' if where else ''}unknown {what} {name!r}{hint}; known: {', '.join(known)}"
+    return (
+        f"{where + ': ' if where else ''}unknown {what} {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}"
+    )
+
+
+def did_you_mean(name: Any, known: Iterable[str]) -> str:
+    """Return the end of an error about `name`: the known name that is close to it, or ''."""
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def check_keys(where: str, values: Mapping, known: Iterable[str]) -> None:

@@ -64,5 +64,5 @@ def test_a_truncated_checkpoint_is_named(tmp_path):
     run(config(trainer=dict(TRAINER, max_epochs=1)), tmp_path)
     last = tmp_path / "last.ckpt"
     last.write_bytes(last.read_bytes()[:-5000])
-    with pytest.raises(ValueError, match=f"{re.escape(str(last))} is not a readable checkpoint"):
+    with pytest.raises(ValueError, match=f"{re.escape(str(last))}: expected a readable checkpoint"):
         run(config(trainer=dict(TRAINER, max_epochs=2)), tmp_path, checkpoint="auto")

@@ -17,8 +17,7 @@ from torch import nn
 from .._config import arguments, check_keys, plain
 from ..checkpoint import LoadReport, load_checkpoint, match_wrappers, read_file
 from ..convert import convert
-from ..layers import offset_parameters
-from ..layers.roi import BRANCH_LR_MULT
+from ..layers import offset_rates
 from ..models.build import check_saved_model
 from .classes import names_in
 from .classification.losses import check_saved
@@ -41,9 +40,9 @@ def param_groups(
     """Split the trainable parameters into timm's groups and give the offset predictors learning rates of their own.
 
     Every group carries `lr_scale`, which timm's schedulers multiply the learning rate with:
-    `lr_scale = layer_decay^(layers above) * factor`. The factor is `offset_lr_mult` for `conv_offset` and whatever else
-    is usually trained at the full rate (see `dcn_plugin.layers.offset_parameters`), `roi_offset_lr_mult` for the fully
-    connected branches of RoI pooling, 1 for the rest. Biases and norms have no weight decay, as in timm.
+    `lr_scale = layer_decay^(layers above) * factor`. The factor is `offset_lr_mult` times what is usual (1 for a
+    `conv_offset`, see `dcn_plugin.layers.offset_parameters`), `roi_offset_lr_mult` for the fully connected branches of
+    RoI pooling, 1 for the rest. Biases and norms have no weight decay, as in timm.
     """
     if layer_decay is None:
         groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=no_weight_decay)
@@ -52,9 +51,8 @@ def param_groups(
             model, weight_decay, no_weight_decay_list=no_weight_decay, layer_decay=layer_decay
         )
     named = dict(model.named_parameters())
-    factors = {
-        id(named[name]): roi_offset_lr_mult if usual == BRANCH_LR_MULT else offset_lr_mult * usual
-        for name, usual in offset_parameters(model).items()
+    factors: dict[int, Any] = {
+        id(named[name]): rate.factor(offset_lr_mult, roi_offset_lr_mult) for name, rate in offset_rates(model).items()
     }
     result = []
     for group in groups:

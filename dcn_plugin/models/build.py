@@ -29,11 +29,13 @@ def build_model(spec: str | Mapping[str, Any], num_classes: int | None = None) -
         kwargs["num_classes"] = num_classes
     if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name.split(".")[0]):
         close = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*dcn*") or timm.list_models("*_dcn")
-        raise ValueError(f"model: unknown timm model {name!r}; deformable ones close to it: {', '.join(close[:8])}")
+        raise ValueError(
+            f"model: expected a timm model, got {name!r}; deformable ones close to it: {', '.join(close[:8])}"
+        )
     try:
         return timm.create_model(name, **kwargs)
     except TypeError as error:
-        raise TypeError(f"model: {name} does not take these arguments: {error}") from error
+        raise TypeError(f"model: expected arguments that {name} takes, got {kwargs}: {error}") from error
 
 
 def without_weights(spec: Any) -> Any:
