@@ -35,7 +35,7 @@ MAY_IMPORT = {
     # MMEngine asks for detection's layer by name; it is imported then.
     "registry": ("mm detection layers flops", "mmengine mmcv"),
     "export": (
-        "models detection convert checkpoint reference _config",
+        "export models detection convert checkpoint reference _config",
         "timm torchvision safetensors onnx onnxruntime onnxscript",
     ),
     "finetune": (

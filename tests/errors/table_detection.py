@@ -5,9 +5,9 @@ import warnings
 from functools import partial
 from types import SimpleNamespace
 
+from detector_runs import FASTER, write_coco
 from PIL import Image
 from studies.detection import run_study
-from test_detection_finetune import FASTER, write_coco
 from torch import nn
 from torchmetrics.detection import mean_ap
 
