@@ -29,32 +29,15 @@ from .flops import register_with_mmengine
 from .layers import LAYERS
 from .mm import DCNResNet, TimmBackbone
 from .mm.layers import MMCV_LAYERS
+from .mm.scope import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 
 __all__ = ["HOOKS", "MODELS", "OPTIM_WRAPPER_CONSTRUCTORS"]
-
-SCOPE = "dcn_plugin"
 
 
 def mmcv_has_ops() -> bool:
     """Tell whether an mmcv with compiled operators is installed, without importing it."""
     spec = find_spec("mmcv")
     return spec is not None and PathFinder.find_spec("mmcv._ext", spec.submodule_search_locations) is not None
-
-
-# One node per root registry, so that `default_scope = "dcn_plugin"` finds a registry for everything it builds.
-# Hooks and optimizers live in modules of their own because importing MMEngine's takes seconds: MMEngine imports them on
-# first use.
-_LOCATIONS = {"HOOKS": "dcn_plugin.mm.hooks", "OPTIM_WRAPPER_CONSTRUCTORS": "dcn_plugin.mm.optim"}
-_NODES = {
-    name: _mmengine.Registry(
-        root.name, parent=root, scope=SCOPE, locations=[_LOCATIONS[name]] if name in _LOCATIONS else []
-    )
-    for name, root in vars(_mmengine).items()
-    if isinstance(root, _mmengine.Registry)
-}
-MODELS = _NODES["MODELS"]
-HOOKS = _NODES["HOOKS"]
-OPTIM_WRAPPER_CONSTRUCTORS = _NODES["OPTIM_WRAPPER_CONSTRUCTORS"]
 
 
 def _build_multiscale_deform_roi_pool(**arguments: Any) -> nn.Module:

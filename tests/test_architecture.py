@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "flops": ("layers ops", "mmengine"),
     "visualize": ("visualize layers", "numpy matplotlib"),
     "models": ("models convert layers _config registry", "timm mmengine"),
-    "mm": ("mm checkpoint layers registry", "timm mmengine numpy"),
+    "mm": ("mm checkpoint layers", "timm mmengine numpy"),
     # Detectors are torchvision's; they alone import it.
     "detection": ("detection mm layers ops _config", "torchvision"),
     # MMEngine asks for detection's layer by name; it is imported then.
@@ -76,6 +76,13 @@ def test_imports_point_one_way(path):
             assert (rest or ["__init__"])[0] in ours, f"{part} may not import {name}"
         else:
             assert top in others | {"torch"} | sys.stdlib_module_names, f"{part} may not import {name}"
+
+
+def test_imports_within_the_package_are_relative():
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level or node.module.partition(".")[0] != "dcn_plugin", f"{path}:{node.lineno}"
 
 
 def includes_of(path: Path) -> list[tuple[str, bool]]:

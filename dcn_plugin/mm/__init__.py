@@ -1,6 +1,7 @@
 """For MMEngine and the packages on it: mmdet's ResNet, mmcv's layer names, any timm model as a backbone.
 
-Nothing here imports MMEngine but `hooks` and `optim`, which MMEngine imports by itself on first use.
+Importing it does not import MMEngine: `scope` does, for `dcn_plugin.registry`, and `hooks` and `optim`, which MMEngine
+imports by itself on first use.
 """
 
 from .layers import build_dcn, build_dcnv2

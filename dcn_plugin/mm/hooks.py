@@ -8,7 +8,7 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 
-from ..registry import HOOKS
+from .scope import HOOKS
 
 
 def _plain(value: Any) -> Any:

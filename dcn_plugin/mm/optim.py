@@ -15,7 +15,7 @@ from torch import nn
 
 from ..layers import offset_parameters, sampling_layers
 from ..layers.roi import BRANCH_LR_MULT
-from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
+from .scope import OPTIM_WRAPPER_CONSTRUCTORS
 
 # What MMEngine's constructor does with keys of paramwise_cfg where it does not know a layer.
 _UNAPPLIED = "is not applied to it"
