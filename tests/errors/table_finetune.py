@@ -4,6 +4,7 @@ import ast
 import errno
 import importlib.util
 import io
+import json
 import math
 import os
 import sys
@@ -21,6 +22,7 @@ from tiny import TRAINER
 from torch import nn
 
 import dcn_plugin.finetune
+from dcn_plugin.export import register_form
 from dcn_plugin.finetune import (
     BackboneFinetuning,
     Digits,
@@ -287,6 +289,12 @@ def exported_with_spec(tmp_path):
     load_exported(tmp_path, spec=dict(type="DCNResNet"))
 
 
+def exported_by_somebody_else(tmp_path):
+    export_model(FinetuneModule(MODEL, num_classes=2).model, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(dict(dcn_plugin=dict(voxels=dict(width=4)))))
+    load_exported(tmp_path)
+
+
 def restored_loss(loss):
     def call(tmp_path):
         torch.save({"state_dict": {}, "hyper_parameters": dict(model=MODEL, loss=loss)}, tmp_path / "x.ckpt")
@@ -476,6 +484,14 @@ MODULE = [
         lambda tmp_path: load_exported(tmp_path),
         FileNotFoundError, "directory:", "an exported model with config.json", "got /",
     ),
+    Case(
+        exported_by_somebody_else,
+        ValueError, "directory:", "expected a model described as one of model, detector", "got 'voxels' in /",
+    ),
+    Case(
+        lambda: register_form("detector", None, None),
+        ValueError, "key:", "expected one of its own beside model, detector", "got 'detector'",
+    ),
     Case(exported_with_spec, ValueError, "spec:", "expected None, as", "got {'type': 'DCNResNet'}"),
     Case(
         import_without_torchmetrics,
@@ -640,7 +656,7 @@ DATA_SETS = [
             spoil=lambda path: (path / "val" / "green" / "green1.png").write_bytes(b"not an image"),
             look=lambda data: list(data.val_dataloader()),
         ),
-        UnreadableImage, "green1.png", "with data.bad_images='skip' the next image is taken instead", "cannot identify image",
+        UnreadableImage, "green1.png", "bad_images='skip' the next image is taken instead", "cannot identify image",
     ),
     Case(
         folder(*BOTH, spoil=lambda path: (path / "val" / "green" / "green1.png").unlink(), stage=None, look=vanished),
@@ -675,7 +691,7 @@ DATA_SETS = [
         no_bits, ValueError, "augment: auto_augment='rand-m9-mstd0.5-inc1'", "-mmax9", "draws magnitude 10, at which",
     ),
     Case(
-        lambda: list(ImageStream(SimpleNamespace(reader=[(FLOATS, 0)], target_transform=None), "L", "wds/ 'a'", "raise")),
+        lambda: list(ImageStream(SimpleNamespace(reader=[(FLOATS, 0)], target_transform=None), "L", "wds/ 'a'", "no")),
         UnreadableImage, "wds/ 'a'", "with data.bad_images='skip' it is left out", "image 0",
     ),
 ]  # fmt: skip

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from cases import OpCase, assert_close, convert, run
+from families import NAMES
 from torch import Tensor, nn
 
 from dcn_plugin import ops, registry
@@ -104,7 +105,7 @@ def test_ahead_of_time_package_of_a_model(tmp_path):
 # The deep ones take long to trace.
 MODELS = [
     pytest.param(name, marks=[pytest.mark.slow] if name.startswith(("resnet101", "resnet152")) else [])
-    for name in timm.list_models(module="dcn_resnet")
+    for name in NAMES
 ]
 
 
