@@ -7,7 +7,7 @@ import onnx_peer
 import torch
 import torch.nn.functional as F
 import torchvision
-from gpu import FUSED, PLAIN, Work
+from gpu import FUSED, PORTABLE, Work
 from harness import (
     LAYOUTS,
     OURS,
@@ -27,6 +27,7 @@ from torch import Tensor
 from dcn_plugin.ops import deform_conv2d
 
 NAME = "deform_conv2d"
+OPERATORS = (NAME,)
 _CONV2D = """`/ conv2d` is our time over that of the plain convolution
 with the same weights in"""
 _MEMORY = "`MiB` is the peak memory of a call above its arguments and"
@@ -36,12 +37,12 @@ COLUMNS = {
 results.""",
     "cuda": f"""{_CONV2D} channels_last (cuDNN's choice of several algorithms); `torchvision /`
 and `torchvision float16 /` are its times (NCHW; float32, and float16 whose positions are rounded to half) over ours,
-`plain /` that of our plain kernels. {_MEMORY} results.""",
+`portable /` that of our portable kernels. {_MEMORY} results.""",
 }
 TORCHVISION: Contestant = ("torchvision", "NCHW")
 # What does not follow the type of the run: onnxruntime and torchvision have no bfloat16.
 TYPES = {"torchvision": torch.float32, "onnxruntime": torch.float32, "torchvision float16": torch.float16}
-KERNELS = {OURS: FUSED, "plain": PLAIN}
+KERNELS = {OURS: FUSED, "portable": PORTABLE}
 COPIES = 4
 CONTESTANTS: dict[str, list[Contestant]] = {
     "cpu": [
@@ -50,7 +51,7 @@ CONTESTANTS: dict[str, list[Contestant]] = {
         ("onnxruntime", "NCHW"),
     ],
     "cuda": [
-        *((name, layout) for name in (OURS, "plain") for layout in LAYOUTS),
+        *((name, layout) for name in (OURS, "portable") for layout in LAYOUTS),
         ("conv2d", "channels_last"),
         TORCHVISION,
         ("torchvision float16", "NCHW"),
@@ -177,7 +178,7 @@ def make(shape: Shape, setting: Setting, name: str, layout: str, through: torch.
 
 def verify(shape: Shape, setting: Setting, made: dict[Contestant, dict[str, Call]]) -> None:
     # Not torchvision's float16: it rounds the positions themselves to half, and so takes other pixels.
-    require_agreement(shape, made, (OURS, "plain", "onnxruntime"), TORCHVISION, 1e-5 if exact(setting) else 3e-2)
+    require_agreement(shape, made, (OURS, "portable", "onnxruntime"), TORCHVISION, 1e-5 if exact(setting) else 3e-2)
 
 
 def extras(shape: Shape, setting: Setting, call: Call, layout: str, task: str) -> dict:
@@ -187,7 +188,7 @@ def extras(shape: Shape, setting: Setting, call: Call, layout: str, task: str) -
 def figures(row: dict) -> dict[str, str]:
     """What the table shows of a row, after shape, layout and task."""
     here = row[OURS][row["layout"]]
-    peers = ("torchvision", "torchvision float16", "plain") if "gpu" in row else ("torchvision", "onnxruntime")
+    peers = ("torchvision", "torchvision float16", "portable") if "gpu" in row else ("torchvision", "onnxruntime")
     same = {} if "gpu" in row else {"/ same layout": f"{row['conv2d'][row['layout']]['ratio']:.2f}"}
     return {
         "ms": f"{here['ms']:.2f}",

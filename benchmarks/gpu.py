@@ -16,8 +16,8 @@ from dcn_plugin import ops
 
 Call = Callable[[], list[Tensor]]
 
-# Our kernels: the plain ones, or the fused ones where they exist.
-PLAIN, FUSED = "plain", "fused"
+# Our kernels: the portable ones, or the fused ones where they exist.
+PORTABLE, FUSED = "portable", "fused"
 # The copies of the arguments together are at least so large, twice the L2 cache of the largest GPUs; not that of a
 # layer that fits many times over, which is bound by its launches anyway.
 COLD, MOST_COPIES = 128 * 2**20, 64
@@ -27,7 +27,7 @@ LONG, MOST_CALLS = 2.0, 50
 # what has more launches than a queue holds runs at the host's pace in any case.
 QUEUED, CYCLES_PER_SECOND = 0.01, 2e9
 COLUMNS = """`ms` is the GPU's time for a call, with arguments
-that are not in its cache and launches queued beforehand (but for what takes the host long: whole models, plain kernels
+that are not in its cache and launches queued beforehand (but for what takes the host long: whole models, portable kernels
 of many groups); `host ms` is how long the host takes to launch it. TFLOP/s count the products with the weights, GB/s
 each argument and result of the forward and of the backward once; the shares are those of the two ceilings, measured in
 the same run."""
@@ -54,7 +54,7 @@ def choose(kernels: str) -> None:
 class Rotating:
     """A task of a contestant; each call takes the next copy of the arguments, and the contestant's kernels."""
 
-    def __init__(self, calls: list[Call], kernels: str = PLAIN) -> None:
+    def __init__(self, calls: list[Call], kernels: str = PORTABLE) -> None:
         self._next, self._kernels = cycle(calls), kernels
         self._calls, self._sleep = 0, 0
 
@@ -138,7 +138,7 @@ def kernels_of(call: Rotating, operator: str, task: str) -> dict[str, str]:
     """Which kernels a call has run: name of the operator -> the kernel."""
     call()
     names = (operator,) if task in ("forward", "inference") else (operator, f"{operator}_backward")
-    return {name: kernel for name, kernel in ops.kernels_used().items() if name in names}
+    return {name: kernel for name, kernel in ops.kernels_used("cuda").items() if name in names}
 
 
 def figures(row: dict, ms: float) -> dict[str, str]:

@@ -91,7 +91,7 @@ def compared(times: dict[Contestant, Times], layout: str) -> dict[str, dict[str,
 
 def kernels(family: ModuleType, setting: Setting, name: str) -> str:
     """Which CUDA kernels of ours a contestant takes."""
-    return family.KERNELS.get(name, gpu.PLAIN) if setting.kernels == gpu.FUSED else gpu.PLAIN
+    return family.KERNELS.get(name, gpu.PORTABLE) if setting.kernels == gpu.FUSED else gpu.PORTABLE
 
 
 def calls_of(family: ModuleType, shape: tuple, setting: Setting, key: Contestant) -> dict[str, Call]:

@@ -7,7 +7,7 @@ from unittest.mock import patch
 import timm
 import torch
 import torchvision
-from gpu import FUSED, PLAIN, Work
+from gpu import FUSED, PORTABLE, Work
 from harness import FEWEST, LAYOUTS, OURS, Call, Contestant, Setting, best, exact, require_agreement, times_ours
 from torch import Tensor, nn
 from torch.autograd import DeviceType
@@ -29,15 +29,15 @@ of resnet50 in the faster of the two layouts, `/ same layout` over that in our l
 resnet50_dcn with torchvision's operator (NCHW) over ours. {_SHARE}""",
     "cuda": f"""half types by autocast; `/ resnet50` is the time of
 resnet50_dcn over that of resnet50, `resnet50 images/s` what that does; `torchvision /` is the time of resnet50_dcn with
-torchvision's operator (in float32) over ours, `plain /` that with our plain kernels. {_SHARE}""",
+torchvision's operator (in float32) over ours, `portable /` that with our portable kernels. {_SHARE}""",
 }
 BASE = "resnet50"
-KERNELS = {OURS: FUSED, "plain": PLAIN}
+KERNELS = {OURS: FUSED, "portable": PORTABLE}
 # A model reads more than a cache holds by itself.
 COPIES = 1
 CONTESTANTS: dict[str, list[Contestant]] = {
     "cpu": [*((name, layout) for name in (OURS, BASE) for layout in LAYOUTS), ("torchvision", "NCHW")],
-    "cuda": [(name, "channels_last") for name in (OURS, "plain", BASE, "torchvision")],
+    "cuda": [(name, "channels_last") for name in (OURS, "portable", BASE, "torchvision")],
 }
 OFFSET_WEIGHT_STD = 0.01
 
@@ -175,7 +175,7 @@ def figures(row: dict) -> dict[str, str]:
     here = row[OURS][row["layout"]]
     if "gpu" in row:
         base = row["gpu"]["images_s"] * best(row, BASE)["ratio"]
-        peers = {f"{BASE} images/s": f"{base:.0f}", "plain /": times_ours(row, "plain")}
+        peers = {f"{BASE} images/s": f"{base:.0f}", "portable /": times_ours(row, "portable")}
     else:
         peers = {"/ same layout": f"{row[BASE][row['layout']]['ratio']:.2f}"}
     return {

@@ -26,6 +26,7 @@ from torch import Tensor
 from dcn_plugin import ops, reference
 
 NAME = "roi_pool"
+OPERATORS = ("deform_roi_pool", "deform_ps_roi_pool")
 _COLUMNS = """`ms` is ours with offsets, `plain ms` without;
 `torchvision /` is the time of torchvision's operator without deformation (float32, NCHW; `roi_align`, for PS
 `ps_roi_align`) over ours with offsets, and over ours without. `MiB` is the peak memory of a call above its arguments
@@ -97,8 +98,9 @@ def work(shape: Shape, task: str, itemsize: int) -> Work:
     """The whole map counts as read, and its gradient as written, whichever part the regions cover."""
     numbers = {name: itemsize * math.prod(size) for name, size in sizes(shape).items()}
     result, gradients = numbers.pop("grad"), sum(numbers.values())
-    operator = "deform_ps_roi_pool" if shape.position_sensitive else "deform_roi_pool"
-    forward = Work(operator, traffic=gradients + shape.regions * 5 * torch.float32.itemsize + result)
+    forward = Work(
+        OPERATORS[shape.position_sensitive], traffic=gradients + shape.regions * 5 * torch.float32.itemsize + result
+    )
     return forward if task == "forward" else forward.with_backward(gradients)
 
 
@@ -132,12 +134,10 @@ def make(shape: Shape, setting: Setting, name: str, layout: str) -> dict[str, Ca
     if name == "torchvision":
         how |= dict(sampling_ratio=shape.samples, aligned=True)
         return differentiated(lambda: torchvision.ops.roi_align(input, rois, **how), [input], t["grad"])
-    operators = ops if name != "reference" else reference
+    operator = getattr(ops if name != "reference" else reference, OPERATORS[shape.position_sensitive])
     if shape.position_sensitive:
-        operator = operators.deform_ps_roi_pool
         how |= dict(output_dim=shape.channels, group_size=BINS, samples_per_part=shape.samples)
     else:
-        operator = operators.deform_roi_pool
         how |= dict(sampling_ratio=shape.samples)
     if name == "plain":
         return differentiated(lambda: operator(input, rois, **how), [input], t["grad"])

@@ -9,7 +9,7 @@
 
 Families: deform_conv2d (against conv2d, torchvision and, where it is installed, onnxruntime), half_types (bfloat16 and
 float16 against float32, on the CPU), roi_pool (against torchvision) and models (resnet50_dcn against resnet50, and
-against itself on torchvision's operator; needs timm). `pip install dcn_plugin[benchmark]` brings the peers.
+against itself on torchvision's operator; needs timm). `pip install '.[benchmark]'` brings the peers.
 
 Results are compared before anything is timed. Rounds alternate between the contestants, so that a noisy machine
 disturbs them alike; slow ones have fewer rounds, at least three. A time is the median over rounds, a ratio the median
@@ -42,6 +42,8 @@ if find_spec("timm"):
     import models
 
     FAMILIES[models.NAME] = models
+# Operators that no family times (its OPERATORS) -> why.
+NOT_TIMED = {"ps_roi_pool": "torchvision's rounds otherwise, so results could not be compared before they are timed"}
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 # Results of runs with other options than these go to files of their own, beside the full table.
 SAME_TABLE = ("family", "device", "rounds")
@@ -140,7 +142,11 @@ def run(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Not timed: " + "; ".join(f"{name} ({reason})" for name, reason in NOT_TIMED.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--family", choices=FAMILIES, help="one family (default: all)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
@@ -154,7 +160,7 @@ def main() -> int:
     )
     parser.add_argument(
         "--kernels",
-        choices=[gpu.PLAIN, gpu.FUSED],
+        choices=[gpu.PORTABLE, gpu.FUSED],
         default=gpu.FUSED,
         help="ours on cuda (default: fused where they exist)",
     )
@@ -171,7 +177,7 @@ def main() -> int:
         if not limits.items() <= os.environ.items():
             # Libraries look at these when they are loaded.
             os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **limits})
-        torch.ops.dcn_plugin._set_cpu_path(3)
+        torch.ops.dcn_plugin._choose_cpu_kernels("tuned x86-64-v3")
     cuda = args.device == "cuda"
     if cuda:
         torch.backends.cudnn.benchmark = True

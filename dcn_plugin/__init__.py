@@ -1,10 +1,13 @@
 """Deformable convolution for PyTorch, plugged into timm and MMEngine by one import.
 
 `import dcn_plugin` loads the compiled operators and registers the models with timm and the layers, backbones and
-hooks with MMEngine, whichever of the two is installed. Example::
+hooks with MMEngine, whichever of the two is installed.
 
-    import timm, dcn_plugin
-    model = timm.create_model("resnet50_dcn", num_classes=10)
+Example:
+    >>> import timm, dcn_plugin
+    >>> model = timm.create_model("resnet18_dcn", num_classes=10)
+    >>> isinstance(model.layer4[1].conv2, dcn_plugin.DCNv2)
+    True
 """
 
 import sys as _sys

@@ -14,7 +14,6 @@ import torch
 
 from ._version import __version__
 
-TORCH_FLOOR = (2, 11)
 PACKAGE = Path(__file__).resolve().parent
 CPU_LIBRARY = PACKAGE / "_C.so"
 CUDA_LIBRARY = PACKAGE / "_C_cuda.so"
@@ -75,6 +74,10 @@ def cuda_built() -> bool:
     return CUDA_LIBRARY.is_file()
 
 
+def _minor(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
 @functools.cache
 def load() -> None:
     """Load the operator libraries into torch: always `_C`, and `_C_cuda` beside a torch with CUDA.
@@ -85,9 +88,8 @@ def load() -> None:
     Raises:
         ExtensionError: when the running torch is too old, or the CPU library is missing or does not load.
     """
-    running = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
-    floor = ".".join(map(str, TORCH_FLOOR))
-    if running < TORCH_FLOOR:
+    floor = info().get("torch_floor")
+    if floor is not None and _minor(torch.__version__) < _minor(floor):
         raise ExtensionError(
             f"dcn_plugin {__version__} needs torch {floor} or newer, but torch {torch.__version__} is running.\n"
             f"  To mend it: {sys.executable} -m pip install -U 'torch>={floor}'"

@@ -192,7 +192,6 @@ def extract_weights(path: str | os.PathLike[str], target: str | os.PathLike[str]
         ValueError: the file is damaged, something else (TorchScript, an archive, ...: it is named), or holds no tensor.
 
     Example:
-
         >>> import argparse, tempfile, torch
         >>> from dcn_plugin.checkpoint import extract_weights, read_checkpoint
         >>> folder = tempfile.mkdtemp()

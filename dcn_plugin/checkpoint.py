@@ -130,7 +130,6 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | Sequence[str] | Non
         ImportError: a safetensors file without safetensors installed.
 
     Example:
-
         >>> import torch, tempfile
         >>> from dcn_plugin.checkpoint import read_checkpoint
         >>> with tempfile.NamedTemporaryFile(suffix=".pth") as file:
@@ -181,7 +180,6 @@ def load_checkpoint(
         TypeError: an argument has the wrong type, or the state dict holds no tensors.
 
     Example:
-
         >>> from torch import nn
         >>> import dcn_plugin
         >>> plain, model = (nn.Sequential(nn.Conv2d(3, 8, 3, padding=1)) for _ in range(2))

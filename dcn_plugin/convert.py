@@ -152,7 +152,6 @@ def convert(
             do, ...), or an argument has the wrong type.
 
     Example:
-
         >>> from torch import nn
         >>> import dcn_plugin
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))

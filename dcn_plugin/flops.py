@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from .layers import LAYERS, DeformConv2d, SamplingModule
-from .ops._flops import UNKNOWN
 
 __all__ = ["fvcore_handles", "ptflops_hooks", "register_with_mmengine", "thop_ops"]
 
@@ -26,21 +25,27 @@ def _shape(value: Any) -> list[int]:
     return value.type().sizes()
 
 
-def _conv_handle(inputs: Any, outputs: Any) -> Counter[str]:
-    """Multiply-adds of a node of a traced graph."""
-    operations = flop_registry[torch.ops.dcn_plugin.deform_conv2d](
-        *(torch.empty(_shape(value), device="meta") for value in inputs[:3]),
-        out_val=torch.empty(_shape(outputs[0]), device="meta"),
-    )
-    return Counter(deform_conv2d=operations // 2)
+def _operators() -> dict[str, Any]:
+    """Our operators by their names in a graph; each has a formula, as its backward has."""
+    ours = {str(operator).replace(".", "::"): operator for operator in flop_registry}
+    return {name: ours[name] for name in ours if name.startswith("dcn_plugin::") and not name.endswith("_backward")}
 
 
-def _pooling_handle(name: str, reads: int, samples: int | None) -> Callable[[Any, Any], Counter[str]]:
-    """Multiply-adds of pooling: `reads` pixels a sample; `samples` is the place of their number in the schema."""
+def _argument(value: Any) -> Any:
+    """What a node of a traced graph is given: a tensor's shape, without memory, and options as they are."""
+    if value.type().kind() == "TensorType":
+        return torch.empty(_shape(value), device="meta")
+    if value.node().kind() == "prim::ListConstruct":
+        return [item.toIValue() for item in value.node().inputs()]
+    return value.toIValue()
+
+
+def _handle(name: str, operator: Any) -> Callable[[Any, Any], Counter[str]]:
+    """Multiply-adds of a node of a traced graph: half of the operations that the operator's formula counts."""
 
     def handle(inputs: Any, outputs: Any) -> Counter[str]:
-        along = 0 if samples is None else inputs[samples].toIValue()
-        return Counter({name: reads * int(torch.Size(_shape(outputs[0])).numel()) * (along or UNKNOWN) ** 2})
+        operations = flop_registry[operator](*map(_argument, inputs), out_val=_argument(outputs[0]))
+        return Counter({name.removeprefix("dcn_plugin::"): operations // 2})
 
     return handle
 
@@ -52,21 +57,12 @@ def fvcore_handles() -> dict[str, Callable[[Any, Any], Counter[str]]]:
     pixels, for each bin.
 
     Example:
-
         >>> from dcn_plugin.flops import fvcore_handles
-        >>> for name in fvcore_handles():  # FlopCountAnalysis(model, image).set_op_handle(**fvcore_handles()).total()
-        ...     print(name)
-        dcn_plugin::deform_conv2d
-        dcn_plugin::deform_roi_pool
-        dcn_plugin::deform_ps_roi_pool
-        dcn_plugin::ps_roi_pool
+        >>> handles = fvcore_handles()  # FlopCountAnalysis(model, image).set_op_handle(**handles).total()
+        >>> "dcn_plugin::deform_conv2d" in handles
+        True
     """
-    return {
-        "dcn_plugin::deform_conv2d": _conv_handle,
-        "dcn_plugin::deform_roi_pool": _pooling_handle("deform_roi_pool", 4, 6),
-        "dcn_plugin::deform_ps_roi_pool": _pooling_handle("deform_ps_roi_pool", 4, 8),
-        "dcn_plugin::ps_roi_pool": _pooling_handle("ps_roi_pool", 1, None),
-    }
+    return {name: _handle(name, operator) for name, operator in _operators().items()}
 
 
 def register_with_mmengine() -> None:
@@ -120,7 +116,6 @@ def ptflops_hooks() -> dict[Any, Callable[..., Any]]:
     Classes derived from the layers need an entry of their own: ptflops goes by a module's very class.
 
     Example:
-
         >>> from dcn_plugin import DCNv2
         >>> from dcn_plugin.flops import ptflops_hooks
         >>> hooks = ptflops_hooks()  # get_model_complexity_info(model, (3, 64, 64), custom_modules_hooks=hooks)
@@ -136,8 +131,7 @@ def ptflops_hooks() -> dict[Any, Callable[..., Any]]:
     def of_operator(operator: Any) -> Callable[[tuple[Any, ...], tuple[Any, ...]], int]:
         return lambda args, outputs: flop_registry[operator](*args, out_val=outputs[0]) // 2
 
-    operators = [getattr(torch.ops.dcn_plugin, name.partition("::")[2]) for name in fvcore_handles()]
-    return dict.fromkeys(_layers(), hook) | {operator: of_operator(operator) for operator in operators}
+    return dict.fromkeys(_layers(), hook) | {operator: of_operator(operator) for operator in _operators().values()}
 
 
 def thop_ops() -> Mapping[type[nn.Module], Callable[..., None]]:
@@ -146,7 +140,6 @@ def thop_ops() -> Mapping[type[nn.Module], Callable[..., None]]:
     Classes derived from the layers need an entry of their own: thop goes by a module's very class.
 
     Example:
-
         >>> from dcn_plugin import DCNv2
         >>> from dcn_plugin.flops import thop_ops
         >>> DCNv2 in thop_ops()  # profile(model, (image,), custom_ops=thop_ops())

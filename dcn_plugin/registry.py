@@ -1,9 +1,11 @@
 """MMEngine's view of this package: the registry scope `dcn_plugin`.
 
-MMEngine imports this module by itself when a config says `type="dcn_plugin.<name>"`; no `custom_imports` needed::
+MMEngine imports this module by itself when a config says `type="dcn_plugin.<name>"`; no `custom_imports` needed.
 
-    from mmengine.registry import MODELS
-    layer = MODELS.build(dict(type="dcn_plugin.DCNv2", in_channels=8, out_channels=8, kernel_size=3, padding=1))
+Example:
+    >>> from mmengine.registry import MODELS
+    >>> MODELS.build(dict(type="dcn_plugin.DCNv2", in_channels=8, out_channels=8, kernel_size=3, padding=1)).kernel_size
+    (3, 3)
 
 `DCN` and `DCNv2` without a scope are mmcv's names. Where mmcv's compiled operators are installed they stay mmcv's;
 elsewhere they mean this package's layers with mmcv's arguments and mmcv's sigmoid masks (see `mm.layers`), so

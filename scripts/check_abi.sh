@@ -66,23 +66,7 @@ check() { # PYTHON TORCH
     "$python" -m pip install --quiet "torch==$2" "numpy" "pytest>=8" "hypothesis" "setuptools" || return
     "$python" -m pip install --quiet --no-deps --no-index "$wheel" || return
     cd "$work/checked" || return
-    "$python" - <<'END' || return
-import platform
-
-import torch
-
-import dcn_plugin
-from dcn_plugin import _extension, ops
-
-assert "site-packages" in _extension.__file__, _extension.__file__
-x, weight = torch.randn(1, 4, 9, 8, requires_grad=True), torch.randn(6, 4, 3, 3)
-out = ops.deform_conv2d(x, torch.zeros(1, 18, 9, 8), weight, padding=1)
-torch.testing.assert_close(out, torch.nn.functional.conv2d(x, weight, padding=1), atol=1e-5, rtol=1e-5)
-out.sum().backward()
-assert x.grad.isfinite().all() and x.grad.any()
-built = _extension.info()["torch"]
-print(f"   Python {platform.python_version()}, torch {torch.__version__}: a wheel that was built on torch {built} loads and runs")
-END
+    "$python" "$root/scripts/check_abi_wheel.py" || return
     found=$(sum_of "$("$python" -c 'from dcn_plugin import _extension; print(_extension.CPU_LIBRARY)')") || return
     [ "$found" = "$built" ] || { echo "   _C.so is another file: $found" && return 1; }
     "$python" -m pytest -q -p no:cacheprovider tests/ops tests/test_contracts.py tests/fuzz

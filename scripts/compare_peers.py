@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dcn_plugin import reference
+from dcn_plugin import ops, reference
 
 Operator = Callable[..., Tensor]
 PEERS = ("dcn_plugin", "torchvision", "mmcv")
@@ -28,9 +28,7 @@ PEERS = ("dcn_plugin", "torchvision", "mmcv")
 def operator(name: str) -> Operator:
     """The operator of a package, called as (input, offset, weight, mask), with padding 1."""
     if name == "dcn_plugin":
-        from dcn_plugin.ops import deform_conv2d
-
-        return lambda x, offset, weight, mask: deform_conv2d(x, offset, weight, padding=1, mask=mask)
+        return lambda x, offset, weight, mask: ops.deform_conv2d(x, offset, weight, padding=1, mask=mask)
     if name == "torchvision":
         from torchvision.ops import deform_conv2d
 
@@ -43,9 +41,7 @@ def operator(name: str) -> Operator:
 def roi_operator(name: str) -> Operator:
     """The deformable RoI pooling of a package, called as (input, rois, offset), 3x3 bins of 2x2 samples."""
     if name == "dcn_plugin":
-        from dcn_plugin.ops import deform_roi_pool
-
-        return lambda x, rois, offset: deform_roi_pool(x, rois, offset, output_size=3, sampling_ratio=2)
+        return lambda x, rois, offset: ops.deform_roi_pool(x, rois, offset, output_size=3, sampling_ratio=2)
     if name == "torchvision":
         raise NotImplementedError("has no deformable RoI pooling")
     from mmcv.ops import deform_roi_pool
@@ -91,7 +87,7 @@ def gradient_penalty(op: Operator) -> str:
     def penalty(f: Operator) -> Tensor:
         given = [t.requires_grad_() for t in arguments()]
         first = torch.autograd.grad(f(*given).square().sum(), given, create_graph=True)
-        return torch.autograd.grad(sum(g.square().sum() for g in first), given[0])[0]
+        return torch.autograd.grad(torch.stack([g.square().sum() for g in first]).sum(), given[0])[0]
 
     return compare(penalty(op), penalty(truth))
 
@@ -159,13 +155,13 @@ def onnx(op: Operator) -> str:
 
     from dcn_plugin.export.onnx import custom_translation_table  # of this package's operators, nobody else's
 
-    given, file = arguments(torch.float32), io.BytesIO()
+    given = arguments(torch.float32)
     table = custom_translation_table()
     program = torch.onnx.export(
         Module(op), tuple(given), dynamo=True, opset_version=19, custom_translation_table=table, verbose=False
     )
-    program.save(file)
-    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    assert program is not None
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
     feed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), given, strict=True)}
     nodes = sorted({node.op_type for node in program.model.graph if "eform" in node.op_type})
     found = torch.from_numpy(session.run(None, feed)[0])
@@ -226,8 +222,8 @@ def main() -> None:
         except ImportError as error:
             print(f"{peer} is not asked: {error}")
     print("| question | " + " | ".join(peers) + " |\n" + "|---" * (len(peers) + 1) + "|")
-    for question in QUESTIONS:
-        print(f"| {question} | " + " | ".join(answer(peer, question) for peer in peers) + " |", flush=True)
+    for name in QUESTIONS:
+        print(f"| {name} | " + " | ".join(answer(peer, name) for peer in peers) + " |", flush=True)
 
 
 if __name__ == "__main__":

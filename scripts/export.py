@@ -1,4 +1,4 @@
-"""Write a model's graph as ONNX or as a torch ExportedProgram, checked: `python scripts/export.py MODEL --out model.onnx`."""
+"""Write a model as ONNX or as a torch ExportedProgram, checked: `python scripts/export.py MODEL --out model.onnx`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks the CUDA operators on this machine's GPU: compiles for it, runs the tests that need one with the plain and with
+# Checks the CUDA operators on this machine's GPU: compiles for it, runs the tests that need one with the portable and with
 # the fused kernels, compute-sanitizer where it is installed, and the benchmarks, also after failed tests. The end tells
 # what passed, failed or was left out. `bash scripts/gpu_check.sh OUT` writes the tables (JSON, Markdown) and
 # gpu-check.log to the folder OUT (default: benchmarks/results).
@@ -86,16 +86,7 @@ benchmark() { # FAMILY SECONDS OPTIONS...
 
 check() {
     local gpu status
-    gpu=$("$python" -c '
-import sys
-try:
-    import torch
-except ImportError as error:
-    sys.exit("gpu_check.sh: %s has no torch (%s); set PYTHON to one that has." % (sys.executable, error))
-if not torch.cuda.is_available():
-    sys.exit("gpu_check.sh: torch %s finds no usable CUDA GPU on this machine." % torch.__version__)
-print(";".join(sorted({"%d.%d" % torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})))') ||
-        return 1
+    gpu=$("$python" scripts/gpu_capabilities.py) || return 1
     export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$gpu}
     parallel=()
     if "$python" -c 'import xdist' 2>/dev/null; then
@@ -104,14 +95,14 @@ print(";".join(sorted({"%d.%d" % torch.cuda.get_device_capability(i) for i in ra
 
     if stage build 200 env DCN_PLUGIN_CUDA=1 "$python" setup.py -q build_ext --inplace; then
         stage environment 60 "$python" -m dcn_plugin.collect_env
-        tests "tests, plain kernels" 110 plain fused
-        tests "tests, fused kernels" 110 fused plain
+        tests "tests, portable kernels" 110 portable fused
+        tests "tests, fused kernels" 110 fused portable
         sanitizer memcheck --report-api-errors no
         sanitizer racecheck
         benchmark deform_conv2d 140
         status=$?
-        # The fused kernels may have broken the device for their process; the plain ones then still have figures.
-        if ((status == 70)) && benchmark deform_conv2d 80 --kernels plain; then
+        # The fused kernels may have broken the device for their process; the portable ones then still have figures.
+        if ((status == 70)) && benchmark deform_conv2d 80 --kernels portable; then
             rm -f "$out/deform_conv2d-cuda.md"
         fi
         benchmark models 80

@@ -2,7 +2,7 @@
 # pyproject.toml) and the compiled operators. What is up to date already is left alone. Afterwards the working
 # directory is the repository's root and `python` is the environment's.
 #
-# PYTHON chooses the interpreter; DCN_PLUGIN_VENV the folder; what setup.py reads (DCN_PLUGIN_CUDA, CXX, ...) holds too.
+# PYTHON chooses the interpreter; DCN_PLUGIN_VENV the folder; what scripts/toolchain reads (DCN_PLUGIN_CUDA, CXX, ...) holds too.
 # shellcheck shell=bash
 
 fail() {
@@ -44,8 +44,9 @@ find_compiler() {
 
 # What the environment was made from: it is made anew when this changes.
 fingerprint() {
-    "$1" -c 'import hashlib, pathlib, sys, sysconfig
-print(pathlib.Path.cwd(), sys.version_info[:3], sysconfig.get_platform(), hashlib.sha256(pathlib.Path("pyproject.toml").read_bytes()).hexdigest())'
+    local python
+    python=$("$1" -c 'import sys, sysconfig; print(sys.version_info[:3], sysconfig.get_platform())') || return
+    echo "$PWD $python $(cksum <pyproject.toml)"
 }
 
 make_environment() {

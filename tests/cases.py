@@ -1,4 +1,4 @@
-"""One case per operator: how to call it and its reference, and the configurations that every contract runs over."""
+"""One case per operator: its configurations, over which every contract runs, and how to call what is compiled."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcn_plugin import ops, reference
 
@@ -27,16 +29,27 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str
     assert error <= TOLERANCE[dtype] * scale, f"{what}: error {error:.3g} on a scale of {scale:.3g}"
 
 
+class Calls(TorchDispatchMode):
+    """Collects the arguments of every call of a compiled operator."""
+
+    def __init__(self, op: Any) -> None:
+        super().__init__()
+        self.op, self.found = op, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is self.op:
+            self.found.append(args)
+        return function(*args, **kwargs or {})
+
+
 @dataclass(frozen=True)
 class OpCase:
     """An operator: `make(dtype)` gives keyword arguments; tensors among them that float are differentiable."""
 
-    name: str
-    function: Callable[..., Tensor]
-    reference: Callable[..., Tensor]
-    op: str  # torch.ops.dcn_plugin.<op>
-    to_op: Callable[..., tuple]  # keyword arguments -> the compiled operator's positional ones
+    name: str  # in dcn_plugin.ops, dcn_plugin.reference and torch.ops.dcn_plugin
     configs: dict[str, Callable[[], dict[str, Any]]]  # float64 arguments on the CPU, seeded by the test
+    real: dict[str, Callable[[], dict[str, Any]]]  # as large as in models, for GPUs; the first also for graphs, streams
+    threaded: dict[str, Callable[[], dict[str, Any]]]  # which threads of the CPU share, for the sanitizers
     full: str  # the configuration with every argument
     bare: str  # the one with as few as can be
     mixed: str  # the one with groups and classes, in which no two sizes are equal
@@ -50,6 +63,50 @@ class OpCase:
     ) -> dict[str, Any]:
         torch.manual_seed(seed)
         return convert(self.configs[config](), dtype=dtype, device=device)
+
+    @property
+    def function(self) -> Callable[..., Tensor]:
+        return getattr(ops, self.name)
+
+    @property
+    def reference(self) -> Callable[..., Tensor]:
+        return getattr(reference, self.name)
+
+    @property
+    def of_regions(self) -> bool:
+        return "rois" in self.per_result
+
+    @property
+    def op(self) -> Any:
+        return getattr(torch.ops.dcn_plugin, self.name).default
+
+    @property
+    def backward_op(self) -> Any:
+        return getattr(torch.ops.dcn_plugin, f"{self.name}_backward").default
+
+    def to_op(self, **arguments: Any) -> dict[str, Any]:
+        """Arguments of the function -> of the compiled operator, in order: options as the function hands them on.
+
+        It is asked with tensors that have no memory, so regions that it would refuse are no matter.
+        """
+
+        def without_memory(v: Any) -> Any:
+            return torch.empty(v.shape, dtype=v.dtype, device="meta") if isinstance(v, Tensor) else v
+
+        with temporarily_clear_interpreter_stack(), Calls(self.op) as calls:
+            self.function(**{k: without_memory(v) for k, v in arguments.items()})
+        (found,) = calls.found
+        given = dict(zip([a.name for a in self.op._schema.arguments], found, strict=True))
+        return {k: arguments.get(k) if v is None or isinstance(v, Tensor) else v for k, v in given.items()}
+
+    def to_backward(self, grad_output: Tensor, wanted: int, **arguments: Any) -> dict[str, Any]:
+        """The same for the compiled backward."""
+        given = {"grad_output": grad_output, **self.to_op(**arguments), "wanted": wanted}
+        return {a.name: given[a.name] for a in self.backward_op._schema.arguments}
+
+    def compiled(self, **arguments: Any) -> Tensor:
+        """The compiled operator, which looks at no values: what graphs call, and what runs on CUDA."""
+        return self.op(*self.to_op(**arguments).values())
 
 
 def convert(arguments: dict[str, Any], **to: Any) -> dict[str, Any]:
@@ -105,12 +162,6 @@ def deform_conv2d_arguments(
         return arguments
 
     return make
-
-
-def _deform_conv2d_to_op(input, offset, weight, bias=None, stride=1, padding=0, dilation=1, mask=None):
-    pair = lambda v: [v, v] if isinstance(v, int) else list(v)  # noqa: E731
-    pads = pair(padding)
-    return input, offset, weight, bias, mask, pair(stride), pads if len(pads) == 4 else pads * 2, pair(dilation)
 
 
 def _regions(count: int, batch: int, height: int, width: int, scale: float) -> Tensor:
@@ -179,35 +230,11 @@ def ps_roi_pool_arguments(
     return make
 
 
-def _deform_roi_pool_to_op(
-    input, rois, output_size, spatial_scale, sampling_ratio, gamma, aligned, offset=None, mask=None
-):
-    return input, rois, offset, mask, list(output_size), spatial_scale, max(sampling_ratio, 0), gamma, aligned
-
-
-def _deform_ps_roi_pool_to_op(
-    input, rois, output_dim, group_size, output_size, part_size, samples_per_part, spatial_scale, offset_scale,
-    offset=None, mask=None,
-):  # fmt: skip
-    return (
-        input, rois, offset, mask, output_dim, group_size, list(output_size), list(part_size or output_size),
-        samples_per_part, spatial_scale, offset_scale,
-    )  # fmt: skip
-
-
-def _ps_roi_pool_to_op(input, rois, output_dim, group_size, output_size, spatial_scale):
-    return input, rois, output_dim, group_size, list(output_size), spatial_scale
-
-
 _make = deform_conv2d_arguments
 _align, _part, _pixels = deform_roi_pool_arguments, deform_ps_roi_pool_arguments, ps_roi_pool_arguments
 CASES = [
     OpCase(
         "deform_conv2d",
-        ops.deform_conv2d,
-        reference.deform_conv2d,
-        "deform_conv2d",
-        _deform_conv2d_to_op,
         {
             "v2": _make(),
             "v1": _make(mask=False, bias=False),
@@ -226,6 +253,29 @@ CASES = [
             "few_pixels_many_channels": _make((1, 600, 2, 2), out=16, groups=2),
             "many_tiles": _make((3, 20, 31, 29), out=8, groups=4, offset_groups=2),
         },
+        real={
+            "c64": _make((3, 64, 24, 20), out=64),
+            "c128-to-96": _make((2, 128, 15, 13), out=96),
+            "c256": _make((4, 256, 14, 14), out=256, bias=False),
+            "c512": _make((3, 512, 7, 7), out=512, spread=1.0),
+            "c72-to-40": _make((1, 72, 11, 9), out=40, mask=False),
+            "stride-dilation": _make((2, 64, 19, 22), out=128, stride=2, dilation=2, padding=(2, 1, 0, 3)),
+            "offset-groups": _make((2, 128, 13, 17), out=64, offset_groups=4),
+            "groups": _make((2, 128, 12, 10), out=192, groups=4, offset_groups=2),
+            "depthwise": _make((2, 64, 14, 15), out=64, groups=64, offset_groups=4),
+            "kernel-5x3": _make((2, 32, 12, 11), out=48, kernel=(5, 3), padding=(2, 1)),
+            "pointwise": _make((2, 192, 9, 16), out=64, kernel=(1, 1), padding=0),
+            "far": _make((2, 64, 12, 12), out=64, spread=25.0),
+            "small-conv": _make((1, 64, 9, 7), out=64),
+        },
+        threaded={
+            "conv": _make((2, 20, 26, 24), out=24),
+            "conv_lanes": _make((1, 160, 14, 15), out=40),
+            "conv_images": _make((5, 70, 10, 9), out=18, mask=False),
+            "conv_groups": _make((3, 64, 12, 13), out=64, groups=4, offset_groups=2),
+            "conv_depthwise": _make((2, 96, 13, 12), out=96, groups=96, offset_groups=3),
+            "conv_few_pixels": _make((1, 200, 4, 3), out=70),
+        },
         full="v2",
         bare="v1",
         mixed="groups",
@@ -235,10 +285,6 @@ CASES = [
     ),
     OpCase(
         "deform_roi_pool",
-        ops.deform_roi_pool,
-        reference.deform_roi_pool,
-        "deform_roi_pool",
-        _deform_roi_pool_to_op,
         {
             "modulated": _align(),
             "plain": _align(offset=False, mask=False),
@@ -252,6 +298,15 @@ CASES = [
             "many_regions": _align((3, 20, 17, 15), regions=70, bins=(2, 3), sampling_ratio=0),
             "one_pixel": _align((2, 4, 1, 1), regions=5),
         },
+        real={
+            "roi-adaptive": _align((2, 64, 20, 24), regions=40, bins=(7, 7), sampling_ratio=0),
+            "roi": _align((2, 256, 20, 24), regions=40, bins=(7, 7)),
+            "small-roi": _align((2, 24, 9, 8), regions=9),
+        },
+        threaded={
+            "align": _align((2, 40, 20, 18), regions=30),
+            "align_many": _align((2, 4, 9, 8), regions=1200, bins=(2, 1), sampling_ratio=1),
+        },
         full="modulated",
         bare="plain",
         mixed="adaptive",
@@ -264,10 +319,6 @@ CASES = [
     ),
     OpCase(
         "deform_ps_roi_pool",
-        ops.deform_ps_roi_pool,
-        reference.deform_ps_roi_pool,
-        "deform_ps_roi_pool",
-        _deform_ps_roi_pool_to_op,
         {
             "modulated": _part(),
             "plain": _part(offset=False, mask=False),
@@ -281,6 +332,11 @@ CASES = [
             "far": _part(spread=60.0),
             "many_regions": _part((2, 72, 12, 10), regions=40, output_dim=18, group_size=2, bins=(4, 4), classes=2),
         },
+        real={
+            "ps": _part((2, 10 * 49, 20, 24), regions=40, output_dim=10, group_size=7, bins=(7, 7), classes=5),
+            "small-ps": _part((2, 24, 9, 8), regions=9, output_dim=6, classes=2),
+        },
+        threaded={"part": _part((2, 72, 17, 16), regions=40, output_dim=18, classes=2)},
         full="modulated",
         bare="plain",
         mixed="classes",
@@ -293,10 +349,6 @@ CASES = [
     ),
     OpCase(
         "ps_roi_pool",
-        ops.ps_roi_pool,
-        reference.ps_roi_pool,
-        "ps_roi_pool",
-        _ps_roi_pool_to_op,
         {
             "square": _pixels(),
             "rectangular": _pixels((3, 24, 7, 9), regions=5, output_dim=6, group_size=2, bins=(4, 2)),
@@ -304,6 +356,11 @@ CASES = [
             "more_groups_than_bins": _pixels((2, 18, 6, 7), output_dim=2, group_size=3, bins=(2, 2)),
             "many_regions": _pixels((2, 72, 12, 10), regions=40, output_dim=18, group_size=2, bins=(4, 4)),
         },
+        real={
+            "pixels": _pixels((2, 10 * 49, 20, 24), 40, output_dim=10, group_size=7, bins=(7, 7)),
+            "small-pixels": _pixels((2, 24, 9, 8), regions=9, output_dim=6),
+        },
+        threaded={"pixels": _pixels((3, 72, 17, 16), regions=60, output_dim=18, bins=(4, 4))},
         full="square",
         bare="square",
         mixed="rectangular",
@@ -315,3 +372,4 @@ CASES = [
         float32_beside_half=("rois",),
     ),
 ]
+BY_NAME = {case.name: case for case in CASES}

@@ -1,12 +1,25 @@
 """Devices and code paths that operator tests run over."""
 
+import contextlib
+
 import pytest
 import torch
 
 import dcn_plugin  # noqa: F401  (registers operators, models and layers)
 
-# What may run at most on the CPU (csrc/runtime/cpu.h).
-PORTABLE, TUNED = 0, 4
+# What may run at most on the CPU (csrc/runtime/kernels.h), for `cpu_kernels`.
+PORTABLE, TUNED = "portable", "tuned"
+BASELINE, V3 = "tuned baseline", "tuned x86-64-v3"
+
+
+@contextlib.contextmanager
+def cpu_kernels(most):
+    """Let the CPU run these kernels at most."""
+    before = torch.ops.dcn_plugin._choose_cpu_kernels(most)
+    try:
+        yield
+    finally:
+        torch.ops.dcn_plugin._choose_cpu_kernels(before)
 
 
 def _devices() -> list:
@@ -19,18 +32,16 @@ def _devices() -> list:
 @pytest.fixture(params=_devices())
 def device(request):
     """Each device, and on the CPU both the tuned kernels and the portable bodies, whose arithmetic is CUDA's."""
-    name, path = request.param
-    before = torch.ops.dcn_plugin._set_cpu_path(path)
-    yield name
-    torch.ops.dcn_plugin._set_cpu_path(before)
+    name, kernels = request.param
+    with cpu_kernels(kernels):
+        yield name
 
 
-@pytest.fixture(params=[pytest.param(1, id="baseline"), pytest.param(3, id="v3"), pytest.param(TUNED, id="v4")])
+@pytest.fixture(params=[pytest.param(BASELINE, id="baseline"), pytest.param(V3, id="v3"), pytest.param(TUNED, id="v4")])
 def vectors(request):
     """The tuned path with the vectors of older processors, too; on one that lacks the newer, the same again."""
-    before = torch.ops.dcn_plugin._set_cpu_path(request.param)
-    yield
-    torch.ops.dcn_plugin._set_cpu_path(before)
+    with cpu_kernels(request.param):
+        yield
 
 
 @pytest.fixture(params=[1, 2])

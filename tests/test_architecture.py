@@ -115,16 +115,49 @@ def includes_of(path: Path) -> list[tuple[str, bool]]:
     return found + [(name, False) for _, name in included if name]
 
 
-@pytest.mark.parametrize("path", sorted(CSRC.rglob("*.*")), ids=lambda path: str(path.relative_to(CSRC)))
+SOURCES = sorted(path for path in CSRC.rglob("*.*") if path.suffix in (".h", ".cuh", ".cpp", ".cu"))
+# Layers of csrc, and the files of an operator's folder, from the bottom: each may include what stands before it.
+LAYERS = ["core", "runtime", "ops"]
+OF_OPERATOR = ["arguments.h", "bodies.h", "index.h", "portable.h", ("cpu", "cuda"), "operator.h", "registration"]
+
+
+def place_in_operator(path: str) -> tuple[str, int, str]:
+    """Return the operator that a file below csrc/ops belongs to, its rank in OF_OPERATOR, and the device's folder."""
+    operator, first, *rest = Path(path).parts[1:]
+    registration = first in (f"{operator}.cpp", f"{operator}.cu")
+    for rank, name in enumerate(OF_OPERATOR):
+        if (rest and first in name) or first == name or (registration and name == "registration"):
+            return operator, rank, first if rest else ""
+    raise AssertionError(f"{path}: an operator's folder has {OF_OPERATOR}")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(CSRC)))
 def test_includes_point_one_way(path):
-    allowed = {"core": {"core"}, "runtime": {"core", "runtime"}, "ops": {"core", "runtime", "ops"}}
-    folder = path.relative_to(CSRC).parts[0]
+    here = path.relative_to(CSRC).as_posix()
+    layer = here.split("/")[0]
     for name, ours in includes_of(path):
         if ours:
-            assert name.split("/")[0] in allowed[folder], f"{folder} may not include {name}"
+            assert LAYERS.index(name.split("/")[0]) <= LAYERS.index(layer), f"{here} may not include {name}"
         elif name.startswith(("torch/", "ATen/", "c10/")):
-            assert folder == "runtime", f"only csrc/runtime includes torch, not {path.name}"
+            assert layer == "runtime", f"only csrc/runtime includes torch, not {here}"
             assert name.startswith(("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/aoti_torch/"))
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in SOURCES if CSRC / "ops" in p.parents], ids=lambda path: str(path.relative_to(CSRC))
+)
+def test_includes_within_an_operator_point_one_way(path):
+    here = path.relative_to(CSRC).as_posix()
+    operator, rank, device = place_in_operator(here)
+    for name, ours in includes_of(path):
+        if not ours or not name.startswith("ops/"):
+            continue
+        other, below, folder = place_in_operator(name)
+        assert other == operator, f"{here}: {name} belongs to another operator; what both need goes to core or runtime"
+        # Files of one rank are those of a device, which knows no other device.
+        assert below < rank or (below == rank and device and folder == device), f"{here} may not include {name}"
+        # A path of its own does without the portable one; paths.h chooses between them.
+        assert name != f"ops/{operator}/portable.h" or path.name in ("paths.h", f"{operator}.cu"), here
 
 
 def test_one_sampler():
@@ -170,6 +203,23 @@ def test_no_paths_of_one_machine():
         if path.suffix not in (".json", ".png", ".svg", ".pt", ".safetensors"):
             for number, line in enumerate(path.read_text().splitlines(), 1):
                 assert not absolute.search(line), f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+
+
+def python_in_shell(text: str) -> list[str]:
+    """Return what a shell script feeds to an interpreter beyond a line: ruff and mypy do not look there."""
+    documents = re.findall(r"^.*(?<!<)<<-?\s*[\\'\"]?[A-Za-z_].*$", text, re.M)
+    return documents + [code for _, code in re.findall(r"\s-c\s+(['\"])(.*?)\1", text, re.S) if "\n" in code]
+
+
+def test_shell_scripts_hold_no_python():
+    """Those in findings/ do: each is a report to another project, which has to be a single file."""
+    shell = [p for p in tracked_files() if p.suffix == ".sh" or p.read_bytes().startswith(b"#!/usr/bin/env bash")]
+    assert {"setup_env.sh", "gpu_check.sh", "run"} <= {path.name for path in shell}
+    ours = [path for path in shell if path.parent != ROOT / "findings"]
+    assert {path.name: found for path in ours if (found := python_in_shell(path.read_text()))} == {}
+    assert python_in_shell("exec python - \"$1\" <<'END'\nimport os\nEND\n") == ["exec python - \"$1\" <<'END'"]
+    assert python_in_shell("x=$(python -c 'import os\nprint(os)')") == ["import os\nprint(os)"]
+    assert python_in_shell("""python -c 'print(1 << 2)'; read -r a <<<"$b"; ((c << 2))\n""") == []
 
 
 def test_no_large_files():

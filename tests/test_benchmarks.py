@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import BY_NAME
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
@@ -78,6 +79,18 @@ def test_all_take_turns_and_slow_ones_have_fewer_rounds(benchmark, monkeypatch):
     assert found["fast"]["NCHW"]["ratio"] == 10
 
 
+def test_every_operator_is_timed_or_it_says_why_not(benchmark):
+    run = benchmark("run")
+    timed = {name for family in run.FAMILIES.values() for name in getattr(family, "OPERATORS", ())}
+    assert timed.isdisjoint(run.NOT_TIMED)
+    for name in BY_NAME:
+        assert name in timed or name in run.NOT_TIMED, (
+            f"benchmarks/: add {name} to OPERATORS of the family that times it (a new one to FAMILIES in run.py) or to "
+            "NOT_TIMED in run.py with the reason why none does"
+        )
+    assert timed | run.NOT_TIMED.keys() == BY_NAME.keys()
+
+
 def test_what_differs_is_not_timed(benchmark):
     harness = benchmark("harness")
     truth, off = torch.tensor([1.0, -2.0]), torch.tensor([1.0, -2.001])
@@ -135,7 +148,7 @@ def test_a_table_of_a_gpu(benchmark):
     row = {
         "shape": "64x256x14x14", "layout": "channels_last", "task": "forward", "gpu": facts,
         "kernels": {"deform_conv2d": "fused 64x256"}, "memory": {"dcn_plugin": 0.5, "torchvision": 1000.0},
-        "dcn_plugin": took(2.5), "plain": took(10.0), "conv2d": took(2.0),
+        "dcn_plugin": took(2.5), "portable": took(10.0), "conv2d": took(2.0),
         "torchvision": took(20.0, "NCHW"), "torchvision float16": took(15.0, "NCHW"),
     }  # fmt: skip
     about = {"device": "a GPU", "multiprocessors": "132", "memory": "140 GiB", "date": "2026-01-01", "torch": "2.11.0"}
@@ -147,7 +160,7 @@ def test_a_table_of_a_gpu(benchmark):
     cells = dict(zip(head.split(" | "), last.split(" | "), strict=True))
     assert cells == {
         "| shape": "| 64x256x14x14", "layout": "channels_last", "task": "forward", "ms": "2.500", "/ conv2d": "1.25",
-        "torchvision /": "8.0x", "torchvision float16 /": "6.0x", "plain /": "4.0x", "spread": "1%", "MiB": "0.5",
+        "torchvision /": "8.0x", "torchvision float16 /": "6.0x", "portable /": "4.0x", "spread": "1%", "MiB": "0.5",
         "torchvision MiB": "1000.0", "TFLOP/s": "400.0", "of product": "50%", "GB/s": "800", "of copy": "20%",
         "host ms": "0.125", "kernels |": "fused 64x256 |",
     }  # fmt: skip
@@ -156,7 +169,7 @@ def test_a_table_of_a_gpu(benchmark):
 
 def test_calls_on_a_gpu_take_turns_through_copies_of_their_arguments(benchmark, monkeypatch):
     gpu = benchmark("gpu")
-    monkeypatch.setenv("DCN_PLUGIN_CUDA_KERNELS", "plain")
+    monkeypatch.setenv("DCN_PLUGIN_CUDA_KERNELS", "portable")
     held, called = [0], []
 
     def make(size: int):

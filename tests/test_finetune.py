@@ -496,7 +496,7 @@ def test_script_names_an_unknown_key_in_one_line(tmp_path):
 def test_a_missing_package_is_named_with_the_command_that_installs_it():
     code = "import sys; sys.modules['torchmetrics'] = None; import dcn_plugin.finetune"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert "needs torchmetrics" in done.stderr and "pip install 'dcn_plugin[finetune]'" in done.stderr
+    assert "needs torchmetrics" in done.stderr and "pip install '.[finetune]'" in done.stderr
 
 
 # -- the study --------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from cases import BY_NAME, CASES, run
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -98,6 +99,15 @@ def test_backward_of_pooling(pool, options, wanted):
         offset = torch.zeros(2, 2, *size, requires_grad=True)
         assert counted(lambda: pool(x, ROIS, offset, **options).sum().backward()) == 3 * wanted
         assert counted(lambda: pool(X, ROIS, offset, **options).sum().backward()) == 2 * wanted
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_every_operator_is_counted_by_all_who_count(case):
+    arguments = case.make(case.full, torch.float32)
+    forward = counted(case.function, **arguments)
+    assert 0 < forward < counted(run, case.function, arguments)
+    assert flops.fvcore_handles().keys() == {f"dcn_plugin::{name}" for name in BY_NAME}
+    assert getattr(torch.ops.dcn_plugin, case.name) in flops.ptflops_hooks()
 
 
 # Other counters. They count multiply-adds.
@@ -243,9 +253,9 @@ def test_what_another_package_registered_with_mmengine_stays(monkeypatch):
     table = {"dcn_plugin::deform_conv2d": len}
     monkeypatch.setattr(analysis, "_DEFAULT_SUPPORTED_FLOP_OPS", table)
     flops.register_with_mmengine()
-    assert table["dcn_plugin::deform_conv2d"] is len and len(table) == 4
+    assert table["dcn_plugin::deform_conv2d"] is len and len(table) == len(BY_NAME)
     monkeypatch.delattr(analysis, "_DEFAULT_SUPPORTED_FLOP_OPS")
     flops.register_with_mmengine()
     monkeypatch.setitem(sys.modules, "mmengine.analysis", None)
     flops.register_with_mmengine()
-    assert len(table) == 4
+    assert len(table) == len(BY_NAME)

@@ -178,7 +178,7 @@ try:
 except ModuleNotFoundError as error:
     print(error)
 """
-    assert "needs onnxscript: pip install 'dcn_plugin[onnx]'" in run_python(code)
+    assert "needs onnxscript, which is not installed: pip install '.[onnx]'" in run_python(code)
 
 
 def move_offsets(model: nn.Module) -> nn.Module:

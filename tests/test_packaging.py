@@ -4,17 +4,16 @@ import importlib.util
 import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
 from packaging.requirements import Requirement
+from toolchain import ROOT, TORCH_FLOOR, gencode
 
 from dcn_plugin import _extension
 
@@ -23,17 +22,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-COPIED = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "csrc", "dcn_plugin")
-
-pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs a source checkout")
-
-
-@pytest.fixture(scope="module")
-def setup_py():
-    """The functions of setup.py, without its call of setup()."""
-    return runpy.run_path(str(ROOT / "setup.py"), run_name="setup_py")
+COPIED = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "csrc", "dcn_plugin", "scripts")
+PYTHON = ("dcn_plugin", "scripts/toolchain")
 
 
 @pytest.fixture
@@ -63,11 +54,25 @@ def backend(hook, cwd, out, **environment):
     return out / re.findall("made: (.+)", done.stdout)[0]
 
 
-def test_floor_of_torch_is_one(setup_py):
-    floor = ".".join(map(str, setup_py["TORCH_FLOOR"]))
-    assert setup_py["TORCH_FLOOR"] == _extension.TORCH_FLOOR
-    assert [str(r) for r in map(Requirement, PYPROJECT["project"]["dependencies"])] == [f"torch>={floor}"]
-    assert f"torch>={floor}" in PYPROJECT["build-system"]["requires"]
+def test_floor_of_torch_is_stated_once():
+    """In pyproject.toml's dependencies; the build reads it there, and the libraries carry it along."""
+    (floor,) = map(Requirement, PYPROJECT["project"]["dependencies"])
+    assert str(floor) == f"torch>={TORCH_FLOOR[0]}.{TORCH_FLOOR[1]}"
+    assert _extension.info()["torch_floor"] == next(iter(floor.specifier)).version
+    assert "torch" in PYPROJECT["build-system"]["requires"]  # whose age the toolchain judges
+    again = re.compile(rf"(torch|FLOOR)\W+{TORCH_FLOOR[0]}\W+{TORCH_FLOOR[1]}\b")
+    for path in (ROOT / "setup.py", *(ROOT / "scripts").rglob("*.*"), *(ROOT / "dcn_plugin").rglob("*.py")):
+        assert path.suffix not in (".py", ".sh") or not again.search(path.read_text()), path
+
+
+def test_floor_of_torch_is_what_the_oldest_python_tests():
+    pins = [Requirement(pin) for pin in PYPROJECT["dependency-groups"]["tested"]]
+    old, new = (
+        next(next(iter(pin.specifier)).version for pin in pins if pin.name == "torch" and pin.marker.evaluate(python))
+        for python in ({"python_version": "3.10"}, {"python_version": "3.13"})
+    )
+    assert tuple(map(int, old.split(".")[:2])) == TORCH_FLOOR
+    assert f"set -- 3.10:{old} 3.13:{new}\n" in (ROOT / "scripts/check_abi.sh").read_text()
 
 
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.13"])
@@ -91,8 +96,7 @@ def test_tested_versions_are_exact_and_above_the_floors(python):
             assert need.specifier.contains(pins[need.name]), f"{need} but {pins[need.name]} is tested"
 
 
-def test_architectures(setup_py):
-    gencode = setup_py["gencode"]
+def test_architectures():
     listed, flags = gencode("", ["75", "80", "86", "89", "90", "100", "103", "110", "120", "121"])
     assert listed == ["7.5", "8.0", "9.0", "10.0", "11.0", "12.0+PTX"]
     assert (
@@ -111,7 +115,7 @@ def test_sdist_holds_the_sources(checkout, tmp_path):
     with tarfile.open(backend("build_sdist", checkout, tmp_path)) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
-    python = {str(path.relative_to(ROOT)) for path in (ROOT / "dcn_plugin").rglob("*.py")}
+    python = {str(path.relative_to(ROOT)) for part in PYTHON for path in (ROOT / part).rglob("*.py")}
     assert sources | python | {"setup.py", "pyproject.toml", "LICENSE", "dcn_plugin/py.typed"} <= names
     assert not [name for name in names if name.endswith((".so", "_build_info.json"))]
 

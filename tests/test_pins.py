@@ -10,11 +10,14 @@ from test_packaging import PYPROJECT
 WHY_NOT = {
     "pins it exactly itself": "ast-serialize cuda-bindings cuda-toolkit librt tokenizers triton",
     "draws pictures, whose pixels no test compares": "contourpy cycler fonttools kiwisolver pyparsing python-dateutil",
-    "prints": "click pygments rich tabulate termcolor typer",
+    "prints": "click rich tabulate termcolor typer",
     "serves scikit-learn's training, of which only load_digits is called": "joblib narwhals threadpoolctl",
     "runs tests and checks, whose outcome shows": "execnet iniconfig mypy-extensions pathspec pluggy sortedcontainers",
     "is the interpreter's own business (versions, types, locks, templates, graphs)": (
-        "filelock flatbuffers jinja2 networkx packaging psutil typing-extensions"
+        "filelock flatbuffers jinja2 markupsafe networkx packaging psutil typing-extensions"
+    ),
+    "serves parts of MkDocs that are not called (deploying, watching files, its tags of YAML)": (
+        "ghp-import mergedeep mkdocs-get-deps pyyaml-env-tag watchdog"
     ),
     "fetches, where no test may": "hf-xet httpx2 platformdirs",
     "serves parts that are not called (others' loops, configs, files)": "accelerate iopath mpmath regex yacs",

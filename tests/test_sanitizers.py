@@ -1,4 +1,4 @@
-"""The compiled operators under sanitizers: what scripts/sanitize.sh runs, shortened, and that its sanitizers see."""
+"""The compiled operators under sanitizers: what scripts/sanitize.py runs, shortened, and that its sanitizers see."""
 
 import os
 import subprocess
@@ -15,8 +15,8 @@ pytestmark = pytest.mark.slow
 
 def sanitize(*arguments: str, **environment: str) -> tuple[int, str]:
     """Run the script; return its exit status and what it printed."""
-    command = ["bash", str(ROOT / "scripts" / "sanitize.sh"), *arguments]
-    env = dict(os.environ, PYTHON=sys.executable, **environment)
+    command = [sys.executable, str(ROOT / "scripts" / "sanitize.py"), *arguments]
+    env = dict(os.environ, **environment)
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode == NO_LIBRARY:
         pytest.skip(done.stdout.strip())

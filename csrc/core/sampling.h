@@ -22,7 +22,7 @@
 
 namespace dcn {
 
-// Corner c = 2 * (row is y0 + 1) + (column is x0 + 1). `A` is the type of positions and sums: float or double. `I`
+// Corner c = 2 * (row is y0 + 1) + (column is x0 + 1). `A` is the accumulator type: float or double. `I`
 // holds rows and columns; loops that are to become vectors use one as wide as float.
 template <typename A, typename I = int64_t>
 struct Sample {

@@ -4,15 +4,15 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
-#include <atomic>
 #include <memory>
 
+#include "kernels.h"
 #include "tensor.h"
 
 namespace dcn {
 
 struct Cpu {
-  // Products are kept in the type of sums.
+  // Operands of matrix products are in the accumulator type.
   template <typename S>
   using Product = Accumulate<S>;
   static constexpr int64_t column_bytes = 4 << 20;
@@ -24,15 +24,6 @@ struct Cpu {
       for (int64_t i = begin; i < end; ++i) body(i);
     });
   }
-
-  // What may run at most: 0 the portable path, 1 the tuned one for every processor of its kind, 3 and 4 with the
-  // vectors of x86-64-v3 and v4. Tests hold all of them against the same truth, the portable one being CUDA's
-  // arithmetic.
-  static std::atomic<int>& most_path() {
-    static std::atomic<int> path{4};
-    return path;
-  }
-  static bool portable() { return most_path() == 0; }
 
   // out = a @ b, or out += a @ b. Straight to the CPU kernel: safe in worker threads, where it runs on one core.
   static void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate = false) {
@@ -71,30 +62,40 @@ DCN_TARGET_V3 void run_v3(const Body& body) {
   body();
 }
 
-inline int x86_level() {
-  static const int level = [] {
+// The widest vectors that the processor has and that are chosen.
+inline CpuKernels tuned_kernels() {
+  static const CpuKernels widest = [] {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd"))
-      return 4;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return 3;
-    return 1;
+      return kTunedV4;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+      return kTunedV3;
+    return kTunedBaseline;
   }();
-  return std::min<int>(level, Cpu::most_path().load(std::memory_order_relaxed));
+  return std::min(widest, chosen_cpu_kernels().load(std::memory_order_relaxed));
 }
 
 template <typename Body>
 void run_vectorised(const Body& body) {
-  if (x86_level() >= 4) return run_v4(body);
-  if (x86_level() >= 3) return run_v3(body);
+  const CpuKernels kernels = tuned_kernels();
+  if (kernels >= kTunedV4) return run_v4(body);
+  if (kernels >= kTunedV3) return run_v3(body);
   body();
 }
 #else
+inline CpuKernels tuned_kernels() { return kTunedBaseline; }
+
 template <typename Body>
 void run_vectorised(const Body& body) {
   body();
 }
 #endif
+
+// What serves a call that the tuned path can serve.
+inline CpuKernels chosen_kernels() {
+  return chosen_cpu_kernels().load(std::memory_order_relaxed) == kPortable ? kPortable : tuned_kernels();
+}
 
 // Vectors run over the inner of two loops: without this GCC may merge iterations of the outer one, which undoes them.
 DCN_HOST_DEVICE void keep_iterations_apart() {

@@ -10,7 +10,7 @@
 
 namespace dcn::product {
 
-constexpr int most_rows = 12;
+constexpr int max_rows = 12;
 
 // result[i, j] (+)= sum over s and k of left[i, s, k] * right[s, k, j], for at most two vectors of columns.
 template <typename T>
@@ -28,7 +28,7 @@ struct Tile {
 template <typename T>
 struct Kernels {
   int lanes, rows;
-  void (*tile[2][2][most_rows])(const Tile<T>&);  // by Across, vectors - 1, rows - 1
+  void (*tile[2][2][max_rows])(const Tile<T>&);  // by Across, vectors - 1, rows - 1
 };
 
 }  // namespace dcn::product
@@ -75,11 +75,12 @@ template <typename T>
 const Kernels<T>& kernels() {
 #if defined(DCN_X86_LEVELS)
   static constexpr Kernels<T> with_v3 = v3::kernels<T>(), with_v4 = v4::kernels<T>();
-  if (x86_level() >= 4) return with_v4;
-  if (x86_level() >= 3) return with_v3;
+  const CpuKernels chosen = tuned_kernels();
+  if (chosen >= kTunedV4) return with_v4;
+  if (chosen >= kTunedV3) return with_v3;
 #endif
-  static constexpr Kernels<T> plain = baseline::kernels<T>();
-  return plain;
+  static constexpr Kernels<T> with_baseline = baseline::kernels<T>();
+  return with_baseline;
 }
 
 // Columns of a packed right matrix that lie together: two vectors.

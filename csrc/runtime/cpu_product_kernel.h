@@ -33,9 +33,9 @@ DCN_TARGET void multiply_tile(const Tile<T>& t) {
     for (int i = 0; i < bases; ++i) left[i] = t.left + s * t.left_segment + (Across ? 0 : 3 * i * t.left_stride);
     const T* right = t.right + s * t.right_segment;
     for (int64_t k = 0; k < t.depth; ++k) {
-      constexpr int ahead = 16;  // steps until a line from the last cache is there
+      constexpr int distance = 16;  // steps until a line from the last cache is there
       for (int j = 0; j < Vectors * DCN_VECTOR_BYTES; j += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(right + ahead * t.right_stride) + j);
+        __builtin_prefetch(reinterpret_cast<const char*>(right + distance * t.right_stride) + j);
       V column[Vectors];
       for (int j = 0; j < Vectors; ++j) column[j] = *reinterpret_cast<const Stored*>(right + j * lanes);
 #pragma GCC unroll 16

@@ -18,7 +18,7 @@ __global__ void run_body(const Body body) {
 }
 
 struct Cuda {
-  // Products of half types stay half: the tensor cores multiply those, with float sums.
+  // Operands of matrix products stay half: tensor cores multiply these, and sum in float.
   template <typename S>
   using Product = S;
   static constexpr int64_t column_bytes = 48 << 20;  // about the L2 of a large GPU, so that columns stay on the chip

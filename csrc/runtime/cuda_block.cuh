@@ -6,7 +6,7 @@
 
 #include "cuda.cuh"
 #include "gpu_values.h"
-#include "kernel_choice.h"
+#include "kernels.h"
 
 namespace dcn {
 
@@ -109,9 +109,9 @@ struct CudaBlocks : Cuda {
   }
   static int64_t multiprocessors(const Tensor& on) { return attribute(cudaDevAttrMultiProcessorCount, on); }
 
-  // Whether fused kernels are wanted, and the processor has what they use.
+  // Whether fused kernels are chosen, and the processor has what they use.
   static bool fuses(const Tensor& on) {
-    return wants_fused_kernels() && attribute(cudaDevAttrComputeCapabilityMajor, on) >= 8;
+    return chooses_fused_kernels() && attribute(cudaDevAttrComputeCapabilityMajor, on) >= 8;
   }
 
   // False if the device has too little shared memory, or the grid is too large for one launch.

@@ -26,12 +26,12 @@ namespace dcn {
 
 // One 16-byte access. In words, since a compiler gives each of eight short values a register.
 template <typename S>
-struct alignas(16) Eight {
+struct alignas(16) Vector8 {
   uint32_t words[4];
 };
 
 template <typename S>
-DCN_HOST_DEVICE Eight<S> zeros() {
+DCN_HOST_DEVICE Vector8<S> zeros() {
   return {{0, 0, 0, 0}};
 }
 
@@ -51,7 +51,7 @@ DCN_HOST_DEVICE void unpack(uint32_t both, float& low, float& high) {
 
 // sums += weight * values
 template <typename S>
-DCN_HOST_DEVICE void add_scaled(float (&sums)[8], float weight, Eight<S> values) {
+DCN_HOST_DEVICE void add_scaled(float (&sums)[8], float weight, Vector8<S> values) {
   DCN_UNROLL
   for (int i = 0; i < 4; ++i) {
     float low, high;
@@ -62,7 +62,7 @@ DCN_HOST_DEVICE void add_scaled(float (&sums)[8], float weight, Eight<S> values)
 }
 
 template <typename S>
-DCN_HOST_DEVICE float dot(const float (&a)[8], Eight<S> b) {
+DCN_HOST_DEVICE float dot(const float (&a)[8], Vector8<S> b) {
   float sum = 0;
   DCN_UNROLL
   for (int i = 0; i < 4; ++i) {
@@ -91,8 +91,8 @@ DCN_HOST_DEVICE uint32_t pack(float low, float high) {
 }
 
 template <typename S>
-DCN_HOST_DEVICE Eight<S> pack(const float (&sums)[8]) {
-  Eight<S> e;
+DCN_HOST_DEVICE Vector8<S> pack(const float (&sums)[8]) {
+  Vector8<S> e;
   DCN_UNROLL
   for (int i = 0; i < 4; ++i) e.words[i] = pack<S>(sums[2 * i], sums[2 * i + 1]);
   return e;

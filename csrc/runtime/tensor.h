@@ -50,7 +50,7 @@ inline std::string device_of(const Tensor& t) {
   return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "a device without these operators";
 }
 
-// The type of positions and sums for a stored type.
+// The type that a stored type S is computed and summed in, as torch's opmath_t.
 template <typename S>
 using Accumulate = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
@@ -68,7 +68,7 @@ inline bool is_supported(ScalarType type) {
 }
 
 inline void check_input_type(const char* op, const Tensor& input) {
-  check(is_supported(input.scalar_type()), op, ": input must be Double, Float, Half or BFloat16, got ",
+  check(is_supported(input.scalar_type()), op, ": input: expected Double, Float, Half or BFloat16, got ",
         input.scalar_type());
 }
 
@@ -77,9 +77,9 @@ inline void check_like_input(const char* op, const char* name, const Tensor& t, 
   const ScalarType type = input.scalar_type();
   const bool may_be_float = or_float && type != ScalarType::Double && type != ScalarType::Float;
   const char* like = may_be_float ? " like input or Float" : " like input";
-  check(t.scalar_type() == type || (may_be_float && t.scalar_type() == ScalarType::Float), op, ": ", name, " must be ",
-        type, like, ", got ", t.scalar_type());
-  check(t.device() == input.device(), op, ": ", name, " must be on ", device_of(input), " like input, got ",
+  check(t.scalar_type() == type || (may_be_float && t.scalar_type() == ScalarType::Float), op, ": ", name,
+        ": expected ", type, like, ", got ", t.scalar_type());
+  check(t.device() == input.device(), op, ": ", name, ": expected a tensor on ", device_of(input), " like input, got ",
         device_of(t));
 }
 
@@ -96,7 +96,7 @@ auto dispatch_floating(ScalarType type, const F& f) {
     case ScalarType::BFloat16:
       return f(BFloat16{});
     default:
-      throw std::runtime_error("dcn_plugin: the type must be float64, float32, float16 or bfloat16");
+      throw std::logic_error("dcn_plugin: a type that check_input_type has not refused");
   }
 }
 
@@ -108,11 +108,11 @@ View<S> view(const Tensor& t) {
 // torch's own rule for the layout of a result (c10::is_channels_last_strides_2d); ops/_layout.py has it for tracing.
 inline bool is_channels_last(const Tensor& t) {
   if (t.dim() != 4 || t.stride(1) == 0) return false;
-  int64_t least = 0;
+  int64_t smallest = 0;
   for (int d : {1, 3, 2, 0}) {
-    if (t.size(d) == 0 || t.stride(d) < least) return false;
-    if (d == 0 && least == t.stride(1)) return false;  // N111 and the like stay contiguous
-    least = t.stride(d) * (t.size(d) > 1 ? t.size(d) : 1);
+    if (t.size(d) == 0 || t.stride(d) < smallest) return false;
+    if (d == 0 && smallest == t.stride(1)) return false;  // N111 and the like stay contiguous
+    smallest = t.stride(d) * (t.size(d) > 1 ? t.size(d) : 1);
   }
   return true;
 }

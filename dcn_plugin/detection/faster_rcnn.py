@@ -223,6 +223,7 @@ def rfcn(
 
 
 DETECTORS: dict[str, Callable[..., GeneralizedRCNN]] = {"faster_rcnn": faster_rcnn, "rfcn": rfcn}
+"""What `build_detector` builds, by name."""
 
 
 def build_detector(spec: Mapping[str, Any]) -> GeneralizedRCNN:

@@ -60,7 +60,6 @@ class MultiScaleDeformRoIPool(_Branched, MultiScaleRoIAlign):
         TypeError, ValueError: an argument is not as above; the message names it, what was expected and what came.
 
     Example:
-
         >>> import torch
         >>> from dcn_plugin.detection import MultiScaleDeformRoIPool
         >>> pool = MultiScaleDeformRoIPool(["0", "1"], 7, 2, in_channels=8, deform_fc_channels=32)

@@ -1,6 +1,6 @@
 """Export to ONNX: deform_conv2d becomes the standard operator DeformConv, RoI pooling a graph of standard operators.
 
-Needs `pip install 'dcn_plugin[onnx]'`. What DeformConv makes of numbers that are not finite is the runtime's affair.
+Needs onnx and onnxscript: `pip install '.[onnx]'` in a clone. What DeformConv makes of numbers that are not finite is the runtime's affair.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ try:
     from onnxscript import evaluator, ir, opset19
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f"dcn_plugin.export.onnx needs {error.name}: pip install 'dcn_plugin[onnx]'", name=error.name
+        f"dcn_plugin.export.onnx needs {error.name}, which is not installed: pip install '.[onnx]' in a clone of dcn_plugin",
+        name=error.name,
     ) from error
 
 # The first opset that has DeformConv.
@@ -71,7 +72,7 @@ def custom_translation_table() -> dict[Callable, Callable]:
     return {
         _op("deform_conv2d"): _deform_conv,
         torch.ops.dcn_plugin_onnx.sum_windows.default: _scan_windows,
-        **{_op(name): _refusal_of(name) for name in _ROI_POOLING},
+        **{_op(name): _refusal(name, "export_onnx writes it as standard operators") for name in _ROI_POOLING},
     }
 
 
@@ -271,10 +272,8 @@ def _scan_windows(maps: Any, window: Any, weights_y: Any, weights_x: Any) -> Any
     return scan.outputs[0]
 
 
-def _refusal_of(name: str) -> Callable[..., Any]:
+def _refusal(name: str, reason: str) -> Callable[..., Any]:
     def refuse(*_: Any, **__: Any) -> Any:
-        raise NotImplementedError(
-            f"{name} does not export to ONNX like this: export_onnx writes it as standard operators"
-        )
+        raise NotImplementedError(f"{name} does not export to ONNX like this: {reason}")
 
     return refuse

@@ -12,7 +12,7 @@ from .roi import (
 )
 from .sampling import Samples, SamplingHandle, SamplingModule, sampling_layers
 
-# The one list of layers: converter, registries and docs walk it. A new layer file adds its classes here.
+# A new layer file adds its classes here.
 LAYERS: dict[str, type] = {
     cls.__name__: cls
     for cls in (
@@ -27,6 +27,7 @@ LAYERS: dict[str, type] = {
         DeformPSRoIPoolPack,
     )
 }
+"""The one list of layers, by name: converter, registries and documents walk it."""
 
 __all__ = [
     "LAYERS",

@@ -116,7 +116,6 @@ class DeformConv2d(NotScriptable, SamplingModule, OwnStart):
         TypeError, ValueError: an argument is not as above; the message names it, what was expected and what came.
 
     Example:
-
         >>> import torch
         >>> from dcn_plugin.layers import DeformConv2d
         >>> layer = DeformConv2d(4, 8, kernel_size=3, padding=1)
@@ -263,7 +262,6 @@ class DeformConv2d(NotScriptable, SamplingModule, OwnStart):
             ValueError: `conv` pads with something other than zeros, or an option does not fit.
 
         Example:
-
             >>> from torch import nn
             >>> from dcn_plugin.layers import DCNv2
             >>> conv = nn.Conv2d(4, 8, 3, padding=1)
@@ -473,7 +471,6 @@ class DCNv1(OffsetConv):
         offset_bound: keep offsets within this many pixels, `bound * tanh(raw / bound)`; None leaves them free.
 
     Example:
-
         >>> import torch
         >>> from dcn_plugin.layers import DCNv1
         >>> layer = DCNv1(4, 8, kernel_size=3, padding=1)
@@ -505,7 +502,6 @@ class DCNv2(OffsetConv):
         offset_bound: keep offsets within this many pixels, `bound * tanh(raw / bound)`; None leaves them free.
 
     Example:
-
         >>> import torch
         >>> from dcn_plugin.layers import DCNv2
         >>> layer = DCNv2(4, 8, kernel_size=3, padding=1)

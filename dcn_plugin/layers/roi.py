@@ -107,7 +107,6 @@ class DeformRoIPool(NotScriptable, SamplingModule):
         TypeError, ValueError: an argument is not as above; the message names it, what was expected and what came.
 
     Example:
-
         >>> import torch
         >>> from dcn_plugin.layers import DeformRoIPool
         >>> layer = DeformRoIPool(output_size=2, sampling_ratio=1)
@@ -185,7 +184,6 @@ class DeformRoIPoolPack(_Branched, DeformRoIPool):
         dtype: floating-point type of the parameters.
 
     Example:
-
         >>> import torch
         >>> from dcn_plugin.layers import DeformRoIPoolPack
         >>> layer = DeformRoIPoolPack(output_size=7, output_channels=16, deform_fc_channels=32, spatial_scale=1 / 8)
@@ -257,7 +255,6 @@ class ModulatedDeformRoIPoolPack(DeformRoIPoolPack):
         output_size .. dtype: as in `DeformRoIPoolPack`.
 
     Example:
-
         >>> import torch
         >>> from dcn_plugin.layers import ModulatedDeformRoIPoolPack
         >>> layer = ModulatedDeformRoIPoolPack(output_size=2, output_channels=4, deform_fc_channels=8)
@@ -311,7 +308,6 @@ class PSRoIPool(NotScriptable, nn.Module):
         TypeError, ValueError: an argument is not as above; the message names it, what was expected and what came.
 
     Example:
-
         >>> import torch
         >>> from dcn_plugin.layers import PSRoIPool
         >>> layer = PSRoIPool(output_dim=21, group_size=3, output_size=3, spatial_scale=1 / 16)
@@ -367,7 +363,6 @@ class DeformPSRoIPool(PSRoIPool, SamplingModule):
         TypeError, ValueError: an argument is not as above; the message names it, what was expected and what came.
 
     Example:
-
         >>> import torch
         >>> from dcn_plugin.layers import DeformPSRoIPool
         >>> layer = DeformPSRoIPool(output_dim=4, group_size=3, output_size=3, spatial_scale=1 / 16)
@@ -452,7 +447,6 @@ class DeformPSRoIPoolPack(_Branched, DeformPSRoIPool):
     `DeformRoIPoolingPack` has this layer's names, but (x, y) in its last layer: turn them before loading.
 
     Example:
-
         >>> import torch
         >>> from dcn_plugin.layers import DeformPSRoIPoolPack
         >>> layer = DeformPSRoIPoolPack(4, group_size=3, output_size=3, deform_fc_channels=16, modulated=True)
@@ -586,7 +580,6 @@ def offset_parameters(model: nn.Module) -> dict[str, float]:
         Parameter name, as in `model.named_parameters()`, to multiplier, in the model's order.
 
     Example:
-
         >>> from torch import nn
         >>> from dcn_plugin.layers import DCNv1, DeformRoIPoolPack, offset_parameters
         >>> model = nn.ModuleDict(dict(conv=DCNv1(4, 4, 3), pool=DeformRoIPoolPack(2, 4, deform_fc_channels=8)))

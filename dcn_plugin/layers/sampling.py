@@ -107,7 +107,6 @@ class SamplingModule(nn.Module):
             TypeError: `hook` cannot be called.
 
         Example:
-
             >>> import torch
             >>> from dcn_plugin.layers import DCNv2
             >>> layer, seen = DCNv2(4, 8, kernel_size=3, padding=1, offset_bound=2.0), []

@@ -37,9 +37,9 @@ class WeightsOnlyCheckpointHook(Hook):
     runs, and `resume=True` or `load_from` of its checkpoint then fails with "Weights only load failed". This hook
     stores the history as tensors and restores it on resume, so nothing is lost. Such a checkpoint also loads without
     the hook (the log history is then skipped, with a warning); one written without it needs `weights_only=False`.
-    Example:
 
-        custom_hooks = [dict(type="dcn_plugin.WeightsOnlyCheckpointHook")]
+    Example:
+        >>> custom_hooks = [dict(type="dcn_plugin.WeightsOnlyCheckpointHook")]
 
     MMEngine 0.10.7 also imports `pkg_resources`, which new versions of setuptools lack, for configs with
     `_base_ = "package::config.py"` and for `mmengine.utils.is_installed`. Relative `_base_` paths do not meet

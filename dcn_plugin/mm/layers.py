@@ -43,7 +43,11 @@ def build_dcn(
 
     `im2col_step`, how many images mmcv works on at once, changes nothing here. `deform_groups` may have its former
     name, `deformable_groups`. Other options are those of `DCNv1`, as `offset_bound`.
-    Example: `build_dcn(64, 64, 3, padding=1, deform_groups=4)`.
+
+    Example:
+        >>> from dcn_plugin.mm import build_dcn
+        >>> build_dcn(64, 64, 3, padding=1, deform_groups=4).conv_offset.out_channels  # 2 * 4 * 9
+        72
     """
     options.update(offset_groups=_offset_groups(deform_groups, options))
     return DCNv1(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **options)
@@ -65,7 +69,11 @@ def build_dcnv2(
     """Build a `DCNv2` layer from the arguments of mmcv's `DCNv2`, with mmcv's sigmoid mask: 0.5 at the start.
 
     `deform_groups` may have its former name, `deformable_groups`. Other options are those of `DCNv2`.
-    Example: `build_dcnv2(64, 64, 3, padding=1, deform_groups=4)`.
+
+    Example:
+        >>> from dcn_plugin.mm import build_dcnv2
+        >>> build_dcnv2(64, 64, 3, padding=1, deform_groups=4).mask_activation
+        'sigmoid'
     """
     options.update(offset_groups=_offset_groups(deform_groups, options), mask_activation=mask_activation)
     return DCNv2(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **options)

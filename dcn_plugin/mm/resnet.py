@@ -114,7 +114,8 @@ class DCNResNet(nn.Module):
         stem_channels: channels after the stem; default `base_channels`.
         strides, dilations: of the stages, `num_stages` numbers each.
         style: where a bottleneck block has its stride: "pytorch" in the 3x3, "caffe" in the first 1x1 convolution.
-        deep_stem: three 3x3 convolutions instead of a 7x7 one. avg_down: average pooling in the shortcuts.
+        deep_stem: three 3x3 convolutions instead of a 7x7 one.
+        avg_down: average pooling in the shortcuts.
         frozen_stages: -1 freezes nothing, 0 the stem, k the stem and the first k stages (no gradient, eval mode).
         norm_cfg: `dict(type="BN" | "SyncBN" | "GN", requires_grad=True, ...)`.
         norm_eval: keep batch norm statistics as they are, in train mode too.
@@ -125,10 +126,15 @@ class DCNResNet(nn.Module):
         stage_with_dcn: which stages `dcn` applies to (mmdet's default is none of them, here stages 1 to 3).
         init_cfg: MMEngine's, applied by `init_weights`; `dict(type="Pretrained", checkpoint="torchvision://resnet50")`.
 
-    Raises ValueError or TypeError naming a bad argument. Example::
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
 
-        backbone = DCNResNet(50, dcn=dict(type="DCNv2", deform_groups=1), stage_with_dcn=(False, True, True, True))
-        c2, c3, c4, c5 = backbone(torch.rand(1, 3, 224, 224))
+    Example:
+        >>> import torch
+        >>> from dcn_plugin.mm import DCNResNet
+        >>> backbone = DCNResNet(18, dcn=dict(type="DCNv2", deform_groups=1), stage_with_dcn=(False, True, True, True))
+        >>> [tuple(x.shape[1:]) for x in backbone(torch.rand(1, 3, 64, 64))]
+        [(64, 16, 16), (128, 8, 8), (256, 4, 4), (512, 2, 2)]
 
     Source of the interface: mmdet 3.3, `mmdet.models.backbones.ResNet`.
     """

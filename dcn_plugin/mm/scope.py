@@ -16,5 +16,8 @@ NODES = {
     if isinstance(root, _mmengine.Registry)
 }
 MODELS = NODES["MODELS"]
+"""Layers and backbones of the scope `dcn_plugin`."""
 HOOKS = NODES["HOOKS"]
+"""Hooks of the scope `dcn_plugin`, for MMEngine's Runner."""
 OPTIM_WRAPPER_CONSTRUCTORS = NODES["OPTIM_WRAPPER_CONSTRUCTORS"]
+"""Constructors of optimizers of the scope `dcn_plugin`."""

@@ -14,11 +14,17 @@ class TimmBackbone(nn.Module):
 
     Input [N, C, H, W]; output the maps `out_indices`, [N, C_i, H_i, W_i] each, whose channels and strides are in
     `channels` and `reductions`. `pretrained` takes timm's weights for the model, `checkpoint_path` a local file
-    in their place; a head that does not fit is left out. All other arguments are those of `timm.create_model`. Raises
-    ImportError without timm, RuntimeError for a name or weights that timm does not know, FileNotFoundError, ValueError
-    for a file that is something else (a Git LFS pointer, an HTML page). Example::
+    in their place; a head that does not fit is left out. All other arguments are those of `timm.create_model`.
 
-        backbone = MODELS.build(dict(type="dcn_plugin.TimmBackbone", model_name="resnet18_dcn", out_indices=(2, 3, 4)))
+    Raises:
+        ImportError: timm is missing.
+        RuntimeError: timm does not know the name or the weights.
+        FileNotFoundError, ValueError: there is no such file, or it is something else (a Git LFS pointer, an HTML page).
+
+    Example:
+        >>> from dcn_plugin.mm import TimmBackbone
+        >>> TimmBackbone("resnet18_dcn", out_indices=(2, 3, 4)).channels
+        [128, 256, 512]
     """
 
     def __init__(

@@ -2,11 +2,14 @@
 
 Each `<base>_dcn` (DCNv2) and `<base>_dcnv1` entry is timm's `<base>` with `conv2` of its blocks replaced. A
 fresh or pretrained model computes exactly what the base computes, as every offset starts at zero and every mask at one.
-`pretrained=True` therefore loads the base model's own published weights, under the base's own tags. Example::
+`pretrained=True` therefore loads the base model's own published weights, under the base's own tags
+(`timm.create_model("resnet50_dcn.a1_in1k", pretrained=True)`).
 
-    import timm, dcn_plugin
-    model = timm.create_model("resnet50_dcn.a1_in1k", pretrained=True, num_classes=10)
-    model = timm.create_model("resnet18_dcn", dcn_stages=(4, 5), dcn_layer=dict(type="DCNv2", offset_bound=8.0))
+Example:
+    >>> import timm, dcn_plugin
+    >>> model = timm.create_model("resnet18_dcn", dcn_stages=(4, 5), dcn_layer=dict(type="DCNv2", offset_bound=8.0))
+    >>> type(model.layer2[0].conv2).__name__, type(model.layer3[0].conv2).__name__
+    ('Conv2d', 'DCNv2')
 
 Keyword arguments of every entry, besides those of `timm.models.resnet.ResNet`:
 

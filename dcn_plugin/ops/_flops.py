@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
+from ._operator import WANTED
 
 UNKNOWN = 2
 
@@ -58,8 +59,9 @@ def _register(name: str, multiply_adds: Callable[..., int]) -> None:
     @register_flop_formula(getattr(torch.ops.dcn_plugin, f"{name}_backward"), get_raw=True)
     def _(grad_output: Tensor, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
         """As many for the gradient of the input, and for those of offset and mask together."""
-        *given, needs = args
-        return 2 * multiply_adds(*given) * ((needs & 1) + bool(needs >> 1 & 3))
+        *given, wanted = args
+        passes = bool(wanted & WANTED["input"]) + bool(wanted & (WANTED["offset"] | WANTED["mask"]))
+        return 2 * multiply_adds(*given) * passes
 
 
 for _name, _multiply_adds in (

@@ -13,16 +13,23 @@ from ._vmap import Fold, Prepare, register_vmap
 
 _lib = torch.library.Library("dcn_plugin", "IMPL")
 
-# Bit of `needs` beyond those of gradients: no sums whose order may vary (kOrdered in csrc/ops).
+# Name of a tensor -> the bit of `wanted` that asks a backward for its gradient, as in csrc/core/wanted.h.
+WANTED = {"input": 1, "offset": 2, "weight": 4, "mask": 8}
+# The bit beside them, torch's deterministic mode: no sums whose order may vary.
 ORDERED = 1 << 8
+
+
+def _arguments(op: Any) -> tuple[list[str], list[str]]:
+    """Names of the operator's tensors, which come first, and of its options."""
+    tensor = torch._C.OptionalType.ofTensor()  # a tensor is one, too
+    arguments = op.default._schema.arguments
+    tensors = [a.name for a in arguments if a.type.isSubtypeOf(tensor)]
+    return tensors, [a.name for a in arguments[len(tensors) :]]
 
 
 def register(
     name: str,
     *,
-    tensors: Sequence[str],
-    options: Sequence[str],
-    gradients: Sequence[str],
     positions: Sequence[str],
     reference: Callable[..., Tensor],
     out_shape: Callable[..., Sequence[int]],
@@ -32,24 +39,23 @@ def register(
 ) -> Callable[..., Tensor]:
     """Complete the compiled operator `name` and return it.
 
-    Its schema has `tensors`, then `options`; `<name>_backward` takes the output's gradient, the tensors without
-    those of `closed_form`, the options and `needs`, whose bit i asks for the gradient of `gradients[i]` and whose
-    bit `ORDERED` is torch's deterministic mode.
+    What it takes is told once, by its schema: tensors, of which the first gives the result type, device and layout,
+    then options. `<name>_backward` takes the output's gradient, those tensors but for `closed_form`'s, the same options
+    and `wanted`, the bits of `WANTED` and `ORDERED`; it returns `grad_<tensor>` for each tensor that can be asked for.
 
     Args:
         name: of the operator in `torch.ops.dcn_plugin`.
-        tensors: names of its tensor arguments; the first one gives the result type, device and layout.
-        options: names of its other arguments.
-        gradients: names of the tensors whose gradients the backward operator returns, in its order.
         positions: names of the tensors that autocast keeps in float32: half precision rounds them to whole pixels.
-        reference: the definition, called with all of these by name; second gradients go through it.
+        reference: the definition, called with all arguments by name; second gradients go through it.
         out_shape: checks arguments given by name and returns the shape of the result.
         fold, prepare: how the samples of a `torch.vmap` become one call (`_vmap.py`).
         closed_form: name of a tensor -> its gradient from that of the output, where no kernel is needed.
     """
     op, backward_op = (getattr(torch.ops.dcn_plugin, n) for n in (name, f"{name}_backward"))
+    tensors, options = _arguments(op)
+    (_, *saved), _ = _arguments(backward_op)
+    gradients = [result.name.removeprefix("grad_") for result in backward_op.default._schema.returns]
     closed_form = closed_form or {}
-    saved = [t for t in tensors if t not in closed_form]
     single = len(gradients) == 1  # the backward operator then returns a tensor, not a tuple
 
     @torch.library.register_fake(f"dcn_plugin::{name}")
@@ -58,15 +64,15 @@ def register(
 
     @torch.library.register_fake(f"dcn_plugin::{name}_backward")
     def _(grad_output: Tensor, *args: Any) -> Any:
-        *args, needs = args  # type: ignore[assignment]
+        *args, wanted = args  # type: ignore[assignment]
         given = dict(zip((*saved, *options), args, strict=True))
         out_shape(**dict.fromkeys(closed_form), **given)
         found = []
-        for i, t in enumerate(given[g] for g in gradients):
-            if t is None:
+        for g in gradients:
+            if (t := given[g]) is None:
                 found.append(args[0].new_empty(0))
             else:
-                found.append(new_image(t, t.shape) if needs >> i & 1 else t.new_empty(0))
+                found.append(new_image(t, t.shape) if wanted & WANTED[g] else t.new_empty(0))
         return found[0] if single else tuple(found)
 
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -76,12 +82,12 @@ def register(
 
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         wants = dict(zip(tensors, ctx.needs_input_grad, strict=False))
-        needs = sum(wants[g] << i for i, g in enumerate(gradients))
+        wanted = sum(WANTED[g] for g in gradients if wants[g])
         found: dict[str, Tensor] = {}
-        if needs:
+        if wanted:
             if torch.are_deterministic_algorithms_enabled():
-                needs |= ORDERED
-            result = backward_op(grad_output, *ctx.saved_tensors, *ctx.options, needs)
+                wanted |= ORDERED
+            result = backward_op(grad_output, *ctx.saved_tensors, *ctx.options, wanted)
             found = dict(zip(gradients, (result,) if single else result, strict=True))
         for t, formula in closed_form.items():
             if wants[t]:
@@ -91,7 +97,7 @@ def register(
     torch.library.register_autograd(f"dcn_plugin::{name}", backward, setup_context=setup_context)
 
     def setup_context_of_backward(ctx: Any, inputs: tuple, output: Any) -> None:
-        grad_output, *rest, ctx.needs = inputs
+        grad_output, *rest, ctx.wanted = inputs
         ctx.save_for_backward(grad_output, *rest[: len(saved)])
         ctx.options = rest[len(saved) :]
 
@@ -101,11 +107,11 @@ def register(
             every: list[Any] = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
             grad_output, given = every[0], dict(zip(saved, every[1:], strict=True))
             arguments = dict.fromkeys(closed_form) | given | dict(zip(options, ctx.options, strict=True))
-            asked = [i for i in range(len(gradients)) if ctx.needs >> i & 1]
+            asked = {g: along for g, along in zip(gradients, grads, strict=True) if ctx.wanted & WANTED[g]}
             first = torch.autograd.grad(
-                reference(**arguments), [given[gradients[i]] for i in asked], grad_output, create_graph=True
+                reference(**arguments), [given[g] for g in asked], grad_output, create_graph=True
             )
-            pairs = [(g, grads[i]) for g, i in zip(first, asked, strict=True) if grads[i] is not None]
+            pairs = [(g, along) for g, along in zip(first, asked.values(), strict=True) if along is not None]
             targets = [t for t, needed in zip(every, ctx.needs_input_grad, strict=False) if needed]
             result = torch.autograd.grad([g for g, _ in pairs], targets, [w for _, w in pairs], allow_unused=True)
         found = iter(result)
@@ -117,7 +123,7 @@ def register(
     )
 
     def asked(*args: Any) -> list[str]:
-        return [g for i, g in enumerate(gradients) if args[-1] >> i & 1 and args[1 + saved.index(g)] is not None]
+        return [g for g in gradients if args[-1] & WANTED[g] and args[1 + saved.index(g)] is not None]
 
     register_vmap(name, tensors, ["out"], fold, prepare)
     register_vmap(f"{name}_backward", ["out", *saved], gradients, fold, prepare, asked)

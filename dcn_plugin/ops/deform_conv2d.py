@@ -21,11 +21,11 @@ def deform_conv2d(
     dilation: int | Sequence[int] = (1, 1),
     mask: Tensor | None = None,
 ) -> Tensor:
-    r"""Convolve at learnt positions: deformable convolution v1, or v2 (modulated) when `mask` is given.
+    """Convolve at learnt positions: deformable convolution v1, or v2 (modulated) when `mask` is given.
 
-    .. math:: out(p_0) = b + \sum_k w_k \cdot m_k(p_0) \cdot input(p_0 s + p_k d - pad + \Delta p_k(p_0))
+        out(p) = bias + sum over k of weight(k) * mask(k, p) * input(p * stride - padding + k * dilation + offset(k, p))
 
-    with zeros outside the input and bilinear interpolation in between. Arguments come in torchvision's order; groups
+    for the taps k of output pixel p, with zeros outside the input and bilinear interpolation in between. Arguments come in torchvision's order; groups
     and offset groups follow from the shapes. K = kernel_h * kernel_w taps, row-major.
 
     Args:
@@ -141,9 +141,6 @@ def _fold(own: set[str]) -> dict[str, int]:
 
 _op = register(
     "deform_conv2d",
-    tensors=("input", "offset", "weight", "bias", "mask"),
-    options=("stride", "padding", "dilation"),
-    gradients=("input", "offset", "weight", "mask"),  # in the order of the bits of `needs` in csrc/ops/deform_conv2d.h
     positions=("offset", "mask"),
     reference=reference.deform_conv2d,
     out_shape=_out_shape,

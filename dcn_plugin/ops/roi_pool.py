@@ -28,12 +28,11 @@ def deform_roi_pool(
     gamma: float = 0.1,
     aligned: bool = True,
 ) -> Tensor:
-    r"""Pool regions into bins that have each moved by a learnt offset: deformable RoI pooling.
+    """Pool regions into bins that have each moved by a learnt offset: deformable RoI pooling.
 
-    .. math:: out(r, c, p) = m(r, p) \cdot \frac{1}{S} \sum_{s}
-        input_c(start_r + p \cdot bin_r + \gamma \cdot size_r \cdot \Delta(r, p) + s)
+        out(r, c, p) = mask(r, p) * mean over s of input(c, start(r) + p * bin(r) + gamma * size(r) * offset(r, p) + s)
 
-    over a grid of S bilinear samples in each bin. Without offset and mask it is RoIAlign, value for value. A sample
+    for a grid of bilinear samples s in bin p of region r. Without offset and mask it is RoIAlign, value for value. A sample
     within [-1, H] x [-1, W] (ends included) reads the nearest point of the map, any other counts as 0.
 
     Args:
@@ -49,7 +48,8 @@ def deform_roi_pool(
         aligned: shift by half a pixel, so that pixel (i, j) covers [i, i + 1), and a region that is inside out
             (x2 < x1) is pooled backwards, with as many samples as `sampling_ratio` says, and 0 where that is 0;
             otherwise regions are at least 1 x 1.
-        rois, offset and mask may be float32 beside a half-precision input.
+
+    `rois`, `offset` and `mask` may be float32 beside a half-precision input.
 
     Returns:
         `[R, C, P_h, P_w]`.
@@ -99,10 +99,10 @@ def deform_ps_roi_pool(
     spatial_scale: float = 1.0,
     offset_scale: float = 0.1,
 ) -> Tensor:
-    r"""Pool regions into bins that have moved, each from channels of its own: deformable position-sensitive pooling.
+    """Pool regions into bins that have moved, each from channels of its own: deformable position-sensitive pooling.
 
-    .. math:: out(r, d, p) = m(r, p) \cdot \frac{1}{S} \sum_{s}
-        input_{c(d, p)}(start_r + p \cdot bin_r + \gamma \cdot size_r \cdot \Delta_{class(d)}(r, p) + s)
+        out(r, d, p) = mask(r, class(d), p)
+            * mean over s of input(c(d, p), start(r) + p * bin(r) + offset_scale * size(r) * offset(r, class(d), p) + s)
 
     with `c(d, p) = (d * group_size + g_y) * group_size + g_x` for the group (g_y, g_x) that bin p lies in. As in the
     original, corners are rounded (half away from zero) before scaling and the last pixel belongs to the region, sizes
@@ -163,9 +163,9 @@ def ps_roi_pool(
     output_size: int | Sequence[int],
     spatial_scale: float = 1.0,
 ) -> Tensor:
-    r"""Average the whole pixels of every bin, each bin from channels of its own: R-FCN's position-sensitive pooling.
+    """Average the whole pixels of every bin, each bin from channels of its own: R-FCN's position-sensitive pooling.
 
-    .. math:: out(r, d, p) = \frac{1}{|B(r, p)|} \sum_{q \in B(r, p)} input_{c(d, p)}(q)
+        out(r, d, p) = mean over the pixels q of bin p of input(c(d, p), q)
 
     with channels as in `deform_ps_roi_pool`. Corners are rounded (half away from zero) before scaling and the
     last pixel belongs to the region; sizes are at least 0.1; a bin holds the pixels from the floor of its start to the
@@ -355,9 +355,6 @@ def _number_images(samples: dict[str, Tensor]) -> None:
 
 _deform_roi_pool = register(
     "deform_roi_pool",
-    tensors=("input", "rois", "offset", "mask"),
-    options=("output_size", "spatial_scale", "sampling_ratio", "gamma", "aligned"),
-    gradients=("input", "offset", "mask"),
     positions=("rois", "offset", "mask"),
     reference=reference.deform_roi_pool,
     out_shape=_shape_of_deform_roi_pool,
@@ -366,22 +363,14 @@ _deform_roi_pool = register(
 )
 _deform_ps_roi_pool = register(
     "deform_ps_roi_pool",
-    tensors=("input", "rois", "offset", "mask"),
-    options=(
-        "output_dim", "group_size", "output_size", "part_size", "samples_per_part", "spatial_scale", "offset_scale",
-    ),
-    gradients=("input", "offset", "mask"),
     positions=("rois", "offset", "mask"),
     reference=reference.deform_ps_roi_pool,
     out_shape=_shape_of_deform_ps_roi_pool,
     fold=_fold,
     prepare=_number_images,
-)  # fmt: skip
+)
 _ps_roi_pool = register(
     "ps_roi_pool",
-    tensors=("input", "rois"),
-    options=("output_dim", "group_size", "output_size", "spatial_scale"),
-    gradients=("input",),
     positions=("rois",),
     reference=reference.ps_roi_pool,
     out_shape=_shape_of_ps_roi_pool,

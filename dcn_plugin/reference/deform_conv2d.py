@@ -49,7 +49,7 @@ def deform_conv2d(
     x = shift[:, :, :, :, 1] + base_x
 
     per_group = input.to(acc).reshape(n * offset_groups, channels // offset_groups, height, width)
-    positions = (n * offset_groups, taps * out_h * out_w)  # by number: the batch may be empty
+    positions = (n * offset_groups, taps * out_h * out_w)  # no -1, which reshape cannot infer for an empty batch
     columns = bilinear_sample(per_group, y.reshape(positions), x.reshape(positions))
     columns = columns.reshape(n, offset_groups, channels // offset_groups, taps, out_h, out_w)
     if mask is not None:

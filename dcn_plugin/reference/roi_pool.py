@@ -1,7 +1,7 @@
 """Pooling over regions of interest in plain PyTorch (Dai et al. 2017, section 2.2; Zhu et al. 2019; Dai et al. 2016).
 
-Symbols: R regions, P_h x P_w bins, D output channels, k x k position-sensitive groups of channels. Whoever sums the
-samples in a way of his own gives a `pool`, which is called as `_pool` is.
+Symbols: R regions, P_h x P_w bins, D output channels, k x k position-sensitive groups of channels. An operator finds
+where its samples lie, and `_pool` averages them. A caller may give another function with the same arguments as `pool`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def _pair(value: int | Sequence[int]) -> Sequence[int]:
 class _Axis(NamedTuple):
     """Samples of every bin along one axis: `position` and `read` are `[R, classes, P_h, P_w, samples]`."""
 
-    position: Tensor  # on the map
-    read: Tensor  # whether it counts and lies on the map; a NaN position does
+    position: Tensor  # clamped to the map
+    read: Tensor  # whether it is one of the bin's samples and on the map; NaN positions count as on it
     divisor: Tensor  # how many samples the average is over; broadcasts against [R, classes, P_h, P_w]
 
 
@@ -52,7 +52,7 @@ def deform_roi_pool(
     def axis(i: int) -> _Axis:
         start, size = regions[i]
         step = size / bins[i]
-        # An adaptive number of samples follows the size: none where that is not positive.
+        # Without a ratio the number of samples follows the size, and is 0 where that is not positive.
         grid = torch.full_like(step, sampling_ratio) if sampling_ratio > 0 else step.ceil().clamp(min=0).nan_to_num(1)
         origin = _origins(start, step, bins, i, _shift(offset, i, gamma * size, bins, input))
         inside = (-1, input.shape[2 + i])
@@ -137,12 +137,12 @@ def _regions(
 ) -> list[tuple[Tensor, Tensor]]:
     """Start and size along y, and along x, each [R], on the map and in at least float32; `whole`: of whole pixels.
 
-    NaN, both, for a region that names no image of the batch or is not finite on the map. Sizes are at least `least`;
-    without one, that of a region which is inside out is negative.
+    Both are NaN for an invalid region, which names no image of the batch or is not finite on the map. Sizes are at
+    least `least`; where that is None, a region that is inside out has a negative size.
     """
     number, lower, upper = rois.detach().split((1, 2, 2), 1)
-    # An infinite upper corner may leave no trace in a size that has a least.
-    sound = (number >= 0) & (number < input.shape[0]) & (number == number.trunc()) & upper.isfinite()
+    # Upper corners are looked at here because clamping the size would hide an infinite one.
+    valid = (number >= 0) & (number < input.shape[0]) & (number == number.trunc()) & upper.isfinite()
     lower, upper = (t.to(torch.promote_types(input.dtype, torch.float32)) for t in (lower, upper))
     if whole:  # rounded half away from zero, the last pixel included
         lower, upper = (t.sign() * (t.abs() + 0.5).floor() for t in (lower, upper))
@@ -150,8 +150,8 @@ def _regions(
     start = lower * scale - half
     size = upper * scale - half - start
     size = size if least is None else size.clamp(min=least)
-    sound = (sound & start.isfinite() & size.isfinite()).all(1, keepdim=True)
-    start, size = (torch.where(sound, t, torch.nan) for t in (start, size))
+    valid = (valid & start.isfinite() & size.isfinite()).all(1, keepdim=True)
+    start, size = (torch.where(valid, t, torch.nan) for t in (start, size))
     return [(start[:, i], size[:, i]) for i in (1, 0)]
 
 
@@ -209,13 +209,13 @@ def _spread(
     input: Tensor,
     i: int,
 ) -> _Axis:
-    """Samples at `origin + (0, 1, ... + phase) * step`, `grid` [R] of them (`known` unless 0).
+    """Samples at `origin + (0, 1, ... + phase) * step`, `grid` [R] of them: `known` in every region, unless that is 0.
 
-    Those within `inside`, ends included, are moved onto the map.
+    Those within `inside`, ends included, are read, at the nearest point of the map.
     """
     extent = input.shape[2 + i]
     first = torch.zeros_like(origin)
-    on_map = 2 * extent + 8  # no more than two samples a pixel lie on the map
+    on_map = 2 * extent + 8  # at most: where a region has several, they lie half a pixel apart or more
     if known > 0:
         most = known
     elif not _is_mapped(grid) and (len(grid) == 0 or grid.max() <= on_map):
@@ -226,7 +226,7 @@ def _spread(
     number = first[..., None] + torch.arange(most).to(origin)
     position = origin[..., None] + (number + phase) * _bins(step)[..., None]
     read = (number < _bins(grid)[..., None]) & ~((position < inside[0]) | (position > inside[1]))
-    # Beyond the centres of the outer pixels nothing changes any more: no derivative.
+    # Beyond the centres of the outer pixels the value does not change with the position: no derivative.
     fixed = (position < 0) | (position >= extent - 1)
     position = torch.where(fixed, position.detach().clamp(0, extent - 1), position)
     return _Axis(position, read, _bins(grid))
@@ -243,7 +243,7 @@ def _pool(
     """Average the samples of every bin, read from the channels of its class and group, times the mask."""
     n, channels, height, width = input.shape
     acc = torch.promote_types(input.dtype, torch.float32)
-    # The images of the batch lie one below the other. In float64, as they may be many.
+    # The images of the batch lie one below the other: one tall map, whose rows float32 may not hold exactly.
     below = (rois[:, 0].detach().double() * height)[:, None, None, None, None]
     read = vertical.read[..., :, None] & horizontal.read[..., None, :]
     y = torch.where(read, (vertical.position.double() + below)[..., :, None], torch.inf)

@@ -1,6 +1,6 @@
-// A block of a GPU's threads on the CPU: the interface of csrc/runtime/cuda_block.cuh, by the PTX manual's word.
-// Barriers and matrix operations make a thread wait for the others; in between, threads run in the order of the
-// schedule, and asynchronous copies arrive as early or as late as the rules allow.
+// A block of a GPU's threads on the CPU: the interface of csrc/runtime/cuda_block.cuh, as the PTX manual specifies it.
+// A thread waits for the others at barriers and matrix operations. Between these a schedule chooses the order of
+// threads and whether asynchronous copies arrive as early or as late as the manual allows.
 #pragma once
 
 #include <algorithm>
@@ -26,13 +26,14 @@ struct Copy {
   void run() const { wanted ? std::memcpy(to, from, 16) : std::memset(to, 0, 16); }
 };
 
-// What the threads of a block, or of a warp, share when they act together.
-struct Meeting {
+// Where the threads of a block, or of a warp, wait for each other.
+struct Barrier {
   int members = 0, arrived = 0;
 };
 
 using Words = std::array<uint32_t, 4>;
 
+// What a lane of a warp hands to the others in one exchange.
 struct LaneData {
   const void* row;
   Words a;
@@ -48,12 +49,12 @@ class BlockState {
         fibers(threads, schedule.order, schedule.seed),
         copies(threads),
         lanes(threads),
-        turn(threads, 0),
+        exchanges(threads, 0),
         shared(new unsigned char[shared_bytes + 128]),
         size(shared_bytes) {
     whole.members = threads;
     warps.resize(threads / 32);
-    for (Meeting& w : warps) w.members = 32;
+    for (Barrier& w : warps) w.members = 32;
   }
   unsigned char* shared_begin() {
     return reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(shared.get()) + 127) & ~uintptr_t(127));
@@ -61,11 +62,11 @@ class BlockState {
 
   Schedule schedule;
   Fibers fibers;
-  Meeting whole;
-  std::vector<Meeting> warps;
+  Barrier whole;
+  std::vector<Barrier> warps;
   std::vector<std::deque<std::vector<Copy>>> copies;
   std::vector<std::array<LaneData, 2>> lanes;
-  std::vector<int> turn;
+  std::vector<int> exchanges;
   std::unique_ptr<unsigned char[]> shared;
   int size;
   int64_t index = 0;
@@ -80,10 +81,10 @@ class Block {
   unsigned char* shared() const { return s_.shared_begin(); }
 
   void sync() {
-    meet(s_.whole, 0, [] {});
+    wait(s_.whole, 0, [] {});
   }
   void sync_warp() {
-    meet(warp(), first(), [] {});
+    wait(warp(), first(), [] {});
   }
 
   float from_lane_above(float value, int distance) {
@@ -125,22 +126,22 @@ class Block {
     std::copy(a, a + 4, mine.a.begin());
     mine.b = {b0, b1};
     std::copy(sums, sums + 4, mine.sums.begin());
-    meet(warp(), first(), [&] { multiply_warp<S>(); });
+    wait(warp(), first(), [&] { multiply_warp<S>(); });
     std::copy(mine.sums.begin(), mine.sums.end(), sums);
-    next_turn();
+    next_exchange();
   }
 
  private:
   int first() const { return thread_ / 32 * 32; }
-  Meeting& warp() { return s_.warps[thread_ / 32]; }
+  Barrier& warp() { return s_.warps[thread_ / 32]; }
   std::deque<std::vector<Copy>>& pending() { return s_.copies[thread_]; }
-  // Two sets in turns: a thread that is ahead writes to the one that nobody reads any more.
-  LaneData& lane(int i) { return s_.lanes[first() + i][s_.turn[thread_] & 1]; }
-  void next_turn() { ++s_.turn[thread_]; }
+  // Two buffers alternate: a thread that is at the next exchange already writes where nobody reads any more.
+  LaneData& lane(int i) { return s_.lanes[first() + i][s_.exchanges[thread_] & 1]; }
+  void next_exchange() { ++s_.exchanges[thread_]; }
 
-  // Waits for all members; the last to come does `act` first.
+  // Waits until all members have arrived; the last one does `act` before they go on.
   template <typename F>
-  void meet(Meeting& m, int first_member, const F& act) {
+  void wait(Barrier& m, int first_member, const F& act) {
     if (++m.arrived < m.members) {
       s_.fibers.sleep();
       return;
@@ -151,18 +152,18 @@ class Block {
     s_.fibers.pause();
   }
 
-  // The word of the lane that lies so far above.
+  // The word of the lane `distance` above this one.
   uint32_t exchange(uint32_t word, int distance) {
     lane(thread_ % 32).word = word;
     sync_warp();
     const uint32_t found = lane(thread_ % 32 + distance).word;
-    next_turn();
+    next_exchange();
     return found;
   }
 
   void load(uint32_t (&m)[4], const void* row, bool transposed) {
     lane(thread_ % 32).row = row;
-    // Shared memory is read when all are there, which is the latest that hardware may.
+    // Shared memory is read once all lanes have arrived, which is as late as hardware may.
     sync_warp();
     const int l = thread_ % 32;
     for (int i = 0; i < 4; ++i) {
@@ -179,7 +180,7 @@ class Block {
       }
       std::memcpy(&m[i], pair, 4);
     }
-    next_turn();
+    next_exchange();
   }
 
   // Layout of the fragments: PTX ISA, mma.m16n8k16 for 16-bit types.
@@ -215,7 +216,7 @@ void run_grid(const Kernel& kernel, int64_t blocks, const Schedule& schedule) {
   BlockState state(Kernel::kThreads, Kernel::kSharedBytes, schedule);
   for (int64_t i = 0; i < blocks; ++i) {
     state.index = schedule.blocks_backwards ? blocks - 1 - i : i;
-    // What a block finds in shared memory is anything; here it is NaN in every type.
+    // A block may find anything in shared memory; here it is NaN in every type.
     std::memset(state.shared_begin(), 0xff, Kernel::kSharedBytes);
     for (auto& copies : state.copies) copies.clear();
     state.fibers.run([&](int thread) {

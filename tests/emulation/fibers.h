@@ -1,5 +1,5 @@
-// Threads of a GPU's block as fibers of one CPU thread: each runs until it waits, then another goes on. Which one is
-// the schedule's to say, so that what only works in one order shows.
+// Threads of a GPU's block as fibers of one CPU thread: each runs until it waits, then another goes on. The order is a
+// parameter, so that code which works in one order only fails in another.
 #pragma once
 
 #include <ucontext.h>
@@ -19,7 +19,7 @@
 
 namespace emulation {
 
-// Switching by hand on x86-64, since swapcontext asks the system twice each time.
+// Written by hand for x86-64, since swapcontext makes two system calls each time.
 #if defined(__x86_64__)
 extern "C" void emulation_switch(void** save, void* load);
 asm(R"(
@@ -78,7 +78,7 @@ class Fibers {
     leave(false);
   }
   void wake(int i) { fibers_[i].awake = true; }
-  // Others may go on first.
+  // Lets others go on first.
   void pause() { leave(false); }
 
  private:
@@ -156,7 +156,7 @@ class Fibers {
     arrived(f.fake_stack);
   }
 
-  // AddressSanitizer wants to know which stack it is on.
+  // AddressSanitizer is told which stack is in use.
 #if defined(__SANITIZE_ADDRESS__)
   void leaving(void** fake, const void* stack, size_t size) { __sanitizer_start_switch_fiber(fake, stack, size); }
   void arrived(void* fake) {
@@ -167,7 +167,7 @@ class Fibers {
     for (const Fiber& f : fibers_) ours |= f.stack.get() == from;
     if (!ours) scheduler_stack_ = from, scheduler_size_ = size;
   }
-  // `start` never returns, so what surrounds its variables would stay forbidden.
+  // `start` never returns, so the poisoned memory around its variables has to be released here.
   static void forget_frames(Fiber& f) { __asan_unpoison_memory_region(f.stack.get(), kStack); }
 #else
   void leaving(void**, const void*, size_t) {}

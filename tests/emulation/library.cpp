@@ -1,9 +1,9 @@
-// The GPU's operators on CPU tensors: everything of csrc/ops/deform_conv2d_cuda but CUDA itself, in an emulated block
-// of threads. Compiled and loaded by the tests.
+// The GPU's operators on CPU tensors: everything of csrc/ops/deform_conv2d/cuda but CUDA itself, in emulated blocks of
+// threads. Compiled and loaded by the tests.
 #include "block.h"
-#include "ops/deform_conv2d_cuda/operator.h"
+#include "ops/deform_conv2d/cuda/paths.h"
+#include "ops/deform_conv2d/operator.h"
 #include "runtime/cpu.h"
-#include "runtime/kernel_choice.h"
 
 namespace emulation {
 
@@ -18,17 +18,17 @@ inline Settings& settings() {
 }
 
 struct Device : dcn::Cpu {
-  // Little, so that small tests have several ranges of images.
+  // So little that small tests have several ranges of images.
   static constexpr int64_t column_gradient_bytes = 40 << 10;
 
   struct Guard {
     explicit Guard(const dcn::Tensor&) {}
   };
   static int64_t multiprocessors(const dcn::Tensor&) { return settings().multiprocessors; }
-  static bool fuses(const dcn::Tensor&) { return dcn::wants_fused_kernels(); }
+  static bool fuses(const dcn::Tensor&) { return dcn::chooses_fused_kernels(); }
   template <typename Kernel>
   static bool launch(const Kernel& kernel, int64_t blocks, const dcn::Tensor&) {
-    // The least that a processor from sm_80 on grants a block.
+    // What every processor from sm_80 on grants a block.
     static_assert(Kernel::kSharedBytes <= 99 << 10);
     run_grid(kernel, blocks, settings().schedule);
     return true;
@@ -40,7 +40,7 @@ int64_t set_schedule(int64_t order, bool late_copies, bool blocks_backwards, int
   return order;
 }
 
-std::string kernels_used() { return dcn::kernels_used(); }
+std::string kernels_used() { return dcn::KernelLog::lines(); }
 
 }  // namespace emulation
 
@@ -50,7 +50,8 @@ STABLE_TORCH_LIBRARY(dcn_plugin_emulated, m) {
       "SymInt[] padding, SymInt[] dilation) -> Tensor");
   m.def(
       "deform_conv2d_backward(Tensor grad_output, Tensor input, Tensor offset, Tensor weight, Tensor? mask, "
-      "SymInt[] stride, SymInt[] padding, SymInt[] dilation, int needs) -> (Tensor, Tensor, Tensor, Tensor)");
+      "SymInt[] stride, SymInt[] padding, SymInt[] dilation, int wanted) "
+      "-> (Tensor grad_input, Tensor grad_offset, Tensor grad_weight, Tensor grad_mask)");
   m.def("set_schedule(int order, bool late_copies, bool blocks_backwards, int multiprocessors) -> int");
   m.def("kernels_used() -> str");
 }

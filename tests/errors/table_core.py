@@ -304,7 +304,7 @@ ONNX = [
     Case(export_of_any_size, ValueError, "input:", "expected fixed channels and a fixed kernel", "got shape (1, 'C'"),
     Case(
         import_without_onnx,
-        ModuleNotFoundError, "dcn_plugin.export.onnx", "pip install 'dcn_plugin[onnx]'", "needs onnxscript",
+        ModuleNotFoundError, "dcn_plugin.export.onnx", "pip install '.[onnx]'", "needs onnxscript",
     ),
 ]  # fmt: skip
 
@@ -315,6 +315,7 @@ def load_libraries(monkeypatch, tmp_path, content=None, torch_version=None):
     if content is not None:
         _extension.CPU_LIBRARY.write_bytes(content)
     if torch_version is not None:
+        _extension.BUILD_INFO.write_text('{"torch_floor": "2.11"}')
         monkeypatch.setattr(torch, "__version__", torch_version)
     _extension.load.__wrapped__()
 

@@ -337,7 +337,7 @@ MODULE = [
     ),
     Case(
         metric_without_pycocotools,
-        ModuleNotFoundError, "DetectionModule", "pip install 'dcn_plugin[detection]'", "needs pycocotools",
+        ModuleNotFoundError, "DetectionModule", "pip install '.[detection]'", "needs pycocotools",
     ),
     Case(
         lambda: DetectionModule("faster_rcnn", 3),

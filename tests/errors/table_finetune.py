@@ -495,7 +495,7 @@ MODULE = [
     Case(exported_with_spec, ValueError, "spec:", "expected None, as", "got {'type': 'DCNResNet'}"),
     Case(
         import_without_torchmetrics,
-        ModuleNotFoundError, "dcn_plugin.finetune", "pip install 'dcn_plugin[finetune]'", "needs torchmetrics",
+        ModuleNotFoundError, "dcn_plugin.finetune", "pip install '.[finetune]'", "needs torchmetrics",
     ),
 ]  # fmt: skip
 

@@ -161,4 +161,7 @@ DEFINITIONS = [
         lambda: reference.bilinear_sample(IMAGE, ROIS, ROIS.to_mkldnn()), TypeError, "x:", "a dense tensor", "_mkldnn"
     ),
 ]
-CASES = CONV + POOLS + META + DEFINITIONS
+KERNELS = [
+    Case(lambda: ops.kernels_used("gpu"), ValueError, "device:", "expected 'cpu', 'cuda' or None", "got 'gpu'"),
+]
+CASES = CONV + POOLS + META + DEFINITIONS + KERNELS

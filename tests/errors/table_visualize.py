@@ -90,7 +90,7 @@ LAYERS = [
         lambda: visualize.trace(visualize.record(model(), BATCH), (30, 3)),
         ValueError, "unit:", "expected (y, x) inside the image", "got (30, 3)",
     ),
-    Case(without_matplotlib, ModuleNotFoundError, "figures", "pip install 'dcn_plugin[visualize]'", "not installed"),
+    Case(without_matplotlib, ModuleNotFoundError, "figures", "pip install '.[visualize]'", "not installed"),
     Case(
         lambda: visualize.sampling_points(model(), IMAGE, layers=0),
         ValueError, "layers:", "expected at least 1 layer", "got 0",

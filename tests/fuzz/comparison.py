@@ -4,17 +4,18 @@ import contextlib
 
 import torch
 from cases import TOLERANCE, convert, run
+from conftest import cpu_kernels
 
 
 @contextlib.contextmanager
-def cpu(path, threads):
-    before = torch.ops.dcn_plugin._set_cpu_path(path), torch.get_num_threads()
+def cpu(kernels, threads):
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        yield
+        with cpu_kernels(kernels):
+            yield
     finally:
-        torch.ops.dcn_plugin._set_cpu_path(before[0])
-        torch.set_num_threads(before[1])
+        torch.set_num_threads(before)
 
 
 def compare(actual, expected, name, loose=False):
@@ -35,10 +36,10 @@ def compare(actual, expected, name, loose=False):
         assert error <= tolerance * scale, f"{name}: error {error:.3g} on a scale of {scale:.3g}"
 
 
-def both(case, arguments, grad, path, threads):
-    """Value and gradients of the operator, and of the reference in float64."""
+def both(case, arguments, grad, path, threads, function=None):
+    """Value and gradients of the operator, or of another `function`, and of the reference in float64."""
     with cpu(path, threads):
-        actual = run(case.function, arguments, grad)
+        actual = run(function or case.function, arguments, grad)
     for k, v in actual.items():
         assert v.dtype == arguments[k.removeprefix("grad_") if k != "out" else "input"].dtype, k
     exact = {k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}

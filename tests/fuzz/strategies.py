@@ -8,8 +8,8 @@ import os
 
 import pytest
 import torch
-from cases import CASES
-from conftest import PORTABLE, TUNED
+from cases import BY_NAME
+from conftest import BASELINE, PORTABLE, TUNED, V3
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, settings  # noqa: E402
@@ -20,11 +20,10 @@ fuzz = settings(
     max_examples=EXAMPLES or 100, derandomize=not EXAMPLES, deadline=None, database=None, print_blob=True,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
-CASE = {case.name: case for case in CASES}
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16])
-each_name = pytest.mark.parametrize("name", CASE)
+each_name = pytest.mark.parametrize("name", BY_NAME)
 sizes = st.integers(1, 3)
-paths = st.sampled_from([PORTABLE, 1, 3, TUNED])
+paths = st.sampled_from([PORTABLE, BASELINE, V3, TUNED])
 
 
 def plain(t):
@@ -160,8 +159,13 @@ def roi_pool(draw, name):
     return without(draw, arguments, "offset", "mask")
 
 
+POOLS = ("deform_roi_pool", "deform_ps_roi_pool", "ps_roi_pool")
+CALLS = {"deform_conv2d": deform_conv2d(), **{name: roi_pool(name) for name in POOLS}}
+
+
 def calls(name):
-    return deform_conv2d() if name == "deform_conv2d" else roi_pool(name)
+    """Arguments of an operator."""
+    return CALLS[name]
 
 
 @st.composite

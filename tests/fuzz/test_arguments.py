@@ -1,16 +1,17 @@
 """Calls that must be refused: by name in Python, and before memory is touched in the compiled operators."""
 
+import inspect
 import math
 import re
 
 import pytest
 import torch
-from cases import convert
+from cases import BY_NAME, CASES, convert
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fuzz.comparison import compare
-from fuzz.strategies import CASE, calls, each_name, fuzz
+from fuzz.strategies import calls, each_name, fuzz
 
 HUGE = [2**30 + 1, 2**31, 2**40, 2**62, 2**63 - 1, 2**63, 2**70, 10**400]
 # A size that no address space holds: a tensor that repeats one value may have it, what is made for it may not.
@@ -44,14 +45,14 @@ def spoil_tensor(draw, t):
     return t.new_zeros([max(s + change * (i == d), 0) for i, s in enumerate(t.shape)])
 
 
-def names_an_argument(error, case, arguments):
-    known = "|".join([*arguments, "bias", "mask", "offset"])
+def names_an_argument(error, case):
+    known = "|".join(inspect.signature(case.function).parameters)
     return re.match(rf"({known})(\[\d\])?(:| must)", str(error))
 
 
 @each_name
 def test_wrong_arguments_are_refused_by_name(name):
-    case = CASE[name]
+    case = BY_NAME[name]
 
     @fuzz
     @given(st.data(), calls(name))
@@ -59,7 +60,7 @@ def test_wrong_arguments_are_refused_by_name(name):
         arguments = convert(arguments, dtype=torch.float32)
         chosen = data.draw(st.sampled_from(sorted(arguments)))
         value = arguments[chosen]
-        wrong_integers = WRONG_COUNTS if name != "deform_conv2d" and chosen != "output_dim" else WRONG_INTEGERS
+        wrong_integers = WRONG_COUNTS if case.of_regions and chosen != "output_dim" else WRONG_INTEGERS
         spoiled = dict(arguments)
         if isinstance(value, torch.Tensor):
             spoiled[chosen] = spoil_tensor(data.draw, value)
@@ -75,7 +76,7 @@ def test_wrong_arguments_are_refused_by_name(name):
         try:
             out = case.function(**spoiled)
         except (ValueError, TypeError) as error:
-            assert names_an_argument(error, case, arguments), error
+            assert names_an_argument(error, case), error
             assert not own or str(error).startswith(chosen), error
             return
         except (RuntimeError, MemoryError) as error:  # the oldest torch hands on what C++ says of an endless batch
@@ -91,19 +92,16 @@ def test_wrong_arguments_are_refused_by_name(name):
 
 @each_name
 def test_the_compiled_operators_refuse_wrong_arguments(name):
-    case = CASE[name]
-    forward, backward = (getattr(torch.ops.dcn_plugin, n) for n in (case.op, f"{case.op}_backward"))
+    case = BY_NAME[name]
 
     @fuzz
     @given(st.data(), calls(name), st.booleans())
     def check(data, arguments, gradients):
         arguments = convert(arguments, dtype=torch.float32)
-        given = list(case.to_op(**arguments))
-        op = forward
+        given, op = list(case.to_op(**arguments).values()), case.op
         if gradients:
-            out = forward(*given)
-            without_bias = [v for i, v in enumerate(given) if name != "deform_conv2d" or i != 3]
-            given, op = [torch.ones_like(out), *without_bias, data.draw(st.integers(0, 15))], backward
+            grad, wanted = torch.ones_like(case.op(*given)), data.draw(st.integers(0, 15))
+            given, op = list(case.to_backward(grad, wanted, **arguments).values()), case.backward_op
         for i in data.draw(st.lists(st.integers(0, len(given) - 1), min_size=1, max_size=2, unique=True)):
             if isinstance(given[i], torch.Tensor):
                 given[i] = spoil_tensor(data.draw, given[i])
@@ -136,32 +134,31 @@ def test_sizes_whose_product_overflows_are_refused():
         torch.ops.dcn_plugin.deform_conv2d(one.expand(1, 1, 2**31, 2**31), offset, weight, None, None, *how)
 
 
-LIMITS = [
-    ("deform_conv2d", 2**30, ("stride", "padding", "dilation")),
-    ("deform_roi_pool", 2**20, ("output_size", "sampling_ratio")),
-    ("deform_ps_roi_pool", 2**20, ("output_size", "part_size", "group_size", "samples_per_part")),
-    ("ps_roi_pool", 2**20, ("output_size", "group_size")),
-]
+def limits():
+    """(operator, option, what it is at most) of every option that is an integer, or several."""
+    for case in CASES:
+        for option in case.op._schema.arguments:
+            if str(option.type) in ("int", "List[int]") and option.name != "output_dim":  # which has to fit the input
+                yield case.name, option.name, 2**20 if case.of_regions else 2**30
 
 
 @pytest.mark.parametrize("more", [1, 2**30, 2**31, 2**70])
-@pytest.mark.parametrize(
-    ("name", "most", "argument"), [(name, most, a) for name, most, arguments in LIMITS for a in arguments]
-)
-def test_integers_too_large_for_the_compiled_operators_are_refused_by_name(name, most, argument, more):
-    case = CASE[name]
-    arguments = case.make(case.full) | {argument: most + more}
+@pytest.mark.parametrize(("name", "argument", "most"), limits())
+def test_integers_too_large_for_the_compiled_operators_are_refused_by_name(name, argument, most, more):
+    case = BY_NAME[name]
+    arguments = case.make(case.full)
     with pytest.raises(ValueError, match=f"^{argument} must be at most {most}, got {most + more}$"):
-        case.function(**arguments)
+        case.function(**arguments | {argument: most + more})
     if more == 1:  # the limit is the compiled operator's own
-        if argument in ("output_size", "part_size"):
-            arguments[argument] = [most + more, 1]
-        with pytest.raises(RuntimeError, match=f"must be from [01] to {most}, got {most + more}$"):
-            getattr(torch.ops.dcn_plugin, case.op)(*case.to_op(**arguments))
+        given = case.to_op(**arguments)
+        one = given[argument]
+        given[argument] = [most + more, *one[1:]] if isinstance(one, list) else most + more
+        with pytest.raises(RuntimeError, match=f"from [01] to {most}, got {most + more}$"):
+            case.op(*given.values())
 
 
 @pytest.mark.parametrize(("name", "argument"), [("deform_roi_pool", "gamma"), ("deform_ps_roi_pool", "offset_scale")])
 def test_an_integer_beyond_every_float_is_refused_by_name(name, argument):
-    case = CASE[name]
+    case = BY_NAME[name]
     with pytest.raises(ValueError, match=f"{argument} must be finite"):
         case.function(**(case.make(case.full) | {argument: 10**400}))

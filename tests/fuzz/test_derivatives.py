@@ -1,13 +1,13 @@
 """Second gradients and forward mode of every operator, on any shapes and layouts, against the reference in float64."""
 
 import torch
-from cases import TOLERANCE, leaves, run, tensors
+from cases import BY_NAME, TOLERANCE, leaves, run, tensors
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
 from fuzz.comparison import compare, cpu
-from fuzz.strategies import CASE, calls, each_name, fuzz, in_memory, paths
+from fuzz.strategies import calls, each_name, fuzz, in_memory, paths
 
 
 def like(arguments, seed):
@@ -43,7 +43,7 @@ def in_double(value):
 
 @each_name
 def test_second_gradients_and_tangents_are_those_of_the_reference(name):
-    case = CASE[name]
+    case = BY_NAME[name]
 
     @fuzz
     @given(st.data(), calls(name), paths)

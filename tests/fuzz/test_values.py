@@ -1,21 +1,20 @@
 """Every operator on shapes, layouts and values that nobody thought of, against the reference."""
 
-import dataclasses
 import math
 
 import pytest
 import torch
-from cases import convert, run
+from cases import BY_NAME, CASES, convert, run
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fuzz.comparison import both, compare, cpu
-from fuzz.strategies import CASE, LAYOUTS, calls, each_name, fuzz, in_memory, paths
+from fuzz.strategies import LAYOUTS, calls, each_name, fuzz, in_memory, paths
 
 
 @each_name
 def test_any_shape_and_layout_gives_the_reference(name):
-    case = CASE[name]
+    case = BY_NAME[name]
 
     @fuzz
     @given(st.data(), calls(name), LAYOUTS, paths, st.integers(1, 2))
@@ -41,7 +40,7 @@ FAR = [2.0**24, -(2.0**24), 2.0**31, -(2.0**31), 2.0**63, -(2.0**63), 1e19, 1e38
 
 @each_name
 def test_hostile_values_do_what_the_reference_does(name):
-    case = CASE[name]
+    case = BY_NAME[name]
 
     @fuzz
     @given(st.data(), calls(name), paths)
@@ -104,13 +103,12 @@ def is_sound(roi, batch):
     return roi[0] in range(batch) and all(map(math.isfinite, roi))
 
 
-each_pool = pytest.mark.parametrize("name", [name for name in CASE if name != "deform_conv2d"])
+each_pool = pytest.mark.parametrize("name", [case.name for case in CASES if case.of_regions])
 
 
 @each_pool
 def test_hostile_regions_are_refused_and_where_nobody_looks_they_give_nan(name):
-    case = CASE[name]
-    op = getattr(torch.ops.dcn_plugin, case.op)  # what compiled graphs call, and what runs on CUDA
+    case = BY_NAME[name]
 
     @fuzz
     @given(st.data(), calls(name).filter(lambda arguments: len(arguments["rois"])), paths)
@@ -128,8 +126,7 @@ def test_hostile_regions_are_refused_and_where_nobody_looks_they_give_nan(name):
         near = ~sound | (rois == drawn).all(1)
         out = case.reference(**convert(arguments, dtype=torch.float64))
         grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)) * near[:, None, None, None]
-        compiled = dataclasses.replace(case, function=lambda **a: op(*case.to_op(**a)))
-        actual, expected = both(compiled, arguments, grad.to(arguments["input"]), path, 1)
+        actual, expected = both(case, arguments, grad.to(arguments["input"]), path, 1, case.compiled)
         assert actual["out"][~sound].isnan().all()
         for k, v in actual.items():
             of_region = k.removeprefix("grad_") in ("out", *case.per_result)
@@ -140,7 +137,7 @@ def test_hostile_regions_are_refused_and_where_nobody_looks_they_give_nan(name):
 
 @each_pool
 def test_hostile_scales_do_what_the_reference_does(name):
-    case = CASE[name]
+    case = BY_NAME[name]
     scales = [k for k in ("spatial_scale", "gamma", "offset_scale") if k in case.make(case.full)]
 
     @fuzz
@@ -162,7 +159,7 @@ def test_hostile_scales_do_what_the_reference_does(name):
 
 @each_name
 def test_the_reference_takes_an_empty_batch(name):
-    case = CASE[name]
+    case = BY_NAME[name]
     arguments = case.make(case.mixed)
     empty = {k: v[:0] if k in case.per_result else v for k, v in arguments.items()}
     expected, actual = run(case.reference, empty), run(case.function, empty)

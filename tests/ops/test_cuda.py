@@ -8,12 +8,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
 from cases import (
+    BY_NAME,
     CASES,
     OpCase,
     assert_close,
@@ -34,7 +35,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
-CONV, ALIGN, PART, PIXELS = CASES
+CONV = BY_NAME["deform_conv2d"]
 # Of values, and of positions (offset, mask, regions) beside them.
 TYPES = {
     "float64": (torch.float64, torch.float64),
@@ -45,39 +46,24 @@ TYPES = {
     "bfloat16-float32": (torch.bfloat16, torch.float32),
 }
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-_conv, _part = deform_conv2d_arguments, deform_ps_roi_pool_arguments
-PROBLEMS = {
-    "c64": (CONV, _conv((3, 64, 24, 20), out=64)),
-    "c128-to-96": (CONV, _conv((2, 128, 15, 13), out=96)),
-    "c256": (CONV, _conv((4, 256, 14, 14), out=256, bias=False)),
-    "c512": (CONV, _conv((3, 512, 7, 7), out=512, spread=1.0)),
-    "c72-to-40": (CONV, _conv((1, 72, 11, 9), out=40, mask=False)),
-    "stride-dilation": (CONV, _conv((2, 64, 19, 22), out=128, stride=2, dilation=2, padding=(2, 1, 0, 3))),
-    "offset-groups": (CONV, _conv((2, 128, 13, 17), out=64, offset_groups=4)),
-    "groups": (CONV, _conv((2, 128, 12, 10), out=192, groups=4, offset_groups=2)),
-    "depthwise": (CONV, _conv((2, 64, 14, 15), out=64, groups=64, offset_groups=4)),
-    "kernel-5x3": (CONV, _conv((2, 32, 12, 11), out=48, kernel=(5, 3), padding=(2, 1))),
-    "pointwise": (CONV, _conv((2, 192, 9, 16), out=64, kernel=(1, 1), padding=0)),
-    "far": (CONV, _conv((2, 64, 12, 12), out=64, spread=25.0)),
-    "small-conv": (CONV, _conv((1, 64, 9, 7), out=64)),
-    "roi": (ALIGN, deform_roi_pool_arguments((2, 256, 20, 24), regions=40, bins=(7, 7))),
-    "roi-adaptive": (ALIGN, deform_roi_pool_arguments((2, 64, 20, 24), regions=40, bins=(7, 7), sampling_ratio=0)),
-    "small-roi": (ALIGN, deform_roi_pool_arguments((2, 24, 9, 8), regions=9)),
-    "ps": (PART, _part((2, 10 * 49, 20, 24), regions=40, output_dim=10, group_size=7, bins=(7, 7), classes=5)),
-    "small-ps": (PART, _part((2, 24, 9, 8), regions=9, output_dim=6, classes=2)),
-    "pixels": (PIXELS, ps_roi_pool_arguments((2, 10 * 49, 20, 24), 40, output_dim=10, group_size=7, bins=(7, 7))),
-    "small-pixels": (PIXELS, ps_roi_pool_arguments((2, 24, 9, 8), regions=9, output_dim=6)),
-}
+PROBLEMS = {name: (case, make) for case in CASES for name, make in case.real.items()}
 # For each tile of the fused forward a problem that is large enough for it on up to 160 multiprocessors; for those above
 # it takes 64x64.
 TILES = {
-    "64x256": _conv((16, 32, 36, 36), out=256),
-    "128x128": _conv((8, 32, 72, 72), out=128),
-    "128x64": _conv((8, 32, 72, 72), out=64),
+    "64x256": deform_conv2d_arguments((16, 32, 36, 36), out=256),
+    "128x128": deform_conv2d_arguments((8, 32, 72, 72), out=128),
+    "128x64": deform_conv2d_arguments((8, 32, 72, 72), out=64),
 }
-ONE_EACH = ["c64", "roi-adaptive", "ps", "pixels"]
+ONE_EACH = [next(iter(case.real)) for case in CASES]
 # A tensor of 256 channels and this side has more than 2^31 elements; a corner of it is compared with the CPU.
 SIDE, CORNER = 2900, 40
+_regions, _parts = dict(regions=3, bins=(2, 2), spatial_scale=1.0), dict(output_dim=64, group_size=2)
+# Beside the convolution's: arguments for regions of such a map.
+LARGE = {
+    "deform_roi_pool": partial(deform_roi_pool_arguments, spread=0.5, **_regions),
+    "deform_ps_roi_pool": partial(deform_ps_roi_pool_arguments, spread=0.5, **_parts, **_regions),
+    "ps_roi_pool": partial(ps_roi_pool_arguments, **_parts, **_regions),
+}
 each_problem = pytest.mark.parametrize("problem", PROBLEMS)
 one_of_each = pytest.mark.parametrize("problem", ONE_EACH)
 each_types = pytest.mark.parametrize("types", TYPES)
@@ -85,7 +71,7 @@ each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 # Other tests have these words in their names: `-k "not kernels_fused"` means this parameter.
-@pytest.fixture(params=["plain", "fused"], ids=lambda name: f"kernels_{name}")
+@pytest.fixture(params=["portable", "fused"], ids=lambda name: f"kernels_{name}")
 def kernels(request, monkeypatch):
     monkeypatch.setenv("DCN_PLUGIN_CUDA_KERNELS", request.param)
     return request.param
@@ -110,7 +96,7 @@ def given(problem: str, types: str, seed: int = 0) -> tuple[dict, torch.Tensor, 
     case, make = PROBLEMS.get(problem) or (CONV, TILES[problem])
     torch.manual_seed(seed)
     exact = make()
-    if case is CONV:
+    if not case.of_regions and "offset" in exact:
         # Near whole pixels, where the derivative jumps, rounding would decide on the side.
         exact["offset"] = away_from_pixels(exact["offset"])
     value, position = TYPES[types]
@@ -119,7 +105,7 @@ def given(problem: str, types: str, seed: int = 0) -> tuple[dict, torch.Tensor, 
         for k, v in exact.items()
     }
     # Rounded regions put samples just on the border of those that count; float32 then decides as on the GPU.
-    truth = convert(arguments, dtype=torch.float64 if case is CONV or value == torch.float64 else torch.float32)
+    truth = convert(arguments, dtype=torch.float32 if case.of_regions and value != torch.float64 else torch.float64)
     grad = torch.randn(case.function(**truth).shape).to(value)
     return arguments, grad, run(case.function, truth, grad)
 
@@ -192,7 +178,7 @@ def check_configuration(case: OpCase, config: str, dtype: torch.dtype, device: s
 
 def test_the_setting_decides_which_kernels_run(kernels):
     check_against_cpu("c256", "bfloat16", "channels_last", "cuda")
-    used = ops.kernels_used()
+    used = ops.kernels_used("cuda")
     # The fused ones need the tensor cores of 8.0 and up.
     fused = kernels == "fused" and torch.cuda.get_device_capability() >= (8, 0)
     for operator in ("deform_conv2d", "deform_conv2d_backward"):
@@ -209,7 +195,7 @@ def test_the_setting_decides_which_kernels_run(kernels):
 def test_every_tile_size_equals_the_cpu(tile, types, layout, kernels):
     check_against_cpu(tile, types, layout, "cuda")
     if torch.cuda.get_device_properties(0).multi_processor_count <= 160:
-        assert ops.kernels_used()["deform_conv2d"] == f"fused {tile}"
+        assert ops.kernels_used("cuda")["deform_conv2d"] == f"fused {tile}"
 
 
 @one_of_each
@@ -364,7 +350,7 @@ def much_memory():
 
 
 @each_layout
-@pytest.mark.parametrize("what", ["input", "output", *(case.name for case in CASES[1:])])
+@pytest.mark.parametrize("what", ["input", "output", *LARGE])
 def test_more_than_2_to_the_31_elements(what, layout, kernels, much_memory):
     check_far_corner(what, layout, "cuda", SIDE)
 
@@ -372,7 +358,7 @@ def test_more_than_2_to_the_31_elements(what, layout, kernels, much_memory):
 def check_far_corner(what: str, layout: str, device: str, side: int) -> None:
     """The last rows and columns of a large map, in value and gradient, against the CPU's on that corner alone."""
     torch.manual_seed(0)
-    case = next((case for case in CASES if case.name == what), CONV)
+    case = BY_NAME.get(what, CONV)
     channels, outputs = (64, 256) if what == "output" else (256, 32)
     image = torch.empty(
         (1, channels, side, side), dtype=torch.bfloat16, device=device, memory_format=LAYOUTS[layout]
@@ -383,14 +369,7 @@ def check_far_corner(what: str, layout: str, device: str, side: int) -> None:
         arguments = {"input": image, "offset": offset, "weight": weight, "padding": 1}
         corner = {k: v[..., -CORNER:, -CORNER:] if k in ("input", "offset") else v for k, v in arguments.items()}
     else:
-        how = dict(shape=(1, channels, 1, 1), regions=3, bins=(2, 2), spatial_scale=1.0)
-        parts = dict(output_dim=64, group_size=2)
-        made = {
-            ALIGN.name: lambda: deform_roi_pool_arguments(spread=0.5, **how),
-            PART.name: lambda: _part(spread=0.5, **parts, **how),
-            PIXELS.name: lambda: ps_roi_pool_arguments(**parts, **how),
-        }[what]()()
-        made = convert(made, dtype=torch.float32, device=device)
+        made = convert(LARGE[what](shape=(1, channels, 1, 1))(), dtype=torch.float32, device=device)
         low, high = CORNER * (0.4 + 0.1 * torch.rand(3, 2)), CORNER * (0.7 + 0.2 * torch.rand(3, 2))
         near = torch.cat([torch.zeros(3, 1), low, high], 1).to(device)
         far = near + torch.tensor([0.0] + [side - CORNER] * 4, device=device)

@@ -6,12 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES, assert_close, convert, deform_conv2d_arguments, run
-from conftest import PORTABLE, TUNED
+from conftest import PORTABLE, TUNED, cpu_kernels
 
 from dcn_plugin import reference
 from dcn_plugin.ops import deform_conv2d
+from dcn_plugin.ops._operator import WANTED
 
 CASE = next(c for c in CASES if c.name == "deform_conv2d")
+EVERYTHING = sum(WANTED.values())
 TORCHVISION = [k for k in CASE.configs if k != "four_sided"]
 
 
@@ -98,8 +100,8 @@ def test_hostile_positions_never_read_out_of_bounds(device):
         assert_close(actual[name], expected[name], torch.float32, name)
 
 
-@pytest.mark.parametrize("path", [PORTABLE, TUNED])
-def test_more_than_2_to_the_31_elements(path):
+@pytest.mark.parametrize("kernels", [PORTABLE, TUNED])
+def test_more_than_2_to_the_31_elements(kernels):
     # Untouched pages cost nothing: only what is written and read becomes real memory.
     side = 46400
     image = torch.empty(1, 1, side, side)
@@ -109,11 +111,8 @@ def test_more_than_2_to_the_31_elements(path):
         for x in range(2):
             image[0, 0, y * stride : y * stride + 2, x * stride : x * stride + 2] = 1.0 + 2 * y + x
     arguments = dict(offset=torch.full((1, 2, 2, 2), 0.5), weight=torch.ones(1, 1, 1, 1), stride=stride)
-    before = torch.ops.dcn_plugin._set_cpu_path(path)
-    try:
+    with cpu_kernels(kernels):
         out = deform_conv2d(image, **arguments)
-    finally:
-        torch.ops.dcn_plugin._set_cpu_path(before)
     assert torch.equal(out, torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]))
 
 
@@ -162,11 +161,11 @@ BAD = [
     ("mask", lambda a: a["offset"]),
     ("mask", lambda a: a["mask"].bool()),
     ("mask", lambda a: a["mask"].double()),
-    ("stride", lambda a: 0),
+    ("stride", lambda a: (0, 0)),
     ("stride", lambda a: (1, 2, 3)),
     ("dilation", lambda a: (1, 0)),
-    ("dilation", lambda a: 9),
-    ("padding", lambda a: -1),
+    ("dilation", lambda a: (9, 9)),
+    ("padding", lambda a: (-1, -1, -1, -1)),
     ("padding", lambda a: (1, 1, 1)),
 ]
 
@@ -176,30 +175,27 @@ def test_the_compiled_operators_protect_memory_by_themselves(name, change):
     """Callers from C++ or exported graphs skip the Python checks; forward and backward name the operator then."""
     arguments = good()
     grad = torch.ones_like(deform_conv2d(**arguments))
-    arguments[name] = change(arguments)
-    given = CASE.to_op(**arguments)
+    bad = {name: change(arguments)}
     with pytest.raises((RuntimeError, ValueError), match="deform_conv2d|expected to be on cpu"):
-        torch.ops.dcn_plugin.deform_conv2d(*given)
+        CASE.op(*(CASE.to_op(**arguments) | bad).values())
     if name != "bias":  # the backward has none
-        input, offset, weight, _, *rest = given
         with pytest.raises((RuntimeError, ValueError), match="deform_conv2d|expected to be on cpu"):
-            torch.ops.dcn_plugin.deform_conv2d_backward(grad, input, offset, weight, *rest, 15)
+            CASE.backward_op(*(CASE.to_backward(grad, EVERYTHING, **arguments) | bad).values())
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda g: g[0], "must have shape"),
-        (lambda g: g[:1], "must have shape"),
-        (lambda g: g[..., 1:], "must have shape"),
-        (lambda g: g.double(), "must be Float like input, got Double"),
+        (lambda g: g[0], "expected shape"),
+        (lambda g: g[:1], "expected shape"),
+        (lambda g: g[..., 1:], "expected shape"),
+        (lambda g: g.double(), "expected Float like input, got Double"),
     ],
 )
 def test_the_compiled_backward_checks_the_gradient_it_is_given(change, message):
-    input, offset, weight, _, *rest = CASE.to_op(**good())
     grad = torch.ones_like(deform_conv2d(**good()))
-    with pytest.raises(RuntimeError, match=f"grad_output .*{message}"):
-        torch.ops.dcn_plugin.deform_conv2d_backward(change(grad), input, offset, weight, *rest, 15)
+    with pytest.raises(RuntimeError, match=f"grad_output: {message}"):
+        CASE.backward_op(*CASE.to_backward(change(grad), EVERYTHING, **good()).values())
 
 
 def test_deterministic_mode_gives_equal_bits(device, monkeypatch):

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from cases import CASES
 
 from dcn_plugin import layers, ops, reference
 from dcn_plugin.detection import MultiScaleDeformRoIPool
@@ -25,18 +26,8 @@ KINDS = {
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
-CONV = dict(
-    input=IMAGE, offset=torch.zeros(2, 18, 6, 6), weight=torch.rand(6, 4, 3, 3), bias=torch.rand(6), padding=(1, 1),
-    mask=torch.ones(2, 9, 6, 6),
-)  # fmt: skip
-POOL = dict(input=IMAGE, rois=ROIS, output_size=2)
-PS = dict(output_dim=1, group_size=2)
-CALLS = {
-    "deform_conv2d": CONV,
-    "deform_roi_pool": POOL | dict(offset=SHIFT, mask=FACTOR),
-    "deform_ps_roi_pool": POOL | PS | dict(offset=SHIFT, mask=FACTOR),
-    "ps_roi_pool": POOL | PS,
-}
+OFFSET, MASK = torch.zeros(2, 18, 6, 6), torch.ones(2, 9, 6, 6)
+CALLS = {case.name: case.make(case.full, torch.float32) for case in CASES}
 each_call = pytest.mark.parametrize(
     ("name", "argument"), [(n, a) for n, call in CALLS.items() for a, v in call.items() if isinstance(v, torch.Tensor)]
 )
@@ -62,7 +53,7 @@ def test_operators_and_their_definitions(module, name, argument, kind):
 
 
 @each_kind
-@pytest.mark.parametrize("name", ["deform_roi_pool", "deform_ps_roi_pool", "ps_roi_pool"])
+@pytest.mark.parametrize("name", [case.name for case in CASES if case.of_regions])
 def test_boxes_for_each_image(name, kind):
     make, message = refused(kind, r"rois\[1\]")
     boxes = torch.tensor([[1.0, 1, 4, 4], [0, 0, 5, 5]])
@@ -90,7 +81,7 @@ def test_the_sampler(function, kind):
 BOXES = [ROIS[:, 1:]] * 2
 LAYERS = {
     "DeformConv2d": (lambda: layers.DeformConv2d(4, 6, 3, padding=1), dict(
-        input=IMAGE, offset=CONV["offset"], mask=CONV["mask"])),
+        input=IMAGE, offset=OFFSET, mask=MASK)),
     "DCNv1": (lambda: layers.DCNv1(4, 6, 3), dict(input=IMAGE)),
     "DCNv2": (lambda: layers.DCNv2(4, 6, 3, padding=(0, 0, 1, 1)), dict(input=IMAGE)),
     "DeformRoIPool": (lambda: layers.DeformRoIPool(2), dict(input=IMAGE, rois=ROIS, offset=SHIFT)),
@@ -130,13 +121,13 @@ def test_pooling_from_a_pyramid(kind):
 
 def test_dense_tensors_that_are_stored_unusually_are_served():
     """Strides of 0, negated views, zeros without memory, views of a larger one."""
-    expanded = torch.rand(1, 4, 1, 1).expand(2, 4, 6, 6)
-    negated = torch.complex(torch.zeros(2, 4, 6, 6), IMAGE).conj().imag
-    assert negated.is_neg()
-    zeros = torch._efficientzerotensor((2, 4, 6, 6))
-    for image in (expanded, negated, zeros, torch.rand(2, 8, 12, 6)[:, ::2, ::2]):
-        dense = torch.empty(2, 4, 6, 6).copy_(image)
-        for name, call in CALLS.items():
+    for name, call in CALLS.items():
+        n, c, h, w = shape = call["input"].shape
+        negated = torch.complex(torch.zeros(shape), torch.rand(shape)).conj().imag
+        assert negated.is_neg()
+        expanded, zeros = torch.rand(1, c, 1, 1).expand(shape), torch._efficientzerotensor(shape)
+        for image in (expanded, negated, zeros, torch.rand(n, 2 * c, 2 * h, w)[:, ::2, ::2]):
+            dense = torch.empty(shape).copy_(image)
             call = call | dict(input=image)
             torch.testing.assert_close(getattr(ops, name)(**call), getattr(ops, name)(**call | dict(input=dense)))
 
@@ -159,4 +150,4 @@ def test_arguments_on_another_device_are_named():
         with pytest.raises(ValueError, match="input must be on meta like the layer's parameters, got cpu"):
             layer.to("meta")(IMAGE, *rest)
     with pytest.raises(ValueError, match="weight: expected to be on cpu like input, got meta"):
-        layers.DeformConv2d(4, 6, 3, padding=1, device="meta")(IMAGE, CONV["offset"])
+        layers.DeformConv2d(4, 6, 3, padding=1, device="meta")(IMAGE, OFFSET)

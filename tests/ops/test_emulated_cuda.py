@@ -13,7 +13,9 @@ import torch
 from cases import CASES, convert
 
 from dcn_plugin import reference
+from dcn_plugin.ops._kernels import latest
 from dcn_plugin.ops._layout import new_image
+from dcn_plugin.ops._operator import WANTED
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -27,7 +29,8 @@ SCHEDULES = {
     "random": (2, True, False),
     "random_early": (2, False, True),
 }
-NEEDS = 15
+GRADIENTS = [WANTED[name] for name in ("input", "offset", "weight", "mask")]
+EVERYTHING = sum(GRADIENTS)
 FEW, MANY = 0, 1000  # multiprocessors: tiles are chosen by how many there are to keep busy
 
 
@@ -42,7 +45,7 @@ def schedule(name="up", multiprocessors=FEW):
 
 
 def used() -> dict[str, str]:
-    return dict(line.split(": ") for line in emulation.load().kernels_used().splitlines())
+    return latest(emulation.load().kernels_used())
 
 
 class Problem:
@@ -69,9 +72,9 @@ class Problem:
         op = emulation.load().deform_conv2d
         return op(self.input, self.offset, self.weight, self.bias, self.mask, *self.how)
 
-    def backward(self, needs=NEEDS):
+    def backward(self, wanted=EVERYTHING):
         op = emulation.load().deform_conv2d_backward
-        return op(self.grad, self.input, self.offset, self.weight, self.mask, *self.how, needs)
+        return op(self.grad, self.input, self.offset, self.weight, self.mask, *self.how, wanted)
 
     def truth(self):
         names = ["input", "offset", "weight", *(["mask"] if self.mask is not None else [])]
@@ -199,12 +202,12 @@ def test_values_that_are_not_finite(layout):
         assert torch.equal(mine.isnan(), its.isnan())
 
 
-@pytest.mark.parametrize("needs", range(16))
-def test_only_what_is_asked_for(needs):
+@pytest.mark.parametrize("wanted", range(16))
+def test_only_what_is_asked_for(wanted):
     problem = Problem((1, 16, 7, 6), 16)
     every = problem.backward()
-    for bit, (found, whole) in enumerate(zip(problem.backward(needs), every, strict=True)):
-        assert torch.equal(found, whole) if needs >> bit & 1 else found.numel() == 0
+    for bit, found, whole in zip(GRADIENTS, problem.backward(wanted), every, strict=True):
+        assert torch.equal(found, whole) if wanted & bit else found.numel() == 0
 
 
 @pytest.mark.parametrize(
@@ -215,17 +218,17 @@ def test_only_what_is_asked_for(needs):
         dict(shape=(1, 80, 4, 4), offset_groups=10),  # more samples than fit
     ],
 )
-def test_the_plain_kernels_serve_the_rest(change):
+def test_the_portable_path_serve_the_rest(change):
     ran = Problem(**{"out": 16, **change}).check()
-    assert ran == {"deform_conv2d": "plain", "deform_conv2d_backward": "plain"}
+    assert ran == {"deform_conv2d": "portable", "deform_conv2d_backward": "portable"}
 
 
-def test_unaligned_memory_goes_to_the_plain_kernels():
+def test_unaligned_memory_goes_to_the_portable_path():
     problem = Problem((1, 16, 6, 6), 16)
     whole = torch.randn(1, 6, 6, 24, dtype=torch.bfloat16)
     problem.input = whole[..., 4:20].permute(0, 3, 1, 2)
     close(problem.forward(), problem.truth()[0], torch.bfloat16)
-    assert used()["deform_conv2d"] == "plain"
+    assert used()["deform_conv2d"] == "portable"
 
 
 def test_views_of_larger_tensors():
@@ -237,16 +240,16 @@ def test_views_of_larger_tensors():
     assert ran["deform_conv2d"].startswith("fused") and ran["deform_conv2d_backward"] == "fused"
 
 
-def test_plain_is_the_default(monkeypatch):
+def test_portable_is_the_default(monkeypatch):
     problem = Problem((1, 16, 6, 6), 16)
-    for value in ("plain", "", None):
+    for value in ("portable", "", None):
         monkeypatch.delenv("DCN_PLUGIN_CUDA_KERNELS", raising=False)
         if value is not None:
             monkeypatch.setenv("DCN_PLUGIN_CUDA_KERNELS", value)
         problem.forward()
-        assert used()["deform_conv2d"] == "plain"
+        assert used()["deform_conv2d"] == "portable"
     monkeypatch.setenv("DCN_PLUGIN_CUDA_KERNELS", "fast")
-    with pytest.raises(RuntimeError, match="must be 'plain' or 'fused', got 'fast'"):
+    with pytest.raises(RuntimeError, match="expected 'portable' or 'fused', got 'fast'"):
         problem.forward()
 
 
@@ -259,7 +262,7 @@ def test_cases_of_all_devices(config, dtype):
     """The table that CPU and CUDA share: whatever the call, a kernel that is right serves it."""
     rounded = CASE.make(config, dtype)
     truth = CASE.reference(**convert(rounded, dtype=torch.float64))
-    close(emulation.load().deform_conv2d(*CASE.to_op(**rounded)), truth, dtype)
+    close(emulation.load().deform_conv2d(*CASE.to_op(**rounded).values()), truth, dtype)
 
 
 def library_of_compiler(name: str) -> str:

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from test_emulated_cuda import FEW, HALVES, LAYOUTS, MANY, Problem, close, schedule, used
+from test_emulated_cuda import FEW, GRADIENTS, HALVES, LAYOUTS, MANY, Problem, close, schedule, used
 from test_emulated_cuda import fused as fused  # every test here runs with it
 
 DEPTHWISE = {"deform_conv2d": "fused depthwise", "deform_conv2d_backward": "fused depthwise"}
-PLAIN = {"deform_conv2d": "plain", "deform_conv2d_backward": "plain"}
+PORTABLE = {"deform_conv2d": "portable", "deform_conv2d_backward": "portable"}
 
 
 def problem(shape, **how) -> Problem:
@@ -98,12 +98,12 @@ def test_values_that_are_not_finite(layout):
     assert used() == DEPTHWISE
 
 
-@pytest.mark.parametrize("needs", range(16))
-def test_only_what_is_asked_for(needs):
+@pytest.mark.parametrize("wanted", range(16))
+def test_only_what_is_asked_for(wanted):
     given = problem((1, 16, 7, 6), offset_groups=2)
     every = given.backward()
-    for bit, (found, whole) in enumerate(zip(given.backward(needs), every, strict=True)):
-        assert torch.equal(found, whole) if needs >> bit & 1 else found.numel() == 0
+    for bit, found, whole in zip(GRADIENTS, given.backward(wanted), every, strict=True):
+        assert torch.equal(found, whole) if wanted & bit else found.numel() == 0
 
 
 @LAYOUTS
@@ -120,5 +120,5 @@ def test_images_of_several_ranges(layout):
         dict(shape=(1, 16, 6, 6), out=32),  # two outputs for each channel
     ],
 )
-def test_the_plain_kernels_serve_the_rest(change):
-    assert problem(**change).check() == PLAIN
+def test_the_portable_path_serve_the_rest(change):
+    assert problem(**change).check() == PORTABLE

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TUNED
+from conftest import TUNED, cpu_kernels
 
 from dcn_plugin.ops import deform_conv2d, deform_ps_roi_pool, deform_roi_pool, ps_roi_pool
 
@@ -39,15 +39,12 @@ def test_gradient_of_more_than_2_to_the_31_elements(name):
     assert image.numel() > 2**31
     image[-1].normal_()
     image.requires_grad_()
-    before = torch.ops.dcn_plugin._set_cpu_path(TUNED)
-    try:
+    with cpu_kernels(TUNED):
         out = CALLS[name](image)
         (grad,) = torch.autograd.grad(out[-1].sum(), image)
         last = image.detach()[-1:].clone().requires_grad_()
         alone = CALLS[name](last)
         (expected,) = torch.autograd.grad(alone[-1].sum(), last)
-    finally:
-        torch.ops.dcn_plugin._set_cpu_path(before)
     assert torch.equal(out[-1], alone[-1])
     assert expected.any() and torch.equal(grad[-1], expected[-1])
     assert not grad[:-1].any()

@@ -17,11 +17,12 @@ from cases import (
     run,
     tensors,
 )
-from conftest import PORTABLE, TUNED
+from conftest import PORTABLE, TUNED, cpu_kernels
 from roi_loops import loops_of_deform_ps_roi_pool, loops_of_ps_roi_pool
 
 from dcn_plugin import reference
 from dcn_plugin.ops import deform_ps_roi_pool, deform_roi_pool, ps_roi_pool
+from dcn_plugin.ops._operator import WANTED
 
 ALIGN, PART, PIXELS = (
     next(c for c in CASES if c.name == n) for n in ("deform_roi_pool", "deform_ps_roi_pool", "ps_roi_pool")
@@ -303,8 +304,7 @@ def test_an_unsound_region_is_refused_and_where_nobody_looks_it_gives_nan(case, 
     if device != "cuda":
         with pytest.raises(ValueError, match=f"rois: expected {message}"):
             case.function(**arguments)
-    op = getattr(torch.ops.dcn_plugin, case.op)  # what compiled graphs call, and what runs on CUDA
-    result = run(lambda **a: op(*case.to_op(**a)), arguments)
+    result = run(case.compiled, arguments)
     assert result["out"][2].isnan().all()
     others = [i for i in range(len(arguments["rois"])) if i != 2]
     for name in ("out", "grad_offset", "grad_mask"):
@@ -416,19 +416,16 @@ def test_no_gradient_flows_to_regions(device):
     assert CONSTANT == ("rois",)
 
 
-@pytest.mark.parametrize("path", [PORTABLE, TUNED])
-def test_more_than_2_to_the_31_elements(path):
+@pytest.mark.parametrize("kernels", [PORTABLE, TUNED])
+def test_more_than_2_to_the_31_elements(kernels):
     # Untouched pages cost nothing: only what is written and read becomes real memory. channels_last is read in place.
     side = 46400
     image = torch.empty(1, 1, side, side)
     assert image.numel() > 2**31
     image[0, 0, -4:, -4:] = 7.0
     rois = torch.tensor([[0.0, side - 3, side - 3, side - 1, side - 1]])
-    before = torch.ops.dcn_plugin._set_cpu_path(path)
-    try:
+    with cpu_kernels(kernels):
         out = deform_roi_pool(image, rois, output_size=2, sampling_ratio=2)
-    finally:
-        torch.ops.dcn_plugin._set_cpu_path(before)
     assert torch.equal(out, torch.full((1, 1, 2, 2), 7.0))
 
 
@@ -515,27 +512,25 @@ def test_the_compiled_operators_protect_memory_by_themselves(case, name, value):
     """Callers from C++ or exported graphs skip the Python checks; forward and backward name the operator then."""
     arguments = case.make(case.full, torch.float32)
     grad = torch.ones_like(case.function(**arguments))
-    arguments[name] = value(arguments) if callable(value) else value
-    given = case.to_op(**arguments)
-    op, backward = (getattr(torch.ops.dcn_plugin, n) for n in (case.op, f"{case.op}_backward"))
-    with pytest.raises((RuntimeError, ValueError), match=f"{case.op}|expected to be on cpu"):
-        op(*given)
-    with pytest.raises((RuntimeError, ValueError), match=f"{case.op}|expected to be on cpu"):
-        backward(grad, *given, 7)
+    bad = {name: value(arguments) if callable(value) else value}
+    with pytest.raises((RuntimeError, ValueError), match=f"{case.name}|expected to be on cpu"):
+        case.op(*(case.to_op(**arguments) | bad).values())
+    with pytest.raises((RuntimeError, ValueError), match=f"{case.name}|expected to be on cpu"):
+        case.backward_op(*(case.to_backward(grad, sum(WANTED.values()), **arguments) | bad).values())
 
 
 @each_pool
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda g: g[0], "must have shape"),
-        (lambda g: g[:1], "must have shape"),
-        (lambda g: g[..., 1:], "must have shape"),
-        (lambda g: g.double(), "must be Float like input, got Double"),
+        (lambda g: g[0], "expected shape"),
+        (lambda g: g[:1], "expected shape"),
+        (lambda g: g[..., 1:], "expected shape"),
+        (lambda g: g.double(), "expected Float like input, got Double"),
     ],
 )
 def test_the_compiled_backward_checks_the_gradient_it_is_given(case, spoil, message):
     arguments = case.make(case.full, torch.float32)
     grad = torch.ones_like(case.function(**arguments))
-    with pytest.raises(RuntimeError, match=f"grad_output .*{message}"):
-        getattr(torch.ops.dcn_plugin, f"{case.op}_backward")(spoil(grad), *case.to_op(**arguments), 7)
+    with pytest.raises(RuntimeError, match=f"grad_output:? .*{message}"):
+        case.backward_op(*case.to_backward(spoil(grad), sum(WANTED.values()), **arguments).values())

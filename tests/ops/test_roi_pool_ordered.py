@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import (
     CASES,
+    Calls,
     assert_close,
     convert,
     deform_ps_roi_pool_arguments,
@@ -19,9 +20,8 @@ from cases import (
     tensors,
 )
 from torch.library import opcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from dcn_plugin.ops._operator import ORDERED
+from dcn_plugin.ops._operator import ORDERED, WANTED
 
 ALIGN, PART, PIXELS = (
     next(c for c in CASES if c.name == n) for n in ("deform_roi_pool", "deform_ps_roi_pool", "ps_roi_pool")
@@ -152,8 +152,7 @@ def test_an_unsound_region_adds_nothing(case, roi, mode, device):
     without = {k: v[others] if k in case.per_result else v for k, v in arguments.items()}
     expected = run(case.reference, convert(without, device="cpu"))["grad_input"]
     arguments["rois"][2] = torch.tensor(roi, dtype=torch.float64)
-    op = getattr(torch.ops.dcn_plugin, case.op)  # what compiled graphs call, and what runs on CUDA
-    result = run(lambda **a: op(*case.to_op(**a)), arguments)
+    result = run(case.compiled, arguments)
     assert_close(result["grad_input"], expected, torch.float64)
 
 
@@ -236,34 +235,21 @@ def test_deterministic_mode_neither_raises_nor_warns(case, mode, device):
 # -- what torch traces ----------------------------------------------------------------------------------------------
 
 
-class Needs(TorchDispatchMode):
-    """Collects the last argument of a backward operator wherever it is called."""
-
-    def __init__(self, case):
-        super().__init__()
-        self.op, self.found = getattr(torch.ops.dcn_plugin, f"{case.op}_backward").default, []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is self.op:
-            self.found.append(args[-1])
-        return function(*args, **kwargs or {})
-
-
 @each_pool
 def test_the_mode_of_the_time_reaches_the_operator(case):
     """Also in a compiled graph, which is made anew when the mode changes."""
     torch._dynamo.reset()
     arguments = leaves(case.make(case.full, torch.float32))
     compiled = torch.compile(case.function, fullgraph=True, backend="aot_eager")
-    gradients = (1 << len(tensors(arguments))) - 1
+    gradients = sum(WANTED[name] for name in tensors(arguments))
     try:
         for ordered in (False, True, False):
             torch.use_deterministic_algorithms(ordered)
             for function in (case.function, compiled):
                 out = function(**arguments)
-                with Needs(case) as needs:
+                with Calls(case.backward_op) as calls:
                     torch.autograd.grad(out.sum(), list(tensors(arguments).values()))
-                assert needs.found == [gradients | ORDERED * ordered]
+                assert [wanted for *_, wanted in calls.found] == [gradients | ORDERED * ordered]
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -274,22 +260,24 @@ def test_opcheck(case, config, mode, device):
     for layout in (torch.contiguous_format, torch.channels_last):
         arguments = leaves(case.make(config, device=device))
         arguments["input"] = arguments["input"].detach().contiguous(memory_format=layout).requires_grad_()
-        opcheck(getattr(torch.ops.dcn_plugin, case.op).default, case.to_op(**arguments))
+        opcheck(case.op, tuple(case.to_op(**arguments).values()))
 
 
 @only_ordered
 @each_pool
-@pytest.mark.parametrize("needs", [0, 1, 7])
-def test_the_backward_operator_gives_what_is_asked_for_alone(case, needs, mode, device):
+@pytest.mark.parametrize(
+    "asked", [(), ("input",), ("input", "offset", "mask")], ids=lambda asked: "+".join(asked) or "nothing"
+)
+def test_the_backward_operator_gives_what_is_asked_for_alone(case, asked, mode, device):
     """The ordered bit asks for no gradient."""
     arguments = case.make(case.full, device=device)
-    op, backward = (getattr(torch.ops.dcn_plugin, n) for n in (case.op, f"{case.op}_backward"))
-    grad = torch.ones_like(op(*case.to_op(**arguments)))
-    found = backward(grad, *case.to_op(**arguments), needs | ORDERED)
+    wanted = sum(WANTED[name] for name in asked) | ORDERED
+    grad = torch.ones_like(case.compiled(**arguments))
+    found = case.backward_op(*case.to_backward(grad, wanted, **arguments).values())
     found = (found,) if isinstance(found, torch.Tensor) else found
     expected = run(case.reference, convert(arguments, device="cpu"))
-    for i, (name, value) in enumerate(zip(("input", "offset", "mask"), found, strict=False)):
-        if needs >> i & 1:
+    for name, value in zip(("input", "offset", "mask"), found, strict=False):
+        if name in asked:
             assert_close(value, expected[f"grad_{name}"], torch.float64, name)
         else:
             assert value.shape == (0,)

@@ -7,15 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, run
+from cases import BY_NAME, CASES, run
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs/operators.md"
-POOLS = [case for case in CASES if case.name != "deform_conv2d"]
-BY_NAME = {case.name: case for case in CASES}
 each_case = pytest.mark.parametrize("name", BY_NAME)
-each_pool = pytest.mark.parametrize("name", [case.name for case in POOLS])
+each_pool = pytest.mark.parametrize("name", [case.name for case in CASES if case.of_regions])
 
 # The first column of the table "Where eager code raises" -> what eager code says, and regions of two images.
 RAISING = {
@@ -181,7 +179,7 @@ def hostile(case):
     arguments = case.make(case.full)
     found = {
         f"{k} {value}": spoil(arguments, k, value)
-        for k in ("input", "weight", "bias", "offset", "mask") if k in arguments for value in VALUES
+        for k in tensors(arguments) if k != "rois" for value in VALUES
     }  # fmt: skip
     if "rois" in arguments:
         found |= {what: region(arguments, *corners) for what, corners in REGIONS.items()}

@@ -4,29 +4,19 @@ import ctypes
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from cases import (
-    CASES,
-    OpCase,
-    convert,
-    deform_conv2d_arguments,
-    deform_ps_roi_pool_arguments,
-    deform_roi_pool_arguments,
-    ps_roi_pool_arguments,
-    run,
-)
-from conftest import PORTABLE, TUNED
+from cases import CASES, OpCase, convert, run
+from conftest import PORTABLE, TUNED, cpu_kernels
 from torch import Tensor
 
 import dcn_plugin
 
 ROOT = Path(__file__).resolve().parents[2]
 THREADS = 4
-CASE = {case.name: case for case in CASES}
 
 
 class Problem(NamedTuple):
@@ -34,51 +24,38 @@ class Problem(NamedTuple):
 
     case: OpCase
     arguments: dict[str, Any]
-    path: int
+    kernels: str
     ordered: bool
 
     def run(self, threads: int = THREADS) -> dict[str, Tensor]:
-        before = torch.ops.dcn_plugin._set_cpu_path(self.path), torch.get_num_threads()
+        before = torch.get_num_threads()
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(self.ordered)
         try:
-            return run(self.case.function, self.arguments)
+            with cpu_kernels(self.kernels):
+                return run(self.case.function, self.arguments)
         finally:
-            torch.ops.dcn_plugin._set_cpu_path(before[0])
-            torch.set_num_threads(before[1])
+            torch.set_num_threads(before)
             torch.use_deterministic_algorithms(False)
 
 
 def problems() -> dict[str, Problem]:
-    conv, align = deform_conv2d_arguments, deform_roi_pool_arguments
-    part, pixels = deform_ps_roi_pool_arguments, ps_roi_pool_arguments
-    shapes: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
-        "conv": ("deform_conv2d", conv((2, 20, 26, 24), out=24)),
-        "conv_lanes": ("deform_conv2d", conv((1, 160, 14, 15), out=40)),
-        "conv_images": ("deform_conv2d", conv((5, 70, 10, 9), out=18, mask=False)),
-        "conv_groups": ("deform_conv2d", conv((3, 64, 12, 13), out=64, groups=4, offset_groups=2)),
-        "conv_depthwise": ("deform_conv2d", conv((2, 96, 13, 12), out=96, groups=96, offset_groups=3)),
-        "conv_few_pixels": ("deform_conv2d", conv((1, 200, 4, 3), out=70)),
-        "align": ("deform_roi_pool", align((2, 40, 20, 18), regions=30)),
-        "align_many": ("deform_roi_pool", align((2, 4, 9, 8), regions=1200, bins=(2, 1), sampling_ratio=1)),
-        "part": ("deform_ps_roi_pool", part((2, 72, 17, 16), regions=40, output_dim=18, classes=2)),
-        "pixels": ("ps_roi_pool", pixels((3, 72, 17, 16), regions=60, output_dim=18, bins=(4, 4))),
-    }
     memory = [
         (torch.float32, torch.contiguous_format),
         (torch.float32, torch.channels_last),
         (torch.bfloat16, torch.contiguous_format),
     ]
     found = {}
-    for (name, (case, make)), (dtype, layout) in itertools.product(shapes.items(), memory):
+    threaded = [(case, *named) for case in CASES for named in case.threaded.items()]
+    for (case, name, make), (dtype, layout) in itertools.product(threaded, memory):
         torch.manual_seed(0)
         arguments = convert(make(), dtype=dtype)
         arguments["input"] = arguments["input"].contiguous(memory_format=layout)
         how = f"{name}-{str(dtype).removeprefix('torch.')}-{str(layout).removeprefix('torch.')}"
-        found[f"{how}-tuned"] = Problem(CASE[case], arguments, TUNED, False)
-        found[f"{how}-portable"] = Problem(CASE[case], arguments, PORTABLE, False)
-        if case != "deform_conv2d":
-            found[f"{how}-ordered"] = Problem(CASE[case], arguments, PORTABLE, True)
+        found[f"{how}-tuned"] = Problem(case, arguments, TUNED, False)
+        found[f"{how}-portable"] = Problem(case, arguments, PORTABLE, False)
+        if case.of_regions:
+            found[f"{how}-ordered"] = Problem(case, arguments, PORTABLE, True)
     return found
 
 
@@ -94,7 +71,7 @@ def loops_of_sources() -> set[str]:
 
 def bodies_of_sources() -> set[str]:
     """The structs that the portable path hands to Cpu::for_each."""
-    texts = [path.read_text() for path in (ROOT / "csrc" / "ops").glob("*.h")]
+    texts = [path.read_text() for path in (ROOT / "csrc").rglob("*.h") if path.parent.name != "cuda"]
     return {name for text in texts for name in re.findall(r"Device::for_each\((\w+)", text)}
 
 

@@ -1,7 +1,7 @@
-// Included before everything else when the library is compiled for a sanitizer (scripts/sanitize.sh): puts itself
-// around the calls of torch::stable::parallel_for, whose threads remain torch's own. ThreadSanitizer does not know
-// those, since their OpenMP runtime is not compiled for it, and is told here what a parallel loop orders. It notes
-// which loops threads have really shared; and it can spoil a loop, by which a test knows that the sanitizers see.
+// Included before everything else when the library is compiled for a sanitizer (scripts/sanitize.py): wraps the calls
+// of torch::stable::parallel_for. Threads remain torch's own, whose OpenMP runtime is not compiled for ThreadSanitizer,
+// so this file tells it what a parallel loop orders. It also records which loops several threads have shared, and can
+// give a loop a fault, so that tests see whether the sanitizers find it.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -23,11 +23,11 @@ inline void __tsan_release(void*) {}
 
 namespace dcn::sanitizers {
 
-// What a spoiled loop does: an element twice, the first of the next part; ends untold; an element too
-// many; one that no product holds.
+// What a loop with a fault does: the first element of the next thread as well; does not tell that it has ended; one
+// element too many; one whose number overflows in every product.
 enum Fault { kNone, kOverlap, kUntold, kBeyond, kOverflow };
 
-// Whatever is kept of a loop is relaxed: it must not order what the threads do.
+// Atomics are relaxed: what is recorded of a loop must not order what its threads do.
 struct Loop {
   std::string name;
   std::atomic<bool> shared{false};
@@ -49,7 +49,7 @@ struct Loop {
   }
 };
 
-// What the threads are given in the place of a loop's body. Nothing of it is read before the acquisition.
+// Takes the place of a loop's body. Reads none of its members before the acquisition.
 template <typename F>
 struct Watched {
   Loop& loop;
@@ -80,7 +80,7 @@ template <typename F>
 void watched_parallel_for(int64_t begin, int64_t end, int64_t grain, const F& body, const char* file = __builtin_FILE(),
                           int line = __builtin_LINE()) {
   using Watched = dcn::sanitizers::Watched<F>;
-  // F is the type of a lambda: one for each loop of the sources, and each of its types.
+  // F is the type of a lambda, so there is one for each loop of the sources and each of its template arguments.
   static auto& loop = dcn::sanitizers::Loop::add(file, line, __PRETTY_FUNCTION__);
   const Watched watched{loop, body, std::this_thread::get_id(), end};
   __tsan_release(watched.begins());
@@ -94,7 +94,7 @@ void watched_parallel_for(int64_t begin, int64_t end, int64_t grain, const F& bo
 
 extern "C" {
 
-// The loops that have run, a line each; those whose bodies have run on several threads begin with a star.
+// The loops that have run, one a line; those that several threads have shared begin with a star.
 [[gnu::visibility("default"), gnu::used]] inline const char* dcn_loops() {
   static std::string listed;
   listed.clear();
@@ -102,7 +102,7 @@ extern "C" {
   return listed.c_str();
 }
 
-// Loops of this beginning have that fault from now on.
+// Loops whose names begin so have that fault from now on.
 [[gnu::visibility("default"), gnu::used]] inline void dcn_spoil(const char* beginning, int fault) {
   for (auto& loop : dcn::sanitizers::Loop::all())
     if (loop.name.rfind(beginning, 0) == 0) loop.fault = fault;

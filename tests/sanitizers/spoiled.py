@@ -35,7 +35,7 @@ def test_two_threads_at_one_element():
     assert reports() == ""
     # There elements are no tasks: those are taken by whoever is free. Its end untold, the next call packs weights that
     # the last still reads, as far as can be known. Comes last, since nothing that follows would be ordered.
-    untold = "csrc/ops/deform_conv2d_cpu/forward.h"
+    untold = "csrc/ops/deform_conv2d/cpu/forward.h"
     for place in sorted(found, key=lambda place: place.startswith(untold)):
         loop, problem = found[place]
         fault = UNTOLD if place.startswith(untold) else OVERLAP
@@ -52,7 +52,7 @@ def test_memory_that_is_not_there(fault):
     """Does not come to its end."""
     problem = PROBLEMS["pixels-float32-contiguous_format-tuned"]
     problem.run(threads=1)
-    place = "csrc/ops/roi_rows.h"
+    place = "csrc/ops/roi_pool/cpu/rows.h"
     spoiled = [loop for loop in loops() if loop.place.startswith(place)]
     assert spoiled
     for loop in spoiled:

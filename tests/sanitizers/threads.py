@@ -1,4 +1,4 @@
-"""Every parallel loop of the operators on several threads, for ThreadSanitizer (scripts/sanitize.sh thread)."""
+"""Every parallel loop of the operators on several threads, for ThreadSanitizer (scripts/sanitize.py thread)."""
 
 import pytest
 import torch

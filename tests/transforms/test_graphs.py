@@ -51,7 +51,7 @@ def test_exported_file_serves_other_sizes(case: OpCase):
     torch.export.save(exported, file)
     file.seek(0)
     loaded = torch.export.load(file)
-    assert any(f"dcn_plugin.{case.op}" in str(node.target) for node in loaded.graph.nodes)
+    assert any(f"dcn_plugin.{case.name}" in str(node.target) for node in loaded.graph.nodes)
     for make in case.sizes:
         arguments = make()
         assert_close(loaded.module()(*values_of(arguments)), case.reference(**arguments), torch.float64)

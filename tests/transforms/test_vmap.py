@@ -6,6 +6,8 @@ import pytest
 import torch
 from cases import CASES, OpCase, assert_close, convert, leaves, run, tensors
 
+from dcn_plugin.ops._operator import WANTED
+
 from .parts import SAMPLES, batch_of, each_case, mapped, names_of, sample
 
 # "There is a performance drop": torch's fallback, sample by sample.
@@ -63,26 +65,19 @@ def test_batched_gradients_of_the_result(case: OpCase, config, device):
 @each_case
 def test_backward_operator_maps_over_any_argument(case: OpCase, device):
     arguments = case.make(case.mixed, device=device)
-    wanted = tensors(arguments)
-    count = 4 if case.op == "deform_conv2d" else len(wanted)
     grad = torch.randn_like(case.function(**arguments))
 
     def backward(grad_output, **given):
-        values = case.to_op(**{k: v for k, v in given.items() if k != "bias"})
-        if case.op == "deform_conv2d":
-            values = (*values[:3], *values[4:])  # its backward takes no bias
-        needs = sum(1 << i for i in range(count))
-        return getattr(torch.ops.dcn_plugin, f"{case.op}_backward")(grad_output, *values, needs)
+        return case.backward_op(*case.to_backward(grad_output, sum(WANTED.values()), **given).values())
 
     every = {"grad_output": grad, **arguments}
-    for name in names_of(every):
-        if name == "bias":
-            continue
+    for name in set(names_of(every)) & {a.name for a in case.backward_op._schema.arguments}:  # a bias is none
         batch = batch_of(every, [name])
         found = mapped(backward, every, [name])(*batch.values())
         for i in range(SAMPLES):
             expected = backward(**sample(every, batch, i))
-            for left, right in zip(*((v,) if count == 1 else v for v in (found, expected)), strict=True):
+            results = ((v,) if isinstance(v, torch.Tensor) else v for v in (found, expected))
+            for left, right in zip(*results, strict=True):
                 assert_close(left[i], right, torch.float64, name)
 
 
@@ -177,11 +172,10 @@ def test_regions_that_name_no_image_stay_invalid(case: OpCase, chosen, device):
     batch = batch_of(arguments, chosen)
     batch["input"] = batch.get("input", torch.stack([arguments["input"]] * SAMPLES)).requires_grad_()
     names = tuple(batch)
-    op = getattr(torch.ops.dcn_plugin, case.op)  # what compiled graphs call, and what runs on CUDA
-    found = mapped(lambda **a: op(*case.to_op(**a)), arguments, names)(*batch.values())
+    found = mapped(case.compiled, arguments, names)(*batch.values())
     assert found[:, : len(wrong)].isnan().all()
     for i in range(SAMPLES):
-        alone = op(*case.to_op(**sample(arguments, batch, i)))
+        alone = case.compiled(**sample(arguments, batch, i))
         assert_close(found[i], alone, torch.float64)
         assert not found[i, len(wrong) :].isnan().any()
     (grad,) = torch.autograd.grad(found[:, len(wrong) :].sum(), batch["input"], retain_graph=True)

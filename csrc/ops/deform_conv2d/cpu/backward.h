@@ -1,0 +1,149 @@
+// Deformable convolution on the CPU, backward: how a call is shared out to threads. No thread adds to what another adds
+// to: a share owns channels, and a split owns images. What they sum apart is added up in a fixed order afterwards, so
+// equal numbers of threads give equal bits.
+#pragma once
+
+#include "backward_tile.h"
+
+namespace dcn::tiles {
+
+// Gives each of at most `threads` shares as many blocks as the others, or one more.
+template <typename A>
+std::vector<Share> make_shares(const ConvGeometry& g, const std::vector<Block>& blocks,
+                               const BackwardWeights<A>& weights, int64_t threads) {
+  const int64_t count = static_cast<int64_t>(blocks.size()), shares = std::min(threads, count);
+  std::vector<Share> found;
+  int64_t first_weight = 0;
+  for (int64_t i = 0; i < shares; ++i) {
+    const size_t first = i * count / shares, end = (i + 1) * count / shares;
+    const Block &from = blocks[first], &to = blocks[end - 1];
+    const int64_t last_group = to.depthwise ? to.first + to.count : to.group + to.groups;
+    const int64_t first_group = from.depthwise ? from.first : from.group;
+    found.push_back({first, end - first, first_group * g.group_outputs(),
+                     (last_group - first_group) * g.group_outputs(), from.first_offset_group(),
+                     to.first_offset_group() + to.offset_groups() - from.first_offset_group(), first_weight});
+    for (size_t b = first; b < end; ++b) first_weight += weights.size(blocks[b]);
+  }
+  return found;
+}
+
+// Adds what the shares have found, in their order: `parts` is [shares, images, channels, height, width].
+template <typename A, typename T>
+void add_parts(const Tensor& parts, int64_t shares, int64_t images, int64_t image, const View<T>& result,
+               int64_t channels, int64_t height, int64_t width) {
+  const A* const data = static_cast<const A*>(parts.data_ptr());
+  const int64_t share_size = parts.numel() / shares;
+  torch::stable::parallel_for(0, images * channels * height, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i / (channels * height), c = i / height % channels, y = i % height;
+      for (int64_t x = 0; x < width; ++x) {
+        A sum = 0;
+        for (int64_t share = 0; share < shares; ++share) sum += data[share * share_size + i * width + x];
+        result.at(image + n, c, y, x) = static_cast<T>(sum);
+      }
+    }
+  });
+}
+
+template <typename S, typename F>
+void backward(const Tensor& grad_output, const ConvArguments& a, const ConvGeometry& g, int64_t wanted,
+              const Tensor& grad_input, const Tensor& grad_offset, const Tensor& grad_weight, const Tensor& grad_mask) {
+  using A = Accumulate<S>;
+  const int64_t threads = torch::stable::get_num_threads();
+  const auto zeroed = [&](const std::vector<int64_t>& sizes) {
+    return torch::stable::new_zeros(a.input, sizes, scalar_type_of<A>());
+  };
+  const auto data = [](const Tensor& t) { return static_cast<A*>(t.data_ptr()); };
+
+  // As many blocks as threads, as long as each keeps two vectors' worth of channels.
+  std::vector<Block> blocks = make_blocks(g, block_channels);
+  if (static_cast<int64_t>(blocks.size()) < threads)
+    blocks = make_blocks(g, std::clamp<int64_t>(divide_up(g.channels, threads), 32, block_channels));
+  BackwardWeights<A> weights{g, nullptr};
+  const int64_t weight_size = weights.size(blocks);
+  StoredWeights<const A> stored;
+  StoredWeights<A> stored_gradient;
+  if constexpr (std::is_same_v<S, A>) {
+    // The gradient of the weights is made in place only if a single split adds to it.
+    const bool alone = g.batch == 1 || threads <= static_cast<int64_t>(blocks.size());
+    if (alone && blocks.front().groups == 1 && !is_depthwise(g)) {
+      stored = StoredWeights<const A>(g, a.weight);
+      if (wanted & kWeight) stored_gradient = StoredWeights<A>(g, grad_weight);
+      if ((wanted & kWeight) && static_cast<int>(stored_gradient.order) != static_cast<int>(stored.order)) stored = {};
+    }
+  }
+  weights.data = stored ? nullptr : thread_scratch<A, -2>(weight_size);
+  if (!stored) repack_backward<true>(weights, blocks, view<const S>(a.weight));
+  const std::vector<Share> shares = make_shares(g, blocks, weights, threads);
+  const Tensor zeros = zeroed({g.channels});
+
+  Backward<S, F> job{a, g, grad_output, wanted, blocks, weights, stored, stored_gradient};
+  job.zeros = data(zeros);
+  // Half types are summed in float: in rows of channels, for as many images at a time as are held.
+  const bool staged = job.scatter() && !std::is_same_v<S, A>;
+  const ImageSize size{g.channels, g.height, g.width};
+  const int64_t held = staged ? images_at_a_time<A>(size, g.batch) : g.batch;
+  const Tensor staging = zeroed({staged ? held * size.elements() : 0});
+  const Rows<A> staging_rows = dense_rows(size, data(staging));
+  job.grad_is_rows = staged || (job.scatter() && reads_in_place<S>(g, grad_input));
+  if (staged)
+    job.grad_input = {staging_rows.data, staging_rows.n, 1, staging_rows.h, staging_rows.w};
+  else if (job.scatter()) {
+    Tensor whole = grad_input;
+    torch::stable::zero_(whole);
+    job.grad_input = view<A>(grad_input);
+  }
+
+  // Shares that meet in an offset group sum apart, and their parts are added afterwards.
+  const int64_t planes = g.offset_groups * g.taps();
+  bool shared = false;
+  for (size_t i = 1; i < shares.size(); ++i)
+    shared |= shares[i].first_offset_group < shares[i - 1].first_offset_group + shares[i - 1].offset_groups;
+  const int64_t share_count = static_cast<int64_t>(shares.size());
+  const auto parts = [&](bool wanted, int64_t channels) {
+    return zeroed({shared && wanted ? share_count * held : 0, channels, g.out_height, g.out_width});
+  };
+  const Tensor offset_parts = parts(wanted & kOffset, 2 * planes), mask_parts = parts(wanted & kMask, planes);
+  DisplacementGradients<F> result{};
+  if (!shared && (wanted & kOffset)) result.offset = view<F>(grad_offset);
+  if (!shared && (wanted & kMask)) result.mask = view<F>(grad_mask);
+
+  const int64_t splits = std::min(held, divide_up(threads, share_count));
+  const Tensor weight_parts = zeroed({(wanted & kWeight) && !stored ? splits * weight_size : 0});
+
+  for (int64_t image = 0; image < g.batch; image += held) {
+    const int64_t images = std::min(held, g.batch - image);
+    if (staged) {
+      Tensor rows = staging;
+      if (image > 0) torch::stable::zero_(rows);
+      job.grad_image = image;
+    }
+    torch::stable::parallel_for(0, share_count * splits, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t share = i % share_count, split = i / share_count;
+        const int64_t first = split * images / splits, last = (split + 1) * images / splits;
+        DisplacementGradients<A> part{};
+        if (shared && (wanted & kOffset))
+          part.offset = view<A>(offset_parts), part.offset.data += share * held * part.offset.n;
+        if (shared && (wanted & kMask)) part.mask = view<A>(mask_parts), part.mask.data += share * held * part.mask.n;
+        if (first < last)
+          job.run(shares[share], image, first, last - first, result, part,
+                  data(weight_parts) + ((wanted & kWeight) && !stored ? split * weight_size : 0));
+      }
+    });
+    if (staged) transpose_images<Transpose::kFromRows>(size, view<S>(grad_input), image, images, staging_rows);
+    if (shared && (wanted & kOffset))
+      add_parts<A>(offset_parts, share_count, images, image, view<F>(grad_offset), 2 * planes, g.out_height,
+                   g.out_width);
+    if (shared && (wanted & kMask))
+      add_parts<A>(mask_parts, share_count, images, image, view<F>(grad_mask), planes, g.out_height, g.out_width);
+  }
+  if (!(wanted & kWeight) || stored) return;
+  A* const sum = data(weight_parts);
+  for (int64_t split = 1; split < splits; ++split)
+    for (int64_t i = 0; i < weight_size; ++i) sum[i] += sum[split * weight_size + i];
+  weights.data = sum;
+  repack_backward<false>(weights, blocks, view<S>(grad_weight));
+}
+
+}  // namespace dcn::tiles
