@@ -225,7 +225,8 @@ def test_whole_models(make, tmp_path):
         assert_close(found, expected)
     for name in offset_parameters(model):
         model.get_parameter(name).zero_()
-    assert (tree_leaves(model(x))[-1] - wanted[-1]).abs().max() > 0.05 * wanted[-1].abs().max()
+    # A hundred times what agreement leaves open: a small network without norms is moved little by its offsets.
+    assert (tree_leaves(model(x))[-1] - wanted[-1]).abs().max() > 1e-3 * wanted[-1].abs().max()
 
 
 # -- scripts/export.py ------------------------------------------------------------------------------------------------

@@ -173,7 +173,7 @@ def build_callbacks(config: Mapping[str, Any], work_dir: Path) -> list[pl.Callba
         spec = dict(spec)
         if spec.get("type") in ("ModelCheckpoint", "OnExceptionCheckpoint"):
             spec.setdefault("dirpath", str(work_dir))
-        if issubclass(known.get(spec.get("type"), object), EpochWriter):
+        if issubclass(known.get(str(spec.get("type")), object), EpochWriter):
             spec.setdefault("directory", str(work_dir))
         with at(f"callbacks.{name}"):
             callbacks.append(build_object(f"callbacks.{name}", spec, known))
