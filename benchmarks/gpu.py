@@ -27,10 +27,10 @@ LONG, MOST_CALLS = 2.0, 50
 # what has more launches than a queue holds runs at the host's pace in any case.
 QUEUED, CYCLES_PER_SECOND = 0.01, 2e9
 COLUMNS = """`ms` is the GPU's time for a call, with arguments
-that are not in its cache and launches queued beforehand (but for what takes the host long: whole models, portable kernels
-of many groups); `host ms` is how long the host takes to launch it. TFLOP/s count the products with the weights, GB/s
-each argument and result of the forward and of the backward once; the shares are those of the two ceilings, measured in
-the same run."""
+that are not in its cache and launches queued beforehand (but for what takes the host long: whole models, portable
+kernels of many groups); `host ms` is how long the host takes to launch it. TFLOP/s count the products with the weights,
+GB/s each argument and result of the forward and of the backward once; the shares are those of the two ceilings,
+measured in the same run."""
 
 
 class Work(NamedTuple):

@@ -53,7 +53,7 @@ class OpCase:
     full: str  # the configuration with every argument
     bare: str  # the one with as few as can be
     mixed: str  # the one with groups and classes, in which no two sizes are equal
-    sizes: tuple[Callable[[], dict[str, Any]], ...]  # one configuration in several sizes, no two of them equal
+    sizes: tuple[Callable[[], dict[str, Any]], ...]  # one in several sizes; no two numbers equal, 2 for (y, x) included
     per_result: tuple[str, ...]  # arguments whose first dimension is the result's
     image: str = "input"  # the argument whose layout the result takes
     float32_beside_half: tuple[str, ...] = ()  # arguments that may be float32 beside a half-precision image

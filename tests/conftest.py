@@ -1,12 +1,16 @@
 """Devices and code paths that operator tests run over."""
 
 import contextlib
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import dcn_plugin  # noqa: F401  (registers operators, models and layers)
 
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 # What may run at most on the CPU (csrc/runtime/kernels.h), for `cpu_kernels`.
 PORTABLE, TUNED = "portable", "tuned"
 BASELINE, V3 = "tuned baseline", "tuned x86-64-v3"
@@ -29,7 +33,16 @@ def _devices() -> list:
     return devices
 
 
-@pytest.fixture(params=_devices())
+DEVICES = _devices()
+
+
+def pytest_collection_modifyitems(config, items):
+    """Side by side, the slow ones first: none is left to run alone at the end."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(params=DEVICES)
 def device(request):
     """Each device, and on the CPU both the tuned kernels and the portable bodies, whose arithmetic is CUDA's."""
     name, kernels = request.param
@@ -68,3 +81,20 @@ def few_words():
 
     with quiet():
         yield
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    def call(name, *arguments):
+        """Run a script in this process; return its exit status, or what it says in place of one, and what it printed.
+
+        A process of its own takes ten seconds to import everything.
+        """
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        try:
+            runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+        except SystemExit as stop:
+            return stop.code, capsys.readouterr().out
+        return 0, capsys.readouterr().out
+
+    return call

@@ -3,9 +3,6 @@
 import csv
 import importlib
 import json
-import runpy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +16,6 @@ from tiny import TRAINER  # noqa: E402
 
 from dcn_plugin.finetune import load_config, run  # noqa: E402
 from dcn_plugin.finetune.command_line import errors_in_one_line, parse_options  # noqa: E402
-
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
 
 def value(text):
@@ -96,20 +91,6 @@ def test_no_options():
 
 
 # -- the scripts ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def script(monkeypatch, capsys):
-    def call(name, *arguments):
-        """Run a script; return its exit status, or what it says in place of one, and what it printed."""
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        try:
-            runpy.run_path(str(SCRIPTS / name), run_name="__main__")
-        except SystemExit as stop:
-            return stop.code, capsys.readouterr().out
-        return 0, capsys.readouterr().out
-
-    return call
 
 
 @pytest.fixture

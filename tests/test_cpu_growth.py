@@ -1,4 +1,4 @@
-"""No call leaves memory behind: 10,000 of each operator and layer, forward and backward, and threads that end."""
+"""No call leaves memory behind: 3,000 of each operator and layer, forward and backward, and threads that end."""
 
 import ctypes
 import gc
@@ -19,10 +19,10 @@ from dcn_plugin.layers import DCNv2, DeformPSRoIPoolPack, ModulatedDeformRoIPool
 from dcn_plugin.ops import deform_conv2d
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux tells in /proc/self")
-CALLS = 10_000
+CALLS = 3_000
 # 100 bytes a call; measured: a few pages that torch or Python take once.
-BYTES = 1 << 20
-# Python's objects beside them; one kept by each call would be 10,000.
+BYTES = 300 << 10
+# Python's objects beside them; one kept by each call would be 3,000.
 OBJECTS = 500
 
 

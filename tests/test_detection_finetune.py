@@ -311,12 +311,12 @@ def test_resumed_training_equals_uninterrupted(tmp_path, scenes):
         assert torch.equal(done["state_dict"][name], value), name
 
 
-def test_script_survives_sigterm_and_resumes(tmp_path, scenes):
+def test_script_survives_sigterm_and_resumes(tmp_path, scenes, script):
     path = tmp_path / "long.py"
     values = config(scenes, trainer=dict(TRAINER, max_epochs=500))
     write_config(path, **values)
-    script, work_dir = ROOT / "scripts" / "finetune.py", tmp_path / "work"
-    process = launch(script, str(path), "--work-dir", str(work_dir))
+    work_dir = tmp_path / "work"
+    process = launch(ROOT / "scripts/finetune.py", path, "--work-dir", work_dir)
     deadline = time.time() + 120
     while not (work_dir / "last.ckpt").is_file() and process.poll() is None and time.time() < deadline:
         time.sleep(0.1)
@@ -324,13 +324,12 @@ def test_script_survives_sigterm_and_resumes(tmp_path, scenes):
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0 and "--resume" in output, output
     epochs = torch.load(work_dir / "last.ckpt", weights_only=True)["epoch"] + 2
-    arguments = ["--work-dir", str(work_dir)]
-    options = ["--cfg-options", f"trainer.max_epochs={epochs}"]
-    output, _ = (process := launch(script, str(path), *arguments, "--resume", *options)).communicate(timeout=120)
-    assert process.returncode == 0 and "test_map_50" in output and "export" in output, output
+    again = ["finetune.py", path, "--work-dir", work_dir]
+    status, output = script(*again, "--resume", "--cfg-options", f"trainer.max_epochs={epochs}")
+    assert status == 0 and "test_map_50" in output and "export" in output, status
     assert torch.load(work_dir / "last.ckpt", weights_only=True)["epoch"] == epochs - 1
-    output, _ = (process := launch(script, str(path), *arguments, "--task", "predict")).communicate(timeout=120)
-    assert process.returncode == 0 and "detections.json" in output, output
+    status, output = script(*again, "--task", "predict")
+    assert status == 0 and "detections.json" in output, status
 
 
 def test_two_processes_with_gloo_find_what_one_finds(tmp_path):

@@ -115,7 +115,7 @@ PLACES = [
     ),
     Place(
         "tests/ops/test_cuda.py",
-        '"{op}" in LARGE: arguments with a map of more than 2^31 elements',
+        '"{op}" in LARGE: arguments for a map of more than 2^31 elements',
         lambda op: f'"{op}"' in text("tests/ops/test_cuda.py"),
     ),
     Place("tests/test_onnx_export.py", "{op}, exported or refused", lambda op: op in text("tests/test_onnx_export.py")),

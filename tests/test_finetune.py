@@ -279,14 +279,13 @@ def test_a_resumed_run_follows_its_own_schedule(tmp_path, batch_size, epochs):
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT], ids=lambda stop: stop.name)
-def test_script_survives_a_signal_and_resumes(tmp_path, stop):
+def test_script_survives_a_signal_and_resumes(tmp_path, stop, script):
     trainer = dict(TRAINER, max_epochs=200, check_val_every_n_epoch=1)
     path = write_config(tmp_path / "long.py", **config(trainer=trainer))
     work_dir = tmp_path / "work"
-    script = ROOT / "scripts" / "finetune.py"
     # What a shell runs in the background ignores Ctrl+C, and hands that on to its children.
     listen = functools.partial(signal.signal, stop, signal.SIG_DFL)
-    process = launch(script, str(path), "--work-dir", str(work_dir), preexec_fn=listen)
+    process = launch(ROOT / "scripts/finetune.py", str(path), "--work-dir", str(work_dir), preexec_fn=listen)
     deadline = time.time() + 120
     while not (work_dir / "last.ckpt").is_file() and process.poll() is None and time.time() < deadline:
         time.sleep(0.1)
@@ -296,11 +295,9 @@ def test_script_survives_a_signal_and_resumes(tmp_path, stop):
     saved = torch.load(work_dir / "last.ckpt", weights_only=True)
     assert 0 <= saved["epoch"] < 199
     epochs = saved["epoch"] + 2
-    process = launch(
-        script, str(path), "--work-dir", str(work_dir), "--resume", "--cfg-options", f"trainer.max_epochs={epochs}"
-    )
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    options = ["--resume", "--cfg-options", f"trainer.max_epochs={epochs}"]
+    status, output = script("finetune.py", path, "--work-dir", work_dir, *options)
+    assert status == 0, status
     assert torch.load(work_dir / "last.ckpt", weights_only=True)["epoch"] == epochs - 1
     assert "test_top1" in output and "export" in output
 
@@ -486,11 +483,11 @@ def test_bad_configs_are_named(tmp_path, changes, error, message):
         run(config(**changes), tmp_path)
 
 
-def test_script_names_an_unknown_key_in_one_line(tmp_path):
+def test_script_names_an_unknown_key_in_one_line(tmp_path, script):
     path = tmp_path / "bad.py"
     path.write_text("modell = 'resnet18_dcn'\n")
-    output, _ = launch(ROOT / "scripts" / "finetune.py", str(path)).communicate(timeout=120)
-    assert "unknown key 'modell' (did you mean 'model'?)" in output and "Traceback" not in output
+    said, _ = script("finetune.py", path)
+    assert "unknown key 'modell' (did you mean 'model'?)" in said and "\n" not in said
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it():

@@ -6,17 +6,16 @@
 
 namespace dcn {
 
-// The samples in one row of a bin: positions (positions.h).
+// The samples in one row of a bin, where that row is on the map: positions (positions.h).
 template <typename A>
 struct BinRow {
-  A y;            // where all of them lie
-  bool y_varies;  // whether their values change with y
-  BinAxis<A> x;
-  int64_t samples;  // 0 where the row is not on the map
+  A y;                  // where all of them lie
+  bool y_varies;        // whether their values change with y
+  const BinAxis<A>& x;  // of the bin; a copy in every row would cost more than its samples
   A mask;
   int64_t height, width;  // of the map
 
-  DCN_HOST_DEVICE int64_t size() const { return samples; }
+  DCN_HOST_DEVICE int64_t size() const { return x.end - x.begin; }
   // A sample that is not on the map has no corners.
   DCN_HOST_DEVICE Sample<A> sample(int64_t i) const {
     return make_sample<A>(y, is_on_map(i) ? x.clamp(position(i)) : A(-1), height, width);
@@ -41,10 +40,10 @@ struct RoiBin {
   A size_y, size_x;       // derivative of a sample's position by the offset
   int64_t height, width;  // of the map
 
-  DCN_HOST_DEVICE int64_t rows() const { return y.end - y.begin; }
+  // The samples at y.at(i), which has to be on the map.
   DCN_HOST_DEVICE BinRow<A> row(int64_t i) const {
-    const A p = y.at(y.begin + i);
-    return {y.clamp(p), y.varies(p), x, y.is_on_map(p) ? x.end - x.begin : 0, mask, height, width};
+    const A p = y.at(i);
+    return {y.clamp(p), y.varies(p), x, mask, height, width};
   }
 };
 
@@ -58,7 +57,8 @@ DCN_HOST_DEVICE A inverse_sample_count(A along_y, A along_x) {
 // Calls f(sample, y varies, x varies) for each sample of a bin that is on the map: whether its value changes with y, x.
 template <typename A, typename F>
 DCN_HOST_DEVICE void for_each_sample(const RoiBin<A>& bin, const F& f) {
-  for (int64_t i = 0; i < bin.rows(); ++i) {
+  for (int64_t i = bin.y.begin; i < bin.y.end; ++i) {
+    if (!bin.y.is_on_map(bin.y.at(i))) continue;
     const BinRow<A> row = bin.row(i);
     for (int64_t j = 0; j < row.size(); ++j)
       if (row.is_on_map(j)) f(row.sample(j), row.y_varies, row.x_varies(j));

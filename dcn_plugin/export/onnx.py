@@ -1,6 +1,7 @@
 """Export to ONNX: deform_conv2d becomes the standard operator DeformConv, RoI pooling a graph of standard operators.
 
-Needs onnx and onnxscript: `pip install '.[onnx]'` in a clone. What DeformConv makes of numbers that are not finite is the runtime's affair.
+Needs onnx and onnxscript: `pip install '.[onnx]'` in a clone. What DeformConv makes of numbers that are not finite is
+the runtime's affair.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ try:
     from onnxscript import evaluator, ir, opset19
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f"dcn_plugin.export.onnx needs {error.name}, which is not installed: pip install '.[onnx]' in a clone of dcn_plugin",
+        f"dcn_plugin.export.onnx needs {error.name}, which is not installed: pip install '.[onnx]' in a clone",
         name=error.name,
     ) from error
 

@@ -14,7 +14,7 @@ except ModuleNotFoundError as error:
     if error.name is None or error.name.startswith("dcn_plugin"):
         raise
     raise ModuleNotFoundError(
-        f"dcn_plugin.finetune needs {error.name}, which is not installed: pip install '.[finetune]' in a clone of dcn_plugin",
+        f"dcn_plugin.finetune needs {error.name}, which is not installed: pip install '.[finetune]' in a clone",
         name=error.name,
     ) from error
 

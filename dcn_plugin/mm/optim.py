@@ -46,16 +46,11 @@ class OptimWrapperConstructor(DefaultOptimWrapperConstructor):
         ValueError: it is negative, or there is no `lr` to multiply.
 
     Example:
-        >>> from mmengine.optim import build_optim_wrapper
-        >>> from dcn_plugin import DCNv2
         >>> optim_wrapper = dict(
         ...     constructor="dcn_plugin.OptimWrapperConstructor",
         ...     optimizer=dict(type="SGD", lr=0.02, weight_decay=1e-4),
         ...     paramwise_cfg=dict(dcn_offset_lr_mult=0.1, bias_decay_mult=0.0, roi_offset_lr_mult=0.01),
         ... )
-        >>> groups = build_optim_wrapper(DCNv2(8, 8, 3), optim_wrapper).optimizer.param_groups
-        >>> sorted({group["lr"] for group in groups})
-        [0.002, 0.02]
     """
 
     def _validate_cfg(self) -> None:

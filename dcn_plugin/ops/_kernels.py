@@ -27,7 +27,7 @@ def kernels_used(device: str | None = None) -> dict[str, str]:
     Example:
         >>> import torch
         >>> from dcn_plugin.ops import kernels_used, ps_roi_pool
-        >>> pooled = ps_roi_pool(torch.zeros(1, 4, 8, 8), torch.zeros(1, 5), 1, 2)
+        >>> pooled = ps_roi_pool(torch.zeros(1, 4, 8, 8), torch.zeros(1, 5), output_dim=4, group_size=1, output_size=2)
         >>> kernels_used()["ps_roi_pool"]  # doctest: +SKIP
         'tuned x86-64-v4'
     """

@@ -25,8 +25,8 @@ def deform_conv2d(
 
         out(p) = bias + sum over k of weight(k) * mask(k, p) * input(p * stride - padding + k * dilation + offset(k, p))
 
-    for the taps k of output pixel p, with zeros outside the input and bilinear interpolation in between. Arguments come in torchvision's order; groups
-    and offset groups follow from the shapes. K = kernel_h * kernel_w taps, row-major.
+    for the taps k of output pixel p, with zeros outside the input and bilinear interpolation in between. Arguments come
+    in torchvision's order; groups and offset groups follow from the shapes. K = kernel_h * kernel_w taps, row-major.
 
     Args:
         input: `[N, C, H, W]`; float64, float32, float16 or bfloat16; channels_last in, channels_last out.
@@ -128,6 +128,8 @@ def _check_tensors(
 
 
 def _out_shape(input, offset, weight, bias, mask, stride, padding, dilation):
+    for name, value, length in (("stride", stride, 2), ("padding", padding, 4), ("dilation", dilation, 2)):
+        _check.integers(name, value, int(name != "padding"), (length,))
     _check_tensors(input, offset, weight, bias, mask, stride, padding, dilation)
     return [input.shape[0], weight.shape[0], *_out_size(input, weight, stride, padding, dilation)]
 

@@ -32,8 +32,8 @@ def deform_roi_pool(
 
         out(r, c, p) = mask(r, p) * mean over s of input(c, start(r) + p * bin(r) + gamma * size(r) * offset(r, p) + s)
 
-    for a grid of bilinear samples s in bin p of region r. Without offset and mask it is RoIAlign, value for value. A sample
-    within [-1, H] x [-1, W] (ends included) reads the nearest point of the map, any other counts as 0.
+    for a grid of bilinear samples s in bin p of region r. Without offset and mask it is RoIAlign, value for value. A
+    sample within [-1, H] x [-1, W] (ends included) reads the nearest point of the map, any other counts as 0.
 
     Args:
         input: `[N, C, H, W]`; float64, float32, float16 or bfloat16; channels_last in, channels_last out.

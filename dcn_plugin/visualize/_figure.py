@@ -31,7 +31,7 @@ def new_figure(columns: int, rows: int = 1, width: float = 3.2, height: float = 
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        message = "figures need matplotlib, which is not installed: pip install '.[visualize]' in a clone of dcn_plugin"
+        message = "figures need matplotlib, which is not installed: pip install '.[visualize]' in a clone"
         raise ModuleNotFoundError(message, name=error.name) from error
 
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")

@@ -155,6 +155,13 @@ META = [
         lambda: torch.ops.dcn_plugin.ps_roi_pool(torch.zeros(4, 6, 6).to("meta"), ROIS.to("meta"), 1, 2, [2, 2], 1.0),
         ValueError, "input:", "expected a 4-D tensor [N, C, H, W]", "shape (4, 6, 6)",
     ),
+    Case(
+        lambda: torch.ops.dcn_plugin.deform_conv2d(
+            IMAGE.to("meta"), torch.zeros(2, 18, 6, 6).to("meta"), torch.zeros(6, 4, 3, 3).to("meta"), None, None, [],
+            [1] * 4, [1, 1],
+        ),
+        ValueError, "stride", "an integer or 2 integers", "got 0: []",
+    ),
 ]  # fmt: skip
 DEFINITIONS = [
     Case(

@@ -102,7 +102,7 @@ def huge():
 
 
 T = "runtime/tensor.h"
-C, O, P = (f"ops/deform_conv2d/{name}.h" for name in ("arguments", "operator", "portable"))
+C, CO, P = (f"ops/deform_conv2d/{name}.h" for name in ("arguments", "operator", "portable"))
 R, RO = (f"ops/roi_pool/{name}.h" for name in ("arguments", "operator"))
 # File, how the condition begins, a call, what the message names.
 CASES = [
@@ -138,7 +138,7 @@ CASES = [
         for name in ("weight", "bias", "offset", "mask")
     ),
     (P, "countable > 0", too_many_samples, "offset"),
-    (O, "grad_output.dim() == 4", lambda: conv_backward(torch.zeros(2, 6, 4, 3)), "grad_output"),
+    (CO, "grad_output.dim() == 4", lambda: conv_backward(torch.zeros(2, 6, 4, 3)), "grad_output"),
     (T, "t.scalar_type() == type", lambda: conv_backward(torch.zeros(2, 6, 4, 4).half()), "grad_output"),
     (T, "t.device() == input.device()", lambda: conv_backward(torch.zeros(2, 6, 4, 4, device="meta")), "grad_output"),
     (R, "a.input.dim() == 4", lambda: align(input=torch.zeros(4, 6, 6)), "input"),

@@ -143,7 +143,7 @@ def limits():
 
 
 @pytest.mark.parametrize("more", [1, 2**30, 2**31, 2**70])
-@pytest.mark.parametrize(("name", "argument", "most"), limits())
+@pytest.mark.parametrize(("name", "argument", "most"), list(limits()))
 def test_integers_too_large_for_the_compiled_operators_are_refused_by_name(name, argument, most, more):
     case = BY_NAME[name]
     arguments = case.make(case.full)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import assert_close, convert, deform_conv2d_arguments, run
 from conftest import PORTABLE, cpu_kernels
+from coverings import cover
 
 from dcn_plugin import reference
 from dcn_plugin.ops import deform_conv2d
@@ -58,8 +59,7 @@ def assert_equals_reference(arguments: dict, grad: torch.Tensor, dtype: torch.dt
         assert_close(actual[name], value, dtype, name)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("geometry", GEOMETRIES)
+@cover("geometry, layout", GEOMETRIES, [torch.contiguous_format, torch.channels_last])
 def test_gradients_equal_the_reference(geometry, layout, device):
     torch.manual_seed(0)
     arguments = convert(GEOMETRIES[geometry](), device=device)
@@ -67,9 +67,12 @@ def test_gradients_equal_the_reference(geometry, layout, device):
     assert_equals_reference(arguments, gradient_like(arguments).to(device))
 
 
-@pytest.mark.parametrize("offset_dtype", ["alike", torch.float32])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("geometry", ["offset_groups", "two_ranges_an_image"])
+@cover(
+    "dtype, offset_dtype, geometry",
+    [torch.float32, torch.float16, torch.bfloat16],
+    ["alike", torch.float32],
+    ["offset_groups", "two_ranges_an_image"],
+)
 def test_gradients_of_every_type(geometry, dtype, offset_dtype, device):
     torch.manual_seed(0)
     arguments = convert(GEOMETRIES[geometry](), dtype=dtype, device=device)
@@ -89,8 +92,7 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("size", [(2, 4, 14, 14), (1, 40, 32, 28)], ids=["one_range", "ranges"])
-@pytest.mark.parametrize("places", PLACES)
+@cover("places, size", PLACES, [(2, 4, 14, 14), (1, 40, 32, 28)])  # one range of columns, and several
 def test_many_samples_at_few_places(places, size, device):
     torch.manual_seed(0)
     arguments = aim(deform_conv2d_arguments(size, out=2, kernel=(5, 5), padding=2, offset_groups=2)(), PLACES[places])
@@ -116,8 +118,7 @@ def ordered_problem(places: list[tuple[float, float]] | None, dtype: torch.dtype
     return arguments, gradient_like(arguments) * torch.logspace(-3, 3, 40, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("places", [None, "one", "neighbours"])
+@cover("places, dtype", [None, "one", "neighbours"], [torch.float64, torch.float32, torch.bfloat16])
 def test_two_threads_give_equal_bits_every_time(places, dtype, device):
     arguments, grad = ordered_problem(PLACES.get(places), dtype)
     arguments, grad = convert(arguments, device=device), grad.to(device)

@@ -1,5 +1,7 @@
 """Regions that are inside out (x2 < x1 or y2 < y1), as boxes that are predicted may be: pooled as the originals do."""
 
+import functools
+
 import pytest
 import torch
 from cases import CASES, assert_close, convert, run
@@ -52,12 +54,18 @@ def test_values_are_those_of_the_formulas_in_loops(case, config, device):
     assert expected.any() != adaptive  # no sample at all, or something to compare
 
 
+@functools.cache
+def in_loops(samples):
+    """Arguments with that many samples a bin along each axis, and what loops over them give, which takes seconds."""
+    arguments = turned(ALIGN.make("modulated")) | {"sampling_ratio": samples}
+    return arguments, loops_of_deform_roi_pool(**arguments)
+
+
 @pytest.mark.parametrize("samples", [1, 3, 8, 9, 40])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_any_number_of_samples_on_every_path(samples, dtype, vectors):
     """Few of them are found bin by bin, in vectors, and many one by one."""
-    arguments = turned(ALIGN.make("modulated")) | {"sampling_ratio": samples}
-    expected = loops_of_deform_roi_pool(**arguments)
+    arguments, expected = in_loops(samples)
     assert_close(deform_roi_pool(**convert(arguments, dtype=dtype)), expected, dtype)
 
 

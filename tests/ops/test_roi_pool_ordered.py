@@ -19,6 +19,7 @@ from cases import (
     run,
     tensors,
 )
+from coverings import cover
 from torch.library import opcheck
 
 from dcn_plugin.ops._operator import ORDERED, WANTED
@@ -27,23 +28,21 @@ ALIGN, PART, PIXELS = (
     next(c for c in CASES if c.name == n) for n in ("deform_roi_pool", "deform_ps_roi_pool", "ps_roi_pool")
 )
 POOLS = (ALIGN, PART, PIXELS)
+CONFIGS = [(case, config) for case in POOLS for config in case.configs]
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+MODES = {"ordered": True, "fastest": False}
 each_pool = pytest.mark.parametrize("case", POOLS, ids=lambda c: c.name)
-each_config = pytest.mark.parametrize(
-    ("case", "config"), [(c, k) for c in POOLS for k in c.configs], ids=lambda v: v if isinstance(v, str) else v.name
-)
-each_dtype = pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch.")
-)
 
 
-@pytest.fixture(params=[pytest.param(True, id="ordered"), pytest.param(False, id="fastest")])
+@pytest.fixture(params=MODES)
 def mode(request):
-    torch.use_deterministic_algorithms(request.param)
-    yield request.param
+    torch.use_deterministic_algorithms(MODES[request.param])
+    yield MODES[request.param]
     torch.use_deterministic_algorithms(False)
 
 
-only_ordered = pytest.mark.parametrize("mode", [True], indirect=True, ids=["ordered"])
+only_ordered = pytest.mark.parametrize("mode", ["ordered"], indirect=True)
 
 
 @pytest.fixture
@@ -66,10 +65,9 @@ def assert_equals_reference(case, arguments, dtype=torch.float64, device="cpu"):
 
 
 @only_ordered
-@each_dtype
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
-@each_config
-def test_ordered_gradients_equal_the_reference(case, config, layout, dtype, mode, device):
+@cover("problem, dtype, layout", CONFIGS, DTYPES, LAYOUTS)
+def test_ordered_gradients_equal_the_reference(problem, layout, dtype, mode, device):
+    case, config = problem
     arguments = case.make(config, dtype, device)
     arguments["input"] = arguments["input"].contiguous(memory_format=layout)
     assert_equals_reference(case, arguments, dtype, device)
@@ -83,24 +81,26 @@ def spread_out(image):
     return large[:, ::3, :, ::2]
 
 
-@each_pool
-@pytest.mark.parametrize(
-    "lay",
-    [
-        spread_out,
-        lambda image: image.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
-        lambda image: image.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1),
-        lambda image: image[:1, :, :1].expand(image.shape),
-    ],
-    ids=["spread_out", "transposed", "images_last", "expanded"],
-)
+def transposed(image):
+    return image.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+
+
+def images_last(image):
+    return image.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+
+
+def expanded(image):
+    return image[:1, :, :1].expand(image.shape)
+
+
+@cover("case, lay, mode", POOLS, [spread_out, transposed, images_last, expanded], MODES, indirect=["mode"])
 def test_any_strides(case, lay, mode, device):
     arguments = case.make(case.mixed, device=device)
     arguments["input"] = lay(arguments["input"])
     assert_equals_reference(case, arguments, device=device)
 
 
-@pytest.mark.parametrize("seed", range(16))
+@cover("seed, mode", range(16), MODES, indirect=["mode"])
 def test_random_geometries(seed, mode, device):
     """Rows longer than what one thread adds to, regions on top of each other, many samples in a bin, sides of 1."""
     generator = random.Random(seed)
@@ -115,7 +115,7 @@ def test_random_geometries(seed, mode, device):
     channels = output_dim * group_size**2
     sensitive = dict(output_dim=output_dim, group_size=group_size, **common)
     shifts = dict(offset=pick([True, False]), mask=pick([True, False]), spread=pick([0.5, 3.0, 30.0]))
-    layout = pick([torch.contiguous_format, torch.channels_last])
+    layout = pick(LAYOUTS)
     for case, make in (
         (ALIGN, deform_roi_pool_arguments(
             (batch, below(1, 40), height, width), sampling_ratio=below(0, 9), aligned=pick([True, False]),
@@ -132,20 +132,18 @@ def test_random_geometries(seed, mode, device):
         assert_equals_reference(case, arguments, device=device)
 
 
-@each_pool
-@pytest.mark.parametrize(
-    "roi",
-    [
-        [2, 0, 0, 4, 4],
-        [-1, 0, 0, 4, 4],
-        [0.5, 0, 0, 4, 4],
-        [math.nan, 0, 0, 4, 4],
-        [0, math.nan, 0, 4, 4],
-        [0, 0, -math.inf, 4, 4],
-        [0, 5, 0, 4, -math.inf],
-    ],
-    ids=str,
-)
+UNSOUND = [
+    [2, 0, 0, 4, 4],
+    [-1, 0, 0, 4, 4],
+    [0.5, 0, 0, 4, 4],
+    [math.nan, 0, 0, 4, 4],
+    [0, math.nan, 0, 4, 4],
+    [0, 0, -math.inf, 4, 4],
+    [0, 5, 0, 4, -math.inf],
+]
+
+
+@cover("case, roi, mode", POOLS, UNSOUND, MODES, indirect=["mode"])
 def test_an_unsound_region_adds_nothing(case, roi, mode, device):
     arguments = case.make(case.full, device=device)
     others = [i for i in range(len(arguments["rois"])) if i != 2]
@@ -156,8 +154,7 @@ def test_an_unsound_region_adds_nothing(case, roi, mode, device):
     assert_close(result["grad_input"], expected, torch.float64)
 
 
-@each_pool
-@pytest.mark.parametrize("corner", [300, 1e9, 1e18, 1e30, 3e38])
+@cover("case, corner, mode", POOLS, [300, 1e9, 1e18, 1e30, 3e38], MODES, indirect=["mode"])
 def test_regions_far_larger_than_the_map(case, corner, mode, device):
     """They take no longer than others, and are added where the reference, which takes every sample, adds them."""
     arguments = case.make(case.bare, torch.float32, device)
@@ -170,8 +167,7 @@ def test_regions_far_larger_than_the_map(case, corner, mode, device):
         assert_equals_reference(case, arguments, torch.float32, device)
 
 
-@pytest.mark.parametrize("case", [ALIGN, PART], ids=lambda c: c.name)
-@pytest.mark.parametrize("samples", [0, 3, 40])
+@cover("case, samples, mode", [ALIGN, PART], [0, 3, 40], MODES, indirect=["mode"])
 def test_offsets_that_are_not_finite(case, samples, mode, device):
     arguments = case.make(case.full, torch.float32, device)
     arguments["sampling_ratio" if case is ALIGN else "samples_per_part"] = max(samples, int(case is PART))
@@ -184,7 +180,7 @@ def test_offsets_that_are_not_finite(case, samples, mode, device):
         assert_close(actual[name], expected[name], torch.float32, name)
 
 
-@each_pool
+@cover("case, mode", POOLS, MODES, indirect=["mode"])
 def test_no_regions_and_no_images(case, mode, device):
     arguments = case.make(case.mixed, torch.float32, device)
     no_regions = {k: v[:0] if k in case.per_result else v for k, v in arguments.items()}
@@ -211,8 +207,7 @@ def crowded(case, dtype, device):
 
 
 @only_ordered
-@each_dtype
-@each_pool
+@cover("case, dtype", POOLS, DTYPES)
 def test_equal_bits_from_run_to_run_on_any_number_of_threads(case, dtype, mode, device, set_threads):
     arguments = crowded(case, dtype, device)
     grad = torch.randn_like(case.function(**arguments))
@@ -255,19 +250,17 @@ def test_the_mode_of_the_time_reaches_the_operator(case):
 
 
 @only_ordered
-@each_config
-def test_opcheck(case, config, mode, device):
-    for layout in (torch.contiguous_format, torch.channels_last):
-        arguments = leaves(case.make(config, device=device))
+@each_pool
+def test_opcheck(case, mode, device):
+    """Of every configuration in tests/test_contracts.py; the mode is one bit more, whatever the arguments are."""
+    for layout in LAYOUTS:
+        arguments = leaves(case.make(case.full, device=device))
         arguments["input"] = arguments["input"].detach().contiguous(memory_format=layout).requires_grad_()
         opcheck(case.op, tuple(case.to_op(**arguments).values()))
 
 
 @only_ordered
-@each_pool
-@pytest.mark.parametrize(
-    "asked", [(), ("input",), ("input", "offset", "mask")], ids=lambda asked: "+".join(asked) or "nothing"
-)
+@cover("case, asked", POOLS, [(), ("input",), ("input", "offset", "mask")])
 def test_the_backward_operator_gives_what_is_asked_for_alone(case, asked, mode, device):
     """The ordered bit asks for no gradient."""
     arguments = case.make(case.full, device=device)

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from cases import CASES, OpCase, assert_close, convert, leaves, run, tensors
+from coverings import by_turns
 
 from dcn_plugin.ops._operator import WANTED
 
@@ -12,9 +13,7 @@ from .parts import SAMPLES, batch_of, each_case, mapped, names_of, sample
 
 # "There is a performance drop": torch's fallback, sample by sample.
 pytestmark = pytest.mark.filterwarnings("error:There is a performance drop")
-each_config = pytest.mark.parametrize(
-    ("case", "config"), [(c, k) for c in CASES for k in c.configs], ids=lambda v: v if isinstance(v, str) else v.name
-)
+each_config = by_turns("case, config", [(c, k) for c in CASES for k in c.configs])
 
 
 @each_config

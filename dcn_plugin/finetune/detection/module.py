@@ -238,7 +238,7 @@ def _metric() -> MeanAveragePrecision:
         )
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "DetectionModule needs pycocotools, which is not installed: pip install '.[detection]' in a clone of dcn_plugin",
+            "DetectionModule needs pycocotools, which is not installed: pip install '.[detection]' in a clone",
             name="pycocotools",
         ) from error
     metric.warn_on_many_detections = False

@@ -18,8 +18,7 @@ struct RunTaps {
   }
 };
 
-// Calls f with the number of channels as a constant if it is a common one, so that short loops are unrolled, else with
-// 0.
+// Calls f with the number of channels as a constant if that is common, so that short loops are unrolled; else with 0.
 template <typename F>
 DCN_HOST_DEVICE void with_channels(int64_t count, const F& f) {
   if (count == 64) return f(std::integral_constant<int64_t, 64>());

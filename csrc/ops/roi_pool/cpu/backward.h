@@ -81,7 +81,7 @@ class RegionGradient {
   // Of region r, and of these outputs alone.
   void find(int64_t r, const Span& outputs) {
     const RoiGeometry& g = all_.regions.g;
-    run_vectorised(FindTaps<A>{all_, r, taps_});
+    run_vectorised(FindRegionTaps<A>{all_, r, taps_});
     if (direct_) {
       rows_ = reinterpret_cast<const A*>(&result_.at(r, 0, 0, 0));
     } else {

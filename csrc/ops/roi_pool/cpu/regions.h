@@ -39,7 +39,7 @@ struct RegionsByImage {
 };
 
 template <typename A>
-struct FindTaps {
+struct FindRegionTaps {
   const RegionsByImage<A>& all;
   int64_t r;
   RegionTaps<A>& taps;

@@ -6,13 +6,11 @@
 #include <vector>
 
 #include "../../../core/roi_positions.h"
+#include "../../../runtime/cpu_taps.h"
 
 namespace dcn::tiles::regions {
 
-// Rows and columns, as wide as float so that loops over them become vectors.
-using Index = int32_t;
-
-// Whether maps are small enough for that.
+// Whether an Index reaches everywhere on the map.
 inline bool fits_index(const RoiGeometry& g) {
   constexpr int64_t max = int64_t{1} << 30;
   return g.height < max && g.width < max;

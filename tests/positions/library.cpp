@@ -1,0 +1,97 @@
+// Positions that are no convolution's: points on some maps, one map after the other. What csrc gives to any positions is
+// run on them. Compiled and loaded by tests/ops/test_positions.py.
+#include "runtime/cpu.h"
+#include "runtime/cpu_taps.h"
+#include "runtime/input_index.h"
+
+namespace points {
+
+using dcn::Cpu, dcn::Sample, dcn::Tensor;
+
+// `where` is [maps, points, (y, x)], `weight` [maps, points].
+template <typename I>
+struct Points {
+  const float *where, *weight;
+  int64_t map_count, points, map_height, map_width;
+
+  DCN_HOST_DEVICE int64_t size() const { return map_count * points; }
+  DCN_HOST_DEVICE Sample<float, I> sample(int64_t i) const {
+    return dcn::make_sample<float, I>(where[2 * i], where[2 * i + 1], map_height, map_width);
+  }
+  DCN_HOST_DEVICE float modulation(int64_t i) const { return weight[i]; }
+  DCN_HOST_DEVICE int64_t height() const { return map_height; }
+  DCN_HOST_DEVICE int64_t width() const { return map_width; }
+  DCN_HOST_DEVICE int64_t maps() const { return map_count; }
+  DCN_HOST_DEVICE int64_t map(int64_t i) const { return i / points; }
+
+  // In planes: a map is one.
+  DCN_HOST_DEVICE int64_t planes() const { return map_count; }
+  DCN_HOST_DEVICE Points plane(int64_t i) const {
+    return {where + 2 * i * points, weight + i * points, 1, points, map_height, map_width};
+  }
+};
+
+const float* data(const Tensor& t) { return static_cast<const float*>(t.data_ptr()); }
+float* mutable_data(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
+
+// grad_maps[m, y, x] = sum over the points that read the pixel of corner weight * weight * grad[m, point].
+struct Gather {
+  dcn::InputIndex<float> index;
+  const float* grad;
+  float* grad_maps;
+
+  int64_t size() const { return index.maps * index.height * index.width; }
+  void operator()(int64_t i) const {
+    const int64_t x = i % index.width, y = i / index.width % index.height, map = i / index.width / index.height;
+    float sum = 0;
+    index.for_each_entry(map, y, x, [&](int32_t sample, float weight) { sum += weight * grad[sample]; });
+    grad_maps[i] = sum;
+  }
+};
+
+Tensor gradient_of_maps(Tensor grad, Tensor where, Tensor weight, int64_t height, int64_t width) {
+  const Points<int64_t> points{data(where), data(weight), where.size(0), where.size(1), height, width};
+  const dcn::BuiltIndex<float> built = dcn::build_input_index<Cpu>(points, grad);
+  const Tensor found = torch::stable::new_empty(grad, {where.size(0), height, width});
+  Cpu::for_each(Gather{built.index, data(grad), mutable_data(found)}, grad);
+  return found;
+}
+
+// result[m, point] = weight * the map's value there, from what find_taps has found.
+Tensor values(Tensor maps, Tensor where, Tensor weight) {
+  using dcn::tiles::Index;
+  const int64_t planes = where.size(0), points = where.size(1), height = maps.size(1), width = maps.size(2);
+  dcn::Scratch count;
+  dcn::tiles::Taps<float>(count, planes, points, true);
+  dcn::Scratch scratch(count.counted());
+  const dcn::tiles::Taps<float> taps(scratch, planes, points, true);
+  const Points<Index> positions{data(where), data(weight), planes, points, height, width};
+  const dcn::tiles::Window window = dcn::tiles::find_taps<true>(positions, taps, true);
+  const Tensor found = torch::stable::new_empty(maps, {planes, points});
+  for (int64_t i = 0; i < planes * points; ++i) {
+    const int64_t map = i / points;
+    float sum = 0;
+    for (int c = 0; c < 4; ++c) {
+      const bool read = taps.corners[i] >> (4 + c) & 1;
+      const int64_t y = taps.y0[i] + (c >> 1), x = taps.x0[i] + (c & 1);
+      // Outside of the window nothing is there to be read.
+      const bool inside = y >= window.y && y < window.y + window.height && x >= window.x && x < window.x + window.width;
+      dcn::check(!read || inside, "a corner lies outside of the window");
+      sum += read ? taps.weight[c][i] * data(maps)[(map * height + y) * width + x] : taps.weight[c][i];
+    }
+    mutable_data(found)[i] = sum;
+  }
+  return found;
+}
+
+}  // namespace points
+
+STABLE_TORCH_LIBRARY(dcn_plugin_points, m) {
+  m.def("gradient_of_maps(Tensor grad, Tensor where, Tensor weight, int height, int width) -> Tensor");
+  m.def("values(Tensor maps, Tensor where, Tensor weight) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dcn_plugin_points, CPU, m) {
+  m.impl("gradient_of_maps", TORCH_BOX(&points::gradient_of_maps));
+  m.impl("values", TORCH_BOX(&points::values));
+}
