@@ -111,3 +111,11 @@ def build_object(where: str, spec: Mapping, table: Mapping[str, type]) -> Any:
     if not accepts_any:
         check_keys(f"{where} ({name})", kwargs, arguments(table[name]))
     return table[name](**kwargs)
+
+
+def as_names(labels: Any) -> list[str] | None:
+    """Return names in label order from a list of names, or a dict from label to name as timm's folders may have."""
+    if isinstance(labels, Mapping):
+        numbered = {int(label): name for label, name in labels.items()}
+        labels = [numbered[label] for label in sorted(numbered)] if set(numbered) == set(range(len(numbered))) else None
+    return None if labels is None else [str(name) for name in labels]

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     # MMEngine asks for detection's layer by name; it is imported then.
     "registry": ("mm detection layers flops", "mmengine mmcv"),
     "export": (
-        "models detection convert checkpoint reference _config",
+        "export models detection convert checkpoint reference _config",
         "timm torchvision safetensors onnx onnxruntime onnxscript",
     ),
     "finetune": (
@@ -85,6 +85,24 @@ def test_imports_within_the_package_are_relative():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom):
                 assert node.level or node.module.partition(".")[0] != "dcn_plugin", f"{path}:{node.lineno}"
+
+
+# Who may know whom inside dcn_plugin.finetune: each what stands before it, and no task another one.
+TASKS = ("classification", "detection")
+FINETUNE = (
+    "command_line", "images", "streams", "folders", "digits", "classes", "freezing", "data", "writer", "guard",
+    "callbacks", "module", "task", *TASKS, "run", "__init__",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "finetune").rglob("*.py")), ids=lambda path: path.stem)
+def test_fine_tuning_knows_nothing_of_the_tasks_above_it(path):
+    part = path.relative_to(PACKAGE / "finetune").parts[0].removesuffix(".py")
+    assert part in FINETUNE, f"dcn_plugin.finetune.{part} has no place in FINETUNE: say what may know it"
+    before = {*FINETUNE[: FINETUNE.index(part)], part} - ({*TASKS} - {part} if part in TASKS else set())
+    inside = [name.split(".")[2:] for name in imports_of(path) if name.startswith("dcn_plugin.finetune")]
+    assert {name[0] for name in inside if name} <= before
+    assert part == "run" or [] not in inside, "only run.py imports the tasks by `from . import`"
 
 
 def includes_of(path: Path) -> list[tuple[str, bool]]:

@@ -1,14 +1,12 @@
-"""Lightning callbacks that know deformable layers, and a writer of predictions."""
+"""Lightning callbacks that know deformable layers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import BasePredictionWriter
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -185,18 +183,3 @@ class OffsetMonitor(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
-
-
-class EpochWriter(BasePredictionWriter):
-    """What the writers share: one file in `directory` after the last batch, or one per process if several."""
-
-    filename: ClassVar[str]
-
-    def __init__(self, directory: str | Path) -> None:
-        super().__init__(write_interval="epoch")
-        self.directory = Path(directory)
-
-    def _path(self, trainer: pl.Trainer) -> Path:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        path = self.directory / self.filename
-        return path.with_stem(f"{path.stem}_{trainer.global_rank}") if trainer.world_size > 1 else path

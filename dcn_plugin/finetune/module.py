@@ -1,4 +1,4 @@
-"""The Lightning module: any timm or MMEngine classifier, fine-tuned with timm's optimizers and schedules."""
+"""What the Lightning modules share: weights to start from, timm's optimizers and schedules, checkpoints, export."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from .._config import arguments, check_keys, plain
+from .._config import arguments, check_keys, check_kinds, plain
 from ..checkpoint import LoadReport, load_checkpoint, match_wrappers, read_file
 from ..convert import convert
+from ..export import export_model
 from ..layers import offset_rates
-from ..models.build import check_saved_model
+from ..models.build import check_saved_model, without_weights
 from .classes import names_in
-from .classification.losses import check_saved
 from .freezing import split_added_groups
 from .guard import RunGuard, require_batches
 
@@ -118,10 +118,7 @@ class TunedModule(pl.LightningModule):
         saved = read_file(path)
         if not isinstance(saved, Mapping) or "hyper_parameters" not in saved:
             raise ValueError(f"path: expected a Lightning checkpoint of a {cls.__name__}, got {path}")
-        if "loss" not in overrides:
-            check_saved(saved["hyper_parameters"].get("loss"))
-        if "model" not in overrides:
-            check_saved_model(saved["hyper_parameters"].get("model"), "restore(path, model=...)")
+        cls.check_saved({key: value for key, value in saved["hyper_parameters"].items() if key not in overrides})
         module = cls(**(cls.without_initial_weights(saved["hyper_parameters"]) | overrides))
         module.load_saved(dict(saved))
         return module
@@ -138,9 +135,35 @@ class TunedModule(pl.LightningModule):
         return result | dict(checkpoint=None, model=cls.bare(result["model"]))
 
     @classmethod
+    def check_config(cls, values: Mapping[str, Any]) -> None:
+        """Raise TypeError for a value of a wrong kind among a config's top-level keys."""
+        check_kinds("", values, cls)
+        check_kinds("schedule.", values.get("schedule") or {}, create_scheduler_v2)
+
+    @classmethod
+    def check_saved(cls, values: Mapping[str, Any]) -> None:
+        """Raise ValueError for arguments out of a checkpoint that would run code which only the file names."""
+        check_saved_model(values.get("model"), "restore(path, model=...)")
+
+    @classmethod
     def bare(cls, model: Any) -> Any:
         """Return the argument `model` without the weights that it names."""
-        raise NotImplementedError
+        return without_weights(model)
+
+    @classmethod
+    def names_weights(cls, values: Mapping[str, Any]) -> bool:
+        """Whether these arguments name weights for the whole model, so that it needs no checkpoint to be evaluated."""
+        model = values["model"]  # of a detector the backbone alone may be pretrained, which stands deeper
+        return values.get("checkpoint") is not None or (isinstance(model, Mapping) and bool(model.get("pretrained")))
+
+    def described(self) -> dict[str, Any]:
+        """Return what `export_model` is told of this kind of model: `spec`, and what else is the task's own."""
+        return dict(spec=self.hparams["model"])
+
+    def write_folder(self, directory: str | Path) -> Path:
+        """Export the model with what the module knows about its data (see `export_model`)."""
+        known: dict[str, Any] = dict(rules=self.hparams.get("rules"), data_config=self.data_config)
+        return export_model(self.model, directory, class_names=self.class_names, **known, **self.described())
 
     # -- optimisation -------------------------------------------------------------------------------------------------
 

@@ -46,6 +46,21 @@ def without_weights(spec: Any) -> Any:
     return [without_weights(item) for item in spec] if isinstance(spec, (list, tuple)) else spec
 
 
+def saved_spec(model: nn.Module, spec: Any) -> dict[str, Any] | None:
+    """Return the MMEngine configuration that a file holds of a model; None for one of timm's, which needs none."""
+    if hasattr(model, "pretrained_cfg"):
+        return None
+    if not isinstance(spec, Mapping) or "type" not in spec:
+        raise ValueError(f"spec: expected the MMEngine config of a {type(model).__name__}, got {spec!r}")
+    return plain(spec)
+
+
+def build_saved(spec: Mapping[str, Any], instead: str) -> nn.Module:
+    """Build the model of an MMEngine configuration that a file holds, without fetching weights (see the next one)."""
+    check_saved_model(spec, instead)
+    return build_model(without_weights(spec))
+
+
 def check_saved_model(spec: Any, instead: str) -> None:
     """Raise ValueError where a file names a module that MMEngine would have to import from who knows where.
 
@@ -83,7 +98,7 @@ def _is_registered(name: Any, as_scope: bool) -> bool:
     import mmengine.registry as mmengine
     from mmengine.config.utils import MODULE2PACKAGE
 
-    import dcn_plugin.registry  # noqa: F401  (our scope)
+    from .. import registry  # noqa: F401  (our scope)
 
     if not isinstance(name, str):
         return False
