@@ -29,11 +29,11 @@ def integer(name: str, value: Any, least: int, most: int = MOST) -> int:
         # Sizes that are symbols while tracing must stay symbols.
         number: Any = value if isinstance(value, (int, torch.SymInt)) else operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__})") from None
+        raise TypeError(f"{name}: expected an integer, got {value!r} ({type(value).__name__})") from None
     if number < least:
-        raise ValueError(f"{name} must be at least {least}, got {number}")
+        raise ValueError(f"{name}: expected at least {least}, got {number}")
     if number > most:
-        raise ValueError(f"{name} must be at most {most}, got {number}")
+        raise ValueError(f"{name}: expected at most {most}, got {number}")
     return number
 
 
@@ -49,7 +49,7 @@ def integers(name: str, value: Any, least: int, lengths: tuple[int, ...] = (2,),
         return (integer(name, value, least, most),) * lengths[0]
     if len(value) not in lengths:
         allowed = " or ".join(map(str, lengths))
-        raise ValueError(f"{name} must be an integer or {allowed} integers, got {len(value)}: {value!r}")
+        raise ValueError(f"{name}: expected an integer or {allowed} integers, got {len(value)}: {value!r}")
     return tuple(integer(name, item, least, most) for item in value)
 
 
@@ -63,13 +63,13 @@ def _is_sequence(value: Any) -> bool:
 def number(name: str, value: Any, positive: bool = False) -> float:
     """Return `value` as a finite float, above 0 if `positive`."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt, Real)):
-        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
+        raise TypeError(f"{name}: expected a number, got {value!r} ({type(value).__name__})")
     try:
         found = float(value)
     except OverflowError:  # an integer beyond every float
         found = math.inf
     if not (abs(found) < math.inf and (found > 0 or not positive)):
-        raise ValueError(f"{name} must be {'positive and ' * positive}finite, got {value}")
+        raise ValueError(f"{name}: expected a {'positive ' * positive}finite number, got {value}")
     return found
 
 

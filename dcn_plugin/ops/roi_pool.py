@@ -75,7 +75,7 @@ def deform_roi_pool(
     ratio = _count("sampling_ratio", sampling_ratio, -(2**31))
     gamma = _check.number("gamma", gamma)
     if not isinstance(aligned, bool):
-        raise TypeError(f"aligned must be True or False, got {aligned!r}")
+        raise TypeError(f"aligned: expected True or False, got {aligned!r}")
     _check.tensor(input, "input", 4, "[N, C, H, W]")
     given: dict[str, Any] = dict(
         input=input, rois=_as_tensor(rois, input), offset=offset, mask=mask, output_size=size, spatial_scale=scale,

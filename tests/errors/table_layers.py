@@ -77,7 +77,7 @@ def convolutions():
             yield from integer(call, name)
         for name in ("kernel_size", "stride", "dilation"):
             yield from integers(call, name)
-            yield Case(call(**{name: "8"}), TypeError, name, "must be an integer", "got '8' (str)")
+            yield Case(call(**{name: "8"}), TypeError, name, "expected an integer", "got '8' (str)")
         yield from integers(call, "padding", 0, "2 or 4")
         yield Case(call(padding="full"), ValueError, "padding", "expected 'same', 'valid' or integers", "got 'full'")
         yield Case(call(padding="same", stride=2), ValueError, "stride", "expected 1 with padding='same'", "got (2, 2)")
@@ -203,7 +203,7 @@ FROM_CONV = [
 ]
 FROM_CONV += [
     # Whatever has been done to a convolution by hand.
-    Case(lambda name=name: DCNv2.from_conv(altered(name, (1, 0))), ValueError, name, "must be at least 1", "got 0")
+    Case(lambda name=name: DCNv2.from_conv(altered(name, (1, 0))), ValueError, name, "expected at least 1", "got 0")
     for name in ("kernel_size", "stride", "dilation")
 ]
 FROM_CONV += [

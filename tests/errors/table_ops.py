@@ -50,18 +50,18 @@ def spoilt(call, name, good, shape, text, double="expected torch.float32"):
 def integer(call, name, least=1):
     return [
         *(
-            Case(call(**{name: value}), TypeError, name, "must be an integer", f"{value!r} ({type(value).__name__})")
+            Case(call(**{name: value}), TypeError, name, "expected an integer", f"{value!r} ({type(value).__name__})")
             for value in (1.5, True, 1j)
         ),
         Case(call(**{name: least - 1}), ValueError, name, f"at least {least}", f"got {least - 1}"),
-        Case(call(**{name: 2**31}), ValueError, name, "must be at most", f"got {2**31}"),
+        Case(call(**{name: 2**31}), ValueError, name, "expected at most", f"got {2**31}"),
     ]
 
 
 def integers(call, name, least=1, lengths="2"):
     return [
         *integer(call, name, least),
-        Case(call(**{name: (1, 1.5)}), TypeError, name, "must be an integer", "got 1.5 (float)"),
+        Case(call(**{name: (1, 1.5)}), TypeError, name, "expected an integer", "got 1.5 (float)"),
         Case(call(**{name: (least, least - 1)}), ValueError, name, f"at least {least}", f"got {least - 1}"),
         Case(call(**{name: [1, 1, 1]}), ValueError, name, f"an integer or {lengths} integers", "got 3: [1, 1, 1]"),
         Case(call(**{name: ()}), ValueError, name, f"an integer or {lengths} integers", "got 0: ()"),
@@ -72,11 +72,11 @@ def integers(call, name, least=1, lengths="2"):
 def number(call, name, positive):
     return [
         *(
-            Case(call(**{name: value}), TypeError, name, "must be a number", f"got {value!r} ({type(value).__name__})")
+            Case(call(**{name: value}), TypeError, name, "expected a number", f"got {value!r} ({type(value).__name__})")
             for value in ("1", True, None)
         ),
         *(
-            Case(call(**{name: value}), ValueError, name, f"must be {'positive and ' * positive}finite", f"got {value}")
+            Case(call(**{name: value}), ValueError, name, f"expected a {'positive ' * positive}finite number", f"got {value}")
             for value in (math.nan, math.inf, *[0, -0.5] * positive)
         ),
         Case(call(**{name: 10**400}), ValueError, name, "finite", f"got {10**400}"),
@@ -123,7 +123,7 @@ POOLS = [
     *spoilt(align, "mask", torch.zeros(2, 1, 2, 2), (2, 1, 2, 2), "[R, 1, P_h, P_w]"),
     *spoilt(part, "offset", torch.zeros(2, 2, 2, 2), (2, 2, 2, 2), "[R, 2 * classes, part_h, part_w]"),
     *spoilt(part, "mask", torch.zeros(2, 1, 2, 2), (2, 1, 2, 2), "[R, classes, part_h, part_w]"),
-    Case(align(aligned=1), TypeError, "aligned", "must be True or False", "got 1"),
+    Case(align(aligned=1), TypeError, "aligned:", "expected True or False", "got 1"),
 ]
 for pool, channels in ((align, "C"), (part, "output_dim * group_size ** 2"), (pixels, "output_dim * group_size ** 2")):
     short, other = torch.zeros(2, 4), torch.zeros(2, 5, 6, 6)

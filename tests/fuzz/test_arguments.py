@@ -147,7 +147,7 @@ def limits():
 def test_integers_too_large_for_the_compiled_operators_are_refused_by_name(name, argument, most, more):
     case = BY_NAME[name]
     arguments = case.make(case.full)
-    with pytest.raises(ValueError, match=f"^{argument} must be at most {most}, got {most + more}$"):
+    with pytest.raises(ValueError, match=f"^{argument}: expected at most {most}, got {most + more}$"):
         case.function(**arguments | {argument: most + more})
     if more == 1:  # the limit is the compiled operator's own
         given = case.to_op(**arguments)
@@ -160,5 +160,5 @@ def test_integers_too_large_for_the_compiled_operators_are_refused_by_name(name,
 @pytest.mark.parametrize(("name", "argument"), [("deform_roi_pool", "gamma"), ("deform_ps_roi_pool", "offset_scale")])
 def test_an_integer_beyond_every_float_is_refused_by_name(name, argument):
     case = BY_NAME[name]
-    with pytest.raises(ValueError, match=f"{argument} must be finite"):
+    with pytest.raises(ValueError, match=f"{argument}: expected a finite number"):
         case.function(**(case.make(case.full) | {argument: 10**400}))

@@ -145,9 +145,9 @@ def test_arguments_on_another_device_are_named():
         (layers.DeformRoIPoolPack(2, 4, 4), (ROIS,)),
         (layers.ModulatedDeformRoIPoolPack(2, 4, 4), (ROIS,)),
     ):
-        with pytest.raises(ValueError, match="input must be on cpu like the layer's parameters, got meta"):
+        with pytest.raises(ValueError, match="input: expected to be on cpu like the layer's parameters, got meta"):
             layer(meta, *rest)
-        with pytest.raises(ValueError, match="input must be on meta like the layer's parameters, got cpu"):
+        with pytest.raises(ValueError, match="input: expected to be on meta like the layer's parameters, got cpu"):
             layer.to("meta")(IMAGE, *rest)
     with pytest.raises(ValueError, match="weight: expected to be on cpu like input, got meta"):
         layers.DeformConv2d(4, 6, 3, padding=1, device="meta")(IMAGE, OFFSET)
