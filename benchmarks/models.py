@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 
 import dcn_plugin.layers.conv
-from dcn_plugin.layers import OffsetConv
-from dcn_plugin.layers.conv import OffsetPredictor
+from dcn_plugin.layers import OffsetConv, OffsetPredictor
 
 # The profiler's library else reports each of its starts on the standard error.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -49,9 +49,15 @@ def storable(values: Mapping[str, Any]) -> dict[str, Any]:
 def unknown(what: str, name: Any, known: Iterable[str], where: str = "") -> str:
     """Word an error about a name that is not among the known ones."""
     known = sorted(known)
-    close = difflib.get_close_matches(str(name), known, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return f"{where + ': ' if where else ''}unknown {what} {name!r}{hint}; known: {', '.join(known)}"
+    return (
+        f"{where + ': ' if where else ''}unknown {what} {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}"
+    )
+
+
+def did_you_mean(name: Any, known: Iterable[str]) -> str:
+    """Return the end of an error about `name`: the known name that is close to it, or ''."""
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def check_keys(where: str, values: Mapping, known: Iterable[str]) -> None:
@@ -105,3 +111,11 @@ def build_object(where: str, spec: Mapping, table: Mapping[str, type]) -> Any:
     if not accepts_any:
         check_keys(f"{where} ({name})", kwargs, arguments(table[name]))
     return table[name](**kwargs)
+
+
+def as_names(labels: Any) -> list[str] | None:
+    """Return names in label order from a list of names, or a dict from label to name as timm's folders may have."""
+    if isinstance(labels, Mapping):
+        numbered = {int(label): name for label, name in labels.items()}
+        labels = [numbered[label] for label in sorted(numbered)] if set(numbered) == set(range(len(numbered))) else None
+    return None if labels is None else [str(name) for name in labels]

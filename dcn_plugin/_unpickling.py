@@ -171,7 +171,7 @@ def _load(path: str | os.PathLike[str]) -> Any:
                 return _Unpickler(file, encoding="latin1").load()
             except Exception:
                 what = f"{type(error).__name__}: {error}"
-                raise ValueError(f"{os.fspath(path)} is not a readable checkpoint: {what}") from error
+                raise ValueError(f"{os.fspath(path)}: expected a readable checkpoint, got {what}") from error
 
 
 def extract_weights(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> list[str]:
@@ -210,7 +210,7 @@ def extract_weights(path: str | os.PathLike[str], target: str | os.PathLike[str]
         raise ValueError(f"{os.fspath(path)}: {what}") from None
     if not isinstance(found, dict) or next(_tensors(found), None) is None:
         has = ", ".join(left_out[:6]) or type(found).__name__
-        raise ValueError(f"{os.fspath(path)} holds no weights; it has {has}")
+        raise ValueError(f"{os.fspath(path)}: expected weights, got none beside {has}")
     torch.save(found, Path(target))
     return left_out
 

@@ -61,7 +61,7 @@ def read_file(path: str | os.PathLike[str]) -> Any:
         return read_file(_file_in(file))
     if not file.is_file():
         hint = ": download it first" if "://" in os.fspath(path) else ""
-        raise FileNotFoundError(f"no checkpoint file {os.fspath(path)!r}{hint}")
+        raise FileNotFoundError(f"{os.fspath(path)}: expected a checkpoint file, got none of that name{hint}")
     refuse_others(file)
     if file.suffix == ".json":
         return _read_shards(file)
@@ -73,7 +73,7 @@ def read_file(path: str | os.PathLike[str]) -> Any:
     except pickle.UnpicklingError as error:
         raise ValueError(_explain_unsafe(file, error)) from error
     except Exception as error:
-        raise ValueError(f"{file} is not a readable checkpoint: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{file}: expected a readable checkpoint, got {type(error).__name__}: {error}") from error
 
 
 def refuse_others(path: str | os.PathLike[str]) -> None:
@@ -96,7 +96,7 @@ def refuse_others(path: str | os.PathLike[str]) -> None:
     elif not what and tarfile.is_tarfile(file):
         what = f"a tar archive of {_some(tarfile.open(file).getnames())}: unpack it first"  # noqa: SIM115
     if what:
-        raise ValueError(f"{file} is {what}")
+        raise ValueError(f"{file}: expected a checkpoint, got {what}")
 
 
 def _describe_zip(file: Path) -> str:
@@ -128,7 +128,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except Exception as error:
-        raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
+        raise ValueError(f"{file}: expected a readable safetensors file, got {error}") from error
 
 
 def _read_shards(index: Path) -> dict[str, Any]:
@@ -136,22 +136,24 @@ def _read_shards(index: Path) -> dict[str, Any]:
     try:
         content = json.loads(index.read_text())
     except ValueError as error:
-        raise ValueError(f"{index} is not a readable index of shards: {error}") from error
+        raise ValueError(f"{index}: expected a readable index of shards, got {error}") from error
     places = content.get("weight_map") if isinstance(content, Mapping) else None
     if not isinstance(places, Mapping) or not places:
-        raise ValueError(f"{index} is a JSON file without a weight_map: expected weights, or an index of their shards")
+        raise ValueError(f"{index}: expected weights, or an index of their shards, got JSON without a weight_map")
     shards = sorted(set(map(str, places.values())))
     outside = [name for name in shards if Path(name).name != name]
     if outside:
         raise ValueError(f"{index}: expected names of files beside it, got {outside[0]!r}")
     missing = [name for name in shards if not (index.parent / name).is_file()]
     if missing:
-        raise FileNotFoundError(f"{index}: {len(missing)} of {len(shards)} shards are missing: {', '.join(missing)}")
+        raise FileNotFoundError(
+            f"{index}: expected {len(shards)} shards beside it, got all but {len(missing)}: {', '.join(missing)}"
+        )
     parts = {name: read_file(index.parent / name) for name in shards}
     lost = [name for name, shard in places.items() if name not in parts[shard]]
     if lost:
         others = f" and {len(lost) - 1} others" if len(lost) > 1 else ""
-        raise ValueError(f"{index}: expected {lost[0]!r} in {places[lost[0]]!r}, which lacks it{others}")
+        raise ValueError(f"{index}: expected {lost[0]!r}{others} in {places[lost[0]]!r}, got a file without")
     return {name: parts[shard][name] for name, shard in places.items()}
 
 
@@ -159,9 +161,10 @@ def _file_in(folder: Path) -> Path:
     """The file of a folder that holds its weights: an index of shards, or the only file of weights."""
     if (folder / ".metadata").is_file():
         out = folder.with_name(f"{folder.name}.pth")
+        command = f"dcp_to_torch {shlex.quote(str(folder))} {shlex.quote(str(out))}"
         raise ValueError(
-            f"{folder} is a checkpoint of torch.distributed.checkpoint: make one file of it with python -m "
-            f"torch.distributed.checkpoint.format_utils dcp_to_torch {shlex.quote(str(folder))} {shlex.quote(str(out))}"
+            f"{folder}: expected a file of weights, got a checkpoint of torch.distributed.checkpoint: make one of it "
+            f"with python -m torch.distributed.checkpoint.format_utils {command}"
         )
     # safetensors, where a folder has the same weights in both formats
     for pattern in ("*.safetensors.index.json", "*.index.json", "*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt"):
@@ -172,9 +175,9 @@ def _file_in(folder: Path) -> Path:
             return chosen[0]
         if found:
             names = _some([path.name for path in found])
-            raise ValueError(f"{folder} holds {len(found)} files of weights ({names}): give one")
+            raise ValueError(f"{folder}: expected one file of weights, got {len(found)} ({names}): give one")
     held = sorted(path.name for path in folder.iterdir())
-    raise FileNotFoundError(f"no checkpoint file in the folder {str(folder)!r}, which holds {_some(held) or 'nothing'}")
+    raise FileNotFoundError(f"{folder}: expected a checkpoint file in this folder, got {_some(held) or 'nothing'}")
 
 
 def _explain_unsafe(file: Path, error: Exception) -> str:
@@ -184,15 +187,15 @@ def _explain_unsafe(file: Path, error: Exception) -> str:
         except Exception:  # damaged inside: the first error says how
             classes = []
         if not classes:
-            return f"{file} is not a readable checkpoint: {error}"
-        text = f"{file} holds more than weights: objects of {', '.join(sorted(classes))}"
+            return f"{file}: expected a readable checkpoint, got {error}"
+        text = f"{file}: expected weights alone, got objects of {', '.join(sorted(classes))} as well"
     else:
         with file.open("rb") as opened:
             if opened.read(1) != b"\x80":  # every pickle of protocol 2 and later begins with it
-                return f"{file} is not a readable checkpoint: {error}"
+                return f"{file}: expected a readable checkpoint, got {error}"
         text = (
-            f"{file} was not written by torch.save, or by one older than 1.6 together with objects that are code "
-            "(detectron2's .pkl files are of this kind)"
+            f"{file}: expected what torch.save writes, got a file of something else, or of a torch older than 1.6 "
+            "together with objects that are code (detectron2's .pkl files are of this kind)"
         )
         classes = []
     code = (
@@ -223,10 +226,10 @@ def find_weights(content: Any, key: str | Sequence[str] | None, source: str, not
     """
     if key is not None and not isinstance(key, str):
         if not isinstance(key, Sequence) or not all(isinstance(part, str) for part in key):
-            raise TypeError(f"key must be a string, such as 'ema.module', or a list of them, got {key!r}")
+            raise TypeError(f"key: expected a string, such as 'ema.module', or a list of them, got {key!r}")
     if not isinstance(content, Mapping):
         what = "a whole pickled model" if isinstance(content, nn.Module) else f"a {type(content).__name__}"
-        raise ValueError(f"{source} holds {what}, not a dict of weights")
+        raise ValueError(f"{source}: expected a dict of weights, got {what}")
     everywhere = dict(_weights_in(content))
     path: tuple[str, ...] = ()
     if key is not None:
@@ -235,7 +238,9 @@ def find_weights(content: Any, key: str | Sequence[str] | None, source: str, not
             has = ", ".join(map(repr, content))
             deeper = [".".join(p) for p in everywhere if len(p) > 1]
             has += f" (weights under {', '.join(map(repr, deeper))})" if deeper else ""
-            raise ValueError(f"{source} has no dict of weights under {_spelt(key)}; it has {has}")
+            raise ValueError(
+                f"key: expected the place of a dict of weights in {source}, which has {has}, got {_spelt(key)}"
+            )
         content = _at(content, path)
     asked = path
     while nests := [name for name in _NESTS if isinstance(content.get(name), Mapping)]:
@@ -258,11 +263,11 @@ def find_weights(content: Any, key: str | Sequence[str] | None, source: str, not
         value = content[beside[0]]
         inside = f"; it has weights under {', '.join(map(repr, others))}" if others else ""
         raise TypeError(
-            f"{source}: entry {beside[0]!r} is a {type(value).__name__}, not a tensor; "
+            f"{source}: expected tensors, got a {type(value).__name__} under {beside[0]!r}; "
             f"if the weights are deeper inside, say where with key={inside}"
         )
     if not state:
-        raise ValueError(f"{source} holds no weights")
+        raise ValueError(f"{source}: expected weights, got none")
     if beside:
         notes.append(f"left alone, since they are no tensors: {', '.join(map(repr, beside))}")
     return state

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from ._unpickling import extract_weights
 from ._weight_files import State, find_weights, read_file, refuse_others
-from .layers.conv import OffsetConv, rename_offset_keys, sigmoid_note
-from .layers.roi import split_offset_mask_fc
+from .layers import SamplingModule, former_note, rename_former_keys
 
 __all__ = [
     "LoadReport", "extract_weights", "load_checkpoint", "match_wrappers", "read_checkpoint", "read_file",
@@ -189,7 +188,7 @@ def load_checkpoint(
         (['0.weight', '0.bias'], ['0.conv_offset.weight', '0.conv_offset.bias'])
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     patterns = {
         name: _globs(name, value)
         for name, value in dict(
@@ -201,7 +200,7 @@ def load_checkpoint(
     elif isinstance(source, (str, os.PathLike)):
         report, content = LoadReport(os.fspath(source)), read_file(source)
     else:
-        raise TypeError(f"source must be a path or a state dict, got {type(source).__name__}")
+        raise TypeError(f"source: expected a path or a state dict, got {type(source).__name__}")
     state = find_weights(content, key, report.source, report.notes)
     shard = re.search(r"-(\d+)-of-(\d+)\.\w+$", report.source)
     if shard and int(shard[2]) > 1:
@@ -214,16 +213,18 @@ def load_checkpoint(
         state = _fit_names(model, own, state, prefix, report)
 
     earlier = {new: old for old, new in report.renamed.items()}
-    renamed = rename_offset_keys(model, state) | split_offset_mask_fc(model, state)
+    renamed = rename_former_keys(model, state)
     for old, new in renamed.items():
         report.renamed[earlier.get(old, old)] = new
-    if renamed and sigmoid_note(model):
-        report.notes.append(sigmoid_note(model))
+    if renamed and (note := former_note(model)):
+        report.notes.append(note)
 
     _compare(model, own, state, report, patterns)
     if strict and report.problems:
         text = "\n  ".join([*report.problems, *(f"note: {note}" for note in report.notes)])
-        raise RuntimeError(f"{report.source} does not fit {type(model).__name__}; nothing was loaded:\n  {text}")
+        raise RuntimeError(
+            f"source: expected weights of {type(model).__name__}, got {report.source}; nothing was loaded:\n  {text}"
+        )
     # strict=False: what is missing has been decided above.
     model.load_state_dict(State({name: state[name] for name in report.loaded}, state.metadata), strict=False)
     logger.log(logging.WARNING if report.notes else logging.INFO, "%s", report)
@@ -233,7 +234,7 @@ def load_checkpoint(
 def _globs(name: str, value: Any) -> list[str]:
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, Sequence) or not all(isinstance(item, str) for item in items):
-        raise TypeError(f"{name} must be a glob or a list of globs, got {value!r}")
+        raise TypeError(f"{name}: expected a glob or a list of globs, got {value!r}")
     return list(items)
 
 
@@ -260,7 +261,9 @@ def _inside(state: State, prefix: str | None, report: LoadReport) -> State:
     inside = _strip(state, prefix or "", report)
     if not inside:
         has = ", ".join(report.outside[:3])
-        raise ValueError(f"prefix {prefix!r} is not the start of any name in {report.source}, which has {has}, ...")
+        raise ValueError(
+            f"prefix: expected the start of names in {report.source}, which has {has}, ..., got {prefix!r}"
+        )
     return inside
 
 
@@ -343,7 +346,6 @@ def _compare(
 
     # Files without duplicates (safetensors) hold a tensor that the model has under two names only once.
     given = {storage(value) for name, value in own.items() if name in state and isinstance(value, Tensor)}
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, OffsetConv)}
     for name, value in own.items():
         if name not in state:
             if isinstance(value, Tensor) and value.data_ptr() and storage(value) in given:
@@ -356,12 +358,22 @@ def _compare(
         elif isinstance(value, Tensor) and isinstance(state[name], Tensor) and value.shape != state[name].shape:
             report.mismatched[name] = (tuple(state[name].shape), tuple(value.shape))
             allow(name, "allow_mismatched")
-            layer = layers.get(name.removesuffix(".conv_offset.weight"))
-            if layer is not None and name.endswith(".conv_offset.weight"):
-                report.notes.append(layer.explain_mismatch(name, state[name].shape))
+            report.notes += _explanations(model, name, state[name].shape)
         else:
             report.loaded.append(name)
     for name in state:
         if name not in own:
             report.unexpected.append(name)
             allow(name, "allow_unexpected")
+
+
+def _explanations(model: nn.Module, name: str, shape: torch.Size) -> list[str]:
+    """What the layer whose branch holds `name` says of a tensor that does not fit, if anything."""
+    layers = (
+        layer
+        for path, layer in model.named_modules()
+        if isinstance(layer, SamplingModule)
+        and name.startswith(path and f"{path}.")
+        and name[len(path) :].lstrip(".").partition(".")[0] in layer.offset_branches
+    )
+    return [text for layer in layers if (text := layer.explain_mismatch(name, shape))]

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ._config import did_you_mean
 from ._folding import find_folded
-from .layers import LAYERS, DeformConv2d
-from .layers.conv import accept_sibling_offset_keys, layer_options
+from .layers import LAYERS, SamplingConv, accept_sibling_offset_keys, drop_ins
 
 logger = logging.getLogger("dcn_plugin")
 
@@ -38,8 +38,8 @@ class Replacement:
         name: dotted name in the model.
         before: the convolution as text: type, channels, taps, and whatever differs from 1 of the rest.
         after: the layer as text: type and options; its geometry is the convolution's.
-        params_added: new parameters (those of `conv_offset`).
-        macs_added: multiply-adds of `conv_offset` for one image; None where the feature size is not known.
+        params_added: new parameters (those that predict offsets, `conv_offset`).
+        macs_added: their multiply-adds for one image; None where the feature size is not known.
         aliases: other names under which the model holds the same layer.
     """
 
@@ -126,8 +126,9 @@ def convert(
     - `match`: a glob on dotted module names, or a list of them. `*` and `?` match any character, dots included,
       and `[2-4]` one of a set (the rules of `fnmatch`); a name starting with `re:` is a regular expression
       that must match the whole name.
-    - `layer`: `dict(type='DCNv2', offset_groups=1, ...)`; type is a name in `dcn_plugin.layers.LAYERS`, the rest
-      are that layer's options beyond `nn.Conv2d`'s arguments.
+    - `layer`: `dict(type='DCNv2', offset_groups=1, ...)`; type is a name in `dcn_plugin.layers.LAYERS` or a class (of
+      your own: a `dcn_plugin.layers.SamplingConv` with `drop_in = True`), the rest are that layer's options beyond
+      `nn.Conv2d`'s arguments.
     - `exclude` (optional): like `match`; takes names out again.
     - conditions (optional): `kernel_size`, `stride`, `dilation` (integer or (y, x) pair), `groups` (integer, or
       `'depthwise'`), `min_channels` and `max_channels` (hold for input and output channels both).
@@ -160,9 +161,9 @@ def convert(
         (1971, 497664)
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if isinstance(model, DistributedDataParallel):
-        raise TypeError("model is wrapped in DistributedDataParallel already: convert it first, then wrap it")
+        raise TypeError("model: expected one that is wrapped only after it is converted, got a DistributedDataParallel")
     parsed = _parse_rules(rules)
     if input_size is not None:
         input_size = _checked_input_size(input_size)
@@ -187,7 +188,7 @@ def convert(
                 before=_describe(module),
                 after=f"{type(layer).__name__}({', '.join(_options(layer))})",
                 params_added=added,
-                macs_added=_conv_offset_macs(layer, macs.get(module)),
+                macs_added=layer.predictor_multiply_adds(macs[module]) if module in macs else None,
                 aliases=tuple(others),
             )
         )
@@ -196,8 +197,8 @@ def convert(
     return ConversionReport(replacements, measured_size, note)
 
 
-def _options(layer: nn.Module) -> list[str]:
-    values = {key: getattr(layer, key) for key in layer_options(type(layer))}
+def _options(layer: SamplingConv) -> list[str]:
+    values = {key: getattr(layer, key) for key in layer.option_names()}
     return [f"{key}={value!r}" for key, value in values.items() if value is not None]
 
 
@@ -215,7 +216,7 @@ class _Rule:
     label: str
     match: list[re.Pattern[str]]
     exclude: list[re.Pattern[str]]
-    layer: type[DeformConv2d]
+    layer: type[SamplingConv]
     options: dict[str, Any]
     conditions: dict[str, Any]
 
@@ -229,7 +230,7 @@ class _Rule:
         """Whether a module meets the conditions; a rule that has some is about convolutions only."""
         if not self.conditions:
             return True
-        if not isinstance(module, (nn.Conv2d, DeformConv2d)):
+        if not isinstance(module, (nn.Conv2d, SamplingConv)):
             return False
         for key, wanted in self.conditions.items():
             if key == "min_channels":
@@ -249,20 +250,21 @@ def _parse_rules(rules: Any) -> list[_Rule]:
     if isinstance(rules, Mapping):
         rules = [rules]
     if not isinstance(rules, Sequence) or isinstance(rules, str):
-        raise TypeError(f"rules must be a dict or a list of dicts, got {type(rules).__name__}")
+        raise TypeError(f"rules: expected a dict or a list of dicts, got {type(rules).__name__}")
     return [_parse_rule(rule, index) for index, rule in enumerate(rules)]
 
 
 def _parse_rule(rule: Any, index: int) -> _Rule:
     label = f"rules[{index}]"
     if not isinstance(rule, Mapping):
-        raise TypeError(f"{label} must be a dict, got {type(rule).__name__}")
-    unknown = [key for key in rule if key not in _RULE_KEYS]
-    if unknown:
-        raise ValueError(f"{label} has the unknown key {unknown[0]!r}; known are {', '.join(_RULE_KEYS)}")
+        raise TypeError(f"{label}: expected a dict, got {type(rule).__name__}")
+    for key in rule:
+        if key not in _RULE_KEYS:
+            hint = did_you_mean(key, _RULE_KEYS)
+            raise ValueError(f"{label}: expected keys out of {', '.join(_RULE_KEYS)}, got {key!r}{hint}")
     for key in ("match", "layer"):
         if key not in rule:
-            raise ValueError(f"{label} lacks the key {key!r}; it has {', '.join(map(repr, rule)) or 'none'}")
+            raise ValueError(f"{label}: expected a key {key!r}, got {', '.join(map(repr, rule)) or 'none'}")
     label = f"{label} (match={rule['match']!r})"
     layer, options = _parse_layer(rule["layer"], label)
     return _Rule(
@@ -278,33 +280,31 @@ def _parse_rule(rule: Any, index: int) -> _Rule:
 def _patterns(value: Any, label: str) -> list[re.Pattern[str]]:
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, Sequence) or not all(isinstance(item, str) for item in items):
-        raise TypeError(f"{label} must be a string or a list of strings, got {value!r}")
+        raise TypeError(f"{label}: expected a string or a list of strings, got {value!r}")
     try:
         return [re.compile(item[3:] if item.startswith("re:") else translate(item)) for item in items]
     except re.error as error:
-        raise ValueError(f"{label} {value!r} is not a regular expression: {error}") from None
+        raise ValueError(f"{label}: expected regular expressions after re:, got {value!r} ({error})") from None
 
 
-def _parse_layer(config: Any, label: str) -> tuple[type[DeformConv2d], dict[str, Any]]:
+def _parse_layer(config: Any, label: str) -> tuple[type[SamplingConv], dict[str, Any]]:
     if not isinstance(config, Mapping) or "type" not in config:
-        raise TypeError(f"{label}: layer must be a dict with a 'type', got {config!r}")
-    known = {name: cls for name, cls in LAYERS.items() if getattr(cls, "drop_in", False)}
-    kind = config["type"]
-    kind = kind.__name__ if kind in LAYERS.values() else kind
-    if kind not in known:
-        needs = "offsets" if kind == "DeformConv2d" else "RoIs"
-        needs = f"needs {needs} as an argument of its forward, so it cannot stand in for a convolution"
-        reason = needs if kind in LAYERS else "is unknown"
-        raise ValueError(f"{label}: layer type {kind!r} {reason}; choose {' or '.join(known)}")
-    cls = known[kind]
+        raise TypeError(f"{label}: layer: expected a dict with a 'type', got {config!r}")
+    kind, known = config["type"], drop_ins()
+    named = known.get(kind, LAYERS.get(kind)) if isinstance(kind, str) else kind
+    if not (isinstance(named, type) and issubclass(named, SamplingConv) and named.drop_in):
+        known_kind = isinstance(named, type)
+        why = ", which cannot stand in for a convolution" if known_kind else did_you_mean(kind, known)
+        raise ValueError(f"{label}: layer: expected a type out of {', '.join(known)}, got {kind!r}{why}")
     options = {key: value for key, value in config.items() if key != "type"}
+    own = named.option_names()
     for key in options:
-        if key not in layer_options(cls):
-            hint = f" (it is called {_SYNONYMS[key]!r} here)" if key in _SYNONYMS else ""
+        if key not in own:
+            hint = f" (it is called {_SYNONYMS[key]!r} here)" if key in _SYNONYMS else did_you_mean(key, own)
             raise ValueError(
-                f"{label}: {cls.__name__} has no option {key!r}{hint}; it has {', '.join(layer_options(cls))}"
+                f"{label}: layer: expected options of {named.__name__} out of {', '.join(own)}, got {key!r}{hint}"
             )
-    return cls, options
+    return named, options
 
 
 def _condition(key: str, value: Any, label: str) -> Any:
@@ -314,49 +314,52 @@ def _condition(key: str, value: Any, label: str) -> Any:
     if key in ("groups", "min_channels", "max_channels"):
         if not single:
             allowed = "an integer or 'depthwise'" if key == "groups" else "an integer"
-            raise TypeError(f"{label}: {key} must be {allowed}, got {value!r}")
+            raise TypeError(f"{label}: {key}: expected {allowed}, got {value!r}")
         return value
     if single:
         return (value, value)
     if isinstance(value, Sequence) and len(value) == 2 and all(isinstance(item, int) for item in value):
         return tuple(value)
-    raise TypeError(f"{label}: {key} must be an integer or a pair of integers, got {value!r}")
+    raise TypeError(f"{label}: {key}: expected an integer or a pair of integers, got {value!r}")
 
 
 def _checked_input_size(value: Any) -> tuple[int, int, int]:
     if not isinstance(value, Sequence) or len(value) != 3 or not all(isinstance(v, int) and v > 0 for v in value):
-        raise ValueError(f"input_size must be three positive integers (C, H, W), got {value!r}")
+        raise ValueError(f"input_size: expected three positive integers (C, H, W), got {value!r}")
     channels, height, width = value
     return channels, height, width
 
 
-def _plan(model: nn.Module, rules: list[_Rule], names: dict[nn.Module, list[str]]) -> dict[nn.Module, nn.Module]:
+def _plan(model: nn.Module, rules: list[_Rule], names: dict[nn.Module, list[str]]) -> dict[nn.Module, SamplingConv]:
     """Build every new layer, leaving the model alone; the order is the model's."""
     chosen: dict[nn.Module, _Rule] = {}
-    deformable = [name for module, own in names.items() if isinstance(module, DeformConv2d) for name in own]
+    deformable = [name for module, own in names.items() if isinstance(module, SamplingConv) for name in own]
     for rule in rules:
         selected = [m for m, own in names.items() if rule.selects(own)]
         admitted = [m for m in selected if rule.admits(m)]
         if not admitted:
             if selected:
-                met = f"matches {len(selected)} modules, none of which is a convolution that meets its conditions"
-                raise ValueError(f"{rule.label} {met}: {rule.conditions}")
+                got = f"{len(selected)} modules, none of which is one"
+                raise ValueError(f"{rule.label}: expected a convolution that meets {rule.conditions}, got {got}")
             if isinstance(next(iter(names)), nn.Conv2d) and any(pattern.fullmatch("") for pattern in rule.match):
                 raise TypeError(
-                    f"{rule.label}: the model itself is the convolution and cannot be replaced in place: "
-                    f"use {rule.layer.__name__}.from_conv(model)"
+                    f"{rule.label}: expected a convolution inside the model, got the model itself, which cannot be "
+                    f"replaced in place: use {rule.layer.__name__}.from_conv(model)"
                 )
-            raise ValueError(f"{rule.label} matches no module of the model")
+            raise ValueError(f"{rule.label}: expected a module of the model that it matches, got none")
         for module in admitted:
             name = names[module][0]
             if module in chosen:
-                raise ValueError(f"{name!r} is matched by both {chosen[module].label} and {rule.label}")
+                raise ValueError(f"{name}: expected one rule for it, got {chosen[module].label} and {rule.label}")
             owner = next((d for d in deformable if name == d or name.startswith(f"{d}.")), None)
             if owner is not None:
-                raise TypeError(f"{rule.label} matches {name!r}, but {owner!r} is deformable already: exclude it")
+                raise TypeError(
+                    f"{rule.label}: expected plain convolutions, got {name!r}, as {owner!r} is deformable already: "
+                    "exclude it"
+                )
             chosen[module] = rule
 
-    plan: dict[nn.Module, nn.Module] = {}
+    plan: dict[nn.Module, SamplingConv] = {}
     for module, own in names.items():
         if module not in chosen:
             continue
@@ -367,15 +370,17 @@ def _plan(model: nn.Module, rules: list[_Rule], names: dict[nn.Module, list[str]
             hint = ""
             if not isinstance(module, nn.Conv2d) and not rule.conditions:
                 hint = "; narrow the pattern, or add a condition such as kernel_size, which leaves out other modules"
-            raise type(error)(f"{rule.label} matches {own[0]!r}, which cannot be replaced: {error}{hint}") from error
+            raise type(error)(
+                f"{rule.label}: expected what can be replaced, got {own[0]!r}, which cannot: {error}{hint}"
+            ) from error
     folded = find_folded(model, plan)
     if folded is not None:
         label, name = chosen[folded.conv].label, names[folded.conv][0]
         owner = repr(names[folded.owner][0]) if folded.owner is not model else "the model itself"
         raise TypeError(
-            f"{label} matches {name!r}, which {owner} ({type(folded.owner).__name__}) folds: {folded.method}() "
-            f"{folded.reason}. Leave it out with exclude, or fold the model first (timm's with "
-            "timm.utils.model.reparameterize_model) and convert what is left"
+            f"{label}: expected convolutions that stay what they are, got {name!r}, which {owner} "
+            f"({type(folded.owner).__name__}) folds: {folded.method}() {folded.reason}. Leave it out with exclude, or "
+            "fold the model first (timm's with timm.utils.model.reparameterize_model) and convert what is left"
         )
     return plan
 
@@ -405,10 +410,12 @@ def _measure(
         with torch.no_grad():
             model(torch.zeros(1, *input_size, device=first.device, dtype=first.dtype))
     except Exception as error:
-        reason = f"the model does not run on input_size={tuple(input_size)}: {type(error).__name__}: {error}"
+        size, said = tuple(input_size), f"{type(error).__name__}: {error}"
         if asked:
-            raise ValueError(f"{reason}; nothing was converted") from error
-        return {}, None, f"multiply-adds are unknown: {reason}"
+            raise ValueError(
+                f"input_size: expected a size that the model runs on, got {size}: {said}; nothing was converted"
+            ) from error
+        return {}, None, f"multiply-adds are unknown: the model does not run on input_size={size}: {said}"
     finally:
         for handle in handles:
             handle.remove()
@@ -416,10 +423,3 @@ def _measure(
             module.training = training
     idle = [name for conv, name in convs.items() if conv not in positions]
     return positions, input_size, f"not called by the model's forward: {', '.join(idle)}" if idle else ""
-
-
-def _conv_offset_macs(layer: nn.Module, positions: int | None) -> int | None:
-    conv_offset = getattr(layer, "conv_offset", None)
-    if positions is None or conv_offset is None:
-        return None
-    return positions * conv_offset.weight.numel()

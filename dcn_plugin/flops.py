@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from .layers import LAYERS, DeformConv2d, SamplingModule
+from .layers import LAYERS, SamplingModule
 
 __all__ = ["fvcore_handles", "ptflops_hooks", "register_with_mmengine", "thop_ops"]
 
@@ -87,12 +87,8 @@ def _activations(inputs: Any, outputs: Any) -> Counter[str]:
 
 def _multiply_adds(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> int:
     """Multiply-adds of one call of a layer, those of what it predicts its offsets with included."""
-    if isinstance(module, DeformConv2d):
-        pixels = output.shape[0] * output.shape[2] * output.shape[3]
-        taps = module.kernel_size[0] * module.kernel_size[1]
-        predictor = getattr(module, "conv_offset", None)
-        predicted = 0 if predictor is None else predictor.weight.numel()
-        return pixels * (module.weight.numel() + 4 * taps * module.in_channels + predicted)
+    if isinstance(module, SamplingModule) and (known := module.multiply_adds(output)) is not None:
+        return known
     with FlopCounterMode(display=False) as counter, torch.no_grad():  # regions decide: count a second call
         module.forward(*inputs)
     return counter.get_total_flops() // 2

@@ -18,8 +18,9 @@ def main() -> None:
     parser.add_argument("--work-dir", default="work_dirs/detection_study")
     add_options(parser, "overrides for every arm's config")
     args = parser.parse_args()
-    configs = Path(__file__).resolve().parents[1] / "configs" / "detection"
-    with errors_in_one_line():
+    scripts = Path(__file__).resolve().parent
+    configs = scripts.parent / "configs" / "detection"
+    with errors_in_one_line(also=scripts / "studies"):
         options = parse_options(args.cfg_options)
         study = run_study(configs, args.work_dir, args.seeds, args.arms, options)
     print(f"\n{study['table']}")

@@ -18,8 +18,9 @@ def main() -> None:
     parser.add_argument("--work-dir", default="work_dirs/digits_study")
     add_options(parser, "overrides for every stage's config")
     args = parser.parse_args()
-    configs = Path(__file__).resolve().parents[1] / "configs" / "classification"
-    with errors_in_one_line():
+    scripts = Path(__file__).resolve().parent
+    configs = scripts.parent / "configs" / "classification"
+    with errors_in_one_line(also=scripts / "studies"):
         options = parse_options(args.cfg_options)
         study = run_study(configs, args.work_dir, args.seeds, args.upright_arms, options)
     print(f"\n{study['table']}")

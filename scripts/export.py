@@ -26,11 +26,11 @@ def load(name: str, pretrained: bool) -> nn.Module:
         return timm.create_model(name, pretrained=pretrained).eval()
     from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-    from dcn_plugin.finetune import load_exported
+    from dcn_plugin.export import load_exported
 
     model = load_exported(name)
     if isinstance(model, GeneralizedRCNN):
-        raise ValueError(f"model: {name} holds a detector; classifiers and backbones can be exported")
+        raise ValueError(f"model: expected a classifier or a backbone, got a detector in {name}")
     return model
 
 
@@ -63,11 +63,11 @@ def difference(found: Any, wanted: Any) -> float:
     pairs = list(zip(tree_leaves(found), tree_leaves(wanted), strict=True))
     for ours, theirs in pairs:
         if ours.shape != theirs.shape:
-            raise ArithmeticError(f"an output has shape {tuple(ours.shape)} instead of {tuple(theirs.shape)}")
+            raise ArithmeticError(f"outputs: expected shape {tuple(theirs.shape)}, got {tuple(ours.shape)}")
     return float(torch.stack([(a - b).abs().max() / b.abs().max().clamp(min=1e-30) for a, b in pairs]).max())
 
 
-def export(args: argparse.Namespace) -> float:
+def write_checked(args: argparse.Namespace) -> float:
     """Write to a folder beside the target and move from there once the outputs agree; return how well they do."""
     if args.image_size is not None and (len(args.image_size) > 2 or min(args.image_size) < 1):
         raise ValueError(f"--image-size: expected one or two positive numbers, got {args.image_size}")
@@ -117,7 +117,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     try:
-        worst = export(args)
+        worst = write_checked(args)
     except (ArithmeticError, ImportError, OSError, RuntimeError, ValueError) as error:
         said = str(error).strip().splitlines() or ["no reason given"]  # torch's exporter says much after its first line
         sys.exit(f"nothing written: {type(error).__name__}: {said[0]}")

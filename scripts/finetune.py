@@ -11,13 +11,13 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from dcn_plugin.finetune import load_config, run
 from dcn_plugin.finetune.command_line import add_options, errors_in_one_line, parse_options
-from dcn_plugin.finetune.run import TASKS, quiet
+from dcn_plugin.finetune.run import ACTIONS, quiet
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", help="config file, such as configs/classification/resnet10-dcn_digits-warped.py")
-    parser.add_argument("--task", choices=TASKS, default="fit")
+    parser.add_argument("--task", choices=ACTIONS, default="fit")
     parser.add_argument("--work-dir", help="default: work_dirs/<name of the config>")
     parser.add_argument("--resume", nargs="?", const="auto", help="continue from a checkpoint, or from last.ckpt")
     parser.add_argument("--checkpoint", help="checkpoint to validate, test or predict with (default: best.ckpt)")

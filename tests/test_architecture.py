@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from dcn_plugin import layers
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dcn_plugin"
 CSRC = ROOT / "csrc"
@@ -20,9 +22,9 @@ MAY_IMPORT = {
     "collect_env": ("_version _extension", ""),
     "reference": ("reference", ""),
     "ops": ("ops reference _extension", ""),
-    "layers": ("layers ops", ""),
+    "layers": ("layers ops reference", ""),
     "_folding": ("", ""),
-    "convert": ("_folding layers ops", ""),
+    "convert": ("_config _folding layers ops", ""),
     "_weight_files": ("", "safetensors"),
     "_unpickling": ("_weight_files", ""),
     "checkpoint": ("_unpickling _weight_files layers", ""),
@@ -31,11 +33,11 @@ MAY_IMPORT = {
     "models": ("models convert layers _config registry", "timm mmengine"),
     "mm": ("mm checkpoint layers", "timm mmengine numpy"),
     # Detectors are torchvision's; they alone import it.
-    "detection": ("detection mm layers ops _config", "torchvision"),
+    "detection": ("detection mm layers ops reference _config", "torchvision"),
     # MMEngine asks for detection's layer by name; it is imported then.
     "registry": ("mm detection layers flops", "mmengine mmcv"),
     "export": (
-        "models detection convert checkpoint reference _config",
+        "export models detection convert checkpoint reference _config",
         "timm torchvision safetensors onnx onnxruntime onnxscript",
     ),
     "finetune": (
@@ -83,6 +85,24 @@ def test_imports_within_the_package_are_relative():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom):
                 assert node.level or node.module.partition(".")[0] != "dcn_plugin", f"{path}:{node.lineno}"
+
+
+# Who may know whom inside dcn_plugin.finetune: each what stands before it, and no task another one.
+TASKS = ("classification", "detection")
+FINETUNE = (
+    "command_line", "images", "streams", "folders", "digits", "classes", "freezing", "data", "writer", "guard",
+    "callbacks", "module", "task", *TASKS, "run", "__init__",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "finetune").rglob("*.py")), ids=lambda path: path.stem)
+def test_fine_tuning_knows_nothing_of_the_tasks_above_it(path):
+    part = path.relative_to(PACKAGE / "finetune").parts[0].removesuffix(".py")
+    assert part in FINETUNE, f"dcn_plugin.finetune.{part} has no place in FINETUNE: say what may know it"
+    before = {*FINETUNE[: FINETUNE.index(part)], part} - ({*TASKS} - {part} if part in TASKS else set())
+    inside = [name.split(".")[2:] for name in imports_of(path) if name.startswith("dcn_plugin.finetune")]
+    assert {name[0] for name in inside if name} <= before
+    assert part == "run" or [] not in inside, "only run.py imports the tasks by `from . import`"
 
 
 def includes_of(path: Path) -> list[tuple[str, bool]]:
@@ -153,6 +173,70 @@ def test_one_sampler():
         "csrc/core/roi_geometry.h", "csrc/core/sampling.h",
         "dcn_plugin/reference/bilinear.py", "dcn_plugin/reference/roi_pool.py",
     ]  # fmt: skip
+
+
+# Attributes that tell one kind of layer from another; the contract of layers/sampling.py is what others ask.
+OF_A_KIND = (
+    "bound conv_offset deformable displacement_scale gamma mask_activation mask_fc modulated offset_bound "
+    "offset_branches offset_fc offset_groups offset_scale offsets output_size padding4 part_size spatial_scale window"
+).split()
+KINDS = (*layers.LAYERS, "OffsetConv", "Branched", "MultiScaleDeformRoIPool", "PSRoIMaps")
+
+
+def texts(tree: ast.Module) -> list[ast.Constant]:
+    """Return the strings that a module computes with, its docstrings left out."""
+    documents = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and isinstance(node.body[0], ast.Expr)
+    }
+    return [
+        n for n in ast.walk(tree) if isinstance(n, ast.Constant) and type(n.value) is str and id(n) not in documents
+    ]
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_layers_are_known_by_their_contract(path):
+    if part_of(path) == "layers":
+        return
+    assert not asks_for_a_kind(ast.parse(path.read_text()))
+
+
+def asks_for_a_kind(tree: ast.Module) -> list[str]:
+    """Return where code knows a layer by a name, an attribute, a class or a private part of it."""
+    found = [
+        f"line {node.lineno}: the name {node.value!r}"
+        for node in texts(tree)
+        if re.search("conv_offset|offset_fc|mask_fc", node.value)
+    ]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and re.search(r"(^|\.)layers(\.|$)", node.module or ""):
+            private = [alias.name for alias in node.names if alias.name.startswith("_")]
+            found += [f"line {node.lineno}: the private {name}" for name in private]
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) > 1):
+            continue
+        asked = node.args[1]
+        if node.func.id in ("getattr", "hasattr") and isinstance(asked, ast.Constant) and asked.value in OF_A_KIND:
+            found.append(f"line {node.lineno}: the attribute {asked.value!r}")
+        if node.func.id in ("isinstance", "issubclass"):
+            names = {n.id if isinstance(n, ast.Name) else getattr(n, "attr", "") for n in ast.walk(asked)}
+            found += [f"line {node.lineno}: the class {name}" for name in sorted(names & set(KINDS))]
+    return found
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'any("conv_offset" in name for name in names)',
+        'hasattr(layer, "gamma")',
+        'getattr(layer, "modulated", False)',
+        "isinstance(layer, (nn.Conv2d, layers.DeformConv2d))",
+        "issubclass(kind, OffsetConv)",
+        "from ..layers.conv import _pair",
+    ],
+)
+def test_what_asks_for_a_kind_is_found(code):
+    assert len(asks_for_a_kind(ast.parse(code))) == 1
 
 
 def test_library_code_is_silent():

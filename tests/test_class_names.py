@@ -11,20 +11,17 @@ import torch
 for _name in ("pytorch_lightning", "timm", "mmengine", "torchmetrics", "sklearn"):
     pytest.importorskip(_name)
 from PIL import Image  # noqa: E402
-from tiny import CLASSIFIER, classifier, detector, trainer  # noqa: E402
+from tiny import CLASSIFIER, TRAINER, classifier, detector, trainer  # noqa: E402
 
+from dcn_plugin._config import as_names  # noqa: E402
 from dcn_plugin.finetune import FinetuneModule, ImageDataModule, export_model, load_exported, run  # noqa: E402
-from dcn_plugin.finetune.classes import as_names, names_in  # noqa: E402
+from dcn_plugin.finetune.classes import names_in  # noqa: E402
 from dcn_plugin.finetune.run import quiet  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("few_words")
 
 NAMES = ["ant", "bee", "cat"]
 CALLBACKS = dict(last=dict(type="ModelCheckpoint", filename="last", enable_version_counter=False))
-TRAINER = dict(
-    max_epochs=1, accelerator="cpu", devices=1, enable_progress_bar=False, enable_model_summary=False,
-    log_every_n_steps=1,
-)  # fmt: skip
 
 
 def write(root, names=NAMES):

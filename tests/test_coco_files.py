@@ -12,9 +12,10 @@ import torch
 
 for _name in ("pytorch_lightning", "timm", "mmengine", "torchmetrics", "torchvision", "sklearn", "pycocotools"):
     pytest.importorskip(_name)
+from detector_runs import FASTER, SCENES, config, write_coco  # noqa: E402
 from pycocotools.coco import COCO  # noqa: E402
 from pycocotools.cocoeval import COCOeval  # noqa: E402
-from test_detection_finetune import FASTER, SCENES, TRAINER, config, write_coco  # noqa: E402
+from tiny import TRAINER  # noqa: E402
 
 from dcn_plugin.finetune import CocoDataModule, DetectionModule, load_exported, run  # noqa: E402
 from dcn_plugin.finetune.detection import write_scenes  # noqa: E402

@@ -9,9 +9,10 @@ import torch
 
 for _name in ("pytorch_lightning", "timm", "mmengine", "torchmetrics", "sklearn", "pycocotools"):
     pytest.importorskip(_name)
+from classifier_runs import CALLBACKS, DATA, MODEL, config  # noqa: E402
 from mmengine.config import DictAction  # noqa: E402
 from PIL import Image  # noqa: E402
-from test_finetune import CALLBACKS, DATA, MODEL, TRAINER, config  # noqa: E402
+from tiny import TRAINER  # noqa: E402
 
 from dcn_plugin.finetune import load_config, run  # noqa: E402
 from dcn_plugin.finetune.command_line import errors_in_one_line, parse_options  # noqa: E402
@@ -147,10 +148,10 @@ OPTIONS = {
     "data.splits.x=1": "unknown key 'splits'",
     "model=5": "model: expected a timm name",
     "model=dict(nam=x)": "model: ",
-    "model.name=resnet18_dcm": "unknown timm model 'resnet18_dcm'",
+    "model.name=resnet18_dcm": "expected a timm model, got 'resnet18_dcm'",
     "model.name.x=1": "options",
-    "model.layers=abc": "model: resnet18_dcn does not take these arguments",
-    "model.in_chans=3": "input_size: the model takes 3 channels",
+    "model.layers=abc": "model: expected arguments that resnet18_dcn takes",
+    "model.in_chans=3": "input_size: expected (3, height, width)",
     "modell=5": "unknown key 'modell' (did you mean 'model'?)",
     "num_classes=7": "num_classes: the model has 7 classes, the data has 10",
     "num_classes=abc": "num_classes: expected a number, got 'abc'",
@@ -274,10 +275,10 @@ def test_the_exporter_too(script, tmp_path):
 
 @pytest.mark.parametrize("error", [IndexError, KeyError, AttributeError, AssertionError, ValueError, TypeError])
 def test_a_bug_keeps_its_traceback(path, script, tmp_path, monkeypatch, error):
-    def broken(*arguments):
+    def broken(*arguments, **options):
         raise error("of no argument")  # raised in this file, not by a statement of the package
 
-    monkeypatch.setattr(importlib.import_module("dcn_plugin.finetune.run"), "export_module", broken)
+    monkeypatch.setattr(importlib.import_module("dcn_plugin.finetune.module"), "export_model", broken)
     with pytest.raises(error, match="of no argument"):
         script("finetune.py", path, "--work-dir", tmp_path / "work")
 

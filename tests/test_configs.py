@@ -9,13 +9,13 @@ from PIL import Image
 
 for _name in ("pytorch_lightning", "timm", "mmengine", "torchmetrics", "sklearn", "pycocotools"):
     pytest.importorskip(_name)
+from detector_runs import write_coco  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from test_data import write_shards  # noqa: E402
-from test_detection_finetune import write_coco  # noqa: E402
 
 from dcn_plugin._config import arguments, build_object  # noqa: E402
 from dcn_plugin.finetune import load_config  # noqa: E402
-from dcn_plugin.finetune.run import KINDS, RUN_KEYS, STRATEGIES, build  # noqa: E402
+from dcn_plugin.finetune.run import RUN_KEYS, STRATEGIES, TASKS, build  # noqa: E402
 from dcn_plugin.layers import OffsetConv  # noqa: E402
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -44,7 +44,7 @@ def test_no_base_config_is_left_unused():
 def test_config_is_short_text_style_and_has_known_keys(path):
     lines = path.read_text().splitlines()
     assert len(lines) <= 20 and not any(line.startswith(("import ", "from ", "with ")) for line in lines)
-    known = set().union(*(arguments(kind.module) for kind in KINDS.values()))
+    known = set().union(*(arguments(task.module) for task in TASKS.values()))
     assert set(Config.fromfile(str(path))) <= {*RUN_KEYS, *known}
 
 

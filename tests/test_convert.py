@@ -257,7 +257,7 @@ def test_measuring_leaves_statistics_and_modes_alone(model):
     model.layer2.eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     modes = [m.training for m in model.modules()]
-    with pytest.raises(ValueError, match=r"does not run on input_size=\(4, 12, 12\)"):
+    with pytest.raises(ValueError, match=r"a size that the model runs on, got \(4, 12, 12\)"):
         convert(model, dict(match="stem", layer=V2), input_size=(4, 12, 12))
     assert [m.training for m in model.modules()] == modes
     convert(model, dict(match="layer1.0.conv1", layer=V2), input_size=(3, 12, 12))
@@ -278,7 +278,7 @@ def test_shared_module_stays_shared():
     again = nn.ModuleDict({"a": nn.Conv2d(4, 4, 3)})
     again["b"] = again["a"]
     assert len(convert(again, dict(match=["a", "b"], layer=V2))) == 1
-    with pytest.raises(ValueError, match="matches no module"):
+    with pytest.raises(ValueError, match="expected a module of the model that it matches"):
         shared = nn.Conv2d(4, 4, 3)
         convert(nn.ModuleList([shared, shared]), dict(match="*", exclude="1", layer=V2))
 
@@ -309,7 +309,7 @@ def test_what_is_deformable_already_is_not_converted_again(model, match, conditi
 def test_convolutions_that_compute_something_else_are_refused_by_name(model):
     model.branches["left"] = parametrizations.weight_norm(model.branches["left"])
     before = fingerprint(model)
-    with pytest.raises(TypeError, match="'branches.left', which cannot be replaced: .*parametrised weight"):
+    with pytest.raises(TypeError, match="'branches.left', which cannot: .*parametrised weight"):
         convert(model, dict(match="*", kernel_size=[5, 5], layer=V2))
     assert fingerprint(model) == before
 
@@ -374,7 +374,7 @@ def test_converted_timm_model_computes_what_the_source_computed(name, options, r
 def test_timm_models_with_convolutions_of_their_own_are_refused_by_name(name, kind):
     timm = pytest.importorskip("timm")
     model = timm.create_model(name, num_classes=5)
-    with pytest.raises(TypeError, match=f"which cannot be replaced: {kind} is an nn.Conv2d with a forward of its own"):
+    with pytest.raises(TypeError, match=f"which cannot: conv: .*got {kind} with a forward of its own"):
         convert(model, dict(match="*", kernel_size=3, layer=V2))
     assert not any(isinstance(module, DeformConv2d) for module in model.modules())
 

@@ -15,6 +15,7 @@ from PIL import Image
 pytest.importorskip("timm")
 pytest.importorskip("pytorch_lightning")
 from dcn_plugin.finetune import Digits, ImageDataModule  # noqa: E402
+from dcn_plugin.finetune.classification.preprocessing import resolve  # noqa: E402
 from dcn_plugin.finetune.digits import SPLITS, _source  # noqa: E402
 
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
@@ -114,7 +115,7 @@ def test_preprocessing_of_the_loader_is_timms_for_the_model(tmp_path):
     write_folder(tmp_path, "train", {"a": (1, 2, 3)}, count=1)
     model = timm.create_model("test_resnet", num_classes=1)
     data = ImageDataModule("", str(tmp_path))
-    data.data_config = data._resolve(model)
+    data.data_config = resolve(data.preprocessing, model)
     truth = create_transform(**resolve_model_data_config(model))(Image.fromarray(noise))
     assert torch.equal(next(iter(data.val_dataloader()))[0][0], truth)
 

@@ -8,17 +8,17 @@ import signal
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 for _name in ("pytorch_lightning", "timm", "mmengine", "torchmetrics", "torchvision", "sklearn", "pycocotools"):
     pytest.importorskip(_name)
 import pytorch_lightning as pl  # noqa: E402
+from detector_runs import ANCHORS, BACKBONE, FASTER, IDS, RFCN, config, scenes_in, write_coco  # noqa: E402
 from PIL import Image  # noqa: E402
 from pycocotools.coco import COCO  # noqa: E402
 from pycocotools.cocoeval import COCOeval  # noqa: E402
-from test_finetune import launch  # noqa: E402
+from tiny import ROOT, TRAINER, launch, write_config  # noqa: E402
 
 from dcn_plugin.finetune import (  # noqa: E402
     CocoDataModule,
@@ -33,72 +33,10 @@ from dcn_plugin.finetune.run import build, find_checkpoint  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("few_words", "one_thread")
 
-ROOT = Path(__file__).resolve().parents[1]
-BACKBONE = dict(
-    name="resnet18_dcn", in_chans=1, layers=[1, 1, 1, 1], channels=[8, 8, 8, 8], stem_type="deep", stem_width=4,
-)  # fmt: skip
-FEW = dict(
-    min_size=96, max_size=96, rpn_post_nms_top_n_train=30, rpn_post_nms_top_n_test=30, rpn_pre_nms_top_n_train=60,
-    rpn_pre_nms_top_n_test=60, box_batch_size_per_image=16,
-)  # fmt: skip
-ANCHORS = [[16], [24], [32], [48]]
-FASTER = dict(
-    name="faster_rcnn", backbone=dict(BACKBONE, out_indices=[1, 2, 3]), fpn_channels=8,
-    roi_pool=dict(type="MultiScaleDeformRoIPool", deform_fc_channels=8, output_size=3),
-    box_head=dict(type="TwoMLPHead", representation_size=16), rpn_anchor_generator=dict(sizes=ANCHORS), **FEW,
-)  # fmt: skip
-RFCN = dict(
-    name="rfcn", backbone=dict(BACKBONE, output_stride=8), deformable=True, group_size=3, conv_channels=8,
-    rpn_anchor_generator=dict(sizes=[[16, 24, 32, 48]]), **FEW,
-)  # fmt: skip
-SCENES = dict(train=8, val=4, test=4, size=96, digit_size=[20, 34], digits=[2, 3])
-CALLBACKS = dict(
-    best=dict(type="ModelCheckpoint", filename="best", monitor="val_map", mode="max", enable_version_counter=False),
-    last=dict(type="ModelCheckpoint", filename="last", enable_version_counter=False),
-)
-TRAINER = dict(
-    max_epochs=2, accelerator="cpu", devices=1, enable_progress_bar=False, enable_model_summary=False,
-    log_every_n_steps=1,
-)  # fmt: skip
-IDS = [3, 7, 90]  # category ids, as sparse as COCO's own
-
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    """Arguments of `CocoDataModule` for a small embedded set, written once."""
-    root = tmp_path_factory.mktemp("cache") / "scenes"
-    return dict(name="digit_scenes", root=str(root), scenes=SCENES, in_chans=1, batch_size=4)
-
-
-def config(data, **changes):
-    base = dict(module="DetectionModule", model=FASTER, data=data, callbacks=CALLBACKS, trainer=TRAINER, seed=0)
-    return {**base, "logger": False, "optimizer": dict(opt="adamw", lr=1e-3), **changes}
-
-
-def write_coco(root, annotations=None, images=4, name="train", **changes):
-    """Write a set of `images` RGB images 40 wide and 30 high, and return the arguments for one split of it."""
-    folder = root / name
-    folder.mkdir(parents=True, exist_ok=True)
-    entries = []
-    for i in range(images):
-        pixels = np.full((30, 40, 3), (20 * i, 100, 50), np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-        entries.append(dict(id=100 - i, file_name=f"{i}.png", width=40, height=30))
-    default = [
-        dict(id=1, image_id=100, category_id=90, bbox=[2, 3, 10, 5], area=50, iscrowd=0),
-        dict(id=2, image_id=100, category_id=3, bbox=[20, 10, 10, 15], area=140, iscrowd=0),
-        dict(id=3, image_id=100, category_id=7, bbox=[0, 0, 39, 29], area=900, iscrowd=1),
-        dict(id=4, image_id=99, category_id=7, bbox=[30, 20, 20, 5], area=100, iscrowd=0),  # half outside
-        dict(id=5, image_id=99, category_id=7, bbox=[5, 5, 0, 9], area=0, iscrowd=0),  # no width
-        dict(id=6, image_id=98, category_id=7, bbox=[1, 1, 20, 20], area=400, iscrowd=1),  # crowd alone
-    ]
-    whole = dict(
-        images=entries,
-        annotations=default if annotations is None else annotations,
-        categories=[dict(id=i, name=f"kind{i}") for i in reversed(IDS)],
-    )
-    (root / f"{name}.json").write_text(json.dumps({**whole, **changes}))
-    return dict(images=name, annotations=f"{name}.json")
+    return scenes_in(tmp_path_factory.mktemp("cache") / "scenes")
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
@@ -376,9 +314,9 @@ def test_resumed_training_equals_uninterrupted(tmp_path, scenes):
 def test_script_survives_sigterm_and_resumes(tmp_path, scenes, script):
     path = tmp_path / "long.py"
     values = config(scenes, trainer=dict(TRAINER, max_epochs=500))
-    path.write_text("".join(f"{key} = {value!r}\n" for key, value in values.items()))
+    write_config(path, **values)
     work_dir = tmp_path / "work"
-    process = launch(ROOT / "scripts/finetune.py", str(path), "--work-dir", str(work_dir))
+    process = launch(ROOT / "scripts/finetune.py", path, "--work-dir", work_dir)
     deadline = time.time() + 120
     while not (work_dir / "last.ckpt").is_file() and process.poll() is None and time.time() < deadline:
         time.sleep(0.1)
@@ -411,7 +349,7 @@ def test_two_processes_with_gloo_find_what_one_finds(tmp_path):
     trainer = dict(TRAINER, devices=2, strategy="ddp", max_epochs=4)
     values = config(data, model=model, trainer=trainer, optimizer=dict(opt="adamw", lr=3e-3))
     path = tmp_path / "ddp.py"
-    path.write_text("".join(f"{key} = {value!r}\n" for key, value in values.items()))
+    write_config(path, **values)
     process = launch(ROOT / "scripts" / "finetune.py", str(path), "--work-dir", str(tmp_path / "work"))
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and output.count("test_map_50 ") == 1, output

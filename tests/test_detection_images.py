@@ -9,8 +9,9 @@ import torch
 
 for _name in ("pytorch_lightning", "timm", "mmengine", "torchmetrics", "torchvision", "sklearn", "pycocotools"):
     pytest.importorskip(_name)
+from detector_runs import FASTER, config, write_coco  # noqa: E402
 from PIL import Image  # noqa: E402
-from test_detection_finetune import FASTER, TRAINER, config, write_coco  # noqa: E402
+from tiny import TRAINER  # noqa: E402
 
 from dcn_plugin.finetune import CocoDataModule, DetectionModule, run  # noqa: E402
 from dcn_plugin.finetune.detection import write_scenes  # noqa: E402

@@ -6,8 +6,9 @@ import torch
 for _name in ("pytorch_lightning", "timm", "mmengine", "torchmetrics", "torchvision", "sklearn", "pycocotools"):
     pytest.importorskip(_name)
 import pytorch_lightning as pl  # noqa: E402
+from detector_runs import config, scenes_in  # noqa: E402
 from pytorch_lightning.tuner import Tuner  # noqa: E402
-from test_detection_finetune import SCENES, TRAINER, config  # noqa: E402
+from tiny import TRAINER  # noqa: E402
 
 from dcn_plugin.finetune import CocoDataModule, run  # noqa: E402
 from dcn_plugin.finetune.run import build  # noqa: E402
@@ -17,8 +18,7 @@ pytestmark = pytest.mark.usefixtures("few_words", "one_thread")
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    root = tmp_path_factory.mktemp("loaders") / "scenes"
-    return dict(name="digit_scenes", root=str(root), scenes=SCENES, in_chans=1, batch_size=2)
+    return scenes_in(tmp_path_factory.mktemp("loaders") / "scenes", batch_size=2)
 
 
 class Seen(pl.Callback):

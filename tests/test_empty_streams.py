@@ -10,10 +10,11 @@ for _name in ("pytorch_lightning", "timm", "mmengine", "torchmetrics", "webdatas
     pytest.importorskip(_name)
 import pytorch_lightning as pl  # noqa: E402
 import torch  # noqa: E402
+from classifier_runs import CALLBACKS, DATA, config  # noqa: E402
 from PIL import Image  # noqa: E402
-from test_finetune import CALLBACKS, DATA, TRAINER, config  # noqa: E402
 from test_freezing import data as batches  # noqa: E402
 from test_freezing import subject  # noqa: E402
+from tiny import TRAINER  # noqa: E402
 
 from dcn_plugin.finetune import run  # noqa: E402
 from dcn_plugin.finetune.streams import describe_shards  # noqa: E402

@@ -4,7 +4,6 @@ import csv
 import functools
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -20,9 +19,11 @@ for _name in ("pytorch_lightning", "timm", "mmengine", "torchmetrics", "sklearn"
     pytest.importorskip(_name)
 import pytorch_lightning as pl  # noqa: E402
 import timm  # noqa: E402
+from classifier_runs import CALLBACKS, DATA, MODEL, TINY, config, module  # noqa: E402
 from PIL import Image  # noqa: E402
 from timm.data import Mixup  # noqa: E402
 from timm.loss import SoftTargetCrossEntropy  # noqa: E402
+from tiny import ROOT, TRAINER, launch, write_config  # noqa: E402
 from torch import nn  # noqa: E402
 
 import dcn_plugin  # noqa: E402
@@ -40,33 +41,6 @@ from dcn_plugin.finetune.run import build, find_checkpoint  # noqa: E402
 from dcn_plugin.layers import DCNv2, ModulatedDeformRoIPoolPack, OffsetConv  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("few_words")
-
-ROOT = Path(__file__).resolve().parents[1]
-TINY = dict(in_chans=1, layers=[1, 1, 1, 1], channels=[8, 8, 8, 16], stem_type="deep", stem_width=4)
-MODEL = dict(name="resnet18_dcn", **TINY)
-DATA = dict(
-    name="digits", val_split="val", test_split="test", dataset=dict(warp=True, limit=32, size=32, digit_size=20),
-    input_size=(1, 32, 32), mean=(0.5,), std=(0.5,), crop_pct=1.0, augment=dict(no_aug=True), batch_size=16,
-)  # fmt: skip
-CALLBACKS = dict(
-    best=dict(type="ModelCheckpoint", filename="best", monitor="val_top1", mode="max", enable_version_counter=False),
-    last=dict(type="ModelCheckpoint", filename="last", enable_version_counter=False),
-)
-TRAINER = dict(
-    max_epochs=2, accelerator="cpu", devices=1, enable_progress_bar=False, enable_model_summary=False,
-    log_every_n_steps=1,
-)  # fmt: skip
-
-
-def config(**changes):
-    base = dict(model=MODEL, data=DATA, callbacks=CALLBACKS, trainer=TRAINER, logger=False, seed=0)
-    base["optimizer"] = dict(opt="adamw", lr=1e-3, offset_lr_mult=0.1)
-    return {**base, **changes}
-
-
-def module(**changes):
-    return FinetuneModule(**dict(dict(model=MODEL, num_classes=10), **changes))
-
 
 # -- module -----------------------------------------------------------------------------------------------------------
 
@@ -304,23 +278,10 @@ def test_a_resumed_run_follows_its_own_schedule(tmp_path, batch_size, epochs):
         assert seen[1.0] == pytest.approx(truth) and seen[0.1] == pytest.approx(0.1 * truth)
 
 
-def launch(script: Path, *arguments: str, **options) -> subprocess.Popen:
-    environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    return subprocess.Popen(
-        [sys.executable, str(script), *arguments], env=environment, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, **options,
-    )  # fmt: skip
-
-
-def write_config(path: Path, **changes) -> Path:
-    path.write_text("".join(f"{key} = {value!r}\n" for key, value in config(**changes).items()))
-    return path
-
-
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT], ids=lambda stop: stop.name)
 def test_script_survives_a_signal_and_resumes(tmp_path, stop, script):
     trainer = dict(TRAINER, max_epochs=200, check_val_every_n_epoch=1)
-    path = write_config(tmp_path / "long.py", trainer=trainer)
+    path = write_config(tmp_path / "long.py", **config(trainer=trainer))
     work_dir = tmp_path / "work"
     # What a shell runs in the background ignores Ctrl+C, and hands that on to its children.
     listen = functools.partial(signal.signal, stop, signal.SIG_DFL)
@@ -342,11 +303,8 @@ def test_script_survives_a_signal_and_resumes(tmp_path, stop, script):
 
 
 def test_two_processes_with_gloo_agree_and_see_each_image_once(tmp_path):
-    path = write_config(
-        tmp_path / "ddp.py",
-        trainer=dict(TRAINER, devices=2, strategy="ddp", max_epochs=1),
-        data=dict(DATA, batch_size=8),
-    )
+    trainer = dict(TRAINER, devices=2, strategy="ddp", max_epochs=1)
+    path = write_config(tmp_path / "ddp.py", **config(trainer=trainer, data=dict(DATA, batch_size=8)))
     process = launch(ROOT / "scripts" / "finetune.py", str(path), "--work-dir", str(tmp_path / "work"))
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and output.count("test_top5") == 1, output

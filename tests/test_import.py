@@ -68,9 +68,11 @@ def test_import_is_silent_light_and_repeatable():
     cfgs = {name: timm.get_pretrained_cfg(name) for name in timm.list_models("resn*", include_tags=True)}
     entries = {name: timm.model_entrypoint(name) for name in timm.list_models()}
     import dcn_plugin
+    from dcn_plugin.models import FAMILIES
 
     ours = set(timm.list_models()) - set(entries)
-    assert len(ours) == 16 and ours == set(timm.list_models(module="dcn_resnet")), ours
+    assert ours == {name for family in FAMILIES for name in timm.list_models(module=family)}, ours
+    assert all(timm.list_models(module=family) for family in FAMILIES) and FAMILIES, FAMILIES
     assert all(timm.model_entrypoint(name) is entry for name, entry in entries.items())
     assert all(timm.get_pretrained_cfg(name) == cfg for name, cfg in cfgs.items())
 

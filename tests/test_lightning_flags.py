@@ -13,9 +13,10 @@ import torch
 for _name in ("pytorch_lightning", "timm", "mmengine", "torchmetrics", "sklearn", "pycocotools"):
     pytest.importorskip(_name)
 import pytorch_lightning as pl  # noqa: E402
+from detector_runs import splits_of  # noqa: E402
+from tiny import TRAINER  # noqa: E402
 
 from dcn_plugin.finetune import BackboneFinetuning, load_exported, run  # noqa: E402
-from dcn_plugin.finetune.detection import write_scenes  # noqa: E402
 from dcn_plugin.finetune.run import CALLBACKS, build  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("few_words")
@@ -33,27 +34,24 @@ KINDS = ("classifier", "detector")
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    return str(write_scenes(tmp_path_factory.mktemp("scenes"), train=4, val=2, test=2))
+    return splits_of(tmp_path_factory.mktemp("scenes"), train=4, val=2, test=2)
 
 
 @pytest.fixture
 def config(scenes):
     def make(kind, trainer=None, **changes):
         flags = dict(
-            max_epochs=1, accelerator="cpu", devices=1, enable_progress_bar=False, enable_model_summary=False,
-            limit_train_batches=2, limit_val_batches=1, limit_test_batches=1, num_sanity_val_steps=0,
+            TRAINER, max_epochs=1, limit_train_batches=2, limit_val_batches=1, limit_test_batches=1,
+            num_sanity_val_steps=0,
         )  # fmt: skip
         common = dict(trainer=flags | (trainer or {}), logger=False, seed=0, optimizer=dict(opt="sgd", lr=1e-3))
         if kind == "classifier":
             data = dict(name="digits", batch_size=2, input_size=(1, 32, 32), val_split="val", test_split="test")
             data["dataset"] = dict(limit=8, size=32, digit_size=20)
             return common | dict(model=BACKBONE, data=data) | changes
-        splits = ("train", "val", "test")
-        parts = {s: dict(images=f"images/{s}", annotations=f"annotations/instances_{s}.json") for s in splits}
         detector = dict(name="faster_rcnn", backbone=BACKBONE, fpn_channels=8, box_head=dict(representation_size=8))
         model = detector | dict(min_size=32, max_size=32, rpn_pre_nms_top_n_test=8, rpn_post_nms_top_n_test=8)
-        data = dict(name="coco", root=scenes, in_chans=1, batch_size=2, **parts)
-        return common | dict(module="DetectionModule", model=model, data=data) | changes
+        return common | dict(module="DetectionModule", model=model, data=scenes) | changes
 
     return make
 

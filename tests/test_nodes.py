@@ -7,17 +7,17 @@ import sys
 
 import pytest
 import torch
-from test_finetune import DATA, ROOT, TRAINER, config, launch, run, write_config
+from classifier_runs import DATA, config
+from tiny import ROOT, TRAINER, launch, write_config
+
+from dcn_plugin.finetune import run
 
 
 @pytest.mark.slow
 def test_two_nodes_train_together_and_one_process_goes_on(tmp_path):
     work_dir = tmp_path / "work"
-    path = write_config(
-        tmp_path / "nodes.py",
-        trainer=dict(TRAINER, devices=1, num_nodes=2, strategy="ddp", max_epochs=1),
-        data=dict(DATA, batch_size=8),
-    )
+    flags = dict(TRAINER, devices=1, num_nodes=2, strategy="ddp", max_epochs=1)
+    path = write_config(tmp_path / "nodes.py", **config(trainer=flags, data=dict(DATA, batch_size=8)))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -59,7 +59,8 @@ def test_one_process_goes_on_as_two_and_as_one_again(tmp_path):
     data = dict(DATA, batch_size=8)
     run(config(trainer=dict(TRAINER, max_epochs=1), data=data), work_dir)
     states = [torch.load(work_dir / "last.ckpt", weights_only=True)]
-    path = write_config(tmp_path / "two.py", trainer=dict(TRAINER, devices=2, strategy="ddp", max_epochs=2), data=data)
+    flags = dict(TRAINER, devices=2, strategy="ddp", max_epochs=2)
+    path = write_config(tmp_path / "two.py", **config(trainer=flags, data=data))
     process = launch(ROOT / "scripts/finetune.py", str(path), "--work-dir", str(work_dir), "--resume")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output

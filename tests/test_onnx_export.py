@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,12 @@ from dcn_plugin import ops
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
+timm = pytest.importorskip("timm")
+from families import FAMILIES, smallest  # noqa: E402
 from onnx_checks import HAS_RUNTIME, assert_close, by_definition, needs_runtime  # noqa: E402
 
 from dcn_plugin.export.onnx import custom_translation_table, export_onnx, run_onnx  # noqa: E402
+from dcn_plugin.layers import offset_parameters  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 Dim = torch.export.Dim
@@ -187,16 +191,19 @@ def move_offsets(model: nn.Module) -> nn.Module:
             if not module.weight.any():
                 nn.init.constant_(module.weight, 0.1)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "conv_offset.weight" in name:
+        for name in offset_parameters(model):
+            parameter = model.get_parameter(name)
+            if parameter.dim() > 1:
                 parameter.normal_(std=0.5 / parameter[0].numel() ** 0.5)
         model(torch.randn(4, 3, 64, 64))
     return model.eval()
 
 
-def resnet50() -> nn.Module:
-    timm = pytest.importorskip("timm")
-    return timm.create_model("resnet50_dcn", num_classes=5)
+def smallest_of(family: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        return timm.create_model(smallest(family), num_classes=5)
+
+    return make
 
 
 def mmdetection_resnet() -> nn.Module:
@@ -207,7 +214,7 @@ def mmdetection_resnet() -> nn.Module:
 
 
 @needs_runtime
-@pytest.mark.parametrize("make", [resnet50, mmdetection_resnet])
+@pytest.mark.parametrize("make", [*map(smallest_of, FAMILIES), mmdetection_resnet], ids=[*FAMILIES, "mmdetection"])
 @torch.no_grad()
 def test_whole_models(make, tmp_path):
     model = move_offsets(make())
@@ -216,10 +223,10 @@ def test_whole_models(make, tmp_path):
     wanted = tree_leaves(model(x))
     for found, expected in zip(run_onnx(path, (x,)), wanted, strict=True):
         assert_close(found, expected)
-    for name, parameter in model.named_parameters():
-        if "conv_offset" in name:
-            parameter.zero_()
-    assert (tree_leaves(model(x))[-1] - wanted[-1]).abs().max() > 0.05 * wanted[-1].abs().max()
+    for name in offset_parameters(model):
+        model.get_parameter(name).zero_()
+    # A hundred times what agreement leaves open: a small network without norms is moved little by its offsets.
+    assert (tree_leaves(model(x))[-1] - wanted[-1]).abs().max() > 1e-3 * wanted[-1].abs().max()
 
 
 # -- scripts/export.py ------------------------------------------------------------------------------------------------
@@ -234,7 +241,6 @@ def script(*arguments, monkeypatch) -> None:
 def folder(tmp_path) -> Path:
     """What fine-tuning exports."""
     pytest.importorskip("pytorch_lightning")
-    timm = pytest.importorskip("timm")
     from dcn_plugin.finetune import export_model
 
     model = timm.create_model("resnet18_dcn", channels=(8, 8, 16, 16), in_chans=1, num_classes=3)
@@ -288,7 +294,6 @@ def test_script_leaves_nothing_that_does_not_agree(folder, tmp_path, monkeypatch
     ],
 )
 def test_script_says_what_is_wrong(arguments, words, tmp_path, monkeypatch):
-    pytest.importorskip("timm")
     with pytest.raises(SystemExit, match=words):
         script(*arguments, "--out", tmp_path / "m.onnx", monkeypatch=monkeypatch)
     assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,6 @@ import dcn_plugin  # noqa: E402
 from dcn_plugin.finetune import DetectionModule, FinetuneModule, export_model, load_exported  # noqa: E402
 from dcn_plugin.finetune.classification.losses import NAMED  # noqa: E402
 from dcn_plugin.finetune.module import SCHEDULES  # noqa: E402
-from dcn_plugin.finetune.run import export_module  # noqa: E402
 from dcn_plugin.layers import OffsetConv  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("few_words")
@@ -170,7 +169,7 @@ def whole_way(module, loader, folder, tolerance=None, compile=False, **options):
         again = type(module).restore(folder / "last.ckpt").eval()
         for found, expected in zip(outputs(again.model, images), truth, strict=True):
             torch.testing.assert_close(found, expected.to(found.dtype), **close)
-    export_module(module, folder / "export")
+    module.write_folder(folder / "export")
     assert sorted(path.name for path in (folder / "export").iterdir()) == ["config.json", "model.safetensors"]
     loaded = load_exported(folder / "export")
     for found, expected in zip(outputs(loaded, images), truth, strict=True):

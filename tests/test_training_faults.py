@@ -8,7 +8,10 @@ import sys
 
 import pytest
 import torch
-from test_finetune import ROOT, TRAINER, config, run, write_config
+from classifier_runs import config
+from tiny import ROOT, TRAINER, write_config
+
+from dcn_plugin.finetune import run
 
 SCRIPT = ROOT / "scripts" / "finetune.py"
 
@@ -36,7 +39,7 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_stays(tmp_path, script):
     run(config(trainer=dict(TRAINER, max_epochs=1)), work_dir)
     last = work_dir / "last.ckpt"
     before = last.read_bytes()
-    path = write_config(tmp_path / "more.py", trainer=dict(TRAINER, max_epochs=3))
+    path = write_config(tmp_path / "more.py", **config(trainer=dict(TRAINER, max_epochs=3)))
     done = launch("-c", LIMITED, len(before) // 2, SCRIPT, path, "--work-dir", work_dir, "--resume")
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.startswith("OSError: ") and str(work_dir) in done.stderr
@@ -47,7 +50,7 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_stays(tmp_path, script):
 
 def test_a_folder_that_cannot_be_written_to_is_named_before_any_work(tmp_path, script):
     (tmp_path / "file").write_text("")
-    path = write_config(tmp_path / "run.py", trainer=dict(TRAINER, max_epochs=1))
+    path = write_config(tmp_path / "run.py", **config(trainer=dict(TRAINER, max_epochs=1)))
     said, _ = script("finetune.py", path, "--work-dir", tmp_path / "file" / "work")
     assert "Error: " in said and str(tmp_path / "file") in said and "\n" not in said
 
@@ -64,5 +67,5 @@ def test_a_truncated_checkpoint_is_named(tmp_path):
     run(config(trainer=dict(TRAINER, max_epochs=1)), tmp_path)
     last = tmp_path / "last.ckpt"
     last.write_bytes(last.read_bytes()[:-5000])
-    with pytest.raises(ValueError, match=f"{re.escape(str(last))} is not a readable checkpoint"):
+    with pytest.raises(ValueError, match=f"{re.escape(str(last))}: expected a readable checkpoint"):
         run(config(trainer=dict(TRAINER, max_epochs=2)), tmp_path, checkpoint="auto")

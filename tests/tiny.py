@@ -1,4 +1,9 @@
-"""Models, data and trainers of the smallest sizes, for tests that train for a step or two."""
+"""Models, data, trainers and runs of the smallest sizes, for tests that train for a step or two."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
@@ -6,6 +11,12 @@ from torch.utils.data import DataLoader
 
 from dcn_plugin.finetune import DetectionModule, FinetuneModule
 
+ROOT = Path(__file__).resolve().parents[1]
+# Of a config that `run` takes.
+TRAINER = dict(
+    max_epochs=2, accelerator="cpu", devices=1, enable_progress_bar=False, enable_model_summary=False,
+    log_every_n_steps=1,
+)  # fmt: skip
 CLASSIFIER = dict(name="resnet18_dcn", in_chans=1, layers=[1, 1, 1, 1], channels=[8, 8, 8, 8])
 DETECTOR = dict(
     name="faster_rcnn", backbone=dict(CLASSIFIER, out_indices=[1, 2, 3]), fpn_channels=8,
@@ -14,6 +25,27 @@ DETECTOR = dict(
     min_size=64, max_size=64, rpn_post_nms_top_n_train=20, rpn_post_nms_top_n_test=10, box_batch_size_per_image=8,
     box_detections_per_img=5,
 )  # fmt: skip
+
+
+def checkpoints(monitor):
+    """The callbacks that save `best.ckpt`, by the largest value of `monitor`, and `last.ckpt`."""
+    common = dict(type="ModelCheckpoint", enable_version_counter=False)
+    return dict(best=dict(common, filename="best", monitor=monitor, mode="max"), last=dict(common, filename="last"))
+
+
+def write_config(path, **values):
+    """Write a config file in text style."""
+    path.write_text("".join(f"{key} = {value!r}\n" for key, value in values.items()))
+    return path
+
+
+def launch(script, *arguments, **options):
+    """Start a script on one thread of the CPU, with what it prints and says of errors in one stream."""
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    return subprocess.Popen(
+        [sys.executable, *map(str, (script, *arguments))], env=environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, **options,
+    )  # fmt: skip
 
 
 def classifier(model=None, num_classes=3, **changes):
@@ -46,8 +78,5 @@ def box_loader(count=4, batch_size=2, size=64):
 
 
 def trainer(folder=None, **options):
-    base = dict(
-        max_epochs=1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
-    )  # fmt: skip
+    base = dict(TRAINER, max_epochs=1, logger=False, enable_checkpointing=False, default_root_dir=folder)
     return pl.Trainer(**(base | options))

@@ -2,13 +2,13 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
+from .._config import did_you_mean
 from .backbone import DetectionBackbone
 
 _ASPECT_RATIOS = (0.5, 1.0, 2.0)
@@ -40,10 +40,8 @@ def check_options(name: str, num_classes: int, options: Mapping[str, Any], known
         raise ValueError(f"num_classes: expected at least 2, as it counts the background, got {num_classes!r}")
     for key in options:
         if key not in known:
-            near = get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"torchvision's are {', '.join(known)}"
-            hint = _ELSEWHERE.get(key, hint)
-            raise TypeError(f"{name}: unknown option {key!r}; {hint}")
+            hint = f" ({_ELSEWHERE[key]})" if key in _ELSEWHERE else did_you_mean(key, known)
+            raise TypeError(f"{name}: expected torchvision's options {', '.join(known)}, got {key!r}{hint}")
 
 
 def fill_in(backbone: DetectionBackbone, options: dict[str, Any], sizes: Sequence[Sequence[int]]) -> None:
@@ -57,7 +55,7 @@ def fill_in(backbone: DetectionBackbone, options: dict[str, Any], sizes: Sequenc
     if isinstance(anchors, Mapping):
         unknown = set(anchors) - {"sizes", "aspect_ratios"}
         if unknown:
-            raise TypeError(f"rpn_anchor_generator: unknown key {min(unknown)!r}; expected sizes, aspect_ratios")
+            raise TypeError(f"rpn_anchor_generator: expected keys out of sizes, aspect_ratios, got {min(unknown)!r}")
         chosen = anchors.get("sizes", sizes)
         ratios = anchors.get("aspect_ratios", (_ASPECT_RATIOS,) * len(chosen))
         if len(chosen) != len(sizes) or len(ratios) != len(sizes):
@@ -79,5 +77,6 @@ def choose(name: str, given: Any, kinds: Mapping[str, Callable]) -> tuple[Callab
     known = [p for p in inspect.signature(kinds[kind]).parameters if p != "self"]
     for key in arguments:
         if key not in known:
-            raise TypeError(f"{name}: {kind} has no argument {key!r}; it has {', '.join(known)}")
+            hint = did_you_mean(key, known)
+            raise TypeError(f"{name}: expected arguments of {kind} ({', '.join(known)}), got {key!r}{hint}")
     return kinds[kind], arguments

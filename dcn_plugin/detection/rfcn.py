@@ -1,14 +1,22 @@
 """The parts of R-FCN between torchvision's proposal network and its RoI heads: position-sensitive maps and votes."""
 
 from collections import OrderedDict
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
-from ..layers import DeformPSRoIPool, PSRoIPool, SamplingModule
-from ..layers._start import OffsetPredictor, warn_if_redrawn
+from ..layers import (
+    DeformPSRoIPool,
+    OffsetPredictor,
+    PSRoIPool,
+    Regions,
+    Samples,
+    SamplingModule,
+    warn_if_redrawn,
+)
 from ..ops._transforms import unrecorded
 
 
@@ -38,8 +46,9 @@ class PSRoIMaps(SamplingModule):
     """
 
     speaks_for_inner = True
-    # For `offset_parameters`: the original trains them at the rate of the other layers.
-    offset_branches: ClassVar[dict[str, float]] = {"score_offsets": 1.0, "box_offsets": 1.0}
+    offset_unit: ClassVar[Literal["pixels", "region"]] = "region"
+    # The original trains them at the rate of the other layers.
+    offset_branches: ClassVar[Mapping[str, float]] = {"score_offsets": 1.0, "box_offsets": 1.0}
 
     def __init__(
         self,
@@ -96,17 +105,25 @@ class PSRoIMaps(SamplingModule):
             return self.score_pool(scores, boxes), self.box_pool(deltas, boxes)
         of_scores, of_boxes = self.score_offsets(x, boxes), self.box_offsets(x, boxes)
         votes = self.score_pool(scores, boxes, of_scores), self.box_pool(deltas, boxes, of_boxes)
-        if self._sampling_hooks is not None:
-            for maps, offset, part in ((scores, of_scores, "scores"), (deltas, of_boxes, "boxes")):
-                self._sampled(maps, offset, None, boxes, image_shapes, self.offset_scale, part)
+        for maps, offset, part in ((scores, of_scores, "scores"), (deltas, of_boxes, "boxes")):
+            self.tell_hooks(maps, offset, None, boxes, image_shapes, part)
         return votes
+
+    @property
+    def displacement_scale(self) -> float:
+        return self.offset_scale
+
+    def regions(self, samples: Samples) -> Regions:
+        """Return where the bins of one pooling lie."""
+        pool: Any = self.score_pool if samples.part == "scores" else self.box_pool
+        return pool.regions(samples)
 
     def offsets(
         self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> tuple[Tensor, None]:
         """Return what shifts the bins of the scores, [R, 2 * classes, k, k], (y, x) for each class, and no mask."""
         if self.score_offsets is None:
-            raise ValueError("offsets: this R-FCN is not deformable; build it with deformable=True")
+            raise ValueError("offsets: expected an R-FCN that was built with deformable=True, got a plain one")
         return self.score_offsets(self._features(features), boxes), None
 
 

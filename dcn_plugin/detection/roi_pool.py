@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.fx
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torchvision.ops import MultiScaleRoIAlign, box_area
 from torchvision.ops.poolers import _setup_scales
 
-from ..layers._start import ZeroLinear
-from ..layers.conv import _pair, activation
-from ..layers.roi import Size, _Branched, branch, describe, factory_arguments, flag, predict
+from ..layers import Regions, Samples, ZeroLinear, regions_of
+from ..layers._arguments import Size, activation, describe, factory_arguments, flag, mask_note, pair
+from ..layers._branch import Branched, branch, predict
 from ..ops import _check, deform_roi_pool
 from ..ops._layout import is_channels_last
 from ..ops._transforms import is_tracing, unrecorded
+from ..reference.roi_pool import Frame, roi_frame
 
 # Symbolic tracing records these as calls: they look at shapes and values.
 for _name in ("_scales_of", "_maps", "_assign", "_pool"):
@@ -27,7 +28,7 @@ for _name in ("_scales_of", "_maps", "_assign", "_pool"):
 _scales_of = unrecorded(_setup_scales)
 
 
-class MultiScaleDeformRoIPool(_Branched, MultiScaleRoIAlign):
+class MultiScaleDeformRoIPool(Branched, MultiScaleRoIAlign):
     """Deformable RoI pooling on a feature pyramid, for the `box_roi_pool` of torchvision's detectors.
 
     Each RoI is pooled from the level that its size belongs to (as in `MultiScaleRoIAlign`), twice: plainly, for the
@@ -102,8 +103,8 @@ class MultiScaleDeformRoIPool(_Branched, MultiScaleRoIAlign):
     ) -> None:
         names = [] if isinstance(featmap_names, str) or not isinstance(featmap_names, Sequence) else list(featmap_names)
         if not names or not all(isinstance(name, str) for name in names):
-            raise TypeError(f"featmap_names must be a sequence of names of feature maps, got {featmap_names!r}")
-        bins = _pair("output_size", output_size, 1)
+            raise TypeError(f"featmap_names: expected a sequence of names of feature maps, got {featmap_names!r}")
+        bins = pair("output_size", output_size, 1)
         super().__init__(
             names,
             bins,
@@ -153,9 +154,29 @@ class MultiScaleDeformRoIPool(_Branched, MultiScaleRoIAlign):
         levels = self._levels(x, boxes, image_shapes)
         offset, mask = self._offsets(levels)
         output = self._pool(levels, offset, mask)
-        if self._sampling_hooks is not None:
-            self._sampled(x, offset, mask, boxes, image_shapes, self.gamma)
+        self.tell_hooks(x, offset, mask, boxes, image_shapes)
         return output
+
+    @property
+    def displacement_scale(self) -> float:
+        return self.gamma
+
+    def regions(self, samples: Samples) -> Regions:
+        """Return where the bins of one call lie; each region is pooled from the map of its level."""
+        levels = self._levels(cast(Any, samples.input), samples.rois, samples.image_sizes)
+
+        def frame(rois: Tensor) -> Frame:
+            every = [roi_frame(rois, scale, self.aligned) for scale in levels.scales]
+            found = every[0]
+            for of_level, members in zip(every, levels.members, strict=False):
+                found.start[members.cpu()] = of_level.start[members.cpu()]
+                found.size[members.cpu()] = of_level.size[members.cpu()]
+            return found
+
+        return regions_of(samples, self.output_size, frame)
+
+    def former_note(self) -> str:
+        return mask_note(self.mask_activation) if self.modulated else ""
 
     def _levels(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> _Levels:
         maps = _maps(x, self.featmap_names, self.in_channels)
@@ -198,13 +219,13 @@ class _Levels(NamedTuple):
 def _maps(x: dict[str, Tensor], names: list[str], channels: int) -> list[Tensor]:
     maps = [value for name, value in x.items() if name in names]
     if not maps:
-        raise ValueError(f"x must hold feature maps named {names}, got {list(x)}")
+        raise ValueError(f"x: expected feature maps named {names}, got {list(x)}")
     for name, value in x.items():
         if name not in names:
             continue
         _check.tensor(value, f"x[{name!r}]", 4, f"[N, {channels}, H, W]")
         if value.shape[1] != channels:
-            raise ValueError(f"x must hold feature maps [N, {channels}, H, W], got {list(value.shape)}")
+            raise ValueError(f"x: expected feature maps [N, {channels}, H, W], got {list(value.shape)}")
         _check.same_device(value, f"x[{name!r}]", maps[0])
     return maps
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from torch import nn
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from .._config import plain
 
@@ -52,3 +53,12 @@ def without_pretrained_backbone(model: Any) -> Any:
             if spec.get(key) is None:
                 spec[key] = default
     return spec
+
+
+def saved_spec(model: nn.Module, spec: Any) -> dict[str, Any] | None:
+    """Return what a file holds of a detector; None for a model that is none."""
+    if not isinstance(model, GeneralizedRCNN):
+        return None
+    if not isinstance(spec, Mapping) or not {"name", "num_classes"} <= set(spec):
+        raise ValueError(f"spec: expected dict(name=..., num_classes=..., ...) of a detector, got {spec!r}")
+    return without_pretrained_backbone(spec)

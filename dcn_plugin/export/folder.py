@@ -10,19 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-import timm
 import torch
-from timm.models import save_for_hf
 from torch import Tensor, nn
-from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from .._config import plain
+from .._config import as_names, plain
 from ..checkpoint import refuse_others
 from ..convert import convert
-from ..detection import build_detector
-from ..detection.spec import without_pretrained_backbone
-from ..models.build import build_model, check_saved_model, without_weights
+from .forms import FORMS, MMENGINE, RULES, Form
 
 CONFIG, WEIGHTS, KEY = "config.json", "model.safetensors", "dcn_plugin"
 
@@ -43,8 +37,8 @@ def export_model(
     `import dcn_plugin`, `timm.create_model('local-dir:<directory>', pretrained=True)` gives the same outputs, and so
     does `transformers.AutoModelForImageClassification.from_pretrained(directory)`. A model changed by replacement
     rules, built by MMEngine, or a detector has no timm name: its folder also holds the rules and the MMEngine config or
-    the detector's specification, and `dcn_plugin.finetune.load_exported(directory)`, which reads all kinds, builds it
-    again. (transformers refuses such a folder: model type `dcn_plugin`, which it does not know.)
+    the detector's specification (see `Form`), and `load_exported(directory)`, which reads all kinds, builds it again.
+    (transformers refuses such a folder: model type `dcn_plugin`, which it does not know.)
 
     The files are written beside what is there and moved once they are whole: after an error the folder is as it was.
 
@@ -63,29 +57,25 @@ def export_model(
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile, whose names nobody else knows
     extra: dict[str, Any] = {}
-    is_timm = hasattr(model, "pretrained_cfg")
     if rules:
-        extra[KEY] = dict(rules=plain(rules))
-    if isinstance(model, GeneralizedRCNN):
-        if not isinstance(spec, Mapping) or not {"name", "num_classes"} <= set(spec):
-            raise ValueError(f"spec: expected dict(name=..., num_classes=..., ...) of a detector, got {spec!r}")
-        extra[KEY] = extra.get(KEY, {}) | dict(detector=without_pretrained_backbone(spec))
-    elif not is_timm:
-        if not isinstance(spec, Mapping) or "type" not in spec:
-            raise ValueError(f"spec: expected the MMEngine config of a {type(model).__name__}, got {spec!r}")
-        extra[KEY] = extra.get(KEY, {}) | dict(model=plain(spec))
+        extra[KEY] = {RULES: plain(rules)}
+    described = _describe(model, spec)
+    if described is not None:
+        extra[KEY] = extra.get(KEY, {}) | described
     if KEY in extra:
         # transformers takes a folder without this for a plain timm model and drops the weights that such a one lacks.
         extra["model_type"] = KEY
     data = {key: value for key, value in plain(data_config or {}).items() if value is not None}
     with _all_or_nothing(Path(directory)) as folder:
-        if is_timm:
+        if described is None:
             names = dict(label_names=list(class_names)) if class_names is not None else {}
             _save_timm_model(model, folder, extra | names, data)
         else:
+            from safetensors.torch import save_file
+
             state = model.state_dict()
             _copy_views(state)
-            safetensors.torch.save_file(state, str(folder / WEIGHTS))
+            save_file(state, str(folder / WEIGHTS))
             extra |= dict(pretrained_cfg=data, label_names=None if class_names is None else list(class_names))
             if category_ids is not None:
                 extra["category_ids"] = list(category_ids)
@@ -93,7 +83,18 @@ def export_model(
     return Path(directory)
 
 
+def _describe(model: nn.Module, spec: Any) -> dict[str, Any] | None:
+    """Return what a folder holds to build a model again, under the key of its form; None where timm's name does it."""
+    for form in reversed(FORMS.values()):
+        described = form.to_spec(model, spec)
+        if described is not None:
+            return {form.key: plain(described)}
+    return None
+
+
 def _save_timm_model(model: nn.Module, folder: Path, extra: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    from timm.models import save_for_hf
+
     def plain_tensors(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
         _copy_views(state)
 
@@ -173,39 +174,45 @@ def load_exported(directory: str | Path, *, spec: Mapping[str, Any] | None = Non
     refuse_others(directory / WEIGHTS)
     config = json.loads((directory / CONFIG).read_text())
     ours = config.get(KEY, {})
-    model: Any
-    if spec is not None and "model" not in ours:
+    form = next((FORMS[key] for key in ours if key in FORMS), None)
+    if spec is not None and form != MMENGINE:
         raise ValueError(f"spec: expected None, as {directory} holds no model of MMEngine's, got {spec!r}")
-    if not ours:
-        model = timm.create_model(f"local-dir:{directory}", pretrained=True)
-    else:
-        if "detector" in ours:
-            model = build_detector(ours["detector"])
-        elif "model" in ours:
-            if spec is None:
-                check_saved_model(ours["model"], "load_exported(directory, spec=...)")
-            model = build_model(without_weights(ours["model"]) if spec is None else spec)
-        else:
-            model = timm.create_model(f"local-dir:{directory}", pretrained=False)
-        if "rules" in ours:
-            convert(model, ours["rules"])
-        _load_weights(model, directory / WEIGHTS)
+    unknown = [key for key in ours if key not in FORMS and key != RULES]
+    if unknown:
+        raise ValueError(
+            f"directory: expected a model described as one of {', '.join(FORMS)}, got {unknown[0]!r} in {directory}: "
+            "import first what registers that form"
+        )
+    model: Any = _build(directory, ours, form, spec)
     model.class_names, model.category_ids = as_names(config.get("label_names")), config.get("category_ids")
     return model.eval()
 
 
+def _build(directory: Path, ours: Mapping[str, Any], form: Form | None, spec: Mapping[str, Any] | None) -> nn.Module:
+    """Build the model with its weights: by its form, or by timm, which loads them itself where no rules change it."""
+    if form is None:
+        import timm
+
+        model = timm.create_model(f"local-dir:{directory}", pretrained=not ours)
+    elif spec is not None:
+        from ..models.build import build_model
+
+        model = build_model(spec)
+    else:
+        model = form.from_spec(ours[form.key])
+    if RULES in ours:
+        convert(model, ours[RULES])
+    if ours:
+        _load_weights(model, directory / WEIGHTS)
+    return model
+
+
 def _load_weights(model: nn.Module, path: Path) -> None:
-    state = safetensors.torch.load_file(str(path))
+    from safetensors.torch import load_file
+
+    state = load_file(str(path))
     own = model.state_dict()
     # Older folders hold a tensor that the model has under two names only once.
     given = {(own[name].data_ptr(), own[name].shape) for name in state if name in own}
     again = {name: value for name, value in own.items() if (value.data_ptr(), value.shape) in given and value.numel()}
     model.load_state_dict({name: value for name, value in again.items() if name not in state} | state)
-
-
-def as_names(labels: Any) -> list[str] | None:
-    """Return names in label order from a list of names, or a dict from label to name as timm's folders may have."""
-    if isinstance(labels, Mapping):
-        numbered = {int(label): name for label, name in labels.items()}
-        labels = [numbered[label] for label in sorted(numbered)] if set(numbered) == set(range(len(numbered))) else None
-    return None if labels is None else [str(name) for name in labels]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 try:
-    from ..export.folder import export_model, load_exported
+    from ..export import export_model, load_exported
     from .callbacks import OffsetMonitor
     from .classification import FinetuneModule, ImageDataModule
     from .detection import CocoDataModule, DetectionModule

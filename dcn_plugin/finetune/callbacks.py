@@ -1,18 +1,16 @@
-"""Lightning callbacks that know deformable layers, and a writer of predictions."""
+"""Lightning callbacks that know deformable layers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import BasePredictionWriter
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from ..layers import DeformConv2d, Samples, sampling_layers
+from ..layers import Samples, sampling_layers
 from ..visualize import effective_dilation
 
 
@@ -95,11 +93,12 @@ class OffsetMonitor(pl.Callback):
             label = f"{name}.{samples.part}" if samples.part else name
             shape, dilation = offset.shape, None
             length = samples.scale * offset.float().reshape(shape[0], -1, 2, *shape[2:]).norm(dim=2)
-            if isinstance(layer, DeformConv2d):
+            if layer.offset_unit == "pixels":
                 limit = self.limit * max(layer_input.shape[-2:])
                 limit = limit if self.max_pixels is None else min(limit, self.max_pixels)
                 words = "samples up to {:.1f} pixels away (limit {:.1f})"
-                dilation = _moments(effective_dilation(offset, layer.kernel_size, layer.dilation))
+                if (window := layer.window) is not None:
+                    dilation = _moments(effective_dilation(samples.scale * offset, window.kernel_size, window.dilation))
             else:
                 limit, words = self.limit, "shifts bins by up to {:.1f} RoI sizes (limit {:.1f})"
             masks = None if samples.mask is None else _moments(samples.mask.float())
@@ -184,18 +183,3 @@ class OffsetMonitor(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
-
-
-class EpochWriter(BasePredictionWriter):
-    """What the writers share: one file in `directory` after the last batch, or one per process if several."""
-
-    filename: ClassVar[str]
-
-    def __init__(self, directory: str | Path) -> None:
-        super().__init__(write_interval="epoch")
-        self.directory = Path(directory)
-
-    def _path(self, trainer: pl.Trainer) -> Path:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        path = self.directory / self.filename
-        return path.with_stem(f"{path.stem}_{trainer.global_rank}") if trainer.world_size > 1 else path

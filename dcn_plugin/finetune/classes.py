@@ -12,8 +12,8 @@ import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
+from .._config import as_names
 from ..checkpoint import LoadReport
-from ..export.folder import as_names
 
 Id = int | str
 

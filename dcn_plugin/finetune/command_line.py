@@ -157,7 +157,7 @@ def _literal(node: ast.expr) -> Any:
 
 
 @contextmanager
-def errors_in_one_line(before: str = "") -> Iterator[None]:
+def errors_in_one_line(before: str = "", also: Path | None = None) -> Iterator[None]:
     """End the program with exit status 1 and one line for an error of the user, and leave a bug its traceback.
 
     An error of the user is one that a `raise` of this package ends with, whatever its type: each of those names the
@@ -168,28 +168,30 @@ def errors_in_one_line(before: str = "") -> Iterator[None]:
 
     Args:
         before: words to put before the error.
+        also: a folder of scripts whose errors are meant for the user like this package's.
     """
     try:
         yield
     except Exception as error:
-        said = said_to_user(error)
+        said = said_to_user(error, also)
         if said is None:
             raise
         sys.exit(before + said)
 
 
-def said_to_user(error: BaseException) -> str | None:
+def said_to_user(error: BaseException, also: Path | None = None) -> str | None:
     """Return the one line that an error of the user comes to, or None for a bug (see `errors_in_one_line`)."""
     frames = traceback.extract_tb(error.__traceback__)
     text = str(error)
     if text.startswith("Caught ") and "Original Traceback" in text:  # handed on by a worker of a loader
         return _said_by_worker(text)
-    meant = bool(frames) and _is_meant(frames[-1].filename, frames[-1].line)
+    meant = bool(frames) and _is_meant(frames[-1].filename, frames[-1].line, also)
     return _line(type(error).__name__, text) if meant or isinstance(error, _THEIRS) else None
 
 
-def _is_meant(filename: str, line: str | None) -> bool:
-    by_whom = any(Path(filename).is_relative_to(folder) for folder in _SPEAKERS)
+def _is_meant(filename: str, line: str | None, also: Path | None = None) -> bool:
+    speakers = _SPEAKERS if also is None else (*_SPEAKERS, also)
+    by_whom = any(Path(filename).is_relative_to(folder) for folder in speakers)
     return by_whom and (line or "").strip().startswith("raise")
 
 

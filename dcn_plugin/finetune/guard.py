@@ -22,7 +22,7 @@ _KEY = "dcn_plugin.frozen"
 class RunGuard(pl.Callback):
     """Stop a run that sees no data, and let a resumed one train the parameters that it trained before.
 
-    `FinetuneModule` and `DetectionModule` bring it along. An epoch of training, validation, test or prediction in which
+    The modules bring it along (`TunedModule`). An epoch of training, validation, test or prediction in which
     no batch comes is an error that names the data, and for shards what is in them. Checkpoints say which parameters
     are frozen, whoever froze them: a callback freezes before the first epoch of every run, a resumed one too, and sets
     free in an epoch that may have passed.

@@ -28,8 +28,27 @@ _SIXTEEN_BITS = ("PNG", "PPM", "JPEG2000")
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT, _SMALLEST, _LARGEST = 258, 262, 339, 340, 341  # TIFF's tags
 
 
+#: What `bad_images` may say of images that cannot be read: stop at the first, or warn of each and go on without it.
+BAD_IMAGES = ("raise", "skip")
+
+
 class UnreadableImage(ValueError):
     """An image that cannot be read, or whose values the file does not explain; the message names it."""
+
+
+def unreadable(name: str, error: Exception) -> UnreadableImage:
+    """Return the error for an image of this name whose reading ended in `error`."""
+    return UnreadableImage(f"unreadable image {name}: {said(error)}")
+
+
+def pass_over(error: UnreadableImage, bad_images: str, instead: str) -> None:
+    """Warn that an image is passed over, or raise its error where `bad_images` does not say 'skip'.
+
+    `instead` says what becomes of it: 'it is left out', 'the next image is taken instead'.
+    """
+    if bad_images != "skip":
+        raise UnreadableImage(f"{error} (with data.bad_images='skip' {instead})") from error.__cause__
+    warnings.warn(f"{error}; {instead}", stacklevel=3)  # by whichever process met it: no other one will
 
 
 def read_image(
@@ -75,7 +94,7 @@ def read_image(
             stored = _orientation(file)
             image = interpret(file, mode)
     except Exception as error:  # Pillow's plug-ins raise whatever their parsing runs into
-        raise UnreadableImage(f"unreadable image {name()}: {said(error)}") from error
+        raise unreadable(name(), error) from error
     if size is None or image.size == tuple(size):
         return image
     unturned = image.transpose(_TURN_BACK[stored]) if stored in _TURN else image

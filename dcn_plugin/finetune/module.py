@@ -1,4 +1,4 @@
-"""The Lightning module: any timm or MMEngine classifier, fine-tuned with timm's optimizers and schedules."""
+"""What the Lightning modules share: weights to start from, timm's optimizers and schedules, checkpoints, export."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from .._config import arguments, check_keys, plain
+from .._config import arguments, check_keys, check_kinds, plain
 from ..checkpoint import LoadReport, load_checkpoint, match_wrappers, read_file
 from ..convert import convert
-from ..layers import offset_parameters
-from ..layers.roi import BRANCH_LR_MULT
-from ..models.build import check_saved_model
+from ..export import export_model
+from ..layers import offset_rates
+from ..models.build import check_saved_model, without_weights
 from .classes import names_in
-from .classification.losses import check_saved
 from .freezing import split_added_groups
 from .guard import RunGuard, require_batches
 
@@ -41,9 +40,9 @@ def param_groups(
     """Split the trainable parameters into timm's groups and give the offset predictors learning rates of their own.
 
     Every group carries `lr_scale`, which timm's schedulers multiply the learning rate with:
-    `lr_scale = layer_decay^(layers above) * factor`. The factor is `offset_lr_mult` for `conv_offset` and whatever else
-    is usually trained at the full rate (see `dcn_plugin.layers.offset_parameters`), `roi_offset_lr_mult` for the fully
-    connected branches of RoI pooling, 1 for the rest. Biases and norms have no weight decay, as in timm.
+    `lr_scale = layer_decay^(layers above) * factor`. The factor is `offset_lr_mult` times what is usual (1 for a
+    `conv_offset`, see `dcn_plugin.layers.offset_parameters`), `roi_offset_lr_mult` for the fully connected branches of
+    RoI pooling, 1 for the rest. Biases and norms have no weight decay, as in timm.
     """
     if layer_decay is None:
         groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=no_weight_decay)
@@ -52,9 +51,8 @@ def param_groups(
             model, weight_decay, no_weight_decay_list=no_weight_decay, layer_decay=layer_decay
         )
     named = dict(model.named_parameters())
-    factors = {
-        id(named[name]): roi_offset_lr_mult if usual == BRANCH_LR_MULT else offset_lr_mult * usual
-        for name, usual in offset_parameters(model).items()
+    factors: dict[int, Any] = {
+        id(named[name]): rate.factor(offset_lr_mult, roi_offset_lr_mult) for name, rate in offset_rates(model).items()
     }
     result = []
     for group in groups:
@@ -120,10 +118,7 @@ class TunedModule(pl.LightningModule):
         saved = read_file(path)
         if not isinstance(saved, Mapping) or "hyper_parameters" not in saved:
             raise ValueError(f"path: expected a Lightning checkpoint of a {cls.__name__}, got {path}")
-        if "loss" not in overrides:
-            check_saved(saved["hyper_parameters"].get("loss"))
-        if "model" not in overrides:
-            check_saved_model(saved["hyper_parameters"].get("model"), "restore(path, model=...)")
+        cls.check_saved({key: value for key, value in saved["hyper_parameters"].items() if key not in overrides})
         module = cls(**(cls.without_initial_weights(saved["hyper_parameters"]) | overrides))
         module.load_saved(dict(saved))
         return module
@@ -140,9 +135,35 @@ class TunedModule(pl.LightningModule):
         return result | dict(checkpoint=None, model=cls.bare(result["model"]))
 
     @classmethod
+    def check_config(cls, values: Mapping[str, Any]) -> None:
+        """Raise TypeError for a value of a wrong kind among a config's top-level keys."""
+        check_kinds("", values, cls)
+        check_kinds("schedule.", values.get("schedule") or {}, create_scheduler_v2)
+
+    @classmethod
+    def check_saved(cls, values: Mapping[str, Any]) -> None:
+        """Raise ValueError for arguments out of a checkpoint that would run code which only the file names."""
+        check_saved_model(values.get("model"), "restore(path, model=...)")
+
+    @classmethod
     def bare(cls, model: Any) -> Any:
         """Return the argument `model` without the weights that it names."""
-        raise NotImplementedError
+        return without_weights(model)
+
+    @classmethod
+    def names_weights(cls, values: Mapping[str, Any]) -> bool:
+        """Whether these arguments name weights for the whole model, so that it needs no checkpoint to be evaluated."""
+        model = values["model"]  # of a detector the backbone alone may be pretrained, which stands deeper
+        return values.get("checkpoint") is not None or (isinstance(model, Mapping) and bool(model.get("pretrained")))
+
+    def described(self) -> dict[str, Any]:
+        """Return what `export_model` is told of this kind of model: `spec`, and what else is the task's own."""
+        return dict(spec=self.hparams["model"])
+
+    def write_folder(self, directory: str | Path) -> Path:
+        """Export the model with what the module knows about its data (see `export_model`)."""
+        known: dict[str, Any] = dict(rules=self.hparams.get("rules"), data_config=self.data_config)
+        return export_model(self.model, directory, class_names=self.class_names, **known, **self.described())
 
     # -- optimisation -------------------------------------------------------------------------------------------------
 

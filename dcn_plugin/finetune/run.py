@@ -9,44 +9,34 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import pytorch_lightning.callbacks
 import pytorch_lightning.loggers
 import pytorch_lightning.strategies
 from mmengine.config import Config
-from timm.data import Mixup
-from timm.scheduler import create_scheduler_v2
 
 from .._config import arguments, build_object, check_keys, check_kinds, plain, unknown
 from ..checkpoint import match_wrappers, read_file
-from ..export.folder import export_model
+from . import classification, detection
 from .callbacks import OffsetMonitor
-from .classification import FinetuneModule, ImageDataModule, PredictionWriter
 from .command_line import at
-from .detection import CocoDataModule, DetectionModule, DetectionWriter
-from .digits import Digits
+from .data import TunedData
 from .freezing import BackboneFinetuning
 from .guard import require_batches
 from .module import TunedModule
+from .task import Task
+from .writer import EpochWriter
 
-TASKS = ("fit", "validate", "test", "predict")
-_OURS = {cls.__name__: cls for cls in (BackboneFinetuning, OffsetMonitor, PredictionWriter, DetectionWriter)}
-
-
-class Kind(NamedTuple):
-    """What belongs together: a Lightning module, the data it trains on, the writer of its predictions."""
-
-    module: Any
-    data: Any
-    writer: Any
-
-
-KINDS = {
-    "FinetuneModule": Kind(FinetuneModule, ImageDataModule, PredictionWriter),
-    "DetectionModule": Kind(DetectionModule, CocoDataModule, DetectionWriter),
+#: What a config's `module` may name.
+TASKS: dict[str, Task] = {
+    "FinetuneModule": classification.TASK,
+    "DetectionModule": detection.TASK,
 }
+# What `run` may be asked to do.
+ACTIONS = ("fit", "validate", "test", "predict")
+_OURS = {cls.__name__: cls for cls in (BackboneFinetuning, OffsetMonitor)}
 
 
 def _classes(module: Any, base: type) -> dict[str, type]:
@@ -61,17 +51,22 @@ STRATEGIES = _classes(pytorch_lightning.strategies, pytorch_lightning.strategies
 RUN_KEYS = ("module", "data", "trainer", "callbacks", "logger", "seed")
 
 
-def kind_of(config: Mapping[str, Any]) -> Kind:
-    """Return what a config's `module` names; without one it is `FinetuneModule`."""
-    name = config.get("module", "FinetuneModule")
-    if name not in KINDS:
-        raise ValueError(unknown("module", name, KINDS, "config"))
-    return KINDS[name]
+def task_of(config: Mapping[str, Any]) -> Task:
+    """Return what a config's `module` names; without one it is the first of `TASKS`."""
+    name = config.get("module", next(iter(TASKS)))
+    if name not in TASKS:
+        raise ValueError(unknown("module", name, TASKS, "config"))
+    return TASKS[name]
+
+
+def known_callbacks() -> dict[str, Any]:
+    """Return the callbacks that a config may name: Lightning's, this package's, and the writer of every task."""
+    return CALLBACKS | {task.writer.__name__: task.writer for task in TASKS.values()}
 
 
 def known_keys(config: Mapping[str, Any]) -> list[str]:
     """Return the top-level keys that a config may have."""
-    return [*arguments(kind_of(config).module), *RUN_KEYS]
+    return [*arguments(task_of(config).module), *RUN_KEYS]
 
 
 @contextmanager
@@ -121,11 +116,10 @@ def writing_to(work_dir: Path) -> Iterator[None]:
 def load_config(path: str | Path, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Read an MMEngine config file (text style, with `_base_`), apply `options` and check its keys.
 
-    Top-level keys are `module` ('FinetuneModule', the default, or 'DetectionModule'), the arguments of that module,
-    `data` (arguments of `ImageDataModule` or, for detection, `CocoDataModule`), `trainer`
-    (arguments of Lightning's `Trainer`; `strategy` may be `dict(type=...)`), `callbacks` (name -> `dict(type=...)` of
-    Lightning's or this package's callbacks, or None to drop one of a base config), `logger` (`dict(type=...)`, or
-    False) and `seed`.
+    Top-level keys are `module` (a name in `TASKS`: 'FinetuneModule', the default, or 'DetectionModule'), the arguments
+    of that module, `data` (arguments of the task's data module), `trainer` (arguments of Lightning's `Trainer`;
+    `strategy` may be `dict(type=...)`), `callbacks` (name -> `dict(type=...)` of Lightning's or this package's
+    callbacks, or None to drop one of a base config), `logger` (`dict(type=...)`, or False) and `seed`.
 
     Args:
         path: the config file.
@@ -150,50 +144,46 @@ def load_config(path: str | Path, options: Mapping[str, Any] | None = None) -> d
 
 def check_config(config: Mapping[str, Any]) -> None:
     """Raise ValueError naming the first key of a config, or of one of its sections, that nothing would read."""
-    kind = kind_of(config)
+    task = task_of(config)
     check_keys("config", config, known_keys(config))
     for key in ("model", "data"):
         if key not in config:
             raise ValueError(f"config: key {key!r} is missing; it has {', '.join(map(repr, config)) or 'none'}")
-    check_keys("data", config["data"], arguments(kind.data))
+    check_keys("data", config["data"], arguments(task.data))
     check_keys("trainer", config.get("trainer", {}), arguments(pl.Trainer, "callbacks", "logger"))
-    check_kinds("", config, kind.module)
-    check_kinds("data.", config["data"], kind.data)
+    task.module.check_config(config)
+    task.data.check_config(config["data"])
     check_kinds("trainer.", config.get("trainer", {}), pl.Trainer)
-    for key, function in dict(schedule=create_scheduler_v2, mixup=Mixup).items():
-        check_kinds(f"{key}.", config.get(key) or {}, function)
-    if config["data"].get("name") == "digits":
-        for key in ("dataset", "train_dataset"):
-            check_kinds(f"data.{key}.", config["data"].get(key) or {}, Digits)
     callbacks = config.get("callbacks", {})
     if not isinstance(callbacks, Mapping):
         raise TypeError(f"callbacks: expected a dict, got {type(callbacks).__name__} {callbacks!r}")
+    known = known_callbacks()
     for name, spec in callbacks.items():
-        if spec is not None and (not isinstance(spec, Mapping) or spec.get("type") not in CALLBACKS):
+        if spec is not None and (not isinstance(spec, Mapping) or spec.get("type") not in known):
             got = spec.get("type") if isinstance(spec, Mapping) else spec
-            raise ValueError(unknown("type", got, CALLBACKS, f"callbacks.{name}"))
+            raise ValueError(unknown("type", got, known, f"callbacks.{name}"))
 
 
 def build_callbacks(config: Mapping[str, Any], work_dir: Path) -> list[pl.Callback]:
-    """Build the callbacks of a config; a `ModelCheckpoint` without `dirpath` writes to `work_dir`."""
-    callbacks = []
+    """Build the callbacks of a config; what writes files without saying where writes them to `work_dir`."""
+    known, callbacks = known_callbacks(), []
     for name, spec in config.items():
         if spec is None:
             continue
         spec = dict(spec)
         if spec.get("type") in ("ModelCheckpoint", "OnExceptionCheckpoint"):
             spec.setdefault("dirpath", str(work_dir))
-        if spec.get("type") in ("PredictionWriter", "DetectionWriter"):
+        if issubclass(known.get(str(spec.get("type")), object), EpochWriter):
             spec.setdefault("directory", str(work_dir))
         with at(f"callbacks.{name}"):
-            callbacks.append(build_object(f"callbacks.{name}", spec, CALLBACKS))
+            callbacks.append(build_object(f"callbacks.{name}", spec, known))
     return callbacks
 
 
-def build(config: Mapping[str, Any], work_dir: str | Path) -> tuple[pl.Trainer, TunedModule, pl.LightningDataModule]:
+def build(config: Mapping[str, Any], work_dir: str | Path) -> tuple[pl.Trainer, TunedModule, TunedData]:
     """Build trainer, module and data of a checked config; its `seed` is set first.
 
-    The number of classes is the data's unless the config says otherwise.
+    The number of classes, of a module that takes one, is the data's unless the config says otherwise.
     """
     work_dir = Path(work_dir)
     config = plain(config)
@@ -201,16 +191,18 @@ def build(config: Mapping[str, Any], work_dir: str | Path) -> tuple[pl.Trainer, 
     if config.get("seed") is not None:
         with at("seed"):
             pl.seed_everything(config["seed"], workers=True, verbose=False)
-    kind = kind_of(config)
+    task = task_of(config)
     with at("data"):
-        data = kind.data(**config["data"])
-    values = {key: config[key] for key in arguments(kind.module) if key in config}
+        data = task.data(**config["data"])
+    known = arguments(task.module)
+    values = {key: config[key] for key in known if key in config}
     model = values["model"]
-    if "num_classes" not in values and not (isinstance(model, dict) and ("num_classes" in model or "type" in model)):
+    said = "num_classes" in values or (isinstance(model, dict) and ("num_classes" in model or "type" in model))
+    if "num_classes" in known and not said:
         with at("data"):
-            values["num_classes"] = data.num_classes
+            values["num_classes"] = cast(Any, data).num_classes
     with at("config"):
-        module = kind.module(**values)
+        module = task.module(**values)
 
     options = dict(config.get("trainer", {}))
     if isinstance(options.get("strategy"), Mapping):
@@ -240,7 +232,7 @@ def run(
     task: str = "fit",
     checkpoint: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Carry out one task of a config and return its numbers and the paths of what it wrote.
+    """Do what `task` says with a config and return its numbers and the paths of what it wrote.
 
     Args:
         config: a config as `load_config` returns it.
@@ -257,8 +249,8 @@ def run(
             another model's, a split without samples, a `fit` without a step of training (nothing is exported then).
         OSError: `work_dir` cannot be written to, or no longer.
     """
-    if task not in TASKS:
-        raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
+    if task not in ACTIONS:
+        raise ValueError(f"task: expected one of {', '.join(ACTIONS)}, got {task!r}")
     with writing_to(Path(work_dir)):
         return _run(config, Path(work_dir), task, checkpoint)
 
@@ -278,10 +270,10 @@ def _run(config: Mapping[str, Any], work_dir: Path, task: str, checkpoint: str |
             )
         shapes = {name: tuple(value.shape) for name, value in saved["state_dict"].items()}
         del saved
-        module_class = kind_of(config).module
+        module_class = task_of(config).module
         keys = arguments(module_class)
         config = {**config, **module_class.without_initial_weights({k: v for k, v in config.items() if k in keys})}
-    elif task != "fit" and not _has_weights(config):
+    elif task != "fit" and not task_of(config).module.names_weights(config):
         raise ValueError(f"checkpoint: {task} needs one (or a config with model.pretrained or checkpoint), got none")
     trainer, module, data = build(config, work_dir)
     if module.conversion is not None and trainer.is_global_zero:
@@ -293,7 +285,7 @@ def _run(config: Mapping[str, Any], work_dir: Path, task: str, checkpoint: str |
             module.load_saved(read_file(checkpoint))
         if task in ("validate", "test"):
             return _evaluate(trainer, module, data, task)
-        writer = kind_of(config).writer
+        writer = task_of(config).writer
         if not any(isinstance(callback, writer) for callback in trainer.callbacks):
             trainer.callbacks.append(writer(work_dir))
         trainer.predict(module, data, return_predictions=False)
@@ -324,11 +316,11 @@ def _run(config: Mapping[str, Any], work_dir: Path, task: str, checkpoint: str |
     if data.splits["test"] is not None and trainer.limit_test_batches != 0:
         results |= _evaluate(trainer, module, data, "test")
     if trainer.is_global_zero:
-        results["export"] = str(export_module(module, work_dir / "export"))
+        results["export"] = str(module.write_folder(work_dir / "export"))
     return results
 
 
-def _evaluate(trainer: pl.Trainer, module: TunedModule, data: pl.LightningDataModule, task: str) -> dict[str, Any]:
+def _evaluate(trainer: pl.Trainer, module: TunedModule, data: TunedData, task: str) -> dict[str, Any]:
     """Return the numbers of 'validate' or 'test'."""
     stage = "val" if task == "validate" else "test"
     found = getattr(trainer, task)(module, data, verbose=False)
@@ -366,21 +358,3 @@ def _check_fits(module: TunedModule, theirs: Mapping[str, tuple[int, ...]], chec
                 f"checkpoint: expected the weights of the config's model, got {str(checkpoint)!r} of another: "
                 f"{name} has {has}, the model {wants}"
             )
-
-
-def export_module(module: TunedModule, directory: str | Path) -> Path:
-    """Export the model of a module with what it knows about its data (see `export_model`)."""
-    return export_model(
-        module.model,
-        directory,
-        spec=getattr(module, "spec", module.hparams["model"]),
-        category_ids=getattr(module, "category_ids", None),
-        rules=module.hparams.get("rules"),
-        data_config=module.data_config,
-        class_names=module.class_names,
-    )
-
-
-def _has_weights(config: Mapping[str, Any]) -> bool:
-    model = config["model"]  # a detector's pretrained backbone alone detects nothing, and stands elsewhere
-    return config.get("checkpoint") is not None or (isinstance(model, Mapping) and bool(model.get("pretrained")))

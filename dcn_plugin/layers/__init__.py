@@ -1,18 +1,26 @@
-"""Layers: `nn.Module` forms of the operators, with the signatures PyTorch users know."""
+"""Layers: `nn.Module` forms of the operators, with the signatures PyTorch users know.
 
+A layer of a new kind, here or in code of your own, keeps the contract of `sampling.py`.
+"""
+
+from ._branch import regions_of
+from ._start import OffsetPredictor, ZeroLinear, warn_if_redrawn
 from .conv import DCNv1, DCNv2, DeformConv2d, OffsetConv, accept_sibling_offset_keys
-from .roi import (
-    DeformPSRoIPool,
-    DeformPSRoIPoolPack,
-    DeformRoIPool,
-    DeformRoIPoolPack,
-    ModulatedDeformRoIPoolPack,
-    PSRoIPool,
+from .ps_roi import DeformPSRoIPool, DeformPSRoIPoolPack, PSRoIPool
+from .roi import DeformRoIPool, DeformRoIPoolPack, ModulatedDeformRoIPoolPack
+from .samples import OffsetRate, Regions, Samples, SamplingHandle, Window
+from .sampling import (
+    SamplingModule,
+    former_note,
     offset_parameters,
+    offset_rates,
+    rename_former_keys,
+    reset_offsets,
+    sampling_layers,
 )
-from .sampling import Samples, SamplingHandle, SamplingModule, sampling_layers
+from .sampling_conv import SamplingConv
 
-# A new layer file adds its classes here.
+# A new layer file adds its classes here; so does whoever wants rules from a file to find a layer of their own.
 LAYERS: dict[str, type] = {
     cls.__name__: cls
     for cls in (
@@ -40,11 +48,29 @@ __all__ = [
     "DeformRoIPoolPack",
     "ModulatedDeformRoIPoolPack",
     "OffsetConv",
+    "OffsetPredictor",
+    "OffsetRate",
     "PSRoIPool",
+    "Regions",
     "Samples",
+    "SamplingConv",
     "SamplingHandle",
     "SamplingModule",
+    "Window",
+    "ZeroLinear",
     "accept_sibling_offset_keys",
+    "drop_ins",
+    "former_note",
     "offset_parameters",
+    "offset_rates",
+    "regions_of",
+    "rename_former_keys",
+    "reset_offsets",
     "sampling_layers",
+    "warn_if_redrawn",
 ]
+
+
+def drop_ins() -> dict[str, type[SamplingConv]]:
+    """Return the layers of `LAYERS` that may take a convolution's place, by name."""
+    return {name: layer for name, layer in LAYERS.items() if issubclass(layer, SamplingConv) and layer.drop_in}

@@ -17,12 +17,12 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 if TYPE_CHECKING:
-    from .conv import DeformConv2d
+    from .sampling_conv import SamplingConv
 
 FUNCTION = "fuse_conv_bn"
 
 
-def take_norm_if_folding(layer: DeformConv2d) -> None:
+def take_norm_if_folding(layer: SamplingConv) -> None:
     """Fold the norm that follows `layer` into it where `fuse_conv_bn` is what asks for the layer's children."""
     asking = sys._getframe(2)  # beyond this function and named_children
     around = asking.f_back
@@ -34,7 +34,7 @@ def take_norm_if_folding(layer: DeformConv2d) -> None:
             return
 
 
-def _take_norm(layer: DeformConv2d, parent: nn.Module) -> None:
+def _take_norm(layer: SamplingConv, parent: nn.Module) -> None:
     children = [(name, child) for name, child in parent._modules.items() if child is not None]
     places = [i for i, (_, child) in enumerate(children) if child is layer]
     following = [item for item in children[places[-1] + 1 :] if not isinstance(item[1], (nn.Identity, nn.Dropout))]

@@ -1,91 +1,153 @@
-"""The one way to look at what a layer samples with: hooks that `forward` calls with its own tensors.
+"""The contract of layers that sample at positions they are given or predict: what others may ask them.
 
-Nothing is computed for them a second time, so what they see is what was sampled, however the layer was called.
+The converter, checkpoints, parameter groups, callbacks, pictures, initialisers and counters know a layer by what is
+declared here, and by nothing else. A layer of a new kind derives from `SamplingModule` (a convolution from
+`SamplingConv`), says what it predicts with in `offset_branches`, and tells its hooks what it samples with. What a hook
+sees is what was sampled, however the layer was called: nothing is computed a second time.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+import logging
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any, ClassVar, Literal
 
 import torch
-import torch.fx
 from torch import Tensor, nn
 
-from ..ops._transforms import is_tracing
+from ._start import StartsAtZero
+from ._torchscript import NotScriptable
+from .samples import Hooks, OffsetRate, Regions, Samples, SamplingHandle, SamplingHook, Window, detached, recorded
+
+logger = logging.getLogger("dcn_plugin")
+
+# What classes of other packages, which declare nothing, call the convolution that predicts their offsets (mmcv's do).
+_ELSEWHERE = {"conv_offset": 1.0}
 
 
-class Samples(NamedTuple):
-    """What one call of a layer sampled with, cut off from the graph of gradients.
+class SamplingModule(NotScriptable, nn.Module):
+    """A module that samples at positions it is given or predicts.
 
-    Fields:
-        input: `[N, C, H, W]`, or feature maps by name where the layer takes several.
-        offset: in **(y, x)**, after a bound: `[N, 2*G*K, H', W']` in pixels (convolution) or
-            `[R, 2 * classes, P_h, P_w]` in `gamma` (`offset_scale`) times the RoI's size; None: undeformed.
-        mask: after its activation, one for each pair of `offset`; None: all ones.
-        rois: what the layer was given, `[R, 5]` or boxes for each image; None for a convolution.
-        image_sizes: (height, width) of each image, where the layer is told.
-        scale: what an offset of 1 moves: `gamma` (`offset_scale`) RoI sizes; 1 pixel of the input in a convolution.
-        part: which of several poolings of one layer this is (`"scores"` or `"boxes"` in R-FCN), or `""`.
+    A class declares, where the default does not hold:
+
+    - `offset_branches`: its submodules or parameters that predict offsets (and masks), by name, each with its usual
+      learning rate as a multiple of the rest's. They are `OffsetPredictor`s or end in a `ZeroLinear`, so that a fresh
+      layer is undeformed whoever initialises the model; others need a `reset_offsets` of their own.
+    - `offset_lr_option`: which option of a trainer changes that rate. `offset_lr_mult` (MMEngine's
+      `dcn_offset_lr_mult`) multiplies it; `roi_offset_lr_mult` takes its place, as the branches of RoI pooling are
+      usually trained so much more slowly that one option for all would not do.
+    - `offset_unit` and `displacement_scale`: an offset of 1 moves a sample by `displacement_scale` pixels of the
+      input, or by that many sizes of its region.
+    - `drop_in`: True where `forward(x)` alone suffices, so that `convert` may put it in a convolution's place. It
+      then has `from_conv` and `option_names`, as `SamplingConv` writes them.
+
+    and overrides `offsets`, and whichever of the other methods has something to say about it. Where `forward` takes
+    regions, they are its second argument, and offsets that it is given are called `offset`.
     """
 
-    input: Tensor | Mapping[str, Tensor]
-    offset: Tensor | None
-    mask: Tensor | None = None
-    rois: Any = None
-    image_sizes: Any = None
-    scale: float = 1.0
-    part: str = ""
-
-
-SamplingHook = Callable[[Any, Samples], None]
-
-
-class _Hooks:
-    """The hooks of one layer, in the order they came."""
-
-    def __init__(self, hooks: tuple[SamplingHook, ...]) -> None:
-        self.hooks = hooks
-
-    # A copy or a pickle of the layer is another layer, which nobody has asked to watch.
-    def __deepcopy__(self, memo: Any) -> None:
-        return None
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(None), ()
-
-
-class SamplingHandle:
-    """Takes a hook away again: by `remove()`, or at the end of a `with` block."""
-
-    def __init__(self, layer: SamplingModule, hook: SamplingHook) -> None:
-        self._layer: Callable[[], SamplingModule | None] = weakref.ref(layer)
-        self._hook: SamplingHook | None = hook
-
-    def remove(self) -> None:
-        """Take the hook away; a second time does nothing."""
-        layer, hook, self._hook = self._layer(), self._hook, None
-        if layer is None or hook is None or layer._sampling_hooks is None:
-            return
-        left = list(layer._sampling_hooks.hooks)
-        if hook in left:
-            left.remove(hook)
-        layer._sampling_hooks = _Hooks(tuple(left)) if left else None
-
-    def __enter__(self) -> SamplingHandle:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.remove()
-
-
-class SamplingModule(nn.Module):
-    """A module that samples at positions it is given or predicts, and lets hooks see them."""
-
+    offset_branches: ClassVar[Mapping[str, float]] = {}
+    offset_lr_option: ClassVar[Literal["offset_lr_mult", "roi_offset_lr_mult"]] = "offset_lr_mult"
+    offset_unit: ClassVar[Literal["pixels", "region"]] = "pixels"
+    drop_in: ClassVar[bool] = False
     #: True where this module's hooks see what the layers inside it sample with.
     speaks_for_inner: ClassVar[bool] = False
-    _sampling_hooks: _Hooks | None = None
+    #: False where this very module was built to sample undeformed.
+    deformable: bool = True
+    _sampling_hooks: Hooks | None = None
+
+    # -- what it samples with ------------------------------------------------------------------------------------------
+
+    @property
+    def displacement_scale(self) -> float:
+        """What an offset of 1 moves a sample by, in `offset_unit`."""
+        return 1.0
+
+    @property
+    def window(self) -> Window | None:
+        """How the layer moves over its input; None where it does not as a convolution does."""
+        return None
+
+    def offsets(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Return the offset and mask (or None) that `forward` would sample with; only layers that predict them can."""
+        raise NotImplementedError
+
+    def regions(self, samples: Samples) -> Regions:
+        """Return where the bins of one call lie; only layers with `offset_unit = "region"` can."""
+        raise NotImplementedError
+
+    def multiply_adds(self, output: Tensor) -> int | None:
+        """Return the multiply-adds of the call that made `output`; None where its size does not say."""
+        return None
+
+    # -- how it starts -------------------------------------------------------------------------------------------------
+
+    def branches(self) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
+        """Yield name and value of each of `offset_branches` that this layer has."""
+        yield from _branches(self, self.offset_branches)
+
+    def reset_offsets(self) -> None:
+        """Let the layer sample undeformed again, as a fresh one does."""
+        for _, value in self.branches():
+            if isinstance(value, nn.Parameter):
+                with torch.no_grad():
+                    value.zero_()
+            else:
+                for module in value.modules():
+                    if isinstance(module, StartsAtZero):
+                        module.reset_parameters()
+
+    # -- state dicts ---------------------------------------------------------------------------------------------------
+
+    def former_keys(self, state: MutableMapping[str, Any], prefix: str) -> dict[str, str]:
+        """Rename, in place, what earlier implementations call this layer's tensors.
+
+        Args:
+            state: a state dict.
+            prefix: of this layer's keys in it: empty, or ending in a dot.
+
+        Returns:
+            Old names to new names; empty where nothing was renamed.
+        """
+        return {}
+
+    def former_note(self) -> str:
+        """Return a sentence of advice where weights in a former layout expect another layer than this, or ''."""
+        return ""
+
+    def explain_mismatch(self, name: str, shape: torch.Size) -> str:
+        """Say in words why a tensor of `shape` does not fit the branch whose tensor ends in `name`, or ''."""
+        return ""
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        renamed = self.former_keys(state_dict, prefix)
+        log_former_keys(self, renamed)
+        for old in renamed:
+            # Loaders that hand the whole dictionary to every module have flagged a key beside this layer at its parent.
+            if old in unexpected_keys:
+                unexpected_keys.remove(old)
+        for name, own in self.named_parameters():
+            given = state_dict.get(f"{prefix}{name}")
+            if (
+                isinstance(given, Tensor)
+                and given.shape != own.shape
+                and name.partition(".")[0] in self.offset_branches
+            ):
+                if text := self.explain_mismatch(f"{prefix}{name}", given.shape):
+                    error_msgs.append(text)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    # -- hooks ---------------------------------------------------------------------------------------------------------
 
     def register_sampling_hook(self, hook: SamplingHook) -> SamplingHandle:
         """Call `hook(layer, samples)` in every later call of `forward`, with what that call sampled with.
@@ -118,23 +180,41 @@ class SamplingModule(nn.Module):
         if not callable(hook):
             raise TypeError(f"hook: expected a function of the layer and its samples, got {hook!r}")
         already = () if self._sampling_hooks is None else self._sampling_hooks.hooks
-        self._sampling_hooks = _Hooks((*already, hook))
+        self._sampling_hooks = Hooks((*already, hook))
         return SamplingHandle(self, hook)
 
-    def _sampled(
-        self, input: Any, offset: Tensor | None, mask: Tensor | None = None, rois: Any = None, *others: Any
+    def tell_hooks(
+        self,
+        input: Any,
+        offset: Tensor | None,
+        mask: Tensor | None = None,
+        rois: Any = None,
+        image_sizes: Any = None,
+        part: str = "",
     ) -> None:
-        """Tell the hooks; `forward` calls this where `_sampling_hooks` is not None."""
+        """Let the hooks see what a call samples with; every `forward` does so, with the fields of `Samples`."""
         hooks = self._sampling_hooks
-        if hooks is None or _recorded(input, offset):
+        if hooks is None or recorded(input, offset):
             return
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return  # inside a backward pass: a checkpointed part runs again
         with torch.no_grad():
-            input, offset, mask, rois = (_detached(value) for value in (input, offset, mask, rois))
-            samples = Samples(input, offset, mask, rois, *others)
+            input, offset, mask, rois = (detached(value) for value in (input, offset, mask, rois))
+            samples = Samples(input, offset, mask, rois, image_sizes, self.displacement_scale, part)
             for hook in hooks.hooks:
                 hook(self, samples)
+
+
+def _branches(module: nn.Module, names: Mapping[str, float]) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
+    for name in names:
+        # Not by getattr: a wrapper may answer for what is inside it.
+        for held in (module._modules, module._parameters):
+            value = held.get(name)
+            if value is not None:
+                yield name, value
+
+
+# -- of whole models ---------------------------------------------------------------------------------------------------
 
 
 def sampling_layers(model: nn.Module) -> dict[str, SamplingModule]:
@@ -149,14 +229,73 @@ def sampling_layers(model: nn.Module) -> dict[str, SamplingModule]:
     return found
 
 
-def _detached(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach()
-    if isinstance(value, Mapping):
-        return {name: _detached(item) for name, item in value.items()}
-    return [_detached(item) for item in value] if isinstance(value, (list, tuple)) else value
+def reset_offsets(model: nn.Module) -> None:
+    """Let every layer of `model` sample undeformed again, as fresh ones do."""
+    for module in model.modules():
+        if isinstance(module, SamplingModule):
+            module.reset_offsets()
 
 
-def _recorded(*values: Any) -> bool:
-    """Tell whether this call writes a graph instead of sampling."""
-    return is_tracing() or torch.compiler.is_exporting() or any(isinstance(value, torch.fx.Proxy) for value in values)
+def offset_rates(model: nn.Module) -> dict[str, OffsetRate]:
+    """Names of the parameters that predict offsets and masks, with how they are trained, in the model's order.
+
+    A parameter that two classes declare follows the outer one.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    declared: dict[int, OffsetRate] = {}
+    for module in model.modules():
+        # Of the class, where a submodule or buffer of that name cannot be.
+        usual = getattr(type(module), "offset_branches", _ELSEWHERE)
+        option = getattr(type(module), "offset_lr_option", SamplingModule.offset_lr_option)
+        for name, branch in _branches(module, usual):
+            for parameter in [branch] if isinstance(branch, nn.Parameter) else branch.parameters():
+                declared.setdefault(id(parameter), OffsetRate(usual[name], option))
+    return {name: declared[id(p)] for name, p in model.named_parameters() if id(p) in declared}
+
+
+def offset_parameters(model: nn.Module) -> dict[str, float]:
+    """Names of the parameters that predict offsets and masks, with their usual learning rate multiplier.
+
+    1.0 for every `conv_offset`, 0.01 for the fully connected branches of RoI pooling (Dai et al. 2017, section 2.3).
+    A module class of your own says so with a class attribute: `offset_branches = {"<submodule>": <multiplier>}`.
+
+    Args:
+        model: any module.
+
+    Returns:
+        Parameter name, as in `model.named_parameters()`, to multiplier, in the model's order.
+
+    Example:
+        >>> from torch import nn
+        >>> from dcn_plugin.layers import DCNv1, DeformRoIPoolPack, offset_parameters
+        >>> model = nn.ModuleDict(dict(conv=DCNv1(4, 4, 3), pool=DeformRoIPoolPack(2, 4, deform_fc_channels=8)))
+        >>> multipliers = offset_parameters(model)
+        >>> multipliers["conv.conv_offset.weight"], multipliers["pool.offset_fc.0.weight"], len(multipliers)
+        (1.0, 0.01, 8)
+    """
+    return {name: rate.usual for name, rate in offset_rates(model).items()}
+
+
+def rename_former_keys(model: nn.Module, state: MutableMapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Rename, in place, what earlier implementations call tensors of the layers of `model`; old names to new ones."""
+    renamed = {}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, SamplingModule):
+            renamed.update(layer.former_keys(state, f"{prefix}{name}." if name else prefix))
+    return renamed
+
+
+def former_note(model: nn.Module) -> str:
+    """A sentence of advice where weights in a former layout expect other layers than those of `model`, or ''."""
+    notes = (layer.former_note() for layer in model.modules() if isinstance(layer, SamplingModule))
+    return next(filter(None, notes), "")
+
+
+def log_former_keys(model: nn.Module, renamed: Mapping[str, str]) -> None:
+    """Warn of keys that were renamed while `model` loads them, with what should be known about their weights."""
+    if not renamed:
+        return
+    pairs = ", ".join(f"{old} -> {new}" for old, new in renamed.items())
+    note = former_note(model)
+    logger.warning("state dict keys of an earlier layout renamed: %s%s", pairs, note and f"; {note}")

@@ -13,8 +13,7 @@ from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from torch import nn
 
-from ..layers import offset_parameters, sampling_layers
-from ..layers.roi import BRANCH_LR_MULT
+from ..layers import offset_rates, sampling_layers
 from .scope import OPTIM_WRAPPER_CONSTRUCTORS
 
 # What MMEngine's constructor does with keys of paramwise_cfg where it does not know a layer.
@@ -31,8 +30,9 @@ _DIFFERS = {
 class OptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """MMEngine's default constructor of optimizers, which knows this package's layers as it does mmcv's.
 
-    `lr = base_lr * dcn_offset_lr_mult` for every `conv_offset` (and R-FCN's fields of offsets), whose biases
-    `bias_lr_mult`, `bias_decay_mult` and `flat_decay_mult` leave out, as they do in mmcv's layers.
+    `lr = base_lr * dcn_offset_lr_mult` for every `conv_offset` (and R-FCN's fields of offsets; times what a layer of
+    another kind declares as usual), whose biases `bias_lr_mult`, `bias_decay_mult` and `flat_decay_mult` leave out, as
+    they do in mmcv's layers.
     `lr = base_lr * roi_offset_lr_mult` for the fully connected branches of RoI pooling; without that key they are
     trained like other layers, as mmcv's are. `dcn_plugin.layers.offset_parameters` lists both kinds. Everything else is
     MMEngine's, `custom_keys` before all other rules.
@@ -69,7 +69,7 @@ class OptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the optimizer of `model`."""
         parameters = dict(model.named_parameters())
-        self._usual = {id(parameters[name]): usual for name, usual in offset_parameters(model).items()}
+        self._rates = {id(parameters[name]): rate for name, rate in offset_rates(model).items()}
         return super().__call__(model)
 
     def add_params(
@@ -78,16 +78,16 @@ class OptimWrapperConstructor(DefaultOptimWrapperConstructor):
         """Add the parameters of `module` and of all inside it to the groups `params`, as MMEngine's method does."""
         own = {id(parameter): name for name, parameter in module.named_parameters(recurse=False)}
         # MMEngine asks only whether this is true: it keeps biases out of the rules for biases.
-        exempt = any(self._usual.get(key, BRANCH_LR_MULT) != BRANCH_LR_MULT for key in own)
+        exempt = any(key in self._rates and self._rates[key].option == "offset_lr_mult" for key in own)
         start = len(params)
         super().add_params(params, module, prefix, is_dcn_module or exempt)
         for group in params[start:]:
             key = id(group["params"][0])
-            if key not in own or key not in self._usual:
+            if key not in own or key not in self._rates:
                 continue  # those of a module inside, which have been here, and those that predict no offsets
             name = f"{prefix}.{own[key]}"
-            kind = "roi" if self._usual[key] == BRANCH_LR_MULT else "dcn"
-            factor = self.paramwise_cfg.get(f"{kind}_offset_lr_mult")
+            given = (self.paramwise_cfg.get(f"{kind}_offset_lr_mult") for kind in ("dcn", "roi"))
+            factor = self._rates[key].factor(*given)
             if factor is None or _custom(self.paramwise_cfg, name):
                 continue
             if group.get("lr") != self.base_lr * factor:  # MMEngine does so itself for convolutions of that name
@@ -104,13 +104,13 @@ def warn_of_other_rates(constructor: Any, model: nn.Module) -> None:
     paramwise = constructor.paramwise_cfg
     # Layer by layer, because mmcv's own have a conv_offset, too.
     names = {
-        name: usual
+        name: rate.option
         for prefix, layer in sampling_layers(model).items()
-        for key, usual in offset_parameters(layer).items()
+        for key, rate in offset_rates(layer).items()
         if not _custom(paramwise, name := f"{prefix}.{key}" if prefix else f".{key}")
     }
-    convolutions = [name for name, usual in names.items() if usual != BRANCH_LR_MULT]
-    regions = [name for name, usual in names.items() if usual == BRANCH_LR_MULT]
+    convolutions = [name for name, option in names.items() if option == "offset_lr_mult"]
+    regions = [name for name, option in names.items() if option == "roi_offset_lr_mult"]
     said = {key: (words, convolutions) for key, words in _DIFFERS.items()}
     said["roi_offset_lr_mult"] = _UNAPPLIED, regions
     for key, (words, affected) in said.items():

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from ..layers import OffsetConv
-from ..layers.conv import accept_sibling_offset_keys
+from ..layers import SamplingConv, accept_sibling_offset_keys, reset_offsets
 from .layers import build_conv2
 
 _DEPTHS: dict[int, tuple[bool, tuple[int, ...]]] = {  # depth: (bottleneck blocks?, blocks per stage)
@@ -238,16 +237,11 @@ class DCNResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         for module in self.modules():
-            if isinstance(module, OffsetConv):
+            if isinstance(module, SamplingConv):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, _Block) and zero_init_residual:
                 nn.init.zeros_(module.last_norm.weight)  # type: ignore[arg-type]
-        self._zero_offsets()
-
-    def _zero_offsets(self) -> None:
-        for module in self.modules():
-            if isinstance(module, OffsetConv):
-                module.conv_offset.reset_parameters()
+        reset_offsets(self)
 
     def init_weights(self) -> None:
         """Apply `init_cfg` (MMEngine's Runner calls this once, before training); without one the weights stay."""
@@ -260,7 +254,7 @@ class DCNResNet(nn.Module):
         drawn = [cfg for cfg in self.init_cfgs if cfg not in pretrained]
         if drawn:
             initialize(self, drawn)
-            self._zero_offsets()  # one for all layers has met the offset convolutions too
+            reset_offsets(self)  # one for all layers has met the offset convolutions too
         initialize(self, pretrained)
 
     def _freeze(self) -> None:

@@ -29,11 +29,13 @@ def build_model(spec: str | Mapping[str, Any], num_classes: int | None = None) -
         kwargs["num_classes"] = num_classes
     if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name.split(".")[0]):
         close = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*dcn*") or timm.list_models("*_dcn")
-        raise ValueError(f"model: unknown timm model {name!r}; deformable ones close to it: {', '.join(close[:8])}")
+        raise ValueError(
+            f"model: expected a timm model, got {name!r}; deformable ones close to it: {', '.join(close[:8])}"
+        )
     try:
         return timm.create_model(name, **kwargs)
     except TypeError as error:
-        raise TypeError(f"model: {name} does not take these arguments: {error}") from error
+        raise TypeError(f"model: expected arguments that {name} takes, got {kwargs}: {error}") from error
 
 
 def without_weights(spec: Any) -> Any:
@@ -42,6 +44,21 @@ def without_weights(spec: Any) -> Any:
         result = {key: without_weights(value) for key, value in spec.items() if key != "checkpoint_path"}
         return result | (dict(pretrained=False) if spec.get("pretrained") is True else {})
     return [without_weights(item) for item in spec] if isinstance(spec, (list, tuple)) else spec
+
+
+def saved_spec(model: nn.Module, spec: Any) -> dict[str, Any] | None:
+    """Return the MMEngine configuration that a file holds of a model; None for one of timm's, which needs none."""
+    if hasattr(model, "pretrained_cfg"):
+        return None
+    if not isinstance(spec, Mapping) or "type" not in spec:
+        raise ValueError(f"spec: expected the MMEngine config of a {type(model).__name__}, got {spec!r}")
+    return plain(spec)
+
+
+def build_saved(spec: Mapping[str, Any], instead: str) -> nn.Module:
+    """Build the model of an MMEngine configuration that a file holds, without fetching weights (see the next one)."""
+    check_saved_model(spec, instead)
+    return build_model(without_weights(spec))
 
 
 def check_saved_model(spec: Any, instead: str) -> None:
@@ -81,7 +98,7 @@ def _is_registered(name: Any, as_scope: bool) -> bool:
     import mmengine.registry as mmengine
     from mmengine.config.utils import MODULE2PACKAGE
 
-    import dcn_plugin.registry  # noqa: F401  (our scope)
+    from .. import registry  # noqa: F401  (our scope)
 
     if not isinstance(name, str):
         return False

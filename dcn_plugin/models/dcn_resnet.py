@@ -37,8 +37,14 @@ from timm.models import (
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from ..layers import LAYERS, OffsetConv
-from ..layers.conv import accept_sibling_offset_keys
+from ..layers import (
+    LAYERS,
+    SamplingModule,
+    accept_sibling_offset_keys,
+    drop_ins,
+    offset_parameters,
+    reset_offsets,
+)
 
 __all__ = ["DeformResNet"]
 
@@ -85,13 +91,11 @@ class DeformResNet(ResNet):
     def init_weights(self, zero_init_last: bool = True) -> None:
         """Draw fresh weights as timm does, and let every deformable layer start as the plain convolution again."""
         super().init_weights(zero_init_last)
-        for module in self.modules():
-            if isinstance(module, OffsetConv):
-                module.conv_offset.reset_parameters()
+        reset_offsets(self)
 
 
 # timm's fx feature extractor takes a deformable layer as one node.
-for _layer in LAYERS.values():
+for _layer in (SamplingModule, *LAYERS.values()):
     register_notrace_module(_layer)
 
 
@@ -109,14 +113,13 @@ def _resolve_layer(dcn_layer: str | Mapping[str, Any], offset_groups: int) -> Ca
         raise TypeError(f"dcn_layer: expected a layer name or dict(type=..., ...), got {dcn_layer!r}")
     options: dict[str, Any] = {"type": dcn_layer} if isinstance(dcn_layer, str) else dict(dcn_layer)
     name = options.pop("type", None)
-    known = [key for key, layer in LAYERS.items() if issubclass(layer, OffsetConv)]
+    known = drop_ins()
     if name not in known:
-        raise ValueError(f"dcn_layer: expected type out of {known}, got {name!r} in {dcn_layer!r}")
+        raise ValueError(f"dcn_layer: expected type out of {list(known)}, got {name!r} in {dcn_layer!r}")
     if options.setdefault("offset_groups", offset_groups) != offset_groups and offset_groups != 1:
         got = f"{options['offset_groups']} and {offset_groups}"
         raise ValueError(f"offset_groups: expected one value, got {got} (in dcn_layer and as a keyword argument)")
-    layer: Any = LAYERS[name]
-    return partial(layer.from_conv, **options)
+    return partial(known[name].from_conv, **options)
 
 
 def _accept_base_weights(state_dict: dict[str, Tensor], model: nn.Module, features_only: bool) -> dict[str, Tensor]:
@@ -126,8 +129,9 @@ def _accept_base_weights(state_dict: dict[str, Tensor], model: nn.Module, featur
     """
     own = model.state_dict()
     missing = [key for key in own if key not in state_dict and not key.endswith("num_batches_tracked")]
-    offsets = [key for key in missing if ".conv_offset." in key]
-    if len(offsets) < sum(".conv_offset." in key for key in own):
+    predicting = offset_parameters(model)
+    offsets = [key for key in missing if key in predicting]
+    if len(offsets) < len(predicting):
         offsets = []  # some are there: the weights are those of another deformable model
     cfg: Any = model.pretrained_cfg
     other_head = features_only or model.num_classes != cfg["num_classes"]
@@ -136,10 +140,9 @@ def _accept_base_weights(state_dict: dict[str, Tensor], model: nn.Module, featur
     unexpected = [key for key in state_dict if key not in own and not key.startswith(head)]
     if missing or unexpected:
         raise RuntimeError(
-            f"pretrained weights do not fit {cfg['architecture']}: "
-            f"missing keys {missing}, unexpected keys {unexpected}; "
-            "expected the base model's weights, or a deformable model's with the same dcn_stages and dcn_layer "
-            "(dcn_plugin.load_checkpoint reads other layouts)"
+            f"pretrained: expected the weights of {cfg['architecture']}'s base, or of a deformable model with the same "
+            "dcn_stages and dcn_layer (dcn_plugin.load_checkpoint reads other layouts), got some with "
+            f"missing keys {missing}, unexpected keys {unexpected}"
         )
     return {**state_dict, **{key: own[key] for key in offsets}}
 

@@ -53,7 +53,7 @@ def register(
     """
     op, backward_op = (getattr(torch.ops.dcn_plugin, n) for n in (name, f"{name}_backward"))
     tensors, options = _arguments(op)
-    (_, *saved), _ = _arguments(backward_op)
+    saved = _arguments(backward_op)[0][1:]
     gradients = [result.name.removeprefix("grad_") for result in backward_op.default._schema.returns]
     closed_form = closed_form or {}
     single = len(gradients) == 1  # the backward operator then returns a tensor, not a tuple

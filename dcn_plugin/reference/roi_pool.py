@@ -28,6 +28,38 @@ class _Axis(NamedTuple):
     divisor: Tensor  # how many samples the average is over; broadcasts against [R, classes, P_h, P_w]
 
 
+class _Rule(NamedTuple):
+    """What an operator makes of the corners of a region."""
+
+    half: float  # pixels of the map that its start is moved up and to the left by
+    least: float | None  # size on the map; None: that of a region which is inside out is negative
+    whole: bool = False  # rounded half away from zero to pixels of the image, the last one included
+
+
+def _rule_of_roi_pool(aligned: bool) -> _Rule:
+    return _Rule(0.5, None) if aligned else _Rule(0.0, 1)
+
+
+_RULE_OF_PS_POOL = _Rule(0.5, 0.1, whole=True)
+
+
+class Frame(NamedTuple):
+    """`start` and `size` of regions, `[R, 2]` each, (y, x) in pixels of the image."""
+
+    start: Tensor
+    size: Tensor
+
+
+def roi_frame(rois: Tensor, spatial_scale: float, aligned: bool) -> Frame:
+    """What `deform_roi_pool` takes for start and size of regions `[R, 5]`; NaN where they are not finite."""
+    return _on_image(rois, spatial_scale, _rule_of_roi_pool(aligned))
+
+
+def ps_roi_frame(rois: Tensor, spatial_scale: float) -> Frame:
+    """What `deform_ps_roi_pool` takes for start and size of regions `[R, 5]`; NaN where they are not finite."""
+    return _on_image(rois, spatial_scale, _RULE_OF_PS_POOL)
+
+
 @dense_arguments
 def deform_roi_pool(
     input: Tensor,
@@ -46,7 +78,7 @@ def deform_roi_pool(
 
     `out[r,c,p] = mask[r,p] / S * sum_s bilinear(input[n_r,c], start + bin * p + gamma * size * offset[r,p] + s)`
     """
-    regions = _regions(rois, input, spatial_scale, 0.5 * aligned, None if aligned else 1)
+    regions = _regions(rois, input.shape[0], input.dtype, spatial_scale, _rule_of_roi_pool(aligned))
     bins = _pair(output_size)
 
     def axis(i: int) -> _Axis:
@@ -81,7 +113,7 @@ def deform_ps_roi_pool(
 
     As `deform_roi_pool`, but bin p reads the channels of its own group, and the average is over samples inside.
     """
-    regions = _regions(rois, input, spatial_scale, 0.5, 0.1, whole=True)
+    regions = _regions(rois, input.shape[0], input.dtype, spatial_scale, _RULE_OF_PS_POOL)
     bins, parts = _pair(output_size), _pair(output_size if part_size is None else part_size)
 
     def axis(i: int) -> _Axis:
@@ -93,7 +125,7 @@ def deform_ps_roi_pool(
         spread = _spread(origin, step / samples_per_part, 0, grid, samples_per_part, inside, input, i)
         return spread._replace(divisor=spread.read.sum(-1))
 
-    mask = None if mask is None else _of_bins(mask, bins, parts)
+    mask = None if mask is None else of_bins(mask, bins, parts)
     return (pool or _pool)(input, rois, axis(0), axis(1), mask, bins, group_size)
 
 
@@ -112,7 +144,7 @@ def ps_roi_pool(
 
     The average of the whole pixels that a bin touches, in the channels of its own group; 0 where it touches none.
     """
-    regions = _regions(rois, input, spatial_scale, 0, 0.1, whole=True)
+    regions = _regions(rois, input.shape[0], input.dtype, spatial_scale, _Rule(0.0, 0.1, whole=True))
     bins = _pair(output_size)
 
     def axis(i: int) -> _Axis:
@@ -132,27 +164,29 @@ def ps_roi_pool(
     return (pool or _pool)(input, rois, axis(0), axis(1), None, bins, group_size)
 
 
-def _regions(
-    rois: Tensor, input: Tensor, scale: float, half: float, least: float | None, whole: bool = False
-) -> list[tuple[Tensor, Tensor]]:
-    """Start and size along y, and along x, each [R], on the map and in at least float32; `whole`: of whole pixels.
+def _regions(rois: Tensor, images: float, dtype: torch.dtype, scale: float, rule: _Rule) -> list[tuple[Tensor, Tensor]]:
+    """Start and size along y, and along x, each [R], on the map and in at least float32.
 
-    Both are NaN for an invalid region, which names no image of the batch or is not finite on the map. Sizes are at
-    least `least`; where that is None, a region that is inside out has a negative size.
+    Both are NaN for an invalid region, which names none of the `images` or is not finite on the map.
     """
     number, lower, upper = rois.detach().split((1, 2, 2), 1)
     # Upper corners are looked at here because clamping the size would hide an infinite one.
-    valid = (number >= 0) & (number < input.shape[0]) & (number == number.trunc()) & upper.isfinite()
-    lower, upper = (t.to(torch.promote_types(input.dtype, torch.float32)) for t in (lower, upper))
-    if whole:  # rounded half away from zero, the last pixel included
+    valid = (number >= 0) & (number < images) & (number == number.trunc()) & upper.isfinite()
+    lower, upper = (t.to(torch.promote_types(dtype, torch.float32)) for t in (lower, upper))
+    if rule.whole:
         lower, upper = (t.sign() * (t.abs() + 0.5).floor() for t in (lower, upper))
         upper = upper + 1
-    start = lower * scale - half
-    size = upper * scale - half - start
-    size = size if least is None else size.clamp(min=least)
+    start = lower * scale - rule.half
+    size = upper * scale - rule.half - start
+    size = size if rule.least is None else size.clamp(min=rule.least)
     valid = (valid & start.isfinite() & size.isfinite()).all(1, keepdim=True)
     start, size = (torch.where(valid, t, torch.nan) for t in (start, size))
     return [(start[:, i], size[:, i]) for i in (1, 0)]
+
+
+def _on_image(rois: Tensor, scale: float, rule: _Rule) -> Frame:
+    (top, height), (left, width) = _regions(rois, torch.inf, torch.float64, scale, rule)
+    return Frame((torch.stack((top, left), 1) + rule.half) / scale, torch.stack((height, width), 1) / scale)
 
 
 def _last(t: Tensor) -> Tensor:
@@ -174,7 +208,7 @@ def _is_mapped(t: Tensor) -> bool:
     return False
 
 
-def _of_bins(t: Tensor, bins: Sequence[int], parts: Sequence[int]) -> Tensor:
+def of_bins(t: Tensor, bins: Sequence[int], parts: Sequence[int]) -> Tensor:
     """Take for each bin the value of the part it lies in: [..., parts] to [..., bins]."""
     for i in (0, 1):
         t = t.index_select(
@@ -189,7 +223,7 @@ def _shift(
     """Offsets of axis i in pixels, [R, classes, P_h, P_w]."""
     if offset is None:
         return None
-    return _bins(unit) * _of_bins(offset, bins, parts or bins)[:, i::2].to(unit.dtype)
+    return _bins(unit) * of_bins(offset, bins, parts or bins)[:, i::2].to(unit.dtype)
 
 
 def _origins(start: Tensor, step: Tensor, bins: Sequence[int], i: int, shift: Tensor | None) -> Tensor:

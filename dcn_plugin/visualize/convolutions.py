@@ -10,12 +10,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..layers import DeformConv2d, Samples, sampling_layers
+from ..layers import Samples, SamplingModule, Window, sampling_layers
 from ._figure import evaluating, new_figure, show_image
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class LayerRecord:
     """
 
     name: str
-    layer: DeformConv2d
+    layer: SamplingModule
     offset: Tensor
     mask: Tensor | None
     input_size: tuple[int, int]
@@ -43,16 +43,18 @@ class LayerRecord:
     out_grid: tuple[tuple[float, float], tuple[float, float]]
     call: int = 0
 
+    @property
+    def window(self) -> Window:
+        """How the layer moves over its input."""
+        return cast(Window, self.layer.window)
+
     def taps(self) -> Tensor:
         """Return where the taps of output pixel (0, 0) lie without offsets, [K, 2]."""
-        (kh, kw), (dy, dx) = self.layer.kernel_size, self.layer.dilation
-        top, left = self.layer.padding4[:2]
-        ys, xs = torch.arange(kh) * dy - top, torch.arange(kw) * dx - left
-        return torch.stack(torch.meshgrid(ys, xs, indexing="ij"), dim=-1).reshape(-1, 2).float()
+        return self.window.taps()
 
     def positions(self, y: int, x: int, group: int = 0, sample: int = 0) -> Tensor:
         """Return where output pixel (y, x) samples the layer's input, [K, 2]."""
-        stride = torch.tensor(self.layer.stride, dtype=torch.float32)
+        stride = torch.tensor(self.window.stride, dtype=torch.float32)
         return torch.tensor([y, x]) * stride + self.taps() + self.offset[sample, group, :, :, y, x]
 
 
@@ -98,6 +100,11 @@ def effective_dilation(offset: Tensor, kernel_size: Sequence[int], dilation: Seq
 
 def _spatial(module: nn.Module) -> tuple[list[int], list[int], list[int], list[int]] | None:
     """Return kernel, stride, top-left padding and dilation of a layer that moves over the image, else None."""
+    if isinstance(module, SamplingModule):
+        window = module.window
+        return window and (
+            list(window.kernel_size), list(window.stride), list(window.padding[:2]), list(window.dilation)
+        )  # fmt: skip
     kernel = getattr(module, "kernel_size", None)
     if kernel is None or isinstance(module, nn.modules.conv._ConvTransposeNd):
         return None
@@ -107,9 +114,7 @@ def _spatial(module: nn.Module) -> tuple[list[int], list[int], list[int], list[i
 
     dilation = pair(getattr(module, "dilation", 1))
     padding = getattr(module, "padding", 0)
-    if isinstance(module, DeformConv2d):
-        padding = module.padding4[:2]
-    elif padding == "same":
+    if padding == "same":
         padding = [d * (k - 1) // 2 for d, k in zip(dilation, pair(kernel), strict=True)]
     elif isinstance(padding, str):
         padding = 0
@@ -129,7 +134,8 @@ def record(
     between a feature map and the image is followed through every strided or unpadded layer with a kernel.
 
     Args:
-        model: any module with DeformConv2d, DCNv1 or DCNv2 layers inside; its training mode is left as it was.
+        model: any module with deformable convolutions (layers that have a `window`) inside; its training mode is left
+            as it was.
         images: [N, C, H, W] as the model takes them (or [C, H, W] for one).
         layers: names of layers to keep, as in `model.named_modules()`; None keeps all.
         call: which call of each layer to keep, where one runs several times (shared over the levels of a pyramid): 0
@@ -147,12 +153,12 @@ def record(
         torch.Size([1, 1, 9, 2, 8, 8])
     """
     images = _batch(images)
-    found = {name: layer for name, layer in sampling_layers(model).items() if isinstance(layer, DeformConv2d)}
+    found = {name: layer for name, layer in sampling_layers(model).items() if layer.window is not None}
     if not found:
-        raise ValueError(f"model: expected deformable convolutions inside, {type(model).__name__} has none")
+        raise ValueError(f"model: expected deformable convolutions inside, got {type(model).__name__} without any")
     for name in layers or ():
         if name not in found:
-            raise ValueError(f"layers: {name!r} is no deformable layer; there are {', '.join(found)}")
+            raise ValueError(f"layers: expected deformable layers out of {', '.join(found)}, got {name!r}")
     records: list[LayerRecord] = []
     calls = dict.fromkeys(found, 0)
     height, width = _size(images)
@@ -178,16 +184,17 @@ def record(
         if given is not None and isinstance(output, Tensor) and given.dim() == output.dim() == 4:
             advance(module, _size(given), _size(output))
 
-    def look(name: str, layer: DeformConv2d, samples: Samples) -> None:
-        offset, mask, input = samples.offset, samples.mask, samples.input
-        assert offset is not None and isinstance(input, Tensor)  # a convolution's always are
+    def look(name: str, layer: SamplingModule, samples: Samples) -> None:
+        offset, mask, input, window = samples.offset, samples.mask, samples.input, layer.window
+        assert offset is not None and window is not None and isinstance(input, Tensor)  # a convolution's always are
+        taps = math.prod(window.kernel_size)
         before, after = _size(input), _size(offset)
         advance(layer, before, after)
         item = LayerRecord(
             name,
             layer,
-            offset.float().cpu().unflatten(1, (-1, math.prod(layer.kernel_size), 2)),
-            None if mask is None else mask.float().cpu().unflatten(1, (-1, math.prod(layer.kernel_size))),
+            (samples.scale * offset.float().cpu()).unflatten(1, (-1, taps, 2)),
+            None if mask is None else mask.float().cpu().unflatten(1, (-1, taps)),
             before,
             grid_of(before),
             grid_of(after),
@@ -280,14 +287,14 @@ def dilation_by_layer(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     return {key: dilation for key, _, dilation in _dilations(model, images)}
 
 
-def _dilations(model: nn.Module, images: Tensor) -> list[tuple[str, DeformConv2d, Tensor]]:
+def _dilations(model: nn.Module, images: Tensor) -> list[tuple[str, Window, Tensor]]:
     records = record(model, images)
     several = {item.name for item in records if item.call}
     return [
         (
             f"{item.name}[{item.call}]" if item.name in several else item.name,
-            item.layer,
-            effective_dilation(item.offset.flatten(1, 3), item.layer.kernel_size, item.layer.dilation),
+            item.window,
+            effective_dilation(item.offset.flatten(1, 3), item.window.kernel_size, item.window.dilation),
         )
         for item in records
     ]
@@ -430,7 +437,7 @@ def dilation_plot(model: nn.Module, images: Tensor) -> Figure:
     Returns:
         A matplotlib figure; the dilation each layer would have with zero offsets is marked.
     """
-    names, layers, values = zip(*_dilations(model, images), strict=True)
+    names, windows, values = zip(*_dilations(model, images), strict=True)
     figure, grid = new_figure(1, width=max(4.0, 0.55 * len(values) + 2.0), height=3.6)
     axes = grid[0, 0]
     boxes = axes.boxplot(
@@ -440,9 +447,9 @@ def dilation_plot(model: nn.Module, images: Tensor) -> Figure:
     for box in boxes["boxes"]:
         box.set_facecolor("#9ecae1")
     still = []
-    for layer in layers:
-        zeros = torch.zeros(1, 2 * layer.kernel_size[0] * layer.kernel_size[1], 1, 1)
-        still.append(effective_dilation(zeros, layer.kernel_size, layer.dilation).item())
+    for window in windows:
+        zeros = torch.zeros(1, 2 * math.prod(window.kernel_size), 1, 1)
+        still.append(effective_dilation(zeros, window.kernel_size, window.dilation).item())
     axes.plot(range(1, len(still) + 1), still, "_", color="#ff2d2d", markersize=18, label="with zero offsets")
     axes.set_xticks(range(1, len(values) + 1), list(names), rotation=45, ha="right", fontsize=8)
     axes.set_ylabel("effective dilation (pixels)")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..layers import DeformConv2d, Samples, SamplingModule, sampling_layers
+from ..layers import Samples, SamplingModule, sampling_layers
 from ._figure import evaluating, new_figure, show_image
 
 if TYPE_CHECKING:
@@ -137,12 +137,14 @@ def _pools(model: nn.Module, chosen: str | None) -> dict[str, SamplingModule]:
     found = {
         name: layer
         for name, layer in sampling_layers(model).items()
-        if not isinstance(layer, DeformConv2d) and getattr(layer, "deformable", True)
+        if layer.offset_unit == "region" and layer.deformable
     }
     if not found:
-        raise ValueError(f"model: expected a deformable RoI pooling layer inside, {type(model).__name__} has none")
+        raise ValueError(
+            f"model: expected a deformable RoI pooling layer inside, got {type(model).__name__} without any"
+        )
     if chosen is not None and chosen not in found:
-        raise ValueError(f"layer: {chosen!r} is no deformable RoI pooling layer; there are {', '.join(found)}")
+        raise ValueError(f"layer: expected a deformable RoI pooling layer out of {', '.join(found)}, got {chosen!r}")
     return {chosen: found[chosen]} if chosen is not None else found
 
 
@@ -153,57 +155,16 @@ def _ratios(resized: Any, sizes: Sequence[tuple[int, int]]) -> Tensor:
     return torch.tensor([tuple(size) for size in resized], dtype=torch.float32) / torch.tensor(sizes)
 
 
-def _bins(name: str, layer: Any, samples: Samples, sizes: Sequence[tuple[int, int]]) -> BinRecord:
-    rois = samples.rois
-    if isinstance(rois, Tensor):
-        of_image, rois = rois[:, 0].long().cpu(), rois[:, 1:].float().cpu()
-    else:
-        of_image = torch.cat([torch.full((len(r),), n) for n, r in enumerate(rois)])
-        rois = torch.cat(list(rois)).float().cpu()
-    (height, width), offset = _pair(layer.output_size), samples.offset
-    offset = torch.zeros(len(rois), 2, height, width) if offset is None else offset.float().cpu()
-    mask = None if samples.mask is None else samples.mask.float().cpu()
-    order = of_image.argsort(stable=True)  # the boxes of one image after the other
-    of_image, rois, offset = of_image[order], rois[order], offset[order]
+def _bins(name: str, layer: SamplingModule, samples: Samples, sizes: Sequence[tuple[int, int]]) -> BinRecord:
+    found = layer.regions(samples)
+    order = found.images.argsort(stable=True)  # the boxes of one image after the other
+    of_image, boxes, bins, shifts = (t[order] for t in (found.images, found.boxes, found.bins, found.shifts))
     ratio = _ratios(samples.image_sizes, sizes)[of_image]
-    part_h, part_w = offset.shape[-2:]
-    frame = rois
-    if hasattr(layer, "offset_scale"):  # position-sensitive pooling rounds the box and counts its last pixel
-        frame = rois.sign() * (rois.abs() + 0.5).floor()
-        frame = frame + torch.tensor([0.0, 0.0, 1.0, 1.0])
-    start, size = frame[:, :2].flip(1), (frame[:, 2:] - frame[:, :2]).flip(1)
-    if (least := _least_size(layer, samples)) is not None:
-        size = size.maximum(least)
-    cells = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    grid = (torch.stack(cells, dim=-1) + 0.5) / torch.tensor([height, width])
-    bins = (start[:, None, None] + grid * size[:, None, None]) / ratio[:, None, None]
-
-    def of_bin(values: Tensor) -> Tensor:  # a bin takes the part that its corner lies in
-        return values[..., (torch.arange(height) * part_h) // height, :][..., (torch.arange(width) * part_w) // width]
-
-    moves = of_bin(offset).reshape(len(rois), -1, 2, height, width).permute(0, 1, 3, 4, 2)
-    shifts = moves * (samples.scale * size / ratio)[:, None, None, None]
-    in_image = rois / ratio.flip(1).repeat(1, 2)
-    weights = None if mask is None else of_bin(mask[order])
-    return BinRecord(name, layer, of_image, in_image, bins, shifts, weights, samples.part)
-
-
-def _least_size(layer: Any, samples: Samples) -> Tensor | None:
-    """What pooling takes a region for at least, in its pixels: [R, 1] or one for all; None: sizes may be negative."""
-    if hasattr(layer, "offset_scale"):
-        return torch.tensor(0.1 / getattr(layer, "score_pool", layer).spatial_scale)
-    if getattr(layer, "aligned", True):
-        return None
-    # A pixel of the map that each region is pooled from.
-    levels = layer._levels(samples.input, samples.rois, samples.image_sizes)
-    least = torch.full((len(levels.rois), 1), 1 / levels.scales[0])
-    for scale, own in zip(levels.scales, levels.members, strict=False):
-        least[own.cpu()] = 1 / scale
-    return least
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (value[0], value[1]) if isinstance(value, (tuple, list)) else (value, value)
+    mask = None if found.mask is None else found.mask[order]
+    return BinRecord(
+        name, layer, of_image, boxes / ratio.flip(1).repeat(1, 2), bins / ratio[:, None, None],
+        shifts / ratio[:, None, None, None], mask, samples.part,
+    )  # fmt: skip
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------

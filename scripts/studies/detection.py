@@ -15,7 +15,7 @@ from torch import nn
 
 from dcn_plugin import visualize
 from dcn_plugin._config import plain
-from dcn_plugin.export.folder import load_exported
+from dcn_plugin.export import load_exported
 from dcn_plugin.finetune.detection.data import CocoDataModule
 from dcn_plugin.finetune.run import quiet
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dcn_plugin import visualize
-from dcn_plugin.export.folder import load_exported
+from dcn_plugin.export import load_exported
 from dcn_plugin.finetune.classification.data import ImageDataModule
 from dcn_plugin.finetune.digits import Digits
 from dcn_plugin.finetune.run import quiet

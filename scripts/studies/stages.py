@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from dcn_plugin.export.folder import load_exported
+from dcn_plugin.export import load_exported
 from dcn_plugin.finetune.run import find_checkpoint, load_config, run
 
 RESULT = "result.json"

@@ -66,69 +66,99 @@ def converted():
     return made
 
 
-PAIR = "must be an integer or a pair of integers"
+PAIR = "expected an integer or a pair of integers"
 CONVERT = [
-    Case(convert({}, of=dict), TypeError, "model", "must be an nn.Module", "got dict"),
-    Case(convert({}, of=wrapped), TypeError, "model", "convert it first", "DistributedDataParallel already"),
-    Case(convert("0"), TypeError, "rules", "must be a dict or a list of dicts", "got str"),
-    Case(convert(["0"]), TypeError, "rules[0]", "must be a dict", "got str"),
-    Case(rule(kernal_size=3), ValueError, "rules[0]", "known are match, exclude", "unknown key 'kernal_size'"),
-    Case(convert(dict(layer=V2)), ValueError, "rules[0]", "lacks the key 'match'", "it has 'layer'"),
-    Case(convert({}), ValueError, "rules[0]", "lacks the key 'match'", "it has none"),
-    Case(rule(match=3), TypeError, "match", "must be a string or a list of strings", "got 3"),
-    Case(rule(exclude=[1]), TypeError, "exclude", "must be a string or a list of strings", "got [1]"),
-    Case(rule(match="re:("), ValueError, "rules[0] (match='re:('): match", "is not a regular expression", "'re:('"),
-    Case(rule(exclude="re:("), ValueError, "rules[0] (match='0'): exclude", "is not a regular expression", "'re:('"),
-    Case(rule(layer="DCNv2"), TypeError, "layer", "must be a dict with a 'type'", "got 'DCNv2'"),
-    Case(rule(layer=dict(type="DCNv9")), ValueError, "layer type", "choose DCNv1 or DCNv2", "'DCNv9' is unknown"),
-    Case(rule(layer=dict(type=None)), ValueError, "layer type", "choose DCNv1 or DCNv2", "None is unknown"),
-    Case(rule(layer=dict(type="DeformConv2d")), ValueError, "layer type", "choose DCNv1 or DCNv2", "needs offsets"),
-    Case(rule(layer=dict(type=DeformConv2d)), ValueError, "layer type", "choose DCNv1 or DCNv2", "needs offsets"),
-    Case(rule(layer=V2 | dict(deform_groups=1)), ValueError, "DCNv2", "is called 'offset_groups'", "'deform_groups'"),
-    Case(rule(layer=V2 | dict(stride=2)), ValueError, "DCNv2", "it has offset_groups", "no option 'stride'"),
-    Case(rule(groups=1.0), TypeError, "groups", "must be an integer or 'depthwise'", "got 1.0"),
-    Case(rule(min_channels="8"), TypeError, "min_channels", "must be an integer", "got '8'"),
+    Case(convert({}, of=dict), TypeError, "model", "expected an nn.Module", "got dict"),
+    Case(
+        convert({}, of=wrapped),
+        TypeError, "model:", "wrapped only after it is converted", "got a DistributedDataParallel",
+    ),
+    Case(convert("0"), TypeError, "rules", "expected a dict or a list of dicts", "got str"),
+    Case(convert(["0"]), TypeError, "rules[0]", "expected a dict", "got str"),
+    Case(
+        rule(kernal_size=3),
+        ValueError, "rules[0]", "keys out of match, exclude", "got 'kernal_size' (did you mean 'kernel_size'?)",
+    ),
+    Case(convert(dict(layer=V2)), ValueError, "rules[0]", "expected a key 'match'", "got 'layer'"),
+    Case(convert({}), ValueError, "rules[0]", "expected a key 'match'", "got none"),
+    Case(rule(match=3), TypeError, "match", "expected a string or a list of strings", "got 3"),
+    Case(rule(exclude=[1]), TypeError, "exclude", "expected a string or a list of strings", "got [1]"),
+    Case(
+        rule(match="re:("),
+        ValueError, "rules[0] (match='re:('): match", "expected regular expressions", "got 're:('",
+    ),
+    Case(
+        rule(exclude="re:("),
+        ValueError, "rules[0] (match='0'): exclude", "expected regular expressions", "got 're:('",
+    ),
+    Case(rule(layer="DCNv2"), TypeError, "layer", "expected a dict with a 'type'", "got 'DCNv2'"),
+    Case(
+        rule(layer=dict(type="DCNv9")),
+        ValueError, "layer:", "type out of DCNv1, DCNv2", "got 'DCNv9' (did you mean 'DCNv",
+    ),
+    Case(rule(layer=dict(type=None)), ValueError, "layer:", "type out of DCNv1, DCNv2", "got None"),
+    Case(
+        rule(layer=dict(type="DeformConv2d")),
+        ValueError, "layer:", "type out of DCNv1, DCNv2", "which cannot stand in",
+    ),
+    Case(
+        rule(layer=dict(type=DeformConv2d)),
+        ValueError, "layer:", "type out of DCNv1, DCNv2", "which cannot stand in",
+    ),
+    Case(
+        rule(layer=V2 | dict(deform_groups=1)),
+        ValueError, "layer:", "is called 'offset_groups'", "got 'deform_groups'",
+    ),
+    Case(
+        rule(layer=V2 | dict(stride=2)),
+        ValueError, "layer:", "options of DCNv2 out of offset_groups", "got 'stride'",
+    ),
+    Case(rule(groups=1.0), TypeError, "groups", "expected an integer or 'depthwise'", "got 1.0"),
+    Case(rule(min_channels="8"), TypeError, "min_channels", "expected an integer", "got '8'"),
     Case(rule(kernel_size="3"), TypeError, "kernel_size", PAIR, "got '3'"),
     Case(rule(stride=(1, 1, 1)), TypeError, "stride", PAIR, "got (1, 1, 1)"),
-    Case(rule(kernel_size=7), ValueError, "(match='0')", "meets its conditions", "{'kernel_size': (7, 7)}"),
+    Case(rule(kernel_size=7), ValueError, "(match='0')", "that meets {'kernel_size': (7, 7)}", "got 1 modules"),
     Case(
         convert(dict(match="*", layer=V2), of=lambda: nn.Conv2d(3, 3, 3)),
-        TypeError, "model", "use DCNv2.from_conv(model)", "is the convolution",
+        TypeError, "(match='*')", "use DCNv2.from_conv(model)", "got the model itself",
     ),
-    Case(rule(match="re:1", kernel_size=3), ValueError, "(match='re:1')", "meets its conditions", "matches 1 module"),
-    Case(rule(exclude="0"), ValueError, "rules[0] (match='0')", "module of the model", "matches no"),
-    Case(rule(match="9"), ValueError, "rules[0] (match='9')", "module of the model", "matches no"),
+    Case(
+        rule(match="re:1", kernel_size=3),
+        ValueError, "(match='re:1')", "that meets {", "got 1 modules, none of which",
+    ),
+    Case(rule(exclude="0"), ValueError, "rules[0] (match='0')", "expected a module of the model", "got none"),
+    Case(rule(match="9"), ValueError, "rules[0] (match='9')", "expected a module of the model", "got none"),
     Case(
         convert([dict(match=match, layer=V2) for match in ("0", "[0-9]")], of=model),
-        ValueError, "'0'", "matched by both", "rules[0] (match='0') and rules[1] (match='[0-9]')",
+        ValueError, "0:", "expected one rule", "got rules[0] (match='0') and rules[1] (match='[0-9]')",
     ),
     Case(
         convert(dict(match="0", layer=V2), of=converted),
-        TypeError, "rules[0] (match='0') matches '0'", "exclude it", "'0' is deformable already",
+        TypeError, "rules[0] (match='0')", "exclude it", "got '0', as '0' is deformable already",
     ),
     Case(
         convert(dict(match="0.0", layer=V2), of=lambda: nn.Sequential(Folds(nn.Conv2d(3, 4, 3)))),
-        TypeError, "matches '0.0'", "fold the model first", "'0' (Folds) folds: fuse() would put a plain convolution",
+        TypeError, "(match='0.0')", "fold the model first", "got '0.0', which '0' (Folds) folds: fuse() would put a",
     ),
-    Case(rule(match="1"), TypeError, "matches '1'", "conv must be an nn.Conv2d", "got ReLU; narrow the pattern"),
+    Case(rule(match="1"), TypeError, "got '1'", "conv: expected an nn.Conv2d", "got ReLU; narrow the pattern"),
     Case(
         rule(layer=V2 | dict(offset_groups=2)),
-        ValueError, "matches '0'", "in_channels must be divisible by offset_groups", "got 3 and 2",
+        ValueError, "got '0'", "in_channels: expected a multiple of offset_groups", "got 3 and 2",
     ),
     Case(
-        rule(layer=V2 | dict(mask_activation="tanh")), ValueError, "mask_activation", "must be '2*sigmoid'", "'tanh'"
+        rule(layer=V2 | dict(mask_activation="tanh")), ValueError, "mask_activation", "expected '2*sigmoid'", "'tanh'"
     ),
     Case(rule(layer=V2 | dict(offset_bound="1")), TypeError, "offset_bound", "a number of pixels or None", "got '1'"),
     *(
         Case(
             convert(dict(match="0", layer=V2), input_size=size),
-            ValueError, "input_size", "must be three positive integers (C, H, W)", f"got {size!r}",
+            ValueError, "input_size", "expected three positive integers (C, H, W)", f"got {size!r}",
         )
         for size in ((3, 12), (3, 12, 0), 12, (3, 12.0, 12), "3x4")
     ),
     Case(
         convert(dict(match="0", layer=V2), input_size=(4, 12, 12)),
-        ValueError, "the model does not run on input_size=(4, 12, 12)", "expected input", "to have 3 channels",
+        ValueError, "input_size:", "expected a size that the model runs on", "got (4, 12, 12): RuntimeError",
     ),
 ]  # fmt: skip
 
@@ -207,61 +237,64 @@ def containing_itself():
 SHORT_ARRAY = pickle.dumps({"weight": np.full(2, 7, "u1")}, protocol=2).replace(b"\2\0\0\0\7\7", b"\1\0\0\0\7")
 
 
-GLOBS = "must be a glob or a list of globs"
+GLOBS = "expected a glob or a list of globs"
 CHECKPOINT = [
-    Case(load(model={}), TypeError, "model", "must be an nn.Module", "got dict"),
-    Case(load(source=None), TypeError, "source", "must be a path or a state dict", "got NoneType"),
-    Case(load(source=[torch.zeros(1)]), TypeError, "source", "must be a path or a state dict", "got list"),
+    Case(load(model={}), TypeError, "model", "expected an nn.Module", "got dict"),
+    Case(load(source=None), TypeError, "source", "expected a path or a state dict", "got NoneType"),
+    Case(load(source=[torch.zeros(1)]), TypeError, "source", "expected a path or a state dict", "got list"),
     Case(load(allow_missing=3), TypeError, "allow_missing", GLOBS, "got 3"),
     Case(load(allow_unexpected=[1]), TypeError, "allow_unexpected", GLOBS, "got [1]"),
     Case(load(allow_mismatched=None), TypeError, "allow_mismatched", GLOBS, "got None"),
-    Case(load(source={"weight": "zeros"}), TypeError, "state dict: entry 'weight'", "not a tensor", "is a str"),
-    Case(load(source={}), ValueError, "state dict", "weights", "holds no"),
-    Case(load(key=3), TypeError, "key", "must be a string, such as 'ema.module', or a list of them", "got 3"),
-    Case(load(key="ema"), ValueError, "'ema'", "no dict of weights under", "it has 'weight', 'bias'"),
-    Case(load(prefix="student."), ValueError, "prefix 'student.'", "the start of any name", "has weight, bias"),
+    Case(load(source={"weight": "zeros"}), TypeError, "state dict:", "expected tensors", "got a str under 'weight'"),
+    Case(load(source={}), ValueError, "state dict:", "expected weights", "got none"),
+    Case(load(key=3), TypeError, "key", "expected a string, such as 'ema.module', or a list of them", "got 3"),
+    Case(load(key="ema"), ValueError, "key:", "in state dict, which has 'weight', 'bias'", "got 'ema'"),
+    Case(
+        load(prefix="student."),
+        ValueError, "prefix:", "expected the start of names in state dict, which has weight, bias", "got 'student.'",
+    ),
     Case(load(source={"bias": torch.zeros(3)}), RuntimeError, "shape of bias", "model has [2]", "source has [3]"),
-    Case(load(source="nowhere.pth"), FileNotFoundError, "'nowhere.pth'", "checkpoint file", "no checkpoint"),
+    Case(load(source="nowhere.pth"), FileNotFoundError, "nowhere.pth:", "expected a checkpoint file", "got none"),
     Case(
         load(source="https://example.org/x.pth"),
-        FileNotFoundError, "'https://example.org/x.pth'", "download it first", "no checkpoint file",
+        FileNotFoundError, "https://example.org/x.pth:", "download it first", "got none",
     ),
     Case(read_without_safetensors, ImportError, "x.safetensors", "pip install safetensors", "needs safetensors"),
     Case(
-        read("x.safetensors", b"hello"), ValueError, "x.safetensors", "is not a readable safetensors file", "header"
+        read("x.safetensors", b"hello"), ValueError, "x.safetensors:", "expected a readable safetensors file", "header"
     ),
     Case(
         read("x.pkl", pickle.dumps({"a": len}, protocol=2)),
-        ValueError, "x.pkl", "pass the state dict to load_checkpoint", "was not written by torch.save",
+        ValueError, "x.pkl", "pass the state dict to load_checkpoint", "got a file of something else",
     ),
     Case(
         read("x.pth", {"model": nn.Linear(2, 2)}),
-        ValueError, "x.pth", "holds more than weights", "torch.nn.modules.linear.Linear",
+        ValueError, "x.pth", "expected weights alone", "got objects of torch.nn.modules.linear.Linear",
     ),
     Case(
         read("x.pth", b"version https://git-lfs.github.com/spec/v1\nsize 9000000\n"),
-        ValueError, "x.pth", "run `git lfs pull`", "is a Git LFS pointer, not the file of 9.0 MB",
+        ValueError, "x.pth", "run `git lfs pull`", "got a Git LFS pointer, not the file of 9.0 MB",
     ),
-    Case(read("i.json", b"{"), ValueError, "i.json", "index of shards", "is not a readable"),
-    Case(read("i.json", b"{}"), ValueError, "i.json", "expected weights, or an index", "without a weight_map"),
+    Case(read("i.json", b"{"), ValueError, "i.json:", "expected a readable index of shards", "got Expecting"),
+    Case(read("i.json", b"{}"), ValueError, "i.json", "expected weights, or an index", "got JSON without a weight_map"),
     Case(read("i.json", index("../x.bin")), ValueError, "i.json", "names of files beside it", "got '../x.bin'"),
-    Case(read("i.json", index("x.bin")), FileNotFoundError, "i.json", "x.bin", "1 of 1 shards are missing"),
-    Case(read_index_of_another_file, ValueError, "i.json", "expected 'weight' in 'x.bin'", "which lacks it"),
-    Case(read_folder(), FileNotFoundError, "'", "no checkpoint file in the folder", "which holds nothing"),
-    Case(read_folder("a.pth", "b.pth"), ValueError, "(a.pth, b.pth)", "give one", "holds 2 files of weights"),
+    Case(read("i.json", index("x.bin")), FileNotFoundError, "i.json:", "expected 1 shards", "got all but 1: x.bin"),
+    Case(read_index_of_another_file, ValueError, "i.json", "expected 'weight' in 'x.bin'", "got a file without"),
+    Case(read_folder(), FileNotFoundError, "folder:", "expected a checkpoint file", "got nothing"),
+    Case(read_folder("a.pth", "b.pth"), ValueError, "folder:", "expected one file", "got 2 (a.pth, b.pth): give one"),
     Case(
         read_folder(".metadata"),
-        ValueError, "folder", "make one file of it with python -m", "is a checkpoint of torch.distributed.checkpoint",
+        ValueError, "folder", "make one of it with python -m", "got a checkpoint of torch.distributed.checkpoint",
     ),
-    Case(extract(b"\x80\x02nothing"), ValueError, "x.pth", "checkpoint", "is not a readable"),
+    Case(extract(b"\x80\x02nothing"), ValueError, "x.pth:", "expected a readable checkpoint", "got "),
     Case(extract(SHORT_ARRAY), ValueError, "x.pth", "array of shape (2,)", "cannot have 1 bytes"),
     Case(extract_script, ValueError, "x.pth", "checkpoint", "it holds TorchScript"),
     Case(extract(containing_itself()), ValueError, "x.pth", "expected weights by name", "in each other without end"),
-    Case(extract({"epoch": 3}), ValueError, "x.pth", "weights", "holds no weights; it has dict"),
-    Case(read("x.pth", b""), ValueError, "x.pth", "is not a readable checkpoint", "EOFError"),
-    Case(read("x.pth", [1, 2]), ValueError, "x.pth", "not a dict of weights", "holds a list"),
-    Case(read("x.pth", {"net": WEIGHTS}), TypeError, "entry 'net'", "say where with key=", "is a dict, not a tensor"),
-    Case(read("x.pth", WEIGHTS, key="ema"), ValueError, "x.pth", "no dict of weights under 'ema'", "it has 'weight'"),
+    Case(extract({"epoch": 3}), ValueError, "x.pth", "expected weights", "got none beside dict"),
+    Case(read("x.pth", b""), ValueError, "x.pth", "expected a readable checkpoint", "got EOFError"),
+    Case(read("x.pth", [1, 2]), ValueError, "x.pth", "expected a dict of weights", "got a list"),
+    Case(read("x.pth", {"net": WEIGHTS}), TypeError, "x.pth:", "say where with key=", "got a dict under 'net'"),
+    Case(read("x.pth", WEIGHTS, key="ema"), ValueError, "key:", "x.pth, which has 'weight'", "got 'ema'"),
 ]  # fmt: skip
 
 

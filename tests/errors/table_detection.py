@@ -5,12 +5,13 @@ import warnings
 from functools import partial
 from types import SimpleNamespace
 
+from detector_runs import FASTER, write_coco
 from PIL import Image
 from studies.detection import run_study
-from test_detection_finetune import FASTER, write_coco
 from torch import nn
 from torchmetrics.detection import mean_ap
 
+from dcn_plugin.export import export_model
 from dcn_plugin.finetune import CocoDataModule, DetectionModule
 from dcn_plugin.finetune.detection.datasets import CocoImages
 from dcn_plugin.finetune.detection.scenes import draw_scene, write_scenes
@@ -345,6 +346,10 @@ MODULE = [
     Case(
         lambda: DetectionModule(FASTER | dict(backbone=dict(FASTER["backbone"], act_layer=nn.ReLU)), 3),
         TypeError, "model.backbone.act_layer:", "which checkpoints and exported folders hold", "got type <class",
+    ),
+    Case(
+        lambda tmp_path: export_model(module(3).model, tmp_path, spec=dict(name="rfcn")),
+        ValueError, "spec:", "expected dict(name=..., num_classes=..., ...) of a detector", "got {'name': 'rfcn'}",
     ),
     Case(lambda: module(0), ValueError, "num_classes:", "expected at least 1 class of objects", "got 0"),
     Case(

@@ -4,6 +4,7 @@ import ast
 import errno
 import importlib.util
 import io
+import json
 import math
 import os
 import sys
@@ -12,14 +13,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from classifier_runs import DATA, MODEL, config, module
 from PIL import Image, ImageOps
 from studies.stages import check_seeds
 from test_data import COLOURS, write_folder
-from test_finetune import DATA, MODEL, TRAINER, config, module
 from test_images import encoded, tiff
+from tiny import TRAINER
 from torch import nn
 
 import dcn_plugin.finetune
+from dcn_plugin.export import register_form
 from dcn_plugin.finetune import (
     BackboneFinetuning,
     Digits,
@@ -31,7 +34,9 @@ from dcn_plugin.finetune import (
     load_exported,
     run,
 )
+from dcn_plugin.finetune.classification.preprocessing import resolve
 from dcn_plugin.finetune.classification.samples import ImageStream
+from dcn_plugin.finetune.classification.splits import check_shards
 from dcn_plugin.finetune.classification.writer import PredictionWriter
 from dcn_plugin.finetune.command_line import _literal, _split, parse_options
 from dcn_plugin.finetune.folders import Place
@@ -284,6 +289,12 @@ def exported_with_spec(tmp_path):
     load_exported(tmp_path, spec=dict(type="DCNResNet"))
 
 
+def exported_by_somebody_else(tmp_path):
+    export_model(FinetuneModule(MODEL, num_classes=2).model, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(dict(dcn_plugin=dict(voxels=dict(width=4)))))
+    load_exported(tmp_path)
+
+
 def restored_loss(loss):
     def call(tmp_path):
         torch.save({"state_dict": {}, "hyper_parameters": dict(model=MODEL, loss=loss)}, tmp_path / "x.ckpt")
@@ -394,8 +405,11 @@ def exported(spec, tmp_path):
 
 MODULE = [
     Case(built(model=dict(depth=18)), ValueError, "model:", "expected a timm name, dict(name=...)", "got {'depth'"),
-    Case(built(model="resnet18_dnc"), ValueError, "model:", "close to it: resnet", "unknown timm model 'resnet18_dnc'"),
-    Case(built(model=dict(MODEL, chanels=3)), TypeError, "model:", "does not take these arguments", "'chanels'"),
+    Case(
+        built(model="resnet18_dnc"),
+        ValueError, "model:", "close to it: resnet", "expected a timm model, got 'resnet18_dnc'",
+    ),
+    Case(built(model=dict(MODEL, chanels=3)), TypeError, "model:", "expected arguments that", "'chanels'"),
     *(
         Case(built(optimizer={name: -1}), ValueError, f"optimizer.{name}:", "a non-negative factor", "got -1")
         for name in ("offset_lr_mult", "roi_offset_lr_mult")
@@ -473,6 +487,14 @@ MODULE = [
         lambda tmp_path: load_exported(tmp_path),
         FileNotFoundError, "directory:", "an exported model with config.json", "got /",
     ),
+    Case(
+        exported_by_somebody_else,
+        ValueError, "directory:", "expected a model described as one of model, detector", "got 'voxels' in /",
+    ),
+    Case(
+        lambda: register_form("detector", None, None),
+        ValueError, "key:", "expected one of its own beside model, detector", "got 'detector'",
+    ),
     Case(exported_with_spec, ValueError, "spec:", "expected None, as", "got {'type': 'DCNResNet'}"),
     Case(
         import_without_torchmetrics,
@@ -504,11 +526,6 @@ def folder(*splits, name="", spoil=None, stage="fit", look=None, **options):
             look(data)
 
     return call
-
-
-def shard_is_missing(data):
-    split = SimpleNamespace(filenames=["train-0001.tar"])
-    data._check_shards(SimpleNamespace(reader=SimpleNamespace(split_info=split)))
 
 
 def batch_too_large():
@@ -589,11 +606,11 @@ DATA_SETS = [
     Case(images("digits", dataset=dict(wrap=True)), ValueError, "dataset:", "did you mean 'warp'?", "key 'wrap'"),
     Case(batch_too_large, ValueError, "batch_size:", "expected at most the 5 images to train on", "got 8"),
     Case(
-        lambda: images("digits", input_size=48)()._resolve(nn.Conv2d(1, 4, 3)),
-        ValueError, "input_size:", "expected input_size=(1, height, width)", "got (3, 48, 48)",
+        lambda: resolve(dict(input_size=48), nn.Conv2d(1, 4, 3)),
+        ValueError, "input_size:", "expected (1, height, width)", "got (3, 48, 48)",
     ),
     Case(
-        lambda: images("digits", input_size=(1, 2, 3, 4))()._resolve(None),
+        lambda: resolve(dict(input_size=(1, 2, 3, 4)), None),
         ValueError, "input_size:", "expected a side, (height, width) or (channels, height, width)", "got (1, 2, 3, 4)",
     ),
     Case(
@@ -601,8 +618,8 @@ DATA_SETS = [
         ValueError, "num_classes:", "pass num_classes", "data set 'wds/' does not name its classes",
     ),
     Case(
-        lambda tmp_path: shard_is_missing(ImageDataModule("wds/", str(tmp_path))),
-        FileNotFoundError, "root:", "shard", "train-0001.tar does not exist",
+        lambda tmp_path: check_shards(str(tmp_path), ["train-0001.tar"]),
+        FileNotFoundError, "root:", "expected shard 'train-0001.tar'", "train-0001.tar', which does not exist",
     ),
     Case(
         lambda tmp_path: ImageDataModule("", str(tmp_path / "nowhere")).setup("fit"),
@@ -610,7 +627,7 @@ DATA_SETS = [
     ),
     Case(
         folder(("train", COLOURS)),
-        FileNotFoundError, "val_split:", "expected split 'validation'", "found train",
+        FileNotFoundError, "val_split:", "expected split 'validation'", "got train",
     ),
     Case(
         folder(*BOTH, val_split=None, stage="validate"),
@@ -642,7 +659,7 @@ DATA_SETS = [
             spoil=lambda path: (path / "val" / "green" / "green1.png").write_bytes(b"not an image"),
             look=lambda data: list(data.val_dataloader()),
         ),
-        UnreadableImage, "green1.png", "data.bad_images='skip' takes the next image instead", "cannot identify image",
+        UnreadableImage, "green1.png", "bad_images='skip' the next image is taken instead", "cannot identify image",
     ),
     Case(
         folder(*BOTH, spoil=lambda path: (path / "val" / "green" / "green1.png").unlink(), stage=None, look=vanished),
@@ -677,8 +694,8 @@ DATA_SETS = [
         no_bits, ValueError, "augment: auto_augment='rand-m9-mstd0.5-inc1'", "-mmax9", "draws magnitude 10, at which",
     ),
     Case(
-        lambda: list(ImageStream(SimpleNamespace(reader=[(FLOATS, 0)], target_transform=None), "L", "wds/ 'a'", False)),
-        UnreadableImage, "wds/ 'a'", "data.bad_images='skip' leaves it out", "image 0",
+        lambda: list(ImageStream(SimpleNamespace(reader=[(FLOATS, 0)], target_transform=None), "L", "wds/ 'a'", "no")),
+        UnreadableImage, "wds/ 'a'", "with data.bad_images='skip' it is left out", "image 0",
     ),
 ]  # fmt: skip
 CASES = CONFIG + LOSSES + MODULE + FILES + DATA_SETS

@@ -41,22 +41,24 @@ def of(layer, good):
 def choices(call, options):
     """Arguments that are truth values, types or names."""
     flags = [
-        Case(call(**{name: 1}), TypeError, name, "must be True or False", "got 1")
+        Case(call(**{name: 1}), TypeError, name, "expected True or False", "got 1")
         for name in ("modulated", "aligned")
         if name in options
     ]
     if "dtype" in options:
         flags += [
-            Case(call(dtype=dtype), ValueError, "dtype", "must be a real floating-point dtype", f"got {dtype}")
+            Case(call(dtype=dtype), ValueError, "dtype", "expected a real floating-point dtype", f"got {dtype}")
             for dtype in (torch.int64, torch.complex64)
         ]
         flags += [
-            Case(call(dtype=dtype), TypeError, "dtype", "must be a torch.dtype or None", f"got {dtype!r}")
+            Case(call(dtype=dtype), TypeError, "dtype", "expected a torch.dtype or None", f"got {dtype!r}")
             for dtype in (float, "float16")
         ]
     if "mask_activation" in options:
         flags += [
-            Case(call(mask_activation=value), ValueError, "mask_activation", "must be '2*sigmoid' or", f"got {value!r}")
+            Case(
+                call(mask_activation=value), ValueError, "mask_activation", "expected '2*sigmoid' or", f"got {value!r}"
+            )
             for value in ("softmax", None, 2, ["sigmoid"])
         ]
     return flags
@@ -77,25 +79,25 @@ def convolutions():
             yield from integers(call, name)
             yield Case(call(**{name: "8"}), TypeError, name, "must be an integer", "got '8' (str)")
         yield from integers(call, "padding", 0, "2 or 4")
-        yield Case(call(padding="full"), ValueError, "padding", "must be 'same', 'valid' or integers", "got 'full'")
-        yield Case(call(padding="same", stride=2), ValueError, "padding='same'", "needs stride 1", "got stride (2, 2)")
-        yield Case(call(groups=3), ValueError, "in_channels", "must be divisible by groups", "got 4 and 3")
-        yield Case(call(groups=4), ValueError, "out_channels", "must be divisible by groups", "got 6 and 4")
-        yield Case(call(offset_groups=3), ValueError, "in_channels", "be divisible by offset_groups", "got 4 and 3")
-        yield Case(call(padding_mode="circular"), ValueError, "padding_mode", "must be 'zeros'", "got 'circular'")
+        yield Case(call(padding="full"), ValueError, "padding", "expected 'same', 'valid' or integers", "got 'full'")
+        yield Case(call(padding="same", stride=2), ValueError, "stride", "expected 1 with padding='same'", "got (2, 2)")
+        yield Case(call(groups=3), ValueError, "in_channels", "expected a multiple of groups", "got 4 and 3")
+        yield Case(call(groups=4), ValueError, "out_channels", "expected a multiple of groups", "got 6 and 4")
+        yield Case(call(offset_groups=3), ValueError, "in_channels", "a multiple of offset_groups", "got 4 and 3")
+        yield Case(call(padding_mode="circular"), ValueError, "padding_mode", "expected 'zeros'", "got 'circular'")
         yield from choices(call, ("dtype",))
     for layer in (DCNv1, DCNv2):
         for value in (0, -2.0, math.inf, math.nan):
             call = of(layer, CONV)(offset_bound=value)
-            yield Case(call, ValueError, "offset_bound", "must be positive and finite", f"got {value}")
+            yield Case(call, ValueError, "offset_bound", "expected a positive and finite", f"got {value}")
         for value in ("2", True):
             call = of(layer, CONV)(offset_bound=value)
-            yield Case(call, TypeError, "offset_bound", "must be a number of pixels or None", f"got {value!r}")
+            yield Case(call, TypeError, "offset_bound", "expected a number of pixels or None", f"got {value!r}")
         for shape in ((4, 8, 8), (1, 3, 8, 8), (1, 4, 8), (1, 4, 8, 8, 1)):
             call = lambda layer=layer, shape=shape: layer(4, 6, 3)(torch.zeros(shape))  # noqa: E731
-            yield Case(call, ValueError, "input", "must be [N, 4, H, W]", f"got {list(shape)}")
+            yield Case(call, ValueError, "input", "expected [N, 4, H, W]", f"got {list(shape)}")
         call = lambda layer=layer: layer(4, 6, 3)(IMAGE.to("meta"))  # noqa: E731
-        yield Case(call, ValueError, "input", "must be on cpu like the layer's parameters", "got meta")
+        yield Case(call, ValueError, "input", "expected to be on cpu like the layer's parameters", "got meta")
         call = lambda layer=layer: layer(4, 6, 3)(IMAGE.to_sparse())  # noqa: E731
         yield Case(call, TypeError, "input", "expected a dense tensor", "torch.sparse_coo")
     yield from choices(of(DCNv2, CONV), ("mask_activation",))
@@ -150,28 +152,53 @@ def old_weight_norm():
         return nn.utils.weight_norm(conv())
 
 
-REPEAT = "a deformable layer would not repeat"
+REPEAT = "a deformable layer would not repeat another"
 PERMANENT = "make it permanent first"
 FROM_CONV = [
     Case(lambda make=make: DCNv2.from_conv(make()), TypeError, name, expected, got)
     for make, name, expected, got in (
-        (lambda: nn.ConvTranspose2d(4, 4, 3), "conv", "must be an nn.Conv2d", "got ConvTranspose2d"),
-        (lambda: nn.Conv1d(4, 4, 3), "conv", "must be an nn.Conv2d", "got Conv1d"),
-        (lambda: nn.BatchNorm2d(4), "conv", "must be an nn.Conv2d", "got BatchNorm2d"),
-        (lambda: DCNv2(4, 4, 3), "conv", "must be an nn.Conv2d", "got DCNv2"),
-        (lambda: nn.LazyConv2d(4, 3), "LazyConv2d", "run the model once", "is lazy"),
-        (lambda: OwnForward(4, 4, 3), "OwnForward", REPEAT, "a forward of its own"),
-        (lambda: OwnConvForward(4, 4, 3), "OwnConvForward", REPEAT, "a forward of its own"),
-        (lambda: altered("forward", print), "Conv2d", REPEAT, "has had its forward replaced"),
-        (lambda: MoreState(4, 4, 3), "MoreState", "more than weight and bias", "scale"),
-        (lambda: conv(padding_mode="reflect"), "Conv2d", "pads with zeros only", "padding_mode='reflect'"),
-        (lambda: parametrizations.weight_norm(conv()), "Conv2d", "remove_parametrizations", "parametrised weight"),
-        (old_weight_norm, "Conv2d", PERMANENT, "computes its weight from weight_g, weight_v"),
-        (lambda: spectral_norm(conv()), "Conv2d", PERMANENT, "computes its weight from weight_orig"),
-        (lambda: prune.l1_unstructured(conv(), "weight", 0.5), "Conv2d", PERMANENT, "its weight from weight_orig"),
-        (lambda: hooked("register_forward_hook"), "Conv2d", "convert first, hook afterwards", "my_hook"),
-        (lambda: hooked("register_forward_pre_hook"), "Conv2d", "convert first, hook afterwards", "my_hook"),
-        (lambda: hooked("register_full_backward_hook"), "Conv2d", "convert first, hook afterwards", "my_hook"),
+        (lambda: nn.ConvTranspose2d(4, 4, 3), "conv", "expected an nn.Conv2d", "got ConvTranspose2d"),
+        (lambda: nn.Conv1d(4, 4, 3), "conv", "expected an nn.Conv2d", "got Conv1d"),
+        (lambda: nn.BatchNorm2d(4), "conv", "expected an nn.Conv2d", "got BatchNorm2d"),
+        (lambda: DCNv2(4, 4, 3), "conv", "expected an nn.Conv2d", "got DCNv2"),
+        (lambda: nn.LazyConv2d(4, 3), "conv:", "run the model once", "got LazyConv2d, still lazy"),
+        (lambda: OwnForward(4, 4, 3), "conv:", REPEAT, "got OwnForward with a forward of its own"),
+        (lambda: OwnConvForward(4, 4, 3), "conv:", REPEAT, "got OwnConvForward with a forward of its own"),
+        (lambda: altered("forward", print), "conv:", REPEAT, "got Conv2d whose forward has been replaced"),
+        (lambda: MoreState(4, 4, 3), "conv:", "expected weight and bias alone", "got MoreState that also holds scale"),
+        (
+            lambda: conv(padding_mode="reflect"),
+            "conv:",
+            "pads with zeros only",
+            "got Conv2d with padding_mode='reflect'",
+        ),
+        (
+            lambda: parametrizations.weight_norm(conv()),
+            "conv:",
+            "remove_parametrizations",
+            "got ParametrizedConv2d with",
+        ),
+        (old_weight_norm, "conv:", PERMANENT, "got Conv2d that computes its weight from weight_g, weight_v"),
+        (lambda: spectral_norm(conv()), "conv:", PERMANENT, "that computes its weight from weight_orig"),
+        (lambda: prune.l1_unstructured(conv(), "weight", 0.5), "conv:", PERMANENT, "its weight from weight_orig"),
+        (
+            lambda: hooked("register_forward_hook"),
+            "conv:",
+            "convert first, hook afterwards",
+            "got Conv2d with hooked.<locals>.my_hook",
+        ),
+        (
+            lambda: hooked("register_forward_pre_hook"),
+            "conv:",
+            "convert first, hook afterwards",
+            "got Conv2d with hooked.<locals>.my_hook",
+        ),
+        (
+            lambda: hooked("register_full_backward_hook"),
+            "conv:",
+            "convert first, hook afterwards",
+            "got Conv2d with hooked.<locals>.my_hook",
+        ),
     )
 ]
 FROM_CONV += [
@@ -182,7 +209,7 @@ FROM_CONV += [
 FROM_CONV += [
     Case(
         lambda: DCNv1.from_conv(conv(), mask_activation="sigmoid"),
-        TypeError, "DCNv1", "it has offset_groups, offset_bound", "no option 'mask_activation'",
+        TypeError, "DCNv1:", "options out of offset_groups, offset_bound", "got 'mask_activation'",
     ),
 ]  # fmt: skip
 
@@ -216,10 +243,10 @@ def pools():
     yield from integer(call, "deform_fc_channels")
     yield from integer(call, "offset_classes")
     yield from choices(call, ("modulated", "dtype", "mask_activation"))
-    yield Case(call(offset_classes=3), ValueError, "output_dim", "divisible by offset_classes", "got 2 and 3")
+    yield Case(call(offset_classes=3), ValueError, "output_dim", "a multiple of offset_classes", "got 2 and 3")
     call = of(MultiScaleDeformRoIPool, PYRAMID)
     for value in ([], "0", None, [0]):
-        wanted = "must be a sequence of names of feature maps"
+        wanted = "expected a sequence of names of feature maps"
         yield Case(call(featmap_names=value), TypeError, "featmap_names", wanted, f"got {value!r}")
     yield from integers(call, "output_size")
     yield from integer(call, "sampling_ratio", -1)
@@ -244,19 +271,20 @@ CALLS = [
         TypeError, "hook:", "expected a function of the layer and its samples", "got 'print'",
     ),
     Case(
-        lambda: DeformRoIPoolPack(2, 8, 4)(IMAGE, ROIS), ValueError, "input", "must be [N, 8, H, W]", "got [2, 4, 8, 8]"
+        lambda: DeformRoIPoolPack(2, 8, 4)(IMAGE, ROIS),
+        ValueError, "input", "expected [N, 8, H, W]", "got [2, 4, 8, 8]",
     ),
     *(
-        Case(lambda o=offset: DeformRoIPool(2)(IMAGE, ROIS, o), ValueError, "offset", "must be [R, 2, P_h, P_w]", got)
+        Case(lambda o=offset: DeformRoIPool(2)(IMAGE, ROIS, o), ValueError, "offset", "expected [R, 2, P_h, P_w]", got)
         for offset, got in ((torch.zeros(3, 4, 2, 2), "got [3, 4, 2, 2]"), ([0, 0], "got list"))
     ),
     Case(lambda: DeformRoIPool(2)(IMAGE, ROIS, IMAGE.to_mkldnn()), TypeError, "offset:", "a dense tensor", "_mkldnn"),
     Case(
         lambda: DeformRoIPoolPack(2, 4, 4)(IMAGE.to("meta"), ROIS),
-        ValueError, "input", "must be on cpu like the layer's parameters", "got meta",
+        ValueError, "input", "expected to be on cpu like the layer's parameters", "got meta",
     ),
-    Case(lambda: layers.offset_parameters({}), TypeError, "model", "must be an nn.Module", "got dict"),
-    Case(pyramid({"p2": IMAGE}), ValueError, "x", "must hold feature maps named ['0']", "got ['p2']"),
+    Case(lambda: layers.offset_parameters({}), TypeError, "model", "expected an nn.Module", "got dict"),
+    Case(pyramid({"p2": IMAGE}), ValueError, "x", "expected feature maps named ['0']", "got ['p2']"),
     Case(pyramid({"0": IMAGE[:, :3]}), ValueError, "x", "feature maps [N, 4, H, W]", "got [2, 3, 8, 8]"),
     Case(pyramid({"0": IMAGE.to_sparse()}), TypeError, "x['0']:", "expected a dense tensor", "torch.sparse_coo"),
     Case(

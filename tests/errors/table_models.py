@@ -42,14 +42,14 @@ TIMM = [
         resnet(dcn_layer=dict(type="DCNv2", offset_groups=2), offset_groups=4),
         ValueError, "offset_groups:", "expected one value", "got 2 and 4",
     ),
-    Case(resnet(offset_groups=3), ValueError, "in_channels", "divisible by offset_groups", "and 3"),
+    Case(resnet(offset_groups=3), ValueError, "in_channels", "a multiple of offset_groups", "and 3"),
     Case(
         resnet(dcn_layer=dict(type="DCNv1", mask_activation="sigmoid")),
-        TypeError, "DCNv1", "it has offset_groups, offset_bound", "no option 'mask_activation'",
+        TypeError, "DCNv1:", "options out of offset_groups, offset_bound", "got 'mask_activation'",
     ),
     Case(
         pretrained_with_other_weights,
-        RuntimeError, "resnet18_dcn", "expected the base model's weights", "missing keys ['layer1.1.conv1.weight'",
+        RuntimeError, "pretrained:", "the weights of resnet18_dcn's base", "missing keys ['layer1.1.conv1.weight'",
     ),
 ]  # fmt: skip
 
@@ -148,11 +148,11 @@ DETECTION = [
     Case(faster(num_classes="3"), ValueError, "num_classes:", "expected at least 2", "got '3'"),
     Case(rfcn(group_size=0), ValueError, "group_size:", "expected a positive integer", "got 0"),
     Case(rfcn(conv_channels=0.5), ValueError, "conv_channels:", "expected a positive integer", "got 0.5"),
-    Case(rfcn(box_roi_pool=1), TypeError, "rfcn:", "torchvision's are", "unknown option 'box_roi_pool'"),
-    Case(faster(box_scor_thresh=0), TypeError, "faster_rcnn:", "mean 'box_score_thresh'", "option 'box_scor_thresh'"),
-    Case(faster(weights="DEFAULT"), TypeError, "faster_rcnn:", "load_checkpoint", "unknown option 'weights'"),
-    Case(rfcn(frozen_stages=1), TypeError, "rfcn:", "trainable_backbone_layers", "unknown option 'frozen_stages'"),
-    Case(faster(zzz=0), TypeError, "faster_rcnn:", "torchvision's are size_divisible", "unknown option 'zzz'"),
+    Case(rfcn(box_roi_pool=1), TypeError, "rfcn:", "expected torchvision's options", "got 'box_roi_pool'"),
+    Case(faster(box_scor_thresh=0), TypeError, "faster_rcnn:", "mean 'box_score_thresh'", "got 'box_scor_thresh'"),
+    Case(faster(weights="DEFAULT"), TypeError, "faster_rcnn:", "load_checkpoint", "got 'weights'"),
+    Case(rfcn(frozen_stages=1), TypeError, "rfcn:", "trainable_backbone_layers", "got 'frozen_stages'"),
+    Case(faster(zzz=0), TypeError, "faster_rcnn:", "torchvision's options size_divisible", "got 'zzz'"),
     Case(rfcn(backbone=7), TypeError, "backbone:", "expected a timm model's name or dict(name=..., ...)", "got 7"),
     Case(faster(backbone=dict(in_chans=3)), TypeError, "backbone:", "expected a timm model's name", "got {"),
     Case(faster(backbone=dict(PLAIN, in_chan=3)), TypeError, "ResNet", "unexpected keyword argument", "'in_chan'"),
@@ -173,7 +173,7 @@ DETECTION = [
     Case(faster(image_mean=[0.1] * 3), ValueError, "image_mean:", "each of 1 channels", "got [0.1, 0.1, 0.1]"),
     Case(
         faster(rpn_anchor_generator=dict(size=((8,),))),
-        TypeError, "rpn_anchor_generator:", "expected sizes, aspect_ratios", "unknown key 'size'",
+        TypeError, "rpn_anchor_generator:", "keys out of sizes, aspect_ratios", "got 'size'",
     ),
     Case(
         faster(rpn_anchor_generator=dict(sizes=((8,),))),
@@ -186,7 +186,7 @@ DETECTION = [
     ),
     Case(
         faster(roi_pool=dict(gamma=0.1)),
-        TypeError, "roi_pool:", "it has featmap_names", "MultiScaleRoIAlign has no argument 'gamma'",
+        TypeError, "roi_pool:", "arguments of MultiScaleRoIAlign (featmap_names", "got 'gamma'",
     ),
     Case(
         faster(roi_pool=dict(featmap_names=["p2"])),
@@ -196,14 +196,14 @@ DETECTION = [
         faster(roi_pool={}, box_roi_pool=nn.ReLU()),
         TypeError, "roi_pool:", "expected None beside box_roi_pool", "got {}",
     ),
-    Case(faster(box_head=dict(width=3)), TypeError, "box_head:", "it has representation_size", "argument 'width'"),
+    Case(faster(box_head=dict(width=3)), TypeError, "box_head:", "TwoMLPHead (representation_size)", "got 'width'"),
     Case(
         faster(box_head=nn.Flatten()),
         ValueError, "box_predictor:", "expected a module", "Flatten does not end in a linear layer",
     ),
     Case(
         lambda: rfcn()().roi_heads.box_roi_pool.offsets({}, [], []),
-        ValueError, "offsets:", "build it with deformable=True", "this R-FCN is not deformable",
+        ValueError, "offsets:", "that was built with deformable=True", "got a plain one",
     ),
 ]  # fmt: skip
 CASES = TIMM + MMDET + BACKBONE + DETECTION

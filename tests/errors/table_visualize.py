@@ -63,11 +63,11 @@ LAYERS = [
     ),
     Case(
         lambda: visualize.record(nn.Conv2d(1, 1, 1), BATCH),
-        ValueError, "model:", "expected deformable convolutions inside", "Conv2d has none",
+        ValueError, "model:", "expected deformable convolutions inside", "got Conv2d without any",
     ),
     Case(
         lambda: visualize.record(model(), BATCH, ["1"]),
-        ValueError, "layers:", "there are 0", "'1' is no deformable layer",
+        ValueError, "layers:", "deformable layers out of 0", "got '1'",
     ),
     Case(
         lambda: visualize.record(model(), BATCH, call=1),
@@ -108,11 +108,11 @@ FOUND = dict(boxes=torch.tensor([[2.0, 3.0, 10.0, 8.0]]), labels=torch.tensor([1
 DETECTION = [
     Case(
         lambda: record_bins(rfcn()(), IMAGE),
-        ValueError, "model:", "expected a deformable RoI pooling layer inside", "GeneralizedRCNN has none",
+        ValueError, "model:", "expected a deformable RoI pooling layer inside", "got GeneralizedRCNN without any",
     ),
     Case(
         lambda: record_bins(detector(), IMAGE, layer="x"),
-        ValueError, "layer:", "there are roi_heads.box_roi_pool", "'x' is no deformable RoI pooling layer",
+        ValueError, "layer:", "out of roi_heads.box_roi_pool", "got 'x'",
     ),
     Case(
         lambda: record_bins(Idle(DeformRoIPoolPack(2, 1, deform_fc_channels=4)), IMAGE),

@@ -20,7 +20,7 @@ PARTS = {
     "layers": ("layers/", "detection/roi_pool.py"),
     "models": ("models/", "mm/", "detection/"),
     "visualize": ("visualize/",),
-    "finetune": ("finetune/", "_config.py", "export/folder.py", "models/build.py"),
+    "finetune": ("finetune/", "_config.py", "export/folder.py", "export/forms.py", "models/build.py"),
     "detection": ("finetune/detection/", "detection/spec.py"),
     "core": (
         "convert.py",

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from cases import OpCase, assert_close, convert, run
+from families import MODELS, NAMES
 from torch import Tensor, nn
 
 from dcn_plugin import ops, registry
@@ -101,12 +102,13 @@ def test_ahead_of_time_package_of_a_model(tmp_path):
             torch.testing.assert_close(package(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", timm.list_models(module="dcn_resnet"))
+@pytest.mark.parametrize("name", NAMES)
 def test_model_is_one_graph(name):
-    """With two blocks a stage: those that follow repeat the second, and take longest to trace."""
+    """ResNets with two blocks a stage: those that follow repeat the second, and take longest to trace."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=5, layers=(2, 2, 2, 2)).eval()
+    short = dict(layers=(2, 2, 2, 2)) if name in MODELS["dcn_resnet"] else {}
+    model = timm.create_model(name, num_classes=5, **short).eval()
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="eager")

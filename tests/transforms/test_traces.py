@@ -179,7 +179,7 @@ def test_no_warning_for_a_detector_comes_from_this_package(name):
 
 def test_errors_are_the_same_while_tracing():
     layer = layers.DCNv2(4, 6, 3)
-    with pytest.raises(ValueError, match=r"input must be \[N, 4, H, W\], got \[1, 3, 8, 8\]"):
+    with pytest.raises(ValueError, match=r"input: expected \[N, 4, H, W\], got \[1, 3, 8, 8\]"):
         torch.jit.trace(layer, torch.rand(1, 3, 8, 8))
     rois = torch.tensor([[7.0, 1, 1, 5, 5]])
     with pytest.raises(ValueError, match="rois: expected a batch index from 0 to 1"):

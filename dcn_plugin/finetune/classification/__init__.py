@@ -1,7 +1,10 @@
 """Fine-tuning of classifiers with Lightning: images in folders, lists or streams, module, and the embedded digits."""
 
+from ..task import Task
 from .data import ImageDataModule
 from .module import FinetuneModule
 from .writer import PredictionWriter
 
-__all__ = ["FinetuneModule", "ImageDataModule", "PredictionWriter"]
+TASK = Task(FinetuneModule, ImageDataModule, PredictionWriter)
+
+__all__ = ["TASK", "FinetuneModule", "ImageDataModule", "PredictionWriter"]

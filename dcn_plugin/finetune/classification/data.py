@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from timm.data import create_dataset, create_loader, resolve_data_config
-from timm.data.loader import adapt_to_chs
+from timm.data import create_dataset, create_loader
 from torch.utils.data import DataLoader, IterableDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from ..._config import arguments, check_keys, plain, unknown
+from ..._config import arguments, check_keys, check_kinds, plain, unknown
 from ..command_line import at
+from ..data import TunedData, check_choices
 from ..digits import Digits
 from ..folders import ClassFolders
+from ..images import BAD_IMAGES
 from .augment import check_policy
+from .preprocessing import image_mode, resolve
 from .samples import BadImages, ImageFiles, ImageStream, read_files_of
+from .splits import check_shards, classes_of, require_root, split_path
 
 # timm treats a prefix it does not know as a folder; here a misspelt one is an error.
 _PREFIXES = ("", "folder", "tar", "torch", "hfds", "hfids", "tfds", "wds")
 _ITERABLE = ("hfids", "tfds", "wds")
 _ROOTLESS = ("hfds", "hfids", "tfds")  # root is where they keep downloads
 _TORCH_FOLDERS = ("torch/folder", "torch/image_folder")  # class folders in torchvision's order
-# What timm accepts in place of 'train' and 'validation' when it looks for a split's folder.
-_SPLIT_FOLDERS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
 
 
-class ImageDataModule(pl.LightningDataModule):
+class ImageDataModule(TunedData):
     """Serve train, validation, test and prediction splits of a data set that timm, or this package, knows by name.
 
     Names: `''` or `'folder/'` (one folder per class below `root/<split>`), a tar file given as the split
@@ -102,25 +101,20 @@ class ImageDataModule(pl.LightningDataModule):
         train_dataset: Mapping[str, Any] | None = None,
         bad_images: str = "raise",
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, eval_batch_size, num_workers)
         self.prefix = name.partition("/")[0].lower() if "/" in name else ""
         if name not in ("", "digits") and ("/" not in name or self.prefix not in _PREFIXES):
             known = ["digits", *(f"{prefix}/" for prefix in _PREFIXES if prefix)]
             raise ValueError(unknown("data set name", name, known, "name"))
-        for key, value in dict(batch_size=batch_size, eval_batch_size=eval_batch_size).items():
-            if value is not None and value < 1:
-                raise ValueError(f"{key}: expected at least 1, got {value}")
-        if num_workers < 0:
-            raise ValueError(f"num_workers: expected 0 or more, got {num_workers}")
-        if bad_images not in ("raise", "skip"):
-            raise ValueError(f"bad_images: expected 'raise' or 'skip', got {bad_images!r}")
+        check_choices(bad_images=(bad_images, BAD_IMAGES))
         if name != "digits" and root is None and self.prefix not in _ROOTLESS:
             raise ValueError(f"root: expected the folder of data set {name!r}, got None")
         self.name, self.root = name, root
-        self.splits = dict(train=train_split, val=val_split, test=val_split if test_split is None else test_split)
+        self.splits: dict[str, Any] = dict(
+            train=train_split, val=val_split, test=val_split if test_split is None else test_split
+        )
         self.splits["predict"] = self.splits["test"] if predict_split is None else predict_split
-        self.batch_size, self._eval_batch_size = batch_size, eval_batch_size
-        self.num_workers, self.bad_images = num_workers, bad_images
+        self.bad_images = bad_images
         self.preprocessing: dict[str, Any] = dict(
             input_size=input_size, mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct
         )
@@ -132,12 +126,15 @@ class ImageDataModule(pl.LightningDataModule):
                 check_keys(key, values, arguments(Digits, "split", "transform"))
         self._num_classes = num_classes
         self._class_to_idx: dict[str, int] | None = None
-        self._datasets: dict[str, Any] = {}
         self.data_config: dict[str, Any] | None = None
-        # Hyperparameters of module and data module may share names, which Lightning's loggers refuse to merge.
-        self.save_hyperparameters(
-            {key: plain(value) for key, value in locals().items() if key in arguments(type(self))}, logger=False
-        )
+        self.keep_arguments(locals())
+
+    @classmethod
+    def check_config(cls, values: Mapping[str, Any]) -> None:
+        super().check_config(values)
+        if values.get("name") == "digits":
+            for key in ("dataset", "train_dataset"):
+                check_kinds(f"data.{key}.", values.get(key) or {}, Digits)
 
     # -- classes ------------------------------------------------------------------------------------------------------
 
@@ -175,26 +172,18 @@ class ImageDataModule(pl.LightningDataModule):
             raise ValueError(f"num_classes: data set {self.name!r} does not name its classes; pass num_classes")
         return len(names)
 
-    @property
-    def eval_batch_size(self) -> int:
-        """Images per batch outside training: as given, else `batch_size`, also where that is changed later."""
-        return self._eval_batch_size or self.batch_size
-
-    @eval_batch_size.setter
-    def eval_batch_size(self, value: int) -> None:
-        self._eval_batch_size = value
-
     # -- data sets ----------------------------------------------------------------------------------------------------
 
     def _dataset(self, stage: str) -> Any:
-        if stage not in self._datasets:
-            dataset = self._datasets[stage] = self._create(stage)
-            if stage == "train":
-                self._class_to_idx = _classes(dataset) or None
-            for other in ("val", "test"):  # in whichever order the splits are asked for
-                if other in self._datasets:
-                    self._compare_classes(other)
-        return self._datasets[stage]
+        if stage in self._datasets:
+            return self._datasets[stage]
+        dataset = super()._dataset(stage)
+        if stage == "train":
+            self._class_to_idx = classes_of(dataset) or None
+        for other in ("val", "test"):  # in whichever order the splits are asked for
+            if other in self._datasets:
+                self._compare_classes(other)
+        return dataset
 
     def _create(self, stage: str) -> Any:
         split = self.splits[stage]
@@ -203,30 +192,34 @@ class ImageDataModule(pl.LightningDataModule):
         args = self.dataset_args | (self.train_dataset_args if stage == "train" else {})
         if self.name == "digits":
             return Digits(split, **args)
-        mode, skip = args.pop("input_img_mode", None) or self._mode(), self.bad_images == "skip"
+        mode = args.pop("input_img_mode", None) or image_mode(self.preprocessing["input_size"])
         if self.prefix in ("", "folder", "tar") or self.name.lower() in _TORCH_FOLDERS:
-            return BadImages(self._create_folder(stage, args, mode), skip)
+            return BadImages(self._create_folder(stage, args, mode), self.bad_images)
         if self.prefix == "torch":
             dataset = create_dataset(self.name, root=self.root, split=split, **args)
-            return BadImages(read_files_of(dataset, mode), skip)
+            return BadImages(read_files_of(dataset, mode), self.bad_images)
         if self.prefix == "wds":
-            self._require_root()
+            require_root(self.root)
         common = dict(root=self.root, split=split, is_training=stage == "train", batch_size=self.batch_size)
         # TensorFlow decodes to what it is told; the others hand on images as their files have them.
         common["input_img_mode"] = mode if self.prefix == "tfds" else ""
         dataset = create_dataset(self.name, **common, **args)
         if self.prefix == "hfds":
-            return BadImages(ImageFiles(dataset.reader, mode, dataset.target_transform), skip)
+            return BadImages(ImageFiles(dataset.reader, mode, dataset.target_transform), self.bad_images)
         if self.prefix == "wds":
-            self._check_shards(dataset)
-        return dataset if self.prefix == "tfds" else ImageStream(dataset, mode, f"{self.name} {split!r}", skip)
+            check_shards(self.root, dataset.reader.split_info.filenames)
+        if self.prefix == "tfds":
+            return dataset
+        return ImageStream(dataset, mode, f"{self.name} {split!r}", self.bad_images)
 
     def _create_folder(self, stage: str, args: dict, mode: str) -> ImageFiles:
         check_keys("dataset", args, ("class_map", "input_key", "target_transform"))
         transform = args.pop("target_transform", None)
         if self.prefix == "torch":  # whose labels and endings are torchvision's
             args = {"input_key": ";".join(IMG_EXTENSIONS), "order": str, **args}
-        reader = ClassFolders(self._split_path(stage), stage, **args, labelled=stage != "predict")
+        reader = ClassFolders(
+            split_path(self.root, self.splits[stage], stage), stage, **args, labelled=stage != "predict"
+        )
         if stage in ("val", "test") and not args.get("class_map"):
             # Labels must mean the same in every split, whichever classes a split happens to lack.
             self._dataset("train")
@@ -237,7 +230,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     def _compare_classes(self, stage: str) -> None:
         """Raise ValueError for the first class that the training split lacks, or has under another label."""
-        known, own = self._class_to_idx or {}, _classes(self._datasets[stage])
+        known, own = self._class_to_idx or {}, classes_of(self._datasets[stage])
         for name in own if known else ():
             if name not in known:
                 said = f"which training split {self.splits['train']!r} lacks"
@@ -249,70 +242,11 @@ class ImageDataModule(pl.LightningDataModule):
                     f"{known[name]}, got {label}"
                 )
 
-    def _require_root(self) -> Path:
-        root = Path(self.root or "")
-        if not root.exists():
-            raise FileNotFoundError(f"root: expected the folder of the data, got {str(root)!r}, which does not exist")
-        return root
-
-    def _split_path(self, stage: str) -> Path:
-        """Return folder or tar of a split; unlike timm's search, never fall back to the whole of `root`."""
-        root, split = self._require_root(), self.splits[stage]
-        if not split or root.is_file():
-            return root
-        names = next((group for group in _SPLIT_FOLDERS if split in group), ())
-        for name in (split, *names):
-            if (root / name).exists():
-                return root / name
-        found = ", ".join(sorted(path.name for path in root.iterdir())[:10]) or "nothing"
-        raise FileNotFoundError(
-            f"{stage}_split: expected split {split!r} in {root}, found {found} ({stage}_split='' takes root itself)"
-        )
-
-    def _check_shards(self, dataset: Any) -> None:
-        # webdataset logs a missing shard and goes on, in training without end.
-        for shard in dataset.reader.split_info.filenames:
-            path = Path(self.root or "", shard)
-            if "::" not in shard and ":" not in str(self.root) and not path.is_file():
-                raise FileNotFoundError(f"root: shard {path} does not exist")
-
-    # -- preprocessing ------------------------------------------------------------------------------------------------
-
-    def _channels(self) -> int:
-        size = self.preprocessing["input_size"]
-        return size[0] if isinstance(size, Sequence) and len(size) == 3 else 3
-
-    def _mode(self) -> str:
-        return "L" if self._channels() == 1 else "RGB"
-
-    def _resolve(self, model: torch.nn.Module | None) -> dict[str, Any]:
-        given = {key: value for key, value in self.preprocessing.items() if value is not None}
-        size = given.pop("input_size", None)
-        if size is not None:
-            sides = (size, size) if isinstance(size, int) else tuple(size)
-            if len(sides) not in (2, 3) or min(sides) < 1:
-                wanted = "a side, (height, width) or (channels, height, width)"
-                raise ValueError(f"input_size: expected {wanted}, got {size}")
-            given["input_size"] = sides if len(sides) == 3 else (3, *sides)
-        own = getattr(model, "pretrained_cfg", None) or {}
-        config = resolve_data_config(given, pretrained_cfg=own, model=None) if given or own else {}
-        config = config or resolve_data_config(dict(input_size=(3, 224, 224)))
-        for key in ("mean", "std"):
-            config[key] = tuple(adapt_to_chs(config[key], config["input_size"][0]))
-        modules = [] if model is None else model.modules()
-        first = next((module for module in modules if isinstance(module, torch.nn.Conv2d)), None)
-        if first is not None and first.in_channels != config["input_size"][0]:
-            raise ValueError(
-                f"input_size: the model takes {first.in_channels} channels, expected input_size="
-                f"({first.in_channels}, height, width), got {config['input_size']}"
-            )
-        return config
-
     # -- Lightning's hooks --------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
         module = self.trainer.lightning_module if self.trainer is not None else None
-        self.data_config = self._resolve(getattr(module, "model", None))
+        self.data_config = resolve(self.preprocessing, getattr(module, "model", None))
         stages = dict(fit=("train", "val"), validate=("val",), test=("test",), predict=("predict",))[stage]
         for name in stages:
             if name == "val" and stage == "fit" and self.splits["val"] is None:
@@ -323,9 +257,7 @@ class ImageDataModule(pl.LightningDataModule):
         config, dataset, training = self.data_config, self._dataset(stage), stage == "train"
         assert config is not None, "setup() has not run"
         if training and not isinstance(dataset, IterableDataset):
-            if self.batch_size != self.hparams_initial["batch_size"]:
-                # Lightning's search for a batch size doubles it until memory or images run out, and may go too far.
-                self.batch_size = min(self.batch_size, max(1, len(dataset)))
+            self.limit_batch_size(len(dataset))
         batch_size = self.batch_size if training else self.eval_batch_size
         if training and not isinstance(dataset, IterableDataset) and len(dataset) < batch_size:
             raise ValueError(f"batch_size: expected at most the {len(dataset)} images to train on, got {batch_size}")
@@ -343,24 +275,15 @@ class ImageDataModule(pl.LightningDataModule):
                 **(self.augment if training else {}),
             )
         if training:
-            mode = self.dataset_args.get("input_img_mode") or self._mode()
+            mode = self.dataset_args.get("input_img_mode") or image_mode(self.preprocessing["input_size"])
             check_policy(dataset.transform, self.augment.get("auto_augment"), mode)
         return loader
 
     def train_dataloader(self) -> DataLoader:
-        loader = self._loader("train")
+        loader = super().train_dataloader()
         if self.trainer is not None:
             self.set_epoch(self.trainer.current_epoch)
         return loader
-
-    def val_dataloader(self) -> DataLoader | list:
-        return [] if self.splits["val"] is None else self._loader("val")
-
-    def test_dataloader(self) -> DataLoader:
-        return self._loader("test")
-
-    def predict_dataloader(self) -> DataLoader:
-        return self._loader("predict")
 
     def set_epoch(self, epoch: int) -> None:
         """Tell a streaming training set its epoch, on which its shuffling depends."""
@@ -388,12 +311,3 @@ _LOADER_OWN = (
     "tf_preprocessing input_size_choices batch_size_choices batch_choice_weights batch_choice_seed "
     "batch_choice_schedule batch_schedule_epochs batch_schedule_spread batch_schedule_random_mix num_batches"
 ).split()
-
-
-def _classes(dataset: Any) -> dict[str, int]:
-    """Return class name -> label, as far as the data set or its reader tells; {} where they tell nothing."""
-    for holder in (dataset := getattr(dataset, "dataset", dataset), getattr(dataset, "reader", None)):
-        for name in ("class_to_idx", "class_name_to_idx"):
-            if getattr(holder, name, None):
-                return dict(getattr(holder, name))
-    return {name: label for label, name in enumerate(getattr(dataset, "classes", None) or ())}

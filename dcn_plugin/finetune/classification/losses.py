@@ -266,7 +266,7 @@ def stored(spec: Any) -> Any:
     return dict(type=_NOT_STORED, what=repr(spec)) if path is None else dict(type=path)
 
 
-def check_saved(spec: Any) -> None:
+def check_saved_loss(spec: Any) -> None:
     """Raise ValueError where a checkpoint names a loss that would have to be imported from who knows where."""
     name = spec.get("type") if isinstance(spec, Mapping) else spec
     if isinstance(name, str) and "." in name and not name.startswith(_KNOWN_PACKAGES):

@@ -9,11 +9,11 @@ import torch
 from timm.data import Mixup
 from torch import Tensor, nn
 
-from ..._config import arguments, check_keys, plain, storable
-from ...models.build import build_model, without_weights
+from ..._config import arguments, check_keys, check_kinds, plain, storable
+from ...models.build import build_model
 from ..classes import compare, head_was_loaded, names_of_pretrained
 from ..module import TunedModule
-from .losses import Criterion, stored
+from .losses import Criterion, check_saved_loss, stored
 
 
 class FinetuneModule(TunedModule):
@@ -109,8 +109,18 @@ class FinetuneModule(TunedModule):
         self.metrics = nn.ModuleDict({stage: self.criterion.metrics(f"{stage}_") for stage in ("val", "test")})
 
     @classmethod
+    def check_config(cls, values: Mapping[str, Any]) -> None:
+        super().check_config(values)
+        check_kinds("mixup.", values.get("mixup") or {}, Mixup)
+
+    @classmethod
+    def check_saved(cls, values: Mapping[str, Any]) -> None:
+        check_saved_loss(values.get("loss"))
+        super().check_saved(values)
+
+    @classmethod
     def bare(cls, model: Any) -> Any:
-        bare = without_weights(model)
+        bare = super().bare(model)
         return bare | dict(pretrained=False) if isinstance(model, Mapping) and "name" in model else bare
 
     @property

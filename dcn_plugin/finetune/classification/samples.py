@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ import torch
 from timm.data import IterableImageDataset
 from torch.utils.data import Dataset
 
-from ..images import UnreadableImage, interpret, read_image, said
+from ..images import UnreadableImage, interpret, pass_over, read_image, unreadable
 
-_logger = logging.getLogger(__name__)
 _RETRIES = 10  # images in a row, as in timm
 
 
@@ -33,7 +31,7 @@ class ImageFiles(Dataset):
         try:
             source, target, *_ = self.reader[index]
         except OSError as error:
-            raise UnreadableImage(f"unreadable image {where()}: {said(error)}") from error
+            raise unreadable(where(), error) from error
         with source:
             image = read_image(source, self.mode, where=where)
         if self.transform is not None:
@@ -58,10 +56,10 @@ class ImageFiles(Dataset):
 class BadImages(Dataset):
     """What becomes of the unreadable images of a data set: an error, or the next image with a warning."""
 
-    def __init__(self, dataset: Any, skip: bool) -> None:
-        self.dataset, self.skip = dataset, skip
+    def __init__(self, dataset: Any, bad_images: str) -> None:
+        self.dataset, self.bad_images = dataset, bad_images
         # Which ones could not be read, known to the processes that load and to the one that writes predictions.
-        self.bad = torch.zeros(len(dataset) if skip else 0, dtype=torch.bool).share_memory_()
+        self.bad = torch.zeros(len(dataset) if bad_images == "skip" else 0, dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -71,10 +69,7 @@ class BadImages(Dataset):
             try:
                 return self.dataset[index]
             except UnreadableImage as error:
-                if not self.skip:
-                    advice = "(data.bad_images='skip' takes the next image instead)"
-                    raise UnreadableImage(f"{error} {advice}") from error.__cause__
-                _logger.warning("%s; the next image is taken instead", error)
+                pass_over(error, self.bad_images, "the next image is taken instead")
                 self.bad[index] = True
                 last, index = error, (index + 1) % len(self.dataset)
         raise UnreadableImage(f"{last}, and so were {_RETRIES - 1} images before it") from last.__cause__
@@ -98,20 +93,18 @@ class ImageStream(IterableImageDataset):
     What timm's reader itself cannot decode is its own affair (see `ImageDataModule`).
     """
 
-    def __init__(self, dataset: IterableImageDataset, mode: str, name: str, skip: bool) -> None:
+    def __init__(self, dataset: IterableImageDataset, mode: str, name: str, bad_images: str) -> None:
         super().__init__(None, reader=dataset.reader, target_transform=dataset.target_transform)
-        self.mode, self.name, self.skip = mode, name, skip
+        self.mode, self.name, self.bad_images = mode, name, bad_images
 
     def __iter__(self) -> Iterator[tuple]:
         for number, (image, target) in enumerate(self.reader):
             try:
                 image = interpret(image, self.mode)
             except Exception as error:
-                which = f"unreadable image {number} that came from {self.name}: {said(error)}"
-                if not self.skip:
-                    advice = "(data.bad_images='skip' leaves it out)"
-                    raise UnreadableImage(f"{which} {advice}") from error
-                _logger.warning("%s; it is left out", which)
+                failed = unreadable(f"{number} that came from {self.name}", error)
+                failed.__cause__ = error
+                pass_over(failed, self.bad_images, "it is left out")
                 continue
             if self.transform is not None:
                 image = self.transform(image)

@@ -1,8 +1,12 @@
 """Fine-tuning of detectors with Lightning: data in COCO's format, module, and the embedded scenes."""
 
+from ...export.forms import DETECTOR
+from ..task import Task
 from .data import CocoDataModule
 from .module import DetectionModule
 from .scenes import draw_scene, write_scenes
 from .writer import DetectionWriter
 
-__all__ = ["CocoDataModule", "DetectionModule", "DetectionWriter", "draw_scene", "write_scenes"]
+TASK = Task(DetectionModule, CocoDataModule, DetectionWriter, DETECTOR)
+
+__all__ = ["TASK", "CocoDataModule", "DetectionModule", "DetectionWriter", "draw_scene", "write_scenes"]

@@ -15,8 +15,10 @@ from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.transforms import v2
 
-from ..._config import arguments, build_object, check_keys, plain, unknown
+from ..._config import build_object, check_keys, plain, unknown
 from ..classes import Id, first_difference
+from ..data import TunedData, check_choices, check_counts
+from ..images import BAD_IMAGES
 from .datasets import CocoImages, FolderImages, Seeded, SeededSampler, collate
 from .scenes import scene_stamp, write_scenes
 
@@ -26,7 +28,7 @@ TRANSFORMS = {
 }
 
 
-class CocoDataModule(pl.LightningDataModule):
+class CocoDataModule(TunedData):
     """Serve detection data in COCO's format: images as a list of tensors, targets as a list of dicts (`CocoImages`).
 
     Args:
@@ -90,23 +92,17 @@ class CocoDataModule(pl.LightningDataModule):
         bad_images: str = "raise",
         limit: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, eval_batch_size, num_workers)
         if name not in ("coco", "digit_scenes"):
             raise ValueError(unknown("data set name", name, ("coco", "digit_scenes"), "name"))
-        for key, value in dict(batch_size=batch_size, eval_batch_size=eval_batch_size, limit=limit).items():
-            if value is not None and value < 1:
-                raise ValueError(f"{key}: expected at least 1, got {value}")
-        if num_workers < 0:
-            raise ValueError(f"num_workers: expected 0 or more, got {num_workers}")
+        check_counts(limit=limit)
         if in_chans not in (1, 3):
             raise ValueError(f"in_chans: expected 1 or 3, got {in_chans}")
-        for key, chosen, known in (
-            ("empty_images", empty_images, ("keep", "drop")),
-            ("bad_boxes", bad_boxes, ("skip", "raise")),
-            ("bad_images", bad_images, ("raise", "skip")),
-        ):
-            if chosen not in known:
-                raise ValueError(f"{key}: expected {' or '.join(map(repr, known))}, got {chosen!r}")
+        check_choices(
+            empty_images=(empty_images, ("keep", "drop")),
+            bad_boxes=(bad_boxes, ("skip", "raise")),
+            bad_images=(bad_images, BAD_IMAGES),
+        )
         given = dict(train=train, val=val, test=test)
         self._scenes: dict[str, Any] = plain(scenes or {})
         if name == "digit_scenes":
@@ -133,17 +129,11 @@ class CocoDataModule(pl.LightningDataModule):
         self.splits: dict[str, Any] = dict(given)
         self.splits["test"] = self.splits["test"] or self.splits["val"]
         self.splits["predict"] = self.splits["test"] if predict is None else predict
-        self.batch_size, self._eval_batch_size = batch_size, eval_batch_size
-        self.num_workers, self.empty_images, self.bad_boxes, self.limit = num_workers, empty_images, bad_boxes, limit
-        self.bad_images = bad_images
+        self.empty_images, self.bad_boxes, self.bad_images, self.limit = empty_images, bad_boxes, bad_images, limit
         self.augment = build_transforms("augment", augment)
         self._num_classes = num_classes
-        self._datasets: dict[str, Any] = {}
         self.data_config = dict(in_chans=in_chans)
-        # Hyperparameters of module and data module may share names, which Lightning's loggers refuse to merge.
-        self.save_hyperparameters(
-            {key: plain(value) for key, value in locals().items() if key in arguments(type(self))}, logger=False
-        )
+        self.keep_arguments(locals())
 
     # -- classes ------------------------------------------------------------------------------------------------------
 
@@ -171,25 +161,11 @@ class CocoDataModule(pl.LightningDataModule):
                 return self._dataset(stage)
         raise ValueError("num_classes: without train, val and test nothing names the categories; pass num_classes")
 
-    @property
-    def eval_batch_size(self) -> int:
-        """Images per batch outside training: as given, else `batch_size`, also where that is changed later."""
-        return self._eval_batch_size or self.batch_size
-
-    @eval_batch_size.setter
-    def eval_batch_size(self, value: int) -> None:
-        self._eval_batch_size = value
-
     # -- data sets ----------------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
         if self.name == "digit_scenes":
             write_scenes(self.root, **self._scenes)
-
-    def _dataset(self, stage: str) -> Any:
-        if stage not in self._datasets:
-            self._datasets[stage] = self._create(stage)
-        return self._datasets[stage]
 
     def _create(self, stage: str) -> Any:
         if stage == "predict":
@@ -256,9 +232,8 @@ class CocoDataModule(pl.LightningDataModule):
     def _loader(self, stage: str) -> DataLoader:
         dataset, training = self._dataset(stage), stage == "train"
         place = self._place()
-        if training and self.batch_size != self.hparams_initial["batch_size"]:
-            # Lightning's search for a batch size doubles it until memory or images run out, and may go too far.
-            self.batch_size = min(self.batch_size, max(1, len(dataset) // place["num_replicas"]))
+        if training:
+            self.limit_batch_size(len(dataset) // place["num_replicas"])
         self._check_share(stage, len(dataset))
         sampler: DistributedSampler
         if training:
@@ -277,18 +252,6 @@ class CocoDataModule(pl.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             collate_fn=collate,
         )
-
-    def train_dataloader(self) -> DataLoader:
-        return self._loader("train")
-
-    def val_dataloader(self) -> DataLoader | list:
-        return [] if self.splits["val"] is None else self._loader("val")
-
-    def test_dataloader(self) -> DataLoader:
-        return self._loader("test")
-
-    def predict_dataloader(self) -> DataLoader:
-        return self._loader("predict")
 
     def filenames(self, stage: str = "predict") -> dict[Id, str]:
         """Return the file name of every image of a split, by image id."""

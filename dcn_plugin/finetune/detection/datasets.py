@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 
 from ..classes import Id
 from ..folders import is_hidden, looks_like_an_image
-from ..images import UnreadableImage, read_image
+from ..images import UnreadableImage, pass_over, read_image
 from .annotations import AnnotatedImage, AnnotationFile
 
 Target = dict[str, Any]
@@ -215,9 +215,7 @@ def read(path: Path, in_chans: int, bad_images: str, size: tuple[int, int] | Non
     try:
         return read_image(path, "L" if in_chans == 1 else "RGB", size=size)
     except UnreadableImage as error:
-        if bad_images == "raise":
-            raise
-        rank_zero_warn(f"{error}; it is left out")
+        pass_over(error, bad_images, "it is left out")
         return None
 
 

@@ -91,6 +91,9 @@ class DetectionModule(TunedModule):
     def bare(cls, model: Any) -> Any:
         return without_pretrained_backbone(model)
 
+    def described(self) -> dict[str, Any]:
+        return dict(spec=self.spec, category_ids=self.category_ids)
+
     @property
     def backbone(self) -> nn.Module:
         """The detector's backbone, as `BackboneFinetuning` wants it."""

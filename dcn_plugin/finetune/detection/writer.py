@@ -8,7 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from ..callbacks import EpochWriter
+from ..writer import EpochWriter
 
 
 class DetectionWriter(EpochWriter):

@@ -1,0 +1,30 @@
+"""The models of this package as timm lists them: what is registered is tested, whichever family it belongs to."""
+
+import functools
+
+import timm
+import torch
+
+import dcn_plugin  # noqa: F401  (registers the models)
+from dcn_plugin.models import FAMILIES
+
+#: Family -> the names of its models.
+MODELS = {family: timm.list_models(module=family) for family in FAMILIES}
+NAMES = [name for names in MODELS.values() for name in names]
+
+
+@functools.cache
+def smallest(family):
+    """The model of a family with the fewest parameters, for tests that take long with the others."""
+
+    return min(MODELS[family], key=lambda name: sum(p.numel() for p in without_weights(name).parameters()))
+
+
+def without_weights(name):
+    """A model whose tensors have shapes and no values."""
+    with torch.device("meta"):
+        return timm.create_model(name)
+
+
+def images(size=64, channels=3, batch=2):
+    return torch.rand(batch, channels, size, size, generator=torch.Generator().manual_seed(0))

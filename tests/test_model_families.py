@@ -1,0 +1,140 @@
+"""Every model is what timm, and this repository, expect of one; a new family is tested by existing."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("timm")
+import timm  # noqa: E402
+from families import FAMILIES, MODELS, NAMES, images, smallest, without_weights  # noqa: E402
+from timm.models import group_parameters  # noqa: E402
+from timm.optim import param_groups_layer_decay  # noqa: E402
+
+from dcn_plugin.layers import offset_parameters, sampling_layers  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+each_family = pytest.mark.parametrize("family", FAMILIES)
+each_model = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.fixture
+def make(family):
+    """Builds the smallest model of a family, as after training: offsets are drawn, and nothing else is 0 any more."""
+
+    def build(**options):
+        torch.manual_seed(0)
+        model = timm.create_model(smallest(family), num_classes=options.pop("num_classes", 5), **options)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in offset_parameters(model) or not parameter.any():
+                    parameter.normal_(0, 0.05)
+        return model.eval()
+
+    return build
+
+
+# What belongs to a family
+
+
+@each_family
+def test_a_family_has_a_config_and_stands_in_the_documents(family):
+    assert MODELS[family], f"dcn_plugin/models/{family}.py registers no model"
+    configs = "".join(path.read_text() for path in ROOT.glob("configs/**/*.py"))
+    said = f"{family}: add configs/classification/<name>.py, a leaf that trains one of {', '.join(MODELS[family])}"
+    assert any(f'"{name}"' in configs or f'"{name}.' in configs for name in MODELS[family]), said
+    said = f"{family}: add a row '| `{family}` | ... |' to the table of families in docs/timm.md"
+    assert f"\n| `{family}` |" in (ROOT / "docs/timm.md").read_text(), said
+    said = f"{family}: name one of {', '.join(MODELS[family])} in README.md (what is in the box)"
+    assert any(f"`{name}`" in (ROOT / "README.md").read_text() for name in MODELS[family]), said
+
+
+@each_model
+def test_it_is_registered_with_layers_that_predict_where_they_sample(name):
+    assert timm.is_model(name) and name in timm.list_models("*dcn*")
+    assert timm.model_entrypoint(name).__module__.startswith("dcn_plugin.models.dcn_")
+    assert sampling_layers(without_weights(name))
+
+
+@each_model
+def test_its_configuration_names_layers_that_it_has(name):
+    """timm replaces the first convolution for other channels, and the classifier for other classes."""
+    cfg = timm.get_pretrained_cfg(name)
+    state = without_weights(name).state_dict()
+    assert f"{cfg.first_conv}.weight" in state and f"{cfg.classifier}.weight" in state
+    assert cfg.input_size[0] == 3 and cfg.num_classes > 1 and len(cfg.mean) == len(cfg.std) == 3
+
+
+# What timm does with a model
+
+
+@each_family
+def test_feature_maps_have_the_channels_and_strides_that_it_says(make):
+    maps = make(features_only=True)(images(64))
+    info = make(features_only=True).feature_info
+    assert [m.shape[1] for m in maps] == info.channels()
+    assert [64 // m.shape[-1] for m in maps] == info.reduction()
+    final, between = make().forward_intermediates(images(64))
+    torch.testing.assert_close(final, make().forward_features(images(64)))
+    assert between
+
+
+@each_family
+def test_other_heads_and_channels(make):
+    model = make()
+    assert model(images()).shape == (2, 5) and model.get_classifier().out_features == 5
+    features = model.forward_head(model.forward_features(images()), pre_logits=True)
+    model.reset_classifier(3)
+    assert model(images()).shape == (2, 3)
+    model.reset_classifier(0)
+    assert model(images()).shape == features.shape == (2, model.num_features)
+    assert make(in_chans=1)(images(channels=1)).shape == (2, 5)
+
+
+@each_family
+def test_every_parameter_is_trained(make):
+    model = make().train()
+    model(images()).square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    assert [name for name in offset_parameters(model) if not model.get_parameter(name).grad.any()] == []
+
+
+@each_family
+def test_checkpointing_of_activations_changes_nothing(make):
+    found = []
+    for enable in (False, True):
+        model = make().train()
+        model.set_grad_checkpointing(enable)
+        output = model(images())
+        output.square().sum().backward()
+        found.append([output.detach(), *(parameter.grad for parameter in model.parameters())])
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(plain, again)
+
+
+@each_family
+@pytest.mark.parametrize("coarse", [False, True])
+def test_layer_decay_knows_every_parameter_and_keeps_offsets_with_their_layer(make, coarse):
+    model = make()
+    place = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
+    assert set(place) == {name for name, _ in model.named_parameters()}
+    for name in offset_parameters(model):
+        layer = max((n for n in sampling_layers(model) if name.startswith(f"{n}.")), key=len)
+        assert place[name] == place[f"{layer}.weight"], name
+    groups = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.5)
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(map(id, model.parameters()))
+
+
+@each_family
+def test_fresh_weights_sample_where_a_plain_convolution_does(make):
+    model = make()
+    model.init_weights()
+    assert [name for name in offset_parameters(model) if model.get_parameter(name).any()] == []
+
+
+@each_family
+def test_an_exported_folder_gives_the_same(make, tmp_path):
+    from dcn_plugin.export import export_model, load_exported
+
+    model = make()
+    assert torch.equal(load_exported(export_model(model, tmp_path))(images()), model(images()))
