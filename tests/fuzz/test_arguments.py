@@ -130,8 +130,9 @@ def test_sizes_whose_product_overflows_are_refused():
         torch.ops.dcn_plugin.ps_roi_pool(one.expand(1, 4, 4, 4), torch.zeros(0, 5), 2**62 + 1, 2, [1, 1], 1.0)
     weight, offset = one.expand(1, 1, 2**31, 2**31), one.expand(1, 2**32, 1, 1)
     how = [1, 1], [0, 0, 0, 0], [1, 1]
-    with pytest.raises(RuntimeError, match="weight"):
-        torch.ops.dcn_plugin.deform_conv2d(one.expand(1, 1, 2**31, 2**31), offset, weight, None, None, *how)
+    for large, name in ((weight, "input"), (one.expand(1, 1, 2, 2), "weight")):
+        with pytest.raises(RuntimeError, match=f"{name}: expected .* rows and columns"):
+            torch.ops.dcn_plugin.deform_conv2d(large, offset, weight, None, None, *how)
 
 
 def limits():

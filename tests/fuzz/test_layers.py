@@ -96,7 +96,7 @@ def of_operator(package, layer, inputs):
     """The layer's result, from the operator in `package` and what the layer predicts and holds."""
     input, *places = (inputs[k] for k in ("input", "rois") if k in inputs)
     offset, mask = inputs.get("offset"), inputs.get("mask")
-    if hasattr(layer, "offsets"):
+    if getattr(layer, "offset_branches", {}):
         offset, mask = layer.offsets(input, *places)
     elif type(layer) is layers.DeformRoIPool:
         offset = offset.flip(1)  # mmcv's order
