@@ -26,7 +26,7 @@ class SamplingConv(SamplingModule, OwnStart):
 
     A subclass with `drop_in = True` takes a convolution's place: its arguments begin with those below, its options
     follow them, each kept as an attribute of the same name, and whatever it predicts offsets with is in
-    `offset_branches`. `out` has a position for each of `window`.
+    `offset_branches`.
 
     Args:
         in_channels .. offset_groups: as in `DeformConv2d`.
