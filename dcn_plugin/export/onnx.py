@@ -25,6 +25,8 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
+__all__ = ["custom_translation_table", "export_onnx", "roi_pooling_decompositions", "run_onnx"]
+
 # The first opset that has DeformConv.
 OPSET = 19
 

@@ -10,6 +10,8 @@ from torch.utils.data import DataLoader
 
 from .._config import arguments, check_kinds, plain
 
+__all__ = ["TunedData"]
+
 
 class TunedData(pl.LightningDataModule):
     """The splits `train`, `val`, `test` and `predict` of a data set, by name in `splits`; None is one that is missing.

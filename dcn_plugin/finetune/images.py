@@ -10,6 +10,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+__all__ = ["UnreadableImage", "read_image"]
+
 _ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 _TURN = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -24,6 +24,8 @@ from .classes import names_in
 from .freezing import split_added_groups
 from .guard import RunGuard, require_batches
 
+__all__ = ["TunedModule", "param_groups"]
+
 Module = TypeVar("Module", bound="TunedModule")
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")

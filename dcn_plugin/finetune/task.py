@@ -9,6 +9,8 @@ from .data import TunedData
 from .module import TunedModule
 from .writer import EpochWriter
 
+__all__ = ["Task"]
+
 
 class Task(NamedTuple):
     """What `run` is told of a task; `TASKS` of `run.py` has them by the names of their modules.

@@ -8,6 +8,8 @@ from typing import ClassVar
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import BasePredictionWriter
 
+__all__ = ["EpochWriter"]
+
 
 class EpochWriter(BasePredictionWriter):
     """One file, `filename` in `directory`, after the last batch, or one per process if several.

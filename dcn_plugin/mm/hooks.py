@@ -10,6 +10,8 @@ from mmengine.logging import HistoryBuffer
 
 from .scope import HOOKS
 
+__all__ = ["WeightsOnlyCheckpointHook"]
+
 
 def _plain(value: Any) -> Any:
     """Turn what torch's safe loader refuses (numpy values, containers of other types) into plain Python and tensors."""

@@ -16,6 +16,8 @@ from torch import nn
 from ..layers import offset_rates, sampling_layers
 from .scope import OPTIM_WRAPPER_CONSTRUCTORS
 
+__all__ = ["OptimWrapperConstructor"]
+
 # What MMEngine's constructor does with keys of paramwise_cfg where it does not know a layer.
 _UNAPPLIED = "is not applied to it"
 _REACHES = "reaches its bias, which it leaves out in mmcv's layers"
