@@ -16,7 +16,6 @@ NAMES = [name for names in MODELS.values() for name in names]
 @functools.cache
 def smallest(family):
     """The model of a family with the fewest parameters, for tests that take long with the others."""
-
     return min(MODELS[family], key=lambda name: sum(p.numel() for p in without_weights(name).parameters()))
 
 
