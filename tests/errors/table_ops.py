@@ -77,9 +77,12 @@ def number(call, name, positive):
         ),
         *(
             Case(
-                call(**{name: value}), ValueError, name, f"expected a {'positive ' * positive}finite number",
+                call(**{name: value}),
+                ValueError,
+                name,
+                f"expected a {'positive ' * positive}finite number",
                 f"got {value}",
-            )  # fmt: skip
+            )
             for value in (math.nan, math.inf, *[0, -0.5] * positive)
         ),
         Case(call(**{name: 10**400}), ValueError, name, "finite", f"got {10**400}"),
