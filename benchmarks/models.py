@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 
 import dcn_plugin.layers.conv
-from dcn_plugin.layers import OffsetConv, OffsetPredictor
+from dcn_plugin.layers import OffsetPredictor, offset_parameters
 
 # The profiler's library else reports each of its starts on the standard error.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -60,9 +60,9 @@ def about(setting: Setting) -> str:
 def build(name: str) -> nn.Module:
     # Fresh last normalisations are 0, and with them what a block adds: nothing would depend on its convolutions.
     model = timm.create_model(BASE if name == BASE else f"{BASE}_dcn", zero_init_last=False)
-    for module in model.modules():
-        if isinstance(module, OffsetConv):
-            nn.init.normal_(module.conv_offset.weight, std=OFFSET_WEIGHT_STD)
+    for name in offset_parameters(model):
+        if name.endswith("weight"):
+            nn.init.normal_(model.get_parameter(name), std=OFFSET_WEIGHT_STD)
     return model
 
 

@@ -1,4 +1,4 @@
-"""Compile the CPU operators with another compiler than this machine's own; setup.py's flags, and warnings are errors.
+"""Compile the CPU operators with another compiler than this machine's own; the toolchain's flags, warnings are errors.
 
     python scripts/compile_check.py            # for 64-bit ARM (Debian, Ubuntu: `apt install g++-aarch64-linux-gnu`)
     python scripts/compile_check.py clang++    # any other compiler

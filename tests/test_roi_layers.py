@@ -26,6 +26,7 @@ from dcn_plugin.layers import (
     DeformRoIPoolPack,
     ModulatedDeformRoIPoolPack,
     PSRoIPool,
+    drop_ins,
     offset_parameters,
 )
 
@@ -515,10 +516,9 @@ def test_representations():
 def test_layers_are_listed_and_are_no_stand_ins_for_convolutions():
     pools = (DeformRoIPool, DeformRoIPoolPack, ModulatedDeformRoIPoolPack)
     position_sensitive = (PSRoIPool, DeformPSRoIPool, DeformPSRoIPoolPack)
-    names = [cls.__name__ for cls in (*pools, *position_sensitive)]
-    assert list(LAYERS)[3:] == names and all(LAYERS[name].drop_in is False for name in names)
-    for name in names:
-        with pytest.raises(ValueError, match=f"out of DCNv1, DCNv2, got '{name}', which cannot stand in"):
+    for name, cls in {cls.__name__: cls for cls in (*pools, *position_sensitive)}.items():
+        assert LAYERS[name] is cls and cls.drop_in is False
+        with pytest.raises(ValueError, match=f"out of {', '.join(drop_ins())}, got '{name}', which cannot stand in"):
             dcn_plugin.convert(nn.Sequential(nn.Conv2d(3, 3, 3)), dict(match="0", layer=dict(type=name)))
 
 

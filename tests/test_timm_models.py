@@ -112,7 +112,9 @@ def test_init_weights_keeps_the_plain_start():
 
 def test_registered_in_timm():
     bases = {base for base, _ in ENTRIES}
-    assert {"resnet18", "resnet50", "resnext50_32x4d"} < bases and bases <= set(timm.list_models(module="resnet"))
+    promised = {"resnet18", "resnet34", "resnet50", "resnet101", "resnet152"}
+    promised |= {"resnet50d", "resnext50_32x4d", "wide_resnet50_2"}
+    assert promised <= bases <= set(timm.list_models(module="resnet"))
     assert {(base, suffix) for base in bases for suffix in LAYERS} == set(ENTRIES)
     assert all(timm.is_model_pretrained(name) for name in MODELS["dcn_resnet"])
 

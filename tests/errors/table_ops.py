@@ -76,7 +76,13 @@ def number(call, name, positive):
             for value in ("1", True, None)
         ),
         *(
-            Case(call(**{name: value}), ValueError, name, f"expected a {'positive ' * positive}finite number", f"got {value}")
+            Case(
+                call(**{name: value}),
+                ValueError,
+                name,
+                f"expected a {'positive ' * positive}finite number",
+                f"got {value}",
+            )
             for value in (math.nan, math.inf, *[0, -0.5] * positive)
         ),
         Case(call(**{name: 10**400}), ValueError, name, "finite", f"got {10**400}"),

@@ -47,7 +47,7 @@ def spoil_tensor(draw, t):
 
 def names_an_argument(error, case):
     known = "|".join(inspect.signature(case.function).parameters)
-    return re.match(rf"({known})(\[\d\])?(:| must)", str(error))
+    return re.match(rf"({known})(\[\d\])?: ", str(error))
 
 
 @each_name

@@ -219,7 +219,7 @@ def test_only_what_is_asked_for(wanted):
         dict(shape=(1, 80, 4, 4), offset_groups=10),  # more samples than fit
     ],
 )
-def test_the_portable_path_serve_the_rest(change):
+def test_the_portable_path_serves_the_rest(change):
     ran = Problem(**{"out": 16, **change}).check()
     assert ran == {"deform_conv2d": "portable", "deform_conv2d_backward": "portable"}
 

@@ -120,5 +120,5 @@ def test_images_of_several_ranges(layout):
         dict(shape=(1, 16, 6, 6), out=32),  # two outputs for each channel
     ],
 )
-def test_the_portable_path_serve_the_rest(change):
+def test_the_portable_path_serves_the_rest(change):
     assert problem(**change).check() == PORTABLE

@@ -532,5 +532,5 @@ def test_the_compiled_operators_protect_memory_by_themselves(case, name, value):
 def test_the_compiled_backward_checks_the_gradient_it_is_given(case, spoil, message):
     arguments = case.make(case.full, torch.float32)
     grad = torch.ones_like(case.function(**arguments))
-    with pytest.raises(RuntimeError, match=f"grad_output:? .*{message}"):
+    with pytest.raises(RuntimeError, match=f"grad_output: {message}"):
         case.backward_op(*case.to_backward(spoil(grad), sum(WANTED.values()), **arguments).values())

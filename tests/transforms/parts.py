@@ -5,6 +5,7 @@ import torch
 from cases import CASES
 from torch import nn
 
+from dcn_plugin import layers
 from dcn_plugin.layers import DCNv1, DCNv2, DeformPSRoIPoolPack, DeformRoIPoolPack, ModulatedDeformRoIPoolPack
 
 SAMPLES = 3
@@ -55,6 +56,8 @@ LAYERS = {
         DeformPSRoIPoolPack(2, 2, (2, 3), 0.5, deform_fc_channels=16, modulated=True), (_image(8), _rois())
     ),
 }  # fmt: skip
+PREDICTING = {name for name, cls in layers.LAYERS.items() if getattr(cls, "offset_branches", {})}
+assert LAYERS.keys() == PREDICTING, f"add rows to LAYERS of {__file__}: {', '.join(PREDICTING - LAYERS.keys())}"
 each_layer = pytest.mark.parametrize("name", LAYERS)
 
 
