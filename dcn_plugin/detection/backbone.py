@@ -68,8 +68,8 @@ class DetectionBackbone(nn.Module):
             trainable_layers = min(3, len(stages)) if pretrained else len(stages)
         if not 0 <= trainable_layers <= len(stages):
             raise ValueError(
-                f"trainable_backbone_layers: {name} has {len(stages)} ({', '.join(stages)}), expected 0 to "
-                f"{len(stages)}, got {trainable_layers}"
+                f"trainable_backbone_layers: expected 0 to {len(stages)} ({', '.join(stages)} of {name}), "
+                f"got {trainable_layers}"
             )
         frozen = len(stages) - trainable_layers
         self.frozen = _modules_up_to(self.body, stages[frozen - 1]) if frozen else []
@@ -81,7 +81,9 @@ class DetectionBackbone(nn.Module):
         self.out_channels = self.channels[-1]
         if fpn_channels is not None:
             if any(fine * 2 != coarse for fine, coarse in zip(self.strides, self.strides[1:], strict=False)):
-                raise ValueError(f"backbone: a pyramid needs maps whose strides double, {name} has {self.strides}")
+                raise ValueError(
+                    f"backbone: expected maps whose strides double, for a pyramid, got {self.strides} of {name}"
+                )
             self.fpn = FeaturePyramidNetwork(self.channels, fpn_channels, extra_blocks=LastLevelMaxPool())
             self.out_channels = fpn_channels
 

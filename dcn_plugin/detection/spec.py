@@ -22,7 +22,7 @@ def detector_spec(model: Mapping[str, Any], num_classes: int | None) -> dict[str
         raise ValueError(f"num_classes: expected at least 1 class of objects, got {num_classes!r}")
     if spec.setdefault("num_classes", num_classes + 1) != num_classes + 1:
         got = f"model.num_classes={spec['num_classes']} with num_classes={num_classes}"
-        raise ValueError(f"model.num_classes: leave it out, or count one more for the background, got {got}")
+        raise ValueError(f"model.num_classes: expected none, or one more for the background, got {got}")
     return spec
 
 

@@ -274,7 +274,9 @@ def _run(config: Mapping[str, Any], work_dir: Path, task: str, checkpoint: str |
         keys = arguments(module_class)
         config = {**config, **module_class.without_initial_weights({k: v for k, v in config.items() if k in keys})}
     elif task != "fit" and not task_of(config).module.names_weights(config):
-        raise ValueError(f"checkpoint: {task} needs one (or a config with model.pretrained or checkpoint), got none")
+        raise ValueError(
+            f"checkpoint: expected one for {task} (or model.pretrained or checkpoint in the config), got none"
+        )
     trainer, module, data = build(config, work_dir)
     if module.conversion is not None and trainer.is_global_zero:
         print(module.conversion)

@@ -9,6 +9,6 @@ class NotScriptable:
     def __prepare_scriptable__(self) -> NoReturn:
         # torch.jit.script asks every submodule before it compiles anything.
         raise NotImplementedError(
-            f"torch.jit.script expected modules that TorchScript can compile, got {type(self).__name__}: "
+            f"torch.jit.script: expected modules that TorchScript can compile, got {type(self).__name__}: "
             "use torch.export, torch.compile or torch.jit.trace"
         )

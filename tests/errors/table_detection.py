@@ -240,7 +240,7 @@ DATA = [
     Case(data(bad_boxes="x"), ValueError, "bad_boxes:", "expected 'skip' or 'raise'", "got 'x'"),
     Case(
         data(name="digit_scenes", train=dict(images="a", annotations="b")),
-        ValueError, "train:", "'digit_scenes' has splits of its own", "got {'images': 'a'",
+        ValueError, "train:", "expected None, as 'digit_scenes' has splits of its own", "got {'images': 'a'",
     ),
     Case(data(scenes=dict(train=3)), ValueError, "scenes:", "only 'digit_scenes' takes them", "got {'train': 3}"),
     Case(data(train=dict(images="a")), ValueError, "train.annotations:", "expected a path", "got none"),
@@ -255,7 +255,10 @@ DATA = [
         ValueError, "augment[0].transforms[0]:", "known: ", "unknown type 'RandomFlip'",
     ),
     Case(lambda: CocoDataModule().setup("fit"), ValueError, "train:", "dict(images=..., annotations=...)", "got None"),
-    Case(lambda: CocoDataModule().num_classes, ValueError, "num_classes:", "pass num_classes", "nothing names"),
+    Case(
+        lambda: CocoDataModule().num_classes,
+        ValueError, "num_classes:", "expected a number, as without train", "got None",
+    ),
 ]  # fmt: skip
 
 
@@ -321,8 +324,8 @@ def metric_without_pycocotools(monkeypatch):
 
 MODULE = [
     Case(nothing_seen, ValueError, "val:", "expected images to evaluate", "could read none"),
-    Case(beside(in_chans=3), ValueError, "in_chans:", "the model takes 1 channels", "the data has 3"),
-    Case(beside(num_classes=4), ValueError, "num_classes:", "the model has 10 classes", "the data has 4"),
+    Case(beside(in_chans=3), ValueError, "in_chans:", "expected the model's 1 channels", "got 3 of the data"),
+    Case(beside(num_classes=4), ValueError, "num_classes:", "expected the model's 10 classes", "got 4 of the data"),
     Case(
         beside([1, 2], category_ids=[1, 3]),
         ValueError, "category_ids:", "category 2", "only in the model's training",
@@ -354,7 +357,7 @@ MODULE = [
     Case(lambda: module(0), ValueError, "num_classes:", "expected at least 1 class of objects", "got 0"),
     Case(
         lambda: DetectionModule(FASTER | dict(num_classes=10), 10),
-        ValueError, "model.num_classes:", "count one more for the background", "got model.num_classes=10",
+        ValueError, "model.num_classes:", "or one more for the background", "got model.num_classes=10",
     ),
     *(
         Case(lambda arms=arms: run_study(".", ".", [0], arms), ValueError, "arms:", "expected some of", f"got {arms}")

@@ -198,7 +198,7 @@ CONFIG = [
         FileNotFoundError, "config:", "expected a file", "missing.py', which does not exist",
     ),
     Case(ran("train"), ValueError, "task:", "expected one of fit", "got 'train'"),
-    Case(ran("test"), ValueError, "checkpoint:", "test needs one", "got none"),
+    Case(ran("test"), ValueError, "checkpoint:", "expected one for test", "got none"),
     Case(
         ran("test", "nowhere.ckpt"),
         FileNotFoundError, "checkpoint:", "expected a file", "got 'nowhere.ckpt', which does not exist",
@@ -464,11 +464,11 @@ MODULE = [
     Case(built(mixup=dict(alpha=1)), ValueError, "mixup:", "known: ", "unknown key 'alpha'"),
     Case(
         beside(dict(num_classes=10), num_classes=7),
-        ValueError, "num_classes:", "the model has 7 classes", "the data has 10",
+        ValueError, "num_classes:", "expected the model's 7 classes", "got 10 of the data",
     ),
     Case(
         beside(dict(batch_size=15), mixup=dict(mixup_alpha=1.0)),
-        ValueError, "batch_size:", "need an even batch size", "got 15",
+        ValueError, "batch_size:", "expected an even one for Mixup", "got 15",
     ),
     Case(lambda: OffsetMonitor(every_n_steps=0), ValueError, "every_n_steps:", "expected a positive number", "got 0"),
     Case(
@@ -615,7 +615,7 @@ DATA_SETS = [
     ),
     Case(
         lambda tmp_path: ImageDataModule("wds/", str(tmp_path)).num_classes,
-        ValueError, "num_classes:", "pass num_classes", "data set 'wds/' does not name its classes",
+        ValueError, "num_classes:", "expected a number, as data set 'wds/' does not name its classes", "got None",
     ),
     Case(
         lambda tmp_path: check_shards(str(tmp_path), ["train-0001.tar"]),

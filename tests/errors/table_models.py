@@ -162,7 +162,7 @@ DETECTION = [
     ),
     Case(
         faster(backbone=dict(PLAIN, output_stride=8)),
-        ValueError, "backbone:", "a pyramid needs maps whose strides double", "resnet18 has [4, 8, 8, 8]",
+        ValueError, "backbone:", "expected maps whose strides double", "got [4, 8, 8, 8] of resnet18",
     ),
     Case(faster(trainable_backbone_layers=6), ValueError, "trainable_backbone_layers:", "expected 0 to 5", "got 6"),
     Case(

@@ -4,6 +4,7 @@ The statements that raise are found in the source, so a new one without a case f
 """
 
 import importlib
+import re
 
 import pytest
 
@@ -54,6 +55,9 @@ def test_message_names_argument_expected_and_got(case):
     assert type(error) is case.error, repr(error)
     for words in (case.name, case.expected, case.got):
         assert words and words in str(error), f"{words!r} is not in {error!r}"
+    # One grammar: `name: expected ..., got ...`, never 'name must be ...'. What files hold is said in sentences.
+    assert not re.match(r"[^:]*\bmust (be|have|hold)\b", str(error)), error
+    assert ", got " not in str(error) or re.search(r"\S: expected .+, got ", str(error), re.S), error
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -169,7 +169,9 @@ class ImageDataModule(TunedData):
             return self._num_classes
         names = self.class_names
         if names is None:
-            raise ValueError(f"num_classes: data set {self.name!r} does not name its classes; pass num_classes")
+            raise ValueError(
+                f"num_classes: expected a number, as data set {self.name!r} does not name its classes, got None"
+            )
         return len(names)
 
     # -- data sets ----------------------------------------------------------------------------------------------------

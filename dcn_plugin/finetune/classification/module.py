@@ -153,7 +153,9 @@ class FinetuneModule(TunedModule):
         else:
             found = getattr(data, "num_classes", self.num_classes)
             if found != self.num_classes:
-                raise ValueError(f"num_classes: the model has {self.num_classes} classes, the data has {found}")
+                raise ValueError(
+                    f"num_classes: expected the model's {self.num_classes} classes, got {found} of the data"
+                )
             names = getattr(data, "class_names", None)
         compare(self.class_names, "in what the model was trained on", names, "in the data")
         start, where = self.started_from
@@ -162,7 +164,7 @@ class FinetuneModule(TunedModule):
             self.class_names = None if stage == "fit" else start
         self.class_names = self.class_names if names is None else [str(name) for name in names]
         if self.mixup is not None and getattr(data, "batch_size", 2) % 2:
-            raise ValueError(f"batch_size: Mixup and CutMix need an even batch size, got {data.batch_size}")
+            raise ValueError(f"batch_size: expected an even one for Mixup and CutMix, got {data.batch_size}")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("dcn_plugin", {}).get("class_names")

@@ -108,7 +108,7 @@ class CocoDataModule(TunedData):
         if name == "digit_scenes":
             for key, split in given.items():
                 if split is not None:
-                    raise ValueError(f"{key}: 'digit_scenes' has splits of its own, got {split!r}")
+                    raise ValueError(f"{key}: expected None, as 'digit_scenes' has splits of its own, got {split!r}")
             stamp = scene_stamp(**{key: value for key, value in self._scenes.items() if key != "limit"})
             self.root = Path(root) if root is not None else _cache(stamp | dict(limit=self._scenes.get("limit")))
             given = {
@@ -117,7 +117,7 @@ class CocoDataModule(TunedData):
             }
         else:
             if scenes is not None:
-                raise ValueError(f"scenes: only 'digit_scenes' takes them, got {scenes!r} for {name!r}")
+                raise ValueError(f"scenes: expected None for {name!r} (only 'digit_scenes' takes them), got {scenes!r}")
             self.root = Path(root or "")
             for key, split in given.items():
                 if split is not None:
@@ -159,7 +159,9 @@ class CocoDataModule(TunedData):
         for stage in ("val", "test", "train"):  # from small to large
             if self.splits[stage] is not None:
                 return self._dataset(stage)
-        raise ValueError("num_classes: without train, val and test nothing names the categories; pass num_classes")
+        raise ValueError(
+            "num_classes: expected a number, as without train, val and test nothing names the categories, got None"
+        )
 
     # -- data sets ----------------------------------------------------------------------------------------------------
 

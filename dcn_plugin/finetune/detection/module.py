@@ -118,12 +118,12 @@ class DetectionModule(TunedModule):
         channels = next((m.in_channels for m in self.model.modules() if isinstance(m, nn.Conv2d)), None)
         given = getattr(data, "in_chans", channels)
         if channels is not None and given != channels:
-            raise ValueError(f"in_chans: the model takes {channels} channels, the data has {given}")
+            raise ValueError(f"in_chans: expected the model's {channels} channels, got {given} of the data")
         if stage == "predict" and getattr(data, "predict_folder", None) is not None:
             return
         found = getattr(data, "num_classes", self.num_classes)
         if found != self.num_classes:
-            raise ValueError(f"num_classes: the model has {self.num_classes} classes, the data has {found}")
+            raise ValueError(f"num_classes: expected the model's {self.num_classes} classes, got {found} of the data")
         ids, names = getattr(data, "category_ids", None), getattr(data, "class_names", None)
         self._check_categories(self.category_ids, self.class_names, ids, names)
         if self.class_names is None and names is not None:
