@@ -25,6 +25,7 @@ from dcn_plugin.layers import (
 from dcn_plugin.ops import deform_conv2d, deform_roi_pool
 from dcn_plugin.visualize import dilation_by_layer, record, record_bins
 
+torch.fx.wrap("deform_conv2d")
 NAME = "Stretched"
 RULE = dict(match="*.conv2", layer=dict(type=NAME, limit=2.0))
 
@@ -354,3 +355,75 @@ def test_counters_know_it():
     hook(layer, (torch.rand(1, 4, 5, 5),), layer(torch.rand(1, 4, 5, 5)))
     # Of each of 25 positions: the product, four corners of each sample, and the predictor's one output.
     assert layer.__flops__ == 25 * (6 * 36 + 4 * 36 + 36)
+
+
+class Weighted(Stretched):
+    """With values of its own that its constructor alone knows."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        place = dict(device=self.weight.device, dtype=self.weight.dtype)
+        self.gain = nn.Parameter(torch.full((1,), 3.0, **place))
+        self.norm = nn.BatchNorm2d(self.out_channels, **place)
+        self.register_buffer("scale", torch.full((2,), 7.0, **place))
+        self.register_buffer("inner", torch.full((2,), 5.0, **place), persistent=False)
+
+    def forward(self, x):
+        return self.norm(super().forward(x) * self.gain)
+
+
+def test_what_a_constructor_sets_is_there_after_conversion():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1))
+    weight, drawn = model[0].weight, torch.random.get_rng_state()
+    dcn_plugin.convert(model, dict(match="0", layer=dict(type=Weighted)))
+    layer = model[0]
+    assert layer.weight is weight and torch.equal(torch.random.get_rng_state(), drawn)
+    assert (layer.gain, layer.scale.tolist(), layer.inner.tolist()) == (3.0, [7.0] * 2, [5.0] * 2)
+    assert layer.norm.running_var.tolist() == [1.0] * 4 and not layer.stretch.weight.any()
+    x = torch.rand(2, 4, 6, 6)
+    expected = layer.norm(nn.functional.conv2d(x, layer.weight, layer.bias, padding=1) * 3)
+    torch.testing.assert_close(layer(x), expected)
+
+
+class Renamed(DCNv2):
+    """DCNv2 with a predictor more, as a user may subclass it."""
+
+    offset_branches: ClassVar[dict[str, float]] = {"conv_offset": 1.0, "extra": 0.3}
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        place = dict(device=self.weight.device, dtype=self.weight.dtype)
+        self.extra = OffsetPredictor(self.in_channels, 2, 1, **place)
+
+
+def test_every_branch_starts_again():
+    layer = Renamed(4, 4, 3)
+    for branch in (layer.conv_offset, layer.extra):
+        nn.init.ones_(branch.weight)
+    layer.reset_parameters()
+    assert not layer.conv_offset.weight.any() and not layer.extra.weight.any() and layer.weight.any()
+
+
+def test_former_names_of_a_branch_that_a_subclass_has_not():
+    layer = DCNv2(4, 4, 3)
+    del layer.conv_offset
+    state = {"x.conv_offset_mask.weight": torch.zeros(1)}
+    assert layer.former_keys(state, "x.") == {} and list(state) == ["x.conv_offset_mask.weight"]
+
+
+def test_symbolic_tracing_records_the_operator():
+    model = nn.Sequential(Stretched(4, 4, 3, padding=1))
+    x = torch.rand(1, 4, 6, 6)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+def test_a_rule_with_a_class_is_refused_by_name_in_a_folder(tmp_path):
+    timm = pytest.importorskip("timm")
+    from dcn_plugin.export import export_model
+
+    model = timm.create_model("resnet18", layers=(1, 1, 1, 1), channels=(8, 8, 8, 8))
+    rules = [dict(match="layer4.*.conv2", layer=dict(type=Stretched))]
+    dcn_plugin.convert(model, rules)
+    with pytest.raises(TypeError, match="rules.0.layer.type: expected numbers, strings"):
+        export_model(model, tmp_path / "x", rules=rules)
+    assert not (tmp_path / "x").exists()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._config import as_names, plain
+from .._config import as_names, plain, storable
 from ..checkpoint import refuse_others
 from ..convert import convert
 from .forms import FORMS, MMENGINE, RULES, Form
@@ -53,12 +53,12 @@ def export_model(
         category_ids: ids of a detector's classes in its annotation files, in label order.
 
     Raises:
-        ValueError: a model that neither a timm name nor `spec` describes.
+        ValueError: a model that neither a timm name nor `spec` describes. TypeError: rules that name a class.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile, whose names nobody else knows
     extra: dict[str, Any] = {}
     if rules:
-        extra[KEY] = {RULES: plain(rules)}
+        extra[KEY] = storable({RULES: rules})  # a class would have no name there
     described = _describe(model, spec)
     if described is not None:
         extra[KEY] = extra.get(KEY, {}) | described

@@ -149,9 +149,9 @@ class OffsetConv(DeformConv2d):
         )
 
     def reset_parameters(self) -> None:
-        """Initialise weight and bias as `nn.Conv2d` does, and `conv_offset` with zeros."""
+        """Initialise weight and bias as `nn.Conv2d` does, and what predicts offsets (`conv_offset`) with zeros."""
         super().reset_parameters()
-        self.conv_offset.reset_parameters()
+        self.reset_offsets()
 
     def _predict(self, x: Tensor) -> Tensor:
         # Not the weight that a parametrisation computes: it would do so twice a call.
@@ -201,7 +201,9 @@ class OffsetConv(DeformConv2d):
         For a layer at `conv2`: `conv2_offset.*` (mmdetection before 2.0, detectron2) and `conv2.conv_offset_mask.*`
         (chengdazhi, CharlesShang) become `conv2.conv_offset.*`.
         """
-        renamed = {}
+        renamed: dict[str, str] = {}
+        if "conv_offset" not in self._modules:  # a subclass predicts with something else
+            return renamed
         for kind in ("weight", "bias"):
             new = f"{prefix}conv_offset.{kind}"
             for old in (f"{prefix}conv_offset_mask.{kind}", f"{prefix[:-1]}_offset.{kind}"):

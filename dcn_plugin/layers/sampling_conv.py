@@ -14,7 +14,7 @@ from ..ops._check import integer, integers
 from ._arguments import divisible, floating, pair
 from ._fold import take_norm_if_folding
 from ._from_conv import require_plain_conv
-from ._start import OwnStart
+from ._start import OwnStart, StartsAtZero
 from .samples import Window
 from .sampling import SamplingModule
 
@@ -162,42 +162,65 @@ class SamplingConv(SamplingModule, OwnStart):
         for name in options:
             if name not in known:
                 raise TypeError(f"{cls.__name__}: expected options out of {', '.join(known)}, got {name!r}")
+
+        def build(device: torch.device | str) -> Layer:
+            return cls(
+                conv.in_channels,
+                conv.out_channels,
+                pair("kernel_size", conv.kernel_size, 1),
+                pair("stride", conv.stride, 1),
+                conv.padding,
+                pair("dilation", conv.dilation, 1),
+                conv.groups,
+                conv.bias is not None,
+                conv.padding_mode,
+                device=device,
+                dtype=conv.weight.dtype,
+                **options,
+            )
+
         # Built without storage: the random numbers a fresh weight would draw stay undrawn.
-        layer = cls(
-            conv.in_channels,
-            conv.out_channels,
-            pair("kernel_size", conv.kernel_size, 1),
-            pair("stride", conv.stride, 1),
-            conv.padding,
-            pair("dilation", conv.dilation, 1),
-            conv.groups,
-            conv.bias is not None,
-            conv.padding_mode,
-            device="meta",
-            dtype=conv.weight.dtype,
-            **options,
-        )
-        layer._materialize(conv.weight)
+        layer = build("meta")
+        if layer._holds_nothing_but_zeros():
+            layer._materialize(conv.weight)
+        else:  # the constructor alone knows what the rest starts with
+            place = conv.weight.device
+            with torch.random.fork_rng([place] if place.type == "cuda" else []):
+                layer = build(place)
+            layer._lay_out_like(conv.weight)
+            layer.reset_offsets()
         layer.weight = conv.weight  # type: ignore[assignment]
         layer.bias = conv.bias  # type: ignore[assignment]
         layer._note_memory()
         return layer.train(conv.training)
 
+    def _holds_nothing_but_zeros(self) -> bool:
+        """Tell whether `reset_offsets` gives a value to everything that the layer has beyond weight and bias."""
+        known: list[Tensor | None] = [self.weight, self.bias]
+        for _, branch in self.branches():
+            if isinstance(branch, nn.Parameter):
+                known.append(branch)
+            else:
+                inside = (m for m in branch.modules() if isinstance(m, StartsAtZero))
+                known += [parameter for module in inside for parameter in module.parameters(recurse=False)]
+        held = (*self.parameters(), *self.buffers())
+        return {id(tensor) for tensor in held} <= {id(tensor) for tensor in known}
+
     def _materialize(self, like: Tensor) -> None:
-        """Give storage to what the layer has beyond weight and bias, where `like` is and laid out as it is."""
-        last = not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
-        for name, parameter in list(self.named_parameters(recurse=False)):
-            if name not in ("weight", "bias"):
-                self.register_parameter(name, nn.Parameter(torch.empty_like(parameter, device=like.device)))
-        for child in self.children():
-            child.to_empty(device=like.device)
-            if last:
-                child.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            for module in child.modules():
-                reset: Any = getattr(module, "reset_parameters", None)
-                if reset is not None:
-                    reset()
+        """Give storage and zeros to `offset_branches`, where `like` is and laid out as it is."""
+        for name, branch in list(self.branches()):
+            if isinstance(branch, nn.Parameter):
+                empty = torch.empty_like(branch, device=like.device)
+                self.register_parameter(name, nn.Parameter(empty, branch.requires_grad))
+            else:
+                branch.to_empty(device=like.device)
+        self._lay_out_like(like)
         self.reset_offsets()
+
+    def _lay_out_like(self, like: Tensor) -> None:
+        if not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last):
+            for child in self.children():
+                child.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @classmethod
     def option_names(cls) -> list[str]:
