@@ -473,7 +473,7 @@ def test_export_of_an_mmengine_model(tmp_path):
     [
         (dict(rules=[dict(match="layer9.*", layer=dict(type="DCNv2"))]), ValueError, "rules.*layer9"),
         (dict(model=dict(MODEL, offset_groups=3)), ValueError, "offset_groups.*and 3"),
-        (dict(checkpoint="nowhere.pth"), FileNotFoundError, "checkpoint file 'nowhere.pth'"),
+        (dict(checkpoint="nowhere.pth"), FileNotFoundError, "nowhere.pth: expected a checkpoint file"),
         (dict(data=dict(DATA, dataset=dict(limit=0))), ValueError, "limit: .*got 0"),
     ],
 )

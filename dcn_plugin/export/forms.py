@@ -28,6 +28,7 @@ class Form(NamedTuple):
 
 
 FORMS: dict[str, Form] = {}
+"""Every form by its key in `config.json`; `register_form` adds to them."""
 
 
 def register_form(

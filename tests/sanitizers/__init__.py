@@ -72,7 +72,7 @@ def loops_of_sources() -> set[str]:
 def bodies_of_sources() -> set[str]:
     """The structs that the portable path hands to Cpu::for_each."""
     texts = [path.read_text() for path in (ROOT / "csrc").rglob("*.h") if path.parent.name != "cuda"]
-    return {name for text in texts for name in re.findall(r"Device::for_each\((\w+)", text)}
+    return {name for text in texts for name in re.findall(r"Device::for_each\(\s*(\w+)", text)}
 
 
 class Loop(NamedTuple):

@@ -6,5 +6,6 @@ from .module import FinetuneModule
 from .writer import PredictionWriter
 
 TASK = Task(FinetuneModule, ImageDataModule, PredictionWriter)
+"""What `run` trains where a config names `FinetuneModule`."""
 
 __all__ = ["TASK", "FinetuneModule", "ImageDataModule", "PredictionWriter"]

@@ -8,5 +8,6 @@ from .scenes import draw_scene, write_scenes
 from .writer import DetectionWriter
 
 TASK = Task(DetectionModule, CocoDataModule, DetectionWriter, DETECTOR)
+"""What `run` trains where a config names `DetectionModule`."""
 
 __all__ = ["TASK", "CocoDataModule", "DetectionModule", "DetectionWriter", "draw_scene", "write_scenes"]
