@@ -101,7 +101,12 @@ FLAGS = {
     "use_distributed_sampler": [False],
     "profiler": ["simple", Refused("nothing", "profiler")],
     "detect_anomaly": [True],
-    "barebones": [dict(barebones=True, log_every_n_steps=None, enable_progress_bar=None, enable_model_summary=None, num_sanity_val_steps=None)],
+    "barebones": [
+        dict(
+            barebones=True, log_every_n_steps=None, enable_progress_bar=None, enable_model_summary=None,
+            num_sanity_val_steps=None,
+        )
+    ],
     "plugins": [[]],
     "sync_batchnorm": [True],
     "reload_dataloaders_every_n_epochs": [dict(reload_dataloaders_every_n_epochs=1, max_epochs=2)],
