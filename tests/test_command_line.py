@@ -214,7 +214,7 @@ def test_files_that_cannot_be_right_are_one_line(path, script, tmp_path, monkeyp
         ("name.py",): "config: name.py does not load: NameError",
         ("base.py",): "config: base.py does not load",
         (path, "--cfg-options", "x"): "--cfg-options: expected KEY=VALUE, got 'x'",
-        (path, "--task", "predict"): "checkpoint: predict needs one",
+        (path, "--task", "predict"): "checkpoint: expected one for predict",
         (path, "--task", "test"): "checkpoint: expected one for test",
         (path, "--task", "test", "--checkpoint", "nowhere.ckpt"): "checkpoint: expected a file, got 'nowhere.ckpt'",
         (path, "--task", "test", "--checkpoint", "page.ckpt"): "page.ckpt",
