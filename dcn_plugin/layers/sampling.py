@@ -69,11 +69,11 @@ class SamplingModule(NotScriptable, nn.Module):
 
     def offsets(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Return the offset and mask (or None) that `forward` would sample with; only layers that predict them can."""
-        raise NotImplementedError
+        raise NotImplementedError(f"offsets: expected a layer that predicts them, got {type(self).__name__}")
 
     def regions(self, samples: Samples) -> Regions:
         """Return where the bins of one call lie; only layers with `offset_unit = "region"` can."""
-        raise NotImplementedError
+        raise NotImplementedError(f"regions: expected a layer that pools regions, got {type(self).__name__}")
 
     def multiply_adds(self, output: Tensor) -> int | None:
         """Return the multiply-adds of the call that made `output`; None where its size does not say."""

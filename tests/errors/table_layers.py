@@ -267,6 +267,14 @@ def pyramid(x=None, boxes=BOXES):
 
 CALLS = [
     Case(
+        lambda: layers.DeformConv2d(4, 6, 3).offsets(IMAGE),
+        NotImplementedError, "offsets:", "expected a layer that predicts them", "got DeformConv2d",
+    ),
+    Case(
+        lambda: DCNv1(**CONV).regions(None),
+        NotImplementedError, "regions:", "expected a layer that pools regions", "got DCNv1",
+    ),
+    Case(
         lambda: DCNv1(**CONV).register_sampling_hook("print"),
         TypeError, "hook:", "expected a function of the layer and its samples", "got 'print'",
     ),
