@@ -55,9 +55,7 @@ def _near(box: Any, others: Any, offset: int, threshold: float) -> Any:
         return np.arange(others.shape[1])
     x1, y1, x2, y2 = others[:4]
     left, top, right, bottom = box[:4]
-    return np.flatnonzero(
-        (x1 < right + offset) & (y1 < bottom + offset) & (left < x2 + offset) & (top < y2 + offset)
-    )
+    return np.flatnonzero((x1 < right + offset) & (y1 < bottom + offset) & (left < x2 + offset) & (top < y2 + offset))
 
 
 def _overlaps(box: Any, others: Any, offset: int) -> Any:

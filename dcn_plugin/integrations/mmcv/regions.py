@@ -223,7 +223,9 @@ def roi_pool_backward(
     spatial_scale: float,
 ) -> None:
     """Add `grad_output` to `grad_input` at the pixels that `roi_pool_forward` chose; arguments as there."""
-    _check(grad_input, "grad_input", rois, (pooled_height, pooled_width), {"grad_output": grad_output, "argmax": argmax})
+    _check(
+        grad_input, "grad_input", rois, (pooled_height, pooled_width), {"grad_output": grad_output, "argmax": argmax}
+    )
     images, channels, height, width = grad_input.shape
     plane = rois[:, :1].long() * channels + torch.arange(channels, device=rois.device)
     place = plane[:, :, None, None] * (height * width) + argmax
