@@ -31,7 +31,7 @@ def _check(input: Tensor, target: Tensor, weight: Tensor, most: int, outputs: di
 
 
 def _weights(target: Tensor, weight: Tensor, classes: int) -> Tensor | float:
-    """Return the weight of each row's label, `[N]`; a row of no class has weight 1, where mmcv reads beyond the weights."""
+    """Return the weight of each row's label, `[N]`; it is 1 without a class, where mmcv reads beyond the weights."""
     if not weight.numel():
         return 1.0
     return torch.where(_labelled(target, classes), wide(weight)[target.clamp(0, classes - 1)], 1)
@@ -66,8 +66,10 @@ def _log(value: Tensor) -> Tensor:
 def sigmoid_focal_loss_forward(
     input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
 ) -> None:
-    """Write the loss of each class to `output`: `-alpha * (1-p)**gamma * log(p)` for the label, with `p = sigmoid(input)`,
-    `-(1-alpha) * p**gamma * log(1-p)` for the others.
+    """Write the loss of each class to `output`.
+
+    With `p = sigmoid(input)` it is `-alpha * (1-p)**gamma * log(p)` for the label, `-(1-alpha) * p**gamma * log(1-p)`
+    for the others.
 
     Args:
         input: `[N, C]`, logits.
@@ -101,7 +103,7 @@ def sigmoid_focal_loss_backward(
 
 
 def _probability(input: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
-    """Return of each row whether it has a class, the label's probability (1, whose loss is 0, without one), its weight."""
+    """Return of each row whether it has a class, the label's probability (1, of loss 0, without one), its weight."""
     has = target >= 0
     if not input.numel():
         return has, wide(input).new_ones(len(input)), 1.0

@@ -35,7 +35,7 @@ def psamask_forward(
     half_h_mask: int,
     half_w_mask: int,
 ) -> None:
-    """Spread each pixel's window over the whole map: `output[n, t, s] = input[n, window of s at t, s]`, 0 outside of it.
+    """Spread each pixel's window over the whole map: `output[n, t, s] = input[n, window of s at t, s]`, else 0.
 
     Args:
         input: `[num_, h_mask * w_mask, h_feature, w_feature]`, a window for each pixel s.

@@ -99,7 +99,7 @@ def sync_bn_backward_data(
     std: Tensor,
     grad_input: Tensor,
 ) -> None:
-    """Write the gradient of the input to `grad_input`: `weight / std * (grad - (grad_weight * norm + grad_bias) / count)`.
+    """Write the input's gradient to `grad_input`: `weight / std * (grad - (grad_weight * norm + grad_bias) / count)`.
 
     The gradients of the parameters are means over processes, and `count` are the pixels of this one.
     """
