@@ -14,6 +14,8 @@ import sys as _sys
 import warnings as _warnings
 from importlib import import_module as _import_module
 
+from torch.onnx import is_in_onnx_export as _is_in_onnx_export
+
 from ._version import __version__
 
 # `python -m dcn_plugin.collect_env` reports on installations whose operators do not load: they must not stop it here.
@@ -24,6 +26,7 @@ if not _REPORTING:
     from .checkpoint import load_checkpoint
     from .convert import convert
     from .layers import DCNv1, DCNv2, DeformConv2d
+    from .ops._exporters import register_format as _register_format
 
 __all__ = ["DCNv1", "DCNv2", "DeformConv2d", "__version__", "convert", "layers", "load_checkpoint", "ops", "reference"]
 
@@ -52,3 +55,4 @@ def _plug_in() -> None:
 
 if not _REPORTING:
     _plug_in()
+    _register_format(_is_in_onnx_export, "dcn_plugin.export._onnx_forms")
