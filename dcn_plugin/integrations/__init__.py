@@ -28,10 +28,16 @@ class Integration(NamedTuple):
 
 INTEGRATIONS = {
     "mmcv": Integration(
-        "mmcv", "install", "mmcv", "mmcv.ops on an mmcv without compiled operators, as mmdet, mmseg and mmpretrain use it"
+        "mmcv",
+        "install",
+        "mmcv",
+        "mmcv.ops on an mmcv without compiled operators, as mmdet, mmseg and mmpretrain use it",
     ),
     "torchvision": Integration(
-        "torchvision", "accelerate", "torchvision", "torchvision's deform_conv2d (and what else is faster) on our kernels"
+        "torchvision",
+        "accelerate",
+        "torchvision",
+        "torchvision's deform_conv2d (and what else is faster) on our kernels",
     ),
 }
 """Name -> integration: `python -m dcn_plugin --accelerate NAME` and `enable` know these."""

@@ -37,7 +37,10 @@ PROGRAMS = {
     "module": ("look_in/module.py", "def fail():\n    raise ValueError('of the program')\nfail()\n"),
     "package": ("look_in/__main__.py", "sys.exit('in words')\n"),
     "zip": ("look.zip", "os.kill(os.getpid(), signal.SIGTERM)\n"),
-    "stdin": ("look_stdin.py", "try:\n    signal.raise_signal(signal.SIGINT)\nexcept KeyboardInterrupt:\n    sys.exit(130)\n"),
+    "stdin": (
+        "look_stdin.py",
+        "try:\n    signal.raise_signal(signal.SIGINT)\nexcept KeyboardInterrupt:\n    sys.exit(130)\n",
+    ),
 }
 ENDS = {"script": 7, "module": 1, "package": 1, "zip": -signal.SIGTERM, "stdin": 130}
 
@@ -106,7 +109,9 @@ if __name__ == "__main__":
 
 def test_processes_that_a_program_starts_have_the_plug_too(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
-    done = python(*PLUG, "program.py", "--model", "resnet18_dcn", "--start", "spawn", "again", "without", folder=tmp_path)
+    done = python(
+        *PLUG, "program.py", "--model", "resnet18_dcn", "--start", "spawn", "again", "without", folder=tmp_path
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == ["spawn (2, 3)", "done []", "done ['spawn', 'again', 'without']"]
 
