@@ -3,7 +3,7 @@
 A layer of a new kind, here or in code of your own, keeps the contract of `sampling.py`.
 """
 
-from ._branch import regions_of
+from .branch import regions_of
 from ._start import OffsetPredictor, ZeroLinear, warn_if_redrawn
 from .conv import DCNv1, DCNv2, DeformConv2d, OffsetConv, accept_sibling_offset_keys
 from .ps_roi import DeformPSRoIPool, DeformPSRoIPoolPack, PSRoIPool

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..reference.roi_pool import Frame, of_bins
-from ._arguments import activation
+from .arguments import activation
 from ._start import ZeroLinear, warn_if_redrawn
 from .samples import Regions, Samples
 from .sampling import SamplingModule
