@@ -52,7 +52,6 @@ __all__ = [
     "OffsetRate",
     "PSRoIPool",
     "PrefixPredictor",
-    "PrefixPredictor",
     "Regions",
     "Samples",
     "SamplingConv",
