@@ -12,7 +12,6 @@ import os
 import re
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 from typing import NoReturn
 
 from ._startup import sitecustomize

@@ -59,10 +59,14 @@ def samples(roi, bins, scale, ratio, aligned):
     steps = [max(end - start, least) / number for start, end, number in ((y1, y2, bins[0]), (x1, x2, bins[1]))]
     grid = [ratio or math.ceil(step) for step in steps]
     for i, j in np.ndindex(*bins):
-        yield i, j, [
-            (y1 + (i + (a + 0.5) / grid[0]) * steps[0], x1 + (j + (b + 0.5) / grid[1]) * steps[1])
-            for a, b in np.ndindex(*grid)
-        ]
+        yield (
+            i,
+            j,
+            [
+                (y1 + (i + (a + 0.5) / grid[0]) * steps[0], x1 + (j + (b + 0.5) / grid[1]) * steps[1])
+                for a, b in np.ndindex(*grid)
+            ],
+        )
 
 
 @pytest.mark.parametrize("aligned", [True, False])

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import dcn_plugin
-from dcn_plugin import integrations
 from dcn_plugin import __main__ as command
+from dcn_plugin import integrations
 from dcn_plugin._startup import sitecustomize
 
 pytest.importorskip("timm")
