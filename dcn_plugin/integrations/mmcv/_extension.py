@@ -16,7 +16,7 @@ from . import _registry
 
 NAME = "mmcv._ext"
 # Each has `FUNCTIONS`: name in `mmcv._ext` -> function with the argument names of mmcv's.
-SIBLINGS = ("deform", "attention")
+SIBLINGS = ("deform", "nms", "regions", "losses", "upsampling", "masks", "norms", "attention")
 
 
 def _refusal(name: str) -> Callable[..., NoReturn]:
