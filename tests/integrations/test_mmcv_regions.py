@@ -39,7 +39,7 @@ def align(image, rois, bins, scale, ratio, mode, aligned, dtype=None):
 
 
 def bilinear(plane, y, x):
-    """Read `plane` where roi_align does: within a pixel of it, with what is beyond the first and last ones moved there."""
+    """Read `plane` where roi_align does: within a pixel of it, what lies beyond the outermost pixels on them."""
     height, width = plane.shape
     if not (-1 <= y <= height and -1 <= x <= width):
         return 0.0
@@ -59,10 +59,14 @@ def samples(roi, bins, scale, ratio, aligned):
     steps = [max(end - start, least) / number for start, end, number in ((y1, y2, bins[0]), (x1, x2, bins[1]))]
     grid = [ratio or math.ceil(step) for step in steps]
     for i, j in np.ndindex(*bins):
-        yield i, j, [
-            (y1 + (i + (a + 0.5) / grid[0]) * steps[0], x1 + (j + (b + 0.5) / grid[1]) * steps[1])
-            for a, b in np.ndindex(*grid)
-        ]
+        yield (
+            i,
+            j,
+            [
+                (y1 + (i + (a + 0.5) / grid[0]) * steps[0], x1 + (j + (b + 0.5) / grid[1]) * steps[1])
+                for a, b in np.ndindex(*grid)
+            ],
+        )
 
 
 @pytest.mark.parametrize("aligned", [True, False])
