@@ -30,8 +30,8 @@ def modulated(offset, mask):
 MMCV = [
     Case(without_mmcv, ModuleNotFoundError, "mmcv:", "expected mmcv-lite to be installed", "got none"),
     Case(
-        lambda: StandIn().carafe_forward(1, output=2),
-        NotImplementedError, "carafe_forward:", "expected an operator that dcn_plugin has", "an mmcv with compiled",
+        lambda: StandIn().furthest_point_sampling_forward(1, output=2),
+        NotImplementedError, "furthest_point_sampling_forward:", "expected an operator that dcn_plugin has", "an mmcv with compiled",
     ),
     Case(
         lambda: StandIn().__wrapped__,
