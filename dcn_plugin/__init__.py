@@ -15,6 +15,8 @@ import sys as _sys
 import warnings as _warnings
 from importlib import import_module as _import_module
 
+from torch.onnx import is_in_onnx_export as _is_in_onnx_export
+
 from ._version import __version__
 
 # While Python looks for what `-m` names, the arguments behind it are all there is of `sys.argv`.
@@ -28,6 +30,7 @@ if not _BARE:
     from .checkpoint import load_checkpoint
     from .convert import convert
     from .layers import DCNv1, DCNv2, DeformConv2d
+    from .ops._exporters import register_format as _register_format
 
 __all__ = ["DCNv1", "DCNv2", "DeformConv2d", "__version__", "convert", "layers", "load_checkpoint", "ops", "reference"]
 
@@ -56,3 +59,4 @@ def _plug_in() -> None:
 
 if not _BARE:
     _plug_in()
+    _register_format(_is_in_onnx_export, "dcn_plugin.export._onnx_forms")

@@ -31,6 +31,7 @@ class Branched(SamplingModule):
 
     # The learning rate of Dai et al. (2017), section 2.3.
     offset_branches: ClassVar[Mapping[str, float]] = {"offset_fc": 0.01, "mask_fc": 0.01}
+    mask_fc: nn.Module | None  # None where the layer has no masks
     offset_lr_option = "roi_offset_lr_mult"
     offset_unit: ClassVar[Literal["pixels", "region"]] = "region"
 
