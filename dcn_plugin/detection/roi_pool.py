@@ -13,8 +13,8 @@ from torchvision.ops import MultiScaleRoIAlign, box_area
 from torchvision.ops.poolers import _setup_scales
 
 from ..layers import Regions, Samples, ZeroLinear, regions_of
-from ..layers._arguments import Size, activation, describe, factory_arguments, flag, pair
-from ..layers._branch import Branched, branch, predict
+from ..layers.arguments import Size, activation, describe, factory_arguments, flag, pair
+from ..layers.branch import Branched, branch, predict
 from ..ops import _check, deform_roi_pool
 from ..ops._layout import is_channels_last
 from ..ops._transforms import is_tracing, unrecorded

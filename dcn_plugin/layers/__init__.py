@@ -3,9 +3,9 @@
 A layer of a new kind, here or in code of your own, keeps the contract of `sampling.py`.
 """
 
-from ._branch import regions_of
 from ._prefix import PrefixPredictor, prefix_note
 from ._start import OffsetPredictor, ZeroLinear, warn_if_redrawn
+from .branch import regions_of
 from .conv import DCNv1, DCNv2, DeformConv2d, OffsetConv, accept_sibling_offset_keys
 from .ps_roi import DeformPSRoIPool, DeformPSRoIPoolPack, PSRoIPool
 from .roi import DeformRoIPool, DeformRoIPoolPack, ModulatedDeformRoIPoolPack

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from ..ops import deform_conv2d
 from ..ops._check import integer
 from . import _former
-from ._arguments import activation, check_feature, check_input, check_predicted, mask_note
 from ._start import OffsetPredictor, warn_if_redrawn
 from ._symbolic import recorded_call
+from .arguments import activation, check_feature, check_input, check_predicted, mask_note
 from .sampling import log_former_keys, rename_former_keys
 from .sampling_conv import SamplingConv
 

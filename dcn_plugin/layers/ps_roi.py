@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from ..ops import deform_ps_roi_pool, ps_roi_pool
 from ..ops._check import integer, number
 from ..reference.roi_pool import ps_roi_frame
-from ._arguments import Size, activation, describe, divisible, factory_arguments, flag, mask_note, pair
-from ._branch import Branched, RoIs, branch, predict, regions_of
 from ._start import ZeroLinear
 from ._torchscript import NotScriptable
+from .arguments import Size, activation, describe, divisible, factory_arguments, flag, mask_note, pair
+from .branch import Branched, RoIs, branch, predict, regions_of
 from .samples import Regions, Samples
 from .sampling import SamplingModule
 

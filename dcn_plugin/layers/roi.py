@@ -20,9 +20,9 @@ from ..ops import deform_roi_pool
 from ..ops._check import integer, number, require_dense
 from ..ops._transforms import unrecorded
 from ..reference.roi_pool import roi_frame
-from ._arguments import Size, check_input, describe, factory_arguments, pair
-from ._branch import Branched, RoIs, branch, regions_of
 from ._start import warn_if_redrawn
+from .arguments import Size, check_input, describe, factory_arguments, pair
+from .branch import Branched, RoIs, branch, regions_of
 from .samples import Regions, Samples
 from .sampling import SamplingModule
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..reference.roi_pool import Frame, of_bins
-from ._arguments import activation
 from ._start import ZeroLinear, warn_if_redrawn
+from .arguments import activation
 from .samples import Regions, Samples
 from .sampling import SamplingModule
 
