@@ -36,6 +36,8 @@ MAY_IMPORT = {
     "detection": ("detection mm layers ops reference _config", "torchvision"),
     # MMEngine asks for detection's layer by name; it is imported then.
     "registry": ("mm detection layers flops", "mmengine mmcv"),
+    # What stands in for other packages calls them, too.
+    "integrations": ("integrations ops layers mm reference _version", "torchvision mmcv mmengine numpy"),
     "export": (
         "export models detection convert checkpoint reference _config",
         "timm torchvision safetensors onnx onnxruntime onnxscript",

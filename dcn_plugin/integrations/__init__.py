@@ -1,0 +1,1 @@
+"""Programs of others that run on our operators without being edited."""
