@@ -10,7 +10,7 @@ import torch
 from ..._version import __version__
 
 # Each has `FUNCTIONS`: name in `mmcv._ext` -> function with the argument names of mmcv's.
-SIBLINGS = ("deform",)
+SIBLINGS = ("deform", "nms", "regions", "losses", "upsampling", "masks", "norms", "attention")
 
 
 def _refusal(name: str) -> Callable[..., NoReturn]:

@@ -55,9 +55,7 @@ def _near(box: Any, others: Any, offset: int, threshold: float) -> Any:
         return np.arange(others.shape[1])
     x1, y1, x2, y2 = others[:4]
     left, top, right, bottom = box[:4]
-    return np.flatnonzero(
-        (x1 < right + offset) & (y1 < bottom + offset) & (left < x2 + offset) & (top < y2 + offset)
-    )
+    return np.flatnonzero((x1 < right + offset) & (y1 < bottom + offset) & (left < x2 + offset) & (top < y2 + offset))
 
 
 def _overlaps(box: Any, others: Any, offset: int) -> Any:
@@ -78,7 +76,7 @@ def softnms(
     method: int,
     offset: int,
 ) -> Tensor:
-    """Lower the scores of what better boxes overlap, write the boxes to `dets`, the best one first, return their indices.
+    """Lower the scores of what better boxes overlap; write what is left to `dets`, the best one first; return indices.
 
     Where two scores are equal, the order is mmcv's: it keeps the boxes in one array, swaps the best to the front, and
     fills the place of one that falls below `min_score` from the end.
@@ -127,7 +125,7 @@ def softnms(
 
 
 def _close_gaps(table: Any, index: Any, gone: Any) -> int:
-    """Move what is left of the columns of `table` and of `index` to the front, without `gone`; return how many are left.
+    """Move the columns of `table` and of `index` to the front, without those at `gone`; return how many are left.
 
     The last one left comes to the first gap, the one before it to the second.
     """
@@ -162,7 +160,7 @@ def _suppress(count: int, removes: Callable[[int, Any], Any]) -> Iterator[tuple[
 
 
 def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
-    """Return a list for each box that is kept, the best one first: its index, and those of the boxes it removes, by score.
+    """Return, for each box that is kept, the best one first, its index and those of the boxes it removes, by score.
 
     Args:
         dets: `[N, 5]`, x1, y1, x2, y2, score.
@@ -184,7 +182,7 @@ def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
 
 
 def _rotated(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    """Return the overlap of each pair, of boxes turned clockwise by radians; torchvision's turn the other way, by degrees."""
+    """Return the overlap of each pair. mmcv turns boxes clockwise by radians, torchvision the other way by degrees."""
     turned = boxes1.new_tensor([1, 1, 1, 1, -180 / math.pi])
     return torchvision.ops.box_iou(wide(boxes1 * turned), wide(boxes2 * turned), fmt="cxcywhr")
 
@@ -198,7 +196,7 @@ def nms_rotated(
     iou_threshold: float,
     multi_label: bool,
 ) -> Tensor:
-    """Return the indices of the turned boxes that no better one overlaps by as much as the threshold, the best one first.
+    """Return the indices of turned boxes that no better one overlaps by as much as the threshold, the best one first.
 
     As in mmcv, labels change nothing: `mmcv.ops.batched_nms` moves the boxes of classes apart.
 

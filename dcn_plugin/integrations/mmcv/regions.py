@@ -1,7 +1,7 @@
 """mmcv's pooling of regions: averages by torchvision's `roi_align`, maxima by it and a plain maximum over its samples.
 
-`roi_pool` is not torchvision's, which rounds the corners of a region to pixels; mmcv takes every pixel that a bin touches.
-All write into tensors that mmcv has made, and add to gradients.
+`roi_pool` is not torchvision's, which rounds the corners of a region to pixels; mmcv takes every pixel that a bin
+touches. All write into tensors that mmcv has made, and add to gradients.
 """
 
 from collections.abc import Callable, Iterator
@@ -70,7 +70,7 @@ def roi_align_forward(
         spatial_scale: pixels of the input for a unit of `rois`.
         sampling_ratio: samples of a bin along either axis; 0 for as many as it has pixels.
         pool_mode: 0 for maxima, 1 for means.
-        aligned: whether the centre of the first pixel is at 0.5, and not at 0; then regions may be smaller than a pixel.
+        aligned: whether the centre of the first pixel is at 0.5, and not at 0; regions may then be smaller than it.
     """
     bins = (aligned_height, aligned_width)
     _check(input, "input", rois, bins, {"output": output})
@@ -116,8 +116,8 @@ def roi_align_backward(
         grad_input.add_(found)
         return
     _check(grad_input, "grad_input", rois, bins, {"argmax_y": argmax_y, "argmax_x": argmax_x})
-    # Each channel has chosen other samples, so a channel is an image of its own here. A sample within a pixel of the map
-    # counts as on its border, which is what grid_sample calls so; one further out took no part. (And -1 is no sample.)
+    # Each channel has chosen other samples, so a channel is an image of its own here. A sample within a pixel of the
+    # map counts as on its border, as grid_sample has it; one further out took no part. (And -1 is no sample.)
     height, width = size[2:]
     y, x = wide(argmax_y), wide(argmax_x)
     grad = grad.where((y > -1) & (y <= height) & (x >= -1) & (x <= width), 0)
@@ -208,7 +208,7 @@ def roi_pool_forward(
 
 
 def _rounded_up(sizes: Tensor) -> Tensor:
-    """Round sizes up to one of two for each doubling (1, 2, 3, 4, 6, 8, 12, ...), so that few different ones are left."""
+    """Round sizes up to one of two for each doubling (1, 2, 3, 4, 6, 8, 12, ...), so that few are left."""
     power = 2 ** sizes.clamp(min=1).log2().ceil().long()
     return torch.where(sizes <= power // 4 * 3, power // 4 * 3, power).where(sizes > 0, 0)
 
@@ -223,7 +223,9 @@ def roi_pool_backward(
     spatial_scale: float,
 ) -> None:
     """Add `grad_output` to `grad_input` at the pixels that `roi_pool_forward` chose; arguments as there."""
-    _check(grad_input, "grad_input", rois, (pooled_height, pooled_width), {"grad_output": grad_output, "argmax": argmax})
+    _check(
+        grad_input, "grad_input", rois, (pooled_height, pooled_width), {"grad_output": grad_output, "argmax": argmax}
+    )
     images, channels, height, width = grad_input.shape
     plane = rois[:, :1].long() * channels + torch.arange(channels, device=rois.device)
     place = plane[:, :, None, None] * (height * width) + argmax
