@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("mmdet", "mmseg", "mmpretrain")
-LARGEST = 256  # a side of a picture, in pixels
+LARGEST = 128  # a side of a picture, in pixels
 SIZES = (
     "scale", "scales", "img_scale", "img_scales", "crop_size", "size", "random_size_range", "resize_scale", "pad_shape",
     "stride",

@@ -6,6 +6,7 @@ reads COCO's JSON, Pascal VOC's XML, maps of labels or folders of classes.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-IMAGES = 4
+IMAGES = 2
 SIZE = (192, 128)  # width, height
 FIRST_ID = 1  # of COCO's annotations
 
@@ -123,8 +124,6 @@ def voc(dataset: dict, names: list[str]) -> None:
 
 def label_maps(dataset: dict, names: list[str], cls: Any) -> None:
     """Maps of labels (mmsegmentation): a picture and a PNG of the same name, and a list of names where one is asked for."""
-    import inspect
-
     defaults = {name: value.default for name, value in inspect.signature(cls.__init__).parameters.items()}
     asked = {key: dataset.get(key, defaults.get(key, "")) for key in ("img_suffix", "seg_map_suffix", "ann_file")}
     first = int(dataset.get("reduce_zero_label", defaults.get("reduce_zero_label", False)) is True)

@@ -59,6 +59,7 @@ class Run:
     def __init__(self, package: str, name: str, change: Callable[[Any], None] = lambda config: None) -> None:
         from mmengine.registry import init_default_scope
 
+        self.written = ""
         self.config = configurations.read(package, name, os.path.abspath("work_dirs"))
         change(self.config)
         init_default_scope(self.config.default_scope)
@@ -117,24 +118,29 @@ class Run:
         self.model = runner.model
         with open(os.path.join(runner.work_dir, "last_checkpoint")) as file:
             self.written = file.read().strip()
-        metrics = [k for k in runner.message_hub.log_scalars if not k.startswith(("train/", "time", "val/"))]
-        return f"{runner.iter} steps" + (", validated" if runner.val_loop is not None and runner.val_evaluator else "")
+        return f"{runner.iter} steps"
 
     def load(self) -> str:
         """Load the Runner's own checkpoint, and one as they are published, into fresh models; all values are equal."""
         from mmengine.runner import load_checkpoint
 
         weights = {name: value.clone() for name, value in self.model.state_dict().items()}
-        files = [self.written] if getattr(self, "written", None) else []
-        for file in [*files, published(weights, self.config)]:
-            runner = self.runner(load_from=file)
-            runner.load_or_resume()
-            for name, value in runner.model.state_dict().items():
-                if name in weights and not torch.equal(value, weights[name]):
-                    raise AssertionError(f"{name}: other values after loading {os.path.basename(file)}")
-            load_checkpoint(runner.model, file, map_location="cpu", strict=True)
-        self.config.load_from = None
-        return f"{len(files) + 1} files"
+        runner = self.runner(load_from=published(weights, self.config))
+        with torch.no_grad():
+            for value in runner.model.state_dict().values():
+                value.zero_()
+        runner.load_or_resume()
+        same(runner.model, weights)
+        if self.written:
+            load_checkpoint(runner.model, self.written, map_location="cpu", strict=True)
+        return "ok"
+
+
+def same(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Raise if a model holds other values than these."""
+    for name, value in model.state_dict().items():
+        if not torch.equal(value, weights[name]):
+            raise AssertionError(f"{name}: other values after loading")
 
 
 def published(weights: dict[str, Tensor], config: Any) -> str:
