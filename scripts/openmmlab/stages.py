@@ -70,7 +70,10 @@ class Run:
     def runner(self, **changes: Any) -> Any:
         from mmengine.runner import Runner
 
-        self.config.update(changes, experiment_name=f"run_{time.monotonic_ns()}")
+        name = f"run_{time.monotonic_ns()}"
+        self.config.update(changes, experiment_name=name)
+        if self.config.get("visualizer"):  # there is one of a name in a process, which keeps its first folder
+            self.config.visualizer.name = name
         return Runner.from_cfg(self.config)
 
     def build(self) -> str:
@@ -80,25 +83,32 @@ class Run:
         self.model.init_weights()
         return f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M"
 
-    def train_step(self) -> str:
-        """One step of the optimizer; the losses are finite, and so is the gradient of every parameter that has one."""
-        first = self.first
-        self.model.train()
-        batch = next(iter(first.build_dataloader(self.config.train_dataloader)))
-        optim_wrapper = first.build_optim_wrapper(self.config.optim_wrapper)
-        with optim_wrapper.optim_context(self.model):
-            prepared = self.model.data_preprocessor(batch, True)
-            self.losses, log = self.model.parse_losses(self.model._run_forward(prepared, mode="loss"))
-        finite("losses", iter([self.losses, *tensors(log)]))
-        if not self.losses.requires_grad:
+    def batch(self) -> dict:
+        """A batch of the training data."""
+        return next(iter(self.first.build_dataloader(self.config.train_dataloader)))
+
+    def loss(self, batch: dict) -> Tensor:
+        """The sum of the losses of a batch, which are finite."""
+        prepared = self.model.data_preprocessor(batch, True)
+        loss, log = self.model.parse_losses(self.model._run_forward(prepared, mode="loss"))
+        finite("losses", iter([loss, *tensors(log)]))
+        if not loss.requires_grad:
             raise AssertionError("the loss depends on no parameter")
-        optim_wrapper.backward(self.losses)
+        return loss
+
+    def train_step(self) -> str:
+        """One step of the optimizer; losses, the gradients that there are and the new parameters are finite."""
+        self.model.train()
+        optim_wrapper = self.first.build_optim_wrapper(self.config.optim_wrapper)
+        batch = self.batch()
+        with optim_wrapper.optim_context(self.model):
+            loss = self.loss(batch)
+        optim_wrapper.backward(loss)
         finite("gradients", (p.grad for p in self.model.parameters() if p.grad is not None))
-        self.without_gradient = [n for n, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
         optim_wrapper.step()
         optim_wrapper.zero_grad()
         finite("parameters after a step", iter(self.model.parameters()))
-        return f"loss {self.losses.item():.3g}"
+        return f"loss {loss.item():.3g}"
 
     @torch.no_grad()
     def test_step(self) -> str:
