@@ -83,9 +83,8 @@ def psamask_backward(
     grad = grad_output.flatten(2)
     grad = (grad if psa_type == COLLECT else grad.transpose(1, 2)).where(place >= 0, 0)
     # What lies outside adds 0 to the first place. Every other sum has one term: a place of a window is one pixel.
-    grad_input.copy_(
-        grad_input.flatten(2).zero_().scatter_add(1, place.clamp(min=0).expand_as(grad), grad).view_as(grad_input)
-    )
+    windows = torch.zeros_like(grad_input).flatten(2)
+    grad_input.copy_(windows.scatter_add_(1, place.clamp(min=0).expand_as(grad), grad).view_as(grad_input))
 
 
 def masked_im2col_forward(
