@@ -31,8 +31,8 @@ def modulated(offset, mask):
 MMCV = [
     Case(without_mmcv, ModuleNotFoundError, "mmcv:", "expected mmcv-lite to be installed", "got none"),
     Case(
-        lambda: StandIn().border_align_forward(1, output=2),
-        NotImplementedError, "border_align_forward:", "expected an operator that", "an mmcv with compiled operators",
+        lambda: StandIn().furthest_point_sampling_forward(1, output=2),
+        NotImplementedError, "furthest_point_sampling_forward:", "expected an operator that", "an mmcv with compiled",
     ),
     Case(
         lambda: StandIn().__wrapped__,
