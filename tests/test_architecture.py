@@ -86,7 +86,7 @@ def test_imports_point_one_way(path):
 
 
 # Private modules that other parts build on: checks, the rule of layouts, which transforms are at work, which gradients.
-SHARED = {"ops._check", "ops._layout", "ops._operator", "ops._transforms", "reference._dense"}
+SHARED = {"ops._check", "ops._exporters", "ops._layout", "ops._operator", "ops._transforms", "reference._dense"}
 
 
 def private_modules(path: Path) -> set[str]:
