@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "registry": ("mm detection layers flops", "mmengine mmcv"),
     "export": (
         "export models detection convert checkpoint reference _config",
-        "timm torchvision safetensors onnx onnxruntime onnxscript",
+        "timm torchvision safetensors onnxruntime openvino",
     ),
     "finetune": (
         "finetune export detection models convert checkpoint visualize layers _config",

@@ -147,6 +147,8 @@ def _fixed(name: str, value: Any, *axes: int) -> list[int]:
 
 def _refusal(name: str) -> Any:
     def refuse(_: Any) -> NoReturn:
-        raise NotImplementedError(f"{name}: expected an operator that OpenVINO has, got RoI pooling: torch.onnx.export it for onnxruntime")
+        raise NotImplementedError(
+            f"{name}: expected an operator that OpenVINO has, got RoI pooling: torch.onnx.export it for onnxruntime"
+        )
 
     return refuse

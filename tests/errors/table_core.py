@@ -1,6 +1,6 @@
 """Conversion, checkpoints, export to ONNX, and the compiled libraries."""
 
-import importlib
+import io
 import json
 import pickle
 import sys
@@ -304,41 +304,43 @@ def export(version):
     return export_onnx(nn.Identity(), (torch.zeros(1),), "not written.onnx", opset_version=version)
 
 
-def translate_pooling():
-    """What torch's exporter meets without `export_onnx`."""
-    from dcn_plugin.export.onnx import custom_translation_table
+def export_of_any_size():
+    """The exporter asks for the operator's form while sizes of the channels are not known."""
+    from dcn_plugin.export._onnx_forms import FORMS
 
-    custom_translation_table()[torch.ops.dcn_plugin.ps_roi_pool.default]()
-
-
-def export_of_any_size(monkeypatch):
-    """The exporter asks for the operator's translation while sizes of the channels are not known."""
-    from dcn_plugin.export import onnx as onnx_export
-
-    target = SimpleNamespace(opset=SimpleNamespace(version=19))
-    monkeypatch.setattr(onnx_export.evaluator, "default", lambda: target)
-    translate = onnx_export.custom_translation_table()[torch.ops.dcn_plugin.deform_conv2d.default]
     input, offset, weight = (SimpleNamespace(shape=shape) for shape in ((1, "C", 8, 8), (1, 18, 8, 8), (4, 4, 3, 3)))
-    translate(input, offset, weight, None, None, [1, 1], [1, 1, 1, 1], [1, 1])
+    FORMS["deform_conv2d"](input, offset, weight, None, None, [1, 1], [1, 1, 1, 1], [1, 1])
 
 
-def import_without_onnx(monkeypatch):
-    monkeypatch.delitem(sys.modules, "dcn_plugin.export.onnx", raising=False)
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    importlib.import_module("dcn_plugin.export.onnx")
+def export_by_torch(**options):
+    """What torch's exporter, which wraps it, was told."""
+    layer = DeformConv2d(4, 4, 3, padding=1)
+    given = (torch.zeros(1, 4, 8, 8), torch.zeros(1, 18, 8, 8))
+    try:
+        torch.onnx.export(layer, given, io.BytesIO(), verbose=False, **options)
+    except torch.onnx.OnnxExporterError as error:
+        raise error.__cause__ from None
+
+
+def decompose_for_nobody():
+    torch._decomp.decomposition_table[torch.ops.dcn_plugin.ps_roi_pool.default](torch.zeros(1))
 
 
 ONNX = [
     Case(lambda: export(18), ValueError, "opset_version:", "expected at least 19, which brought DeformConv", "got 18"),
     Case(
-        translate_pooling,
-        NotImplementedError, "ps_roi_pool", "export_onnx writes it", "does not export to ONNX like this",
+        lambda: export_by_torch(opset_version=18),
+        ValueError, "opset_version:", "expected at least 19, which brought DeformConv", "got 18",
     ),
-    Case(export_of_any_size, ValueError, "input:", "expected fixed channels and a fixed kernel", "got shape (1, 'C'"),
     Case(
-        import_without_onnx,
-        ModuleNotFoundError, "dcn_plugin.export.onnx", "pip install '.[onnx]'", "needs onnxscript",
+        lambda: export_by_torch(dynamo=False),
+        NotImplementedError, "torch.onnx.export:", "expected dynamo=True", "got dynamo=False",
     ),
+    Case(
+        decompose_for_nobody,
+        NotImplementedError, "dcn_plugin::ps_roi_pool:", "expected an exporter", "got a call outside of one",
+    ),
+    Case(export_of_any_size, ValueError, "input:", "expected fixed channels and a fixed kernel", "got shapes (1, 'C'"),
 ]  # fmt: skip
 
 
