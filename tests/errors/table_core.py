@@ -326,6 +326,46 @@ def decompose_for_nobody():
     torch._decomp.decomposition_table[torch.ops.dcn_plugin.ps_roi_pool.default](torch.zeros(1))
 
 
+def import_without_openvino(monkeypatch):
+    monkeypatch.delitem(sys.modules, "dcn_plugin.export.openvino", raising=False)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    importlib.import_module("dcn_plugin.export.openvino")
+
+
+def convert_for_openvino(*arguments):
+    from dcn_plugin.export.openvino import convert
+
+    convert(*arguments)
+
+
+def read_by_openvino(name, shape=None):
+    """What OpenVINO's reader, which wraps errors in words of its own, calls."""
+    from dcn_plugin.export import openvino
+
+    if shape is None:
+        return openvino._refusal(name)(None)
+    return openvino._fixed(name, openvino.opset8.parameter(shape).output(0), 1)
+
+
+OPENVINO = [
+    Case(
+        import_without_openvino,
+        ModuleNotFoundError, "dcn_plugin.export.openvino", "pip install openvino", "needs openvino",
+    ),
+    Case(
+        lambda: convert_for_openvino(nn.Identity()),
+        ValueError, "example_input:", "expected the arguments of a module", "got None",
+    ),
+    Case(
+        lambda: read_by_openvino("input", [1, -1, 8, 8]),
+        ValueError, "input:", "expected fixed channels and a fixed kernel", "got shape [1,?,8,8]",
+    ),
+    Case(
+        lambda: read_by_openvino("ps_roi_pool"),
+        NotImplementedError, "ps_roi_pool:", "expected an operator that OpenVINO has", "got RoI pooling",
+    ),
+]  # fmt: skip
+
 ONNX = [
     Case(lambda: export(18), ValueError, "opset_version:", "expected at least 19, which brought DeformConv", "got 18"),
     Case(
@@ -405,4 +445,4 @@ OPTIMIZERS = [
         ValueError, "dcn_offset_lr_mult:", "expected an optimizer with a learning rate", "got one without lr",
     ),
 ]  # fmt: skip
-CASES = CONVERT + CHECKPOINT + ONNX + LIBRARIES + OPTIMIZERS
+CASES = CONVERT + CHECKPOINT + ONNX + OPENVINO + LIBRARIES + OPTIMIZERS
