@@ -1,5 +1,6 @@
 """Conversion, checkpoints, export to ONNX, and the compiled libraries."""
 
+import importlib
 import io
 import json
 import pickle
