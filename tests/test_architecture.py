@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "integrations": ("integrations ops layers mm reference _config _version", "torchvision mmcv mmengine numpy"),
     "export": (
         "export models detection convert checkpoint reference _config",
-        "timm torchvision safetensors onnx onnxruntime onnxscript",
+        "timm torchvision safetensors onnxruntime openvino",
     ),
     "finetune": (
         "finetune export detection models convert checkpoint visualize layers _config",
