@@ -37,8 +37,8 @@ MAY_IMPORT = {
     # MMEngine asks for detection's layer by name; it is imported then.
     "registry": ("mm detection layers flops", "mmengine mmcv"),
     "export": (
-        "export models detection convert checkpoint reference _config",
-        "timm torchvision safetensors onnx onnxruntime onnxscript",
+        "export models detection convert checkpoint layers reference _config",
+        "timm torchvision safetensors onnx onnxruntime onnxscript ncnn pnnx executorch",
     ),
     "finetune": (
         "finetune export detection models convert checkpoint visualize layers _config",
