@@ -63,9 +63,7 @@ def cases() -> dict[str, Case]:
         "groups": Case(DCNv2(8, 12, (3, 2), groups=2, bias=False, **uneven), (image,)),  # type: ignore[arg-type]
         "offset groups": Case(DCNv2(8, 12, 3, padding=1, offset_groups=4), (image,)),
         "borders": Case(DeformConv2d(8, 12, 3, padding=1), (image, on_borders(9, 11), torch.rand(1, 9, 9, 11))),
-        "RoI pooling": Case(
-            Pooled(), (image, torch.tensor([[0, 1.0, 2.0, 12.0, 9.0], [0, -3.0, 4.0, 25.0, 30.0]]))
-        ),
+        "RoI pooling": Case(Pooled(), (image, torch.tensor([[0, 1.0, 2.0, 12.0, 9.0], [0, -3.0, 4.0, 25.0, 30.0]]))),
     }
     for case in found.values():
         for name, parameter in case.model.named_parameters():

@@ -1,5 +1,9 @@
 """ncnn, by way of pnnx, computes what our layers do; what it does not is refused by name before there is a file."""
 
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -8,8 +12,9 @@ from dcn_plugin.layers import DCNv1, DCNv2, DeformConv2d
 
 for _name in ("ncnn", "pnnx", "torchvision"):
     pytest.importorskip(_name)
-from dcn_plugin.export.ncnn import export_ncnn, run_ncnn  # noqa: E402
 from test_other_forms import draw, moved  # noqa: E402
+
+from dcn_plugin.export.ncnn import export_ncnn, run_ncnn  # noqa: E402
 
 
 class Everything(nn.Module):
@@ -72,3 +77,25 @@ def test_nothing_is_written_where_outputs_differ(tmp_path):
         export_ncnn(layer, (draw(1, 8, 9, 9),), tmp_path / "model", tolerance=1e-30)
     assert [file.name for file in tmp_path.iterdir()] == ["model.param"]
     assert (tmp_path / "model.param").read_text() == "of before"
+
+
+def test_the_script_writes_two_files(tmp_path, monkeypatch, capsys):
+    timm = pytest.importorskip("timm")
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: moved(nn.Sequential(DCNv2(3, 4, 3), nn.ReLU())))
+    script = str(Path(__file__).resolve().parents[1] / "scripts/export.py")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["export.py", "a model", "--format", "ncnn", "--image-size", "9", *arguments])
+        runpy.run_path(script, run_name="__main__")
+
+    run("--out", str(tmp_path / "model.param"))
+    assert "of the largest output" in capsys.readouterr().out
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.bin", "model.param"]
+    for arguments, words in (
+        (("--out", str(tmp_path / "m.ncnn")), "--out: expected a name that ends in .param"),
+        (("--out", str(tmp_path / "m.param"), "--batch", "dynamic"), "--batch: expected a number"),
+        (("--out", str(tmp_path / "m.param"), "--batch", "2"), r"args: expected a tuple of float32 tensors \[1, ...\]"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            run(*arguments)
+    assert len(list(tmp_path.iterdir())) == 2

@@ -69,11 +69,12 @@ def export_ncnn(
         >>> path.name, torch.allclose(run_ncnn(path, (x,))[0], layer(x), atol=1e-4)
         ('layer.param', True)
     """
+    model = to_torchvision(model, one_group=True).eval()
     _check_args("args", args)
     if other_args is not None:
         _check_args("other_args", other_args)
-    model = to_torchvision(model, one_group=True).eval()
-    path = Path(path).with_suffix(".param")
+    path = Path(path)
+    path = path if path.suffix == ".param" else path.with_name(f"{path.name}.param")
     path.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         param, weights = Path(folder, "model.ncnn.param"), Path(folder, "model.ncnn.bin")
