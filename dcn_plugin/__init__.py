@@ -10,20 +10,27 @@ Example:
     True
 """
 
+import re as _re
 import sys as _sys
 import warnings as _warnings
 from importlib import import_module as _import_module
 
+from torch.onnx import is_in_onnx_export as _is_in_onnx_export
+
 from ._version import __version__
 
+# While Python looks for what `-m` names, the arguments behind it are all there is of `sys.argv`.
+_ASKED = "" if _sys.argv[:1] != ["-m"] else _sys.orig_argv[-len(_sys.argv)]
 # `python -m dcn_plugin.collect_env` reports on installations whose operators do not load: they must not stop it here.
-_REPORTING = _sys.argv[:1] == ["-m"] and "dcn_plugin.collect_env" in _sys.orig_argv
+# `python -m dcn_plugin` becomes the interpreter that needs them.
+_BARE = _re.fullmatch(r"(-\w*m)?dcn_plugin(\.collect_env)?", _ASKED) is not None
 
-if not _REPORTING:
+if not _BARE:
     from . import layers, ops, reference
     from .checkpoint import load_checkpoint
     from .convert import convert
     from .layers import DCNv1, DCNv2, DeformConv2d
+    from .ops._exporters import register_format as _register_format
 
 __all__ = ["DCNv1", "DCNv2", "DeformConv2d", "__version__", "convert", "layers", "load_checkpoint", "ops", "reference"]
 
@@ -50,5 +57,6 @@ def _plug_in() -> None:
         _warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-if not _REPORTING:
+if not _BARE:
     _plug_in()
+    _register_format(_is_in_onnx_export, "dcn_plugin.export._onnx_forms")

@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ._unpickling import extract_weights
 from ._weight_files import State, find_weights, read_file, refuse_others
-from .layers import SamplingModule, former_note, rename_former_keys
+from .layers import SamplingModule, prefix_note, rename_former_keys
 
 __all__ = [
     "LoadReport", "extract_weights", "load_checkpoint", "match_wrappers", "read_checkpoint", "read_file",
@@ -27,24 +27,61 @@ logger = logging.getLogger("dcn_plugin")
 # What wrappers put into names: torch.compile, DDP and other data parallelism, FSDP, activation checkpointing.
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # What wrappers, detectors and Lightning modules put before a backbone's names, tried in this order.
-_PREFIXES = ("module.", "model.", "backbone.", "module.backbone.", "model.backbone.", "_orig_mod.", "module.model.")
+_PREFIXES = (
+    "module.", "model.", "backbone.", "module.backbone.", "model.backbone.", "_orig_mod.", "module.model.",
+    "generator.",
+)  # fmt: skip
 
-# detectron2's ResNet in torchvision's (hence timm's and mmdetection's) names; conv2_offset is renamed by the layers.
-_DETECTRON2 = tuple(
-    (re.compile(pattern), new)
-    for pattern, new in (
-        (r"^(?:backbone\.)?(?:bottom_up\.)?stem\.conv(\d)\.norm\.", r"bn\1."),
-        (r"^(?:backbone\.)?(?:bottom_up\.)?stem\.conv(\d)\.", r"conv\1."),
-        (r"^(?:backbone\.)?(?:bottom_up\.)?res2\.", "layer1."),
-        (r"^(?:backbone\.)?(?:bottom_up\.)?res3\.", "layer2."),
-        (r"^(?:backbone\.)?(?:bottom_up\.)?res4\.", "layer3."),
-        (r"^(?:backbone\.)?(?:bottom_up\.)?res5\.", "layer4."),
-        (r"^(layer\d\.\d+\.)conv(\d)\.norm\.", r"\1bn\2."),
-        (r"^(layer\d\.\d+\.)shortcut\.norm\.", r"\1downsample.1."),
-        (r"^(layer\d\.\d+\.)shortcut\.", r"\1downsample.0."),
-    )
+
+class _Project(NamedTuple):
+    """The names of a whole model of another project; those inside of our layers are renamed by the layers.
+
+    Fields:
+        marks: each is found in some name, and together they are found in no other project's.
+        renames: patterns and what takes their place, in this order.
+        note: what should be known of such weights in a given model, or ''.
+        alone: True where names that no pattern fits are none of the backbone's, and left alone.
+    """
+
+    marks: tuple[re.Pattern[str], ...]
+    renames: tuple[tuple[re.Pattern[str], str], ...]
+    note: Callable[[nn.Module], str]
+    alone: bool = False
+
+
+_DETECTRON2_START = r"^(?:backbone\.)?(?:bottom_up\.)?"
+# All of them into torchvision's names of a ResNet, which are timm's and mmdetection's.
+_PROJECTS = (
+    _Project(  # detectron2
+        (re.compile(r"(^|\.)res[2-5]\.\d+\.conv\d\."),),
+        tuple(
+            (re.compile(pattern), new)
+            for pattern, new in (
+                (rf"{_DETECTRON2_START}stem\.conv(\d)\.norm\.", r"bn\1."),
+                (rf"{_DETECTRON2_START}stem\.conv(\d)\.", r"conv\1."),
+                *((rf"{_DETECTRON2_START}res{stage + 1}\.", f"layer{stage}.") for stage in (1, 2, 3, 4)),
+                (r"^(layer\d\.\d+\.)conv(\d)\.norm\.", r"\1bn\2."),
+                (r"^(layer\d\.\d+\.)shortcut\.norm\.", r"\1downsample.1."),
+                (r"^(layer\d\.\d+\.)shortcut\.", r"\1downsample.0."),
+            )
+        ),
+        lambda model: (
+            "detectron2's names; its ResNets are mostly trained on BGR images in 0..255, and with the stride in conv1 "
+            "(STRIDE_IN_1X1): see the config the file came with"
+        ),
+        alone=True,
+    ),
+    _Project(  # YOLACT and YOLACT++
+        (re.compile(r"^layers\.\d\.\d+\.conv2\."),),
+        tuple((re.compile(rf"^layers\.{stage - 1}\."), f"layer{stage}.") for stage in (1, 2, 3, 4)),
+        lambda model: "",
+    ),
+    _Project(  # DBNet of MhLiao and of EasyOCR
+        (re.compile(r"^smooth\.weight$"), re.compile(r"^layer\d\.0\.conv2_offset\.")),
+        (),
+        prefix_note,
+    ),
 )
-_DETECTRON2_MARK = re.compile(r"(^|\.)res[2-5]\.\d+\.conv\d\.")
 
 
 @dataclass
@@ -152,9 +189,10 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load weights from a file or state dict, whichever of the known layouts it has, and report every difference.
 
-    Understood: timm, torchvision and mmdetection ResNets (the names used here); detectron2's (`bottom_up.res3.0...`);
-    `conv2_offset` (detectron2, mmdetection before 2.0) and `conv2.conv_offset_mask` (chengdazhi, CharlesShang) for
-    `conv2.conv_offset`; `offset_mask_fc` (CharlesShang) for a modulated `DeformPSRoIPoolPack`; what wrappers put
+    Understood: timm, torchvision and mmdetection ResNets (the names used here); detectron2's (`bottom_up.res3.0...`)
+    and YOLACT's (`layers.1.0...`); for `conv2.conv_offset`, `conv2_offset` (detectron2, mmdetection before 2.0, DBNet),
+    `conv2.conv_offset_mask` (chengdazhi, CharlesShang, CenterNet, YOLACT++) and BiRefNet's `conv2.offset_conv` with
+    `conv2.modulator_conv`; `offset_mask_fc` (CharlesShang) for a modulated `DeformPSRoIPoolPack`; what wrappers put
     into names, at the start or inside (`_orig_mod.` of `torch.compile`, `module.`, FSDP's). Everything is
     compared before anything is copied: after an error the model is as it was.
 
@@ -207,16 +245,13 @@ def load_checkpoint(
         which = f"{int(shard[1])} of {int(shard[2])}"
         report.notes.append(f"this is shard {which}: give the index file or the folder for all")
     own = model.state_dict()
-    if any(map(_DETECTRON2_MARK.search, state)):
-        state = _rename_detectron2(_inside(state, prefix, report), report)
-    else:
-        state = _fit_names(model, own, state, prefix, report)
+    state = _of_project(model, own, _fit_names(model, own, state, prefix, report), report)
 
     earlier = {new: old for old, new in report.renamed.items()}
-    renamed = rename_former_keys(model, state)
+    renamed, note = rename_former_keys(model, state)
     for old, new in renamed.items():
         report.renamed[earlier.get(old, old)] = new
-    if renamed and (note := former_note(model)):
+    if note:
         report.notes.append(note)
 
     _compare(model, own, state, report, patterns)
@@ -271,6 +306,31 @@ def _bare(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
+def _of_project(model: nn.Module, own: Mapping[str, Any], state: State, report: LoadReport) -> State:
+    """Give `state` the names of `model` where it has those of another project."""
+    project = next((p for p in _PROJECTS if all(any(map(mark.search, state)) for mark in p.marks)), None)
+    if project is None:
+        return state
+    result, renamed, outside = {}, {}, []
+    for old, value in state.items():
+        new = old
+        for pattern, replacement in project.renames:
+            new = pattern.sub(replacement, new)
+        if new != old:
+            renamed[old] = new
+        elif project.alone:
+            outside.append(old)
+            continue
+        result[new] = value
+    if renamed and not project.alone and _hits(result, own, "") <= _hits(state, own, ""):
+        return state  # the model is that project's own
+    if note := project.note(model):
+        report.notes.append(note)
+    report.renamed |= renamed
+    report.outside += outside
+    return State(result, None) if renamed else state
+
+
 def _fit_names(model: nn.Module, own: Mapping[str, Any], state: State, prefix: str | None, report: LoadReport) -> State:
     """Drop a prefix and, where more names fit then, what wrappers such as `torch.compile` put into names.
 
@@ -310,24 +370,6 @@ def _strip(state: State, prefix: str, report: LoadReport) -> State:
     report.notes.append(f"prefix {prefix!r} removed from {len(inside)} names")
     versions = state.metadata and {k[len(prefix) :]: v for k, v in state.metadata.items() if k.startswith(prefix)}
     return State(inside, versions)
-
-
-def _rename_detectron2(state: State, report: LoadReport) -> State:
-    result = {}
-    for old, value in state.items():
-        new = old
-        for pattern, replacement in _DETECTRON2:
-            new = pattern.sub(replacement, new)
-        if new == old:
-            report.outside.append(old)
-        else:
-            result[new] = value
-            report.renamed[old] = new
-    report.notes.append(
-        "detectron2's names; its ResNets are mostly trained on BGR images in 0..255, and with the stride in conv1 "
-        "(STRIDE_IN_1X1): see the config the file came with"
-    )
-    return State(result, None)
 
 
 def _compare(
@@ -374,6 +416,6 @@ def _explanations(model: nn.Module, name: str, shape: torch.Size) -> list[str]:
         for path, layer in model.named_modules()
         if isinstance(layer, SamplingModule)
         and name.startswith(path and f"{path}.")
-        and name[len(path) :].lstrip(".").partition(".")[0] in layer.offset_branches
+        and layer.predicts_with(name[len(path) :].lstrip("."))
     )
     return [text for layer in layers if (text := layer.explain_mismatch(name, shape))]

@@ -186,7 +186,7 @@ def convert(
             Replacement(
                 name=first,
                 before=_describe(module),
-                after=f"{type(layer).__name__}({', '.join(_options(layer))})",
+                after=_named(layer),
                 params_added=added,
                 macs_added=layer.predictor_multiply_adds(macs[module]) if module in macs else None,
                 aliases=tuple(others),
@@ -197,9 +197,10 @@ def convert(
     return ConversionReport(replacements, measured_size, note)
 
 
-def _options(layer: SamplingConv) -> list[str]:
+def _named(layer: SamplingConv) -> str:
     values = {key: getattr(layer, key) for key in layer.option_names()}
-    return [f"{key}={value!r}" for key, value in values.items() if value is not None]
+    options = [f"{key}={value!r}" for key, value in values.items() if value is not None]
+    return f"{type(layer).__name__}({', '.join(options)})"
 
 
 def _describe(conv: Any) -> str:
@@ -365,7 +366,7 @@ def _plan(model: nn.Module, rules: list[_Rule], names: dict[nn.Module, list[str]
             continue
         rule = chosen[module]
         try:
-            plan[module] = rule.layer.from_conv(module, **rule.options)  # type: ignore[arg-type]
+            layer = rule.layer.from_conv(module, **rule.options)  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
             hint = ""
             if not isinstance(module, nn.Conv2d) and not rule.conditions:
@@ -373,6 +374,12 @@ def _plan(model: nn.Module, rules: list[_Rule], names: dict[nn.Module, list[str]
             raise type(error)(
                 f"{rule.label}: expected what can be replaced, got {own[0]!r}, which cannot: {error}{hint}"
             ) from error
+        if not layer.drop_in:
+            raise ValueError(
+                f"{rule.label}: expected a layer that the input alone suffices for, as the model gives {own[0]!r} "
+                f"nothing else, got {_named(layer)}"
+            )
+        plan[module] = layer
     folded = find_folded(model, plan)
     if folded is not None:
         label, name = chosen[folded.conv].label, names[folded.conv][0]

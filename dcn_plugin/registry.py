@@ -18,6 +18,7 @@ The RoI pooling layers are in our scope only: mmcv registers none, and mmdetecti
 registry for `roi_layer=dict(type=...)` but among the names in `mmcv.ops`, which this package does not touch.
 """
 
+import sys
 from collections.abc import Callable
 from functools import wraps
 from importlib.machinery import PathFinder
@@ -60,10 +61,25 @@ SCOPED = {
 
 for _name, _module in SCOPED.items():
     MODELS.register_module(name=_name, module=_module)
-if not mmcv_has_ops():
-    for _name, _module in MMCV_LAYERS.items():
-        if _name not in _mmengine.MODELS.module_dict:  # another package may fill mmcv's place
-            _mmengine.MODELS.register_module(name=_name, module=_module)
+
+
+def fill_mmcvs_place() -> None:
+    """Register our layers under mmcv's names, unless mmcv's own come."""
+    if mmcv_has_ops() or "mmcv._ext" in sys.modules:
+        return
+    for name, module in MMCV_LAYERS.items():
+        if name not in _mmengine.MODELS.module_dict:  # another package may fill mmcv's place
+            _mmengine.MODELS.register_module(name=name, module=module)
+
+
+def leave_mmcvs_place() -> None:
+    """Take them away again, before mmcv registers its own."""
+    for name, module in MMCV_LAYERS.items():
+        if _mmengine.MODELS.module_dict.get(name) is module:
+            del _mmengine.MODELS.module_dict[name]
+
+
+fill_mmcvs_place()
 register_with_mmengine()
 
 

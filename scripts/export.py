@@ -1,4 +1,4 @@
-"""Write a model as ONNX, as a torch ExportedProgram, for ncnn or for ExecuTorch, checked: `python scripts/export.py MODEL --out model.onnx`."""
+"""Write a model as a checked file of a graph: `python scripts/export.py MODEL --out model.onnx`."""
 
 from __future__ import annotations
 
@@ -125,9 +125,7 @@ def main() -> None:
     parser.add_argument(
         "--image-size", nargs="+", type=int, help="height and width, or both in one (default: as trained)"
     )
-    parser.add_argument(
-        "--batch", type=batch_size, help="'dynamic' or a number (default: dynamic; for ncnn and executorch 1)"
-    )
+    parser.add_argument("--batch", type=batch_size, help="'dynamic' (default) or a number (1 for ncnn and executorch)")
     parser.add_argument("--opset", type=int, default=19, help="of ONNX, at least 19 (default)")
     parser.add_argument("--pretrained", action="store_true", help="published weights for a timm name")
     parser.add_argument(

@@ -13,6 +13,7 @@ import io
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,7 @@ Args = tuple[Tensor, ...]
 class Case(NamedTuple):
     model: nn.Module
     args: Args
+    onnx: Path = Path()  # written once, for all that read it
 
 
 class Pooled(nn.Module):
@@ -73,10 +75,12 @@ def cases() -> dict[str, Case]:
     return found
 
 
-def onnx_file(case: Case, folder: str) -> str:
-    from dcn_plugin.export.onnx import export_onnx
+def onnx_file(case: Case) -> str:
+    if not case.onnx.is_file():
+        from dcn_plugin.export.onnx import export_onnx
 
-    return str(export_onnx(case.model, case.args, f"{folder}/model.onnx"))
+        export_onnx(case.model, case.args, case.onnx)
+    return str(case.onnx)
 
 
 def arrays(case: Case) -> list[Any]:
@@ -116,7 +120,7 @@ def by_aot_inductor(case: Case, folder: str) -> Any:
 def by_onnxruntime(case: Case, folder: str) -> Any:
     import onnxruntime
 
-    path = onnx_file(case, folder)
+    path = onnx_file(case)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return session.run(None, dict(zip(names_of(path), arrays(case), strict=True)))[0]
 
@@ -124,14 +128,14 @@ def by_onnxruntime(case: Case, folder: str) -> Any:
 def by_onnx_reference(case: Case, folder: str) -> Any:
     from onnx.reference import ReferenceEvaluator
 
-    path = onnx_file(case, folder)
+    path = onnx_file(case)
     return ReferenceEvaluator(path).run(None, dict(zip(names_of(path), arrays(case), strict=True)))[0]
 
 
 def by_openvino_alone(case: Case, folder: str) -> Any:
     import openvino
 
-    model = openvino.Core().read_model(onnx_file(case, folder))
+    model = openvino.Core().read_model(onnx_file(case))
     return openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(arrays(case))[0]
 
 
@@ -150,7 +154,7 @@ def by_executorch(case: Case, folder: str) -> Any:
 def by_opencv(case: Case, folder: str) -> Any:
     import cv2
 
-    path = onnx_file(case, folder)
+    path = onnx_file(case)
     net = cv2.dnn.readNetFromONNX(path)
     for name, value in zip(names_of(path), arrays(case), strict=True):
         net.setInput(value, name)
@@ -161,7 +165,7 @@ def by_mnn(case: Case, folder: str) -> Any:
     import MNN.expr
     import MNN.nn
 
-    path = onnx_file(case, folder)
+    path = onnx_file(case)
     command = [sys.executable, "-m", "MNN.tools.mnnconvert"]
     arguments = ["-f", "ONNX", "--modelFile", path, "--MNNModel", f"{folder}/model.mnn", "--bizCode", "x"]
     said = subprocess.run([*command, *arguments], capture_output=True, text=True)
@@ -178,7 +182,7 @@ def by_tvm_onnx(case: Case, folder: str) -> Any:
     import onnx
     from tvm.relax.frontend.onnx import from_onnx
 
-    return run_tvm(from_onnx(onnx.load(onnx_file(case, folder)), keep_params_in_input=False), case)
+    return run_tvm(from_onnx(onnx.load(onnx_file(case)), keep_params_in_input=False), case)
 
 
 def by_tvm_grid_sample(case: Case, folder: str) -> Any:
@@ -201,7 +205,7 @@ def run_tvm(module: Any, case: Case) -> Any:
 def by_tract(case: Case, folder: str) -> Any:
     import tract
 
-    model = tract.onnx().load(onnx_file(case, folder)).into_model()
+    model = tract.onnx().load(onnx_file(case)).into_model()
     return model.into_runnable().run(arrays(case))[0].to_numpy()
 
 
@@ -223,7 +227,7 @@ def by_litert(case: Case, folder: str) -> Any:
 
 
 def by_onnx2tf(case: Case, folder: str) -> Any:
-    path = onnx_file(case, folder)
+    path = onnx_file(case)
     command = ["-i", path, "-o", f"{folder}/tf", "-kat", *names_of(path)]
     said = subprocess.run([sys.executable, "-m", "onnx2tf", *command], capture_output=True, text=True)
     files = sorted(Path(folder, "tf").glob("*float32.tflite"))
@@ -305,13 +309,16 @@ def cell(runtime: Runtime, case: Case) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default=",".join(RUNTIMES), help="rows, separated by commas (default: all)")
-    names = parser.parse_args().only.split(",")
+    parser.add_argument("--files", type=Path, help="folder of the ONNX files, kept for a run with other packages")
+    args = parser.parse_args()
+    names = args.only.split(",")
     if unknown := [name for name in names if name not in RUNTIMES]:
         parser.error(f"--only: expected some of {', '.join(RUNTIMES)}, got {', '.join(unknown)}")
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    all_cases = cases()
+    files = args.files or Path(tempfile.mkdtemp())
+    all_cases = {name: case._replace(onnx=files / f"{name.replace(' ', '_')}.onnx") for name, case in cases().items()}
     print(f"| runtime | version | by | {' | '.join(all_cases)} |\n|---|---|---|{'---|' * len(all_cases)}")
     for name in names:
         runtime = RUNTIMES[name]
@@ -319,6 +326,8 @@ def main() -> None:
             continue
         cells = [cell(runtime, case).replace("|", "/") for case in all_cases.values()]
         print(f"| {name} | {found[0]} | {runtime.way} | {' | '.join(cells)} |", flush=True)
+    if args.files is None:
+        shutil.rmtree(files)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ MAY_IMPORT = {
     "detection": ("detection mm layers ops reference _config", "torchvision"),
     # MMEngine asks for detection's layer by name; it is imported then.
     "registry": ("mm detection layers flops", "mmengine mmcv"),
+    # What stands in for other packages calls them, too.
+    "integrations": ("integrations ops layers mm reference _config _version", "torchvision mmcv mmengine numpy"),
     "export": (
         "export models detection convert checkpoint layers reference _config",
         "timm torchvision safetensors onnx onnxruntime onnxscript ncnn pnnx executorch",
@@ -44,6 +46,9 @@ MAY_IMPORT = {
         "finetune export detection models convert checkpoint visualize layers _config",
         "timm mmengine pytorch_lightning torchmetrics torchvision sklearn numpy PIL rich",
     ),
+    # The plug is imported in the program's process, by what Python imports there first; these two know no torch.
+    "_startup": ("", ""),
+    "__main__": ("_startup integrations", ""),
     "__init__": ("_version layers ops reference checkpoint convert", ""),
 }
 
@@ -78,6 +83,31 @@ def test_imports_point_one_way(path):
             assert (rest or ["__init__"])[0] in ours, f"{part} may not import {name}"
         else:
             assert top in others | {"torch"} | sys.stdlib_module_names, f"{part} may not import {name}"
+
+
+# Private modules that other parts build on: checks, the rule of layouts, which transforms are at work, which gradients.
+SHARED = {"ops._check", "ops._layout", "ops._operator", "ops._transforms", "reference._dense"}
+
+
+def private_modules(path: Path) -> set[str]:
+    """Return the private modules of other parts that a file imports, by their names in the package."""
+    part = part_of(path)
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            package = ["dcn_plugin", *path.relative_to(PACKAGE).parts[:-1]]
+            module = [*package[: len(package) + 1 - node.level], *(node.module or "").split(".")][1:]
+            for names in (module, *([*module, alias.name] for alias in node.names)):
+                name = ".".join(filter(None, names[:2]))
+                if name.partition("._")[2] and (PACKAGE / f"{name.replace('.', '/')}.py").exists():
+                    found |= {name} if names[0] != part else set()
+    return found
+
+
+def test_parts_keep_their_private_modules_to_themselves():
+    found = {str(path): names for path in PACKAGE.rglob("*.py") if (names := private_modules(path))}
+    assert {path: names - SHARED for path, names in found.items() if names - SHARED} == {}
+    assert set().union(*found.values()) == SHARED, "SHARED lists what nobody imports"
 
 
 def test_imports_within_the_package_are_relative():
@@ -211,7 +241,8 @@ def asks_for_a_kind(tree: ast.Module) -> list[str]:
     ]
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and re.search(r"(^|\.)layers(\.|$)", node.module or ""):
-            private = [alias.name for alias in node.names if alias.name.startswith("_")]
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+            private = [name for name in names if name.startswith("_")]
             found += [f"line {node.lineno}: the private {name}" for name in private]
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) > 1):
             continue
@@ -233,6 +264,8 @@ def asks_for_a_kind(tree: ast.Module) -> list[str]:
         "isinstance(layer, (nn.Conv2d, layers.DeformConv2d))",
         "issubclass(kind, OffsetConv)",
         "from ..layers.conv import _pair",
+        "from ..layers._start import ZeroLinear",
+        "from ..layers import _start",
     ],
 )
 def test_what_asks_for_a_kind_is_found(code):

@@ -13,7 +13,8 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 from onnx_checks import HAS_RUNTIME, assert_close, by_definition, needs_runtime  # noqa: E402
 
-from dcn_plugin.export.onnx import export_onnx, roi_pooling_decompositions, run_onnx  # noqa: E402
+from dcn_plugin.export._onnx_forms import FORMS as WRITTEN  # noqa: E402
+from dcn_plugin.export.onnx import export_onnx, run_onnx  # noqa: E402
 
 Dim = torch.export.Dim
 N, REGIONS = Dim("n"), {0: Dim("regions")}
@@ -104,7 +105,7 @@ def seed():
 @pytest.mark.parametrize("n, height, width", SIZES)
 def test_decomposition_is_the_operator(form, n, height, width):
     model = Pool(form)
-    decomposed = roi_pooling_decompositions()[getattr(torch.ops.dcn_plugin, model.operator).default]
+    decomposed = WRITTEN[model.operator]
     for plain in (True, False):
         given = model.arguments(adversarial(n, height, width), n, height, width, plain)
         moved = () if model.of_offset is None else (*given[2:], *(None,) * (4 - len(given)))

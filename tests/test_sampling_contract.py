@@ -66,7 +66,7 @@ class Stretched(SamplingConv):
             state[new] = state.pop(old)
         return renamed
 
-    def former_note(self):
+    def former_note(self, renamed):
         return "" if self.limit == 2.0 else "scale_conv was trained with limit=2.0"
 
     def explain_mismatch(self, name, shape):

@@ -13,8 +13,8 @@ from torchvision.ops import MultiScaleRoIAlign, box_area
 from torchvision.ops.poolers import _setup_scales
 
 from ..layers import Regions, Samples, ZeroLinear, regions_of
-from ..layers._arguments import Size, activation, describe, factory_arguments, flag, mask_note, pair
-from ..layers._branch import Branched, branch, predict
+from ..layers.arguments import Size, activation, describe, factory_arguments, flag, pair
+from ..layers.branch import Branched, branch, predict
 from ..ops import _check, deform_roi_pool
 from ..ops._layout import is_channels_last
 from ..ops._transforms import is_tracing, unrecorded
@@ -122,8 +122,7 @@ class MultiScaleDeformRoIPool(Branched, MultiScaleRoIAlign):
         factory = factory_arguments(device, dtype)
         cells = bins[0] * bins[1]
         self.offset_fc = branch(cells * self.in_channels, self.deform_fc_channels, 2 * cells, factory)
-        if self.modulated:
-            self.mask_fc = ZeroLinear(self.deform_fc_channels, cells, **factory)
+        self.mask_fc = ZeroLinear(self.deform_fc_channels, cells, **factory) if self.modulated else None
 
     def offsets(
         self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
@@ -174,9 +173,6 @@ class MultiScaleDeformRoIPool(Branched, MultiScaleRoIAlign):
             return found
 
         return regions_of(samples, self.output_size, frame)
-
-    def former_note(self) -> str:
-        return mask_note(self.mask_activation) if self.modulated else ""
 
     def _levels(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> _Levels:
         maps = _maps(x, self.featmap_names, self.in_channels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
@@ -46,6 +46,13 @@ def _together(parts: Sequence[_Moments]) -> tuple[Tensor, Tensor]:
     return mean, (share * (variances + (means - mean).square())).sum()
 
 
+def _longest_side(maps: Any) -> int:
+    """Of a map, or of the largest one of several, by name or in a row."""
+    if isinstance(maps, Tensor):
+        return max(maps.shape[-2:])
+    return max(map(_longest_side, maps.values() if isinstance(maps, Mapping) else maps))
+
+
 class OffsetMonitor(pl.Callback):
     """Log what the offsets of every deformable layer do, and warn when they run away.
 
@@ -63,7 +70,8 @@ class OffsetMonitor(pl.Callback):
     Args:
         every_n_steps: steps between two samples.
         limit: offset length that counts as running away. For a convolution as a multiple of the longer side of its
-            input: beyond 1 a point lies outside the image from wherever it starts. For RoI pooling in sizes of the RoI.
+            input (the largest of several maps): beyond 1 a point lies outside the image from wherever it starts. For
+            RoI pooling in sizes of the RoI.
         max_pixels: the same for convolutions in pixels, whatever the size; None sets no such limit.
 
     Each layer warns once per cause: beyond the limit of the call in question, or not finite. A model without deformable
@@ -94,7 +102,7 @@ class OffsetMonitor(pl.Callback):
             shape, dilation = offset.shape, None
             length = samples.scale * offset.float().reshape(shape[0], -1, 2, *shape[2:]).norm(dim=2)
             if layer.offset_unit == "pixels":
-                limit = self.limit * max(layer_input.shape[-2:])
+                limit = self.limit * _longest_side(layer_input)
                 limit = limit if self.max_pixels is None else min(limit, self.max_pixels)
                 words = "samples up to {:.1f} pixels away (limit {:.1f})"
                 if (window := layer.window) is not None:

@@ -3,15 +3,15 @@
 A layer of a new kind, here or in code of your own, keeps the contract of `sampling.py`.
 """
 
-from ._branch import regions_of
+from ._prefix import PrefixPredictor, prefix_note
 from ._start import OffsetPredictor, ZeroLinear, warn_if_redrawn
+from .branch import regions_of
 from .conv import DCNv1, DCNv2, DeformConv2d, OffsetConv, accept_sibling_offset_keys
 from .ps_roi import DeformPSRoIPool, DeformPSRoIPoolPack, PSRoIPool
 from .roi import DeformRoIPool, DeformRoIPoolPack, ModulatedDeformRoIPoolPack
 from .samples import OffsetRate, Regions, Samples, SamplingHandle, Window
 from .sampling import (
     SamplingModule,
-    former_note,
     offset_parameters,
     offset_rates,
     rename_former_keys,
@@ -51,6 +51,7 @@ __all__ = [
     "OffsetPredictor",
     "OffsetRate",
     "PSRoIPool",
+    "PrefixPredictor",
     "Regions",
     "Samples",
     "SamplingConv",
@@ -60,9 +61,9 @@ __all__ = [
     "ZeroLinear",
     "accept_sibling_offset_keys",
     "drop_ins",
-    "former_note",
     "offset_parameters",
     "offset_rates",
+    "prefix_note",
     "regions_of",
     "rename_former_keys",
     "reset_offsets",

@@ -15,23 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import deform_conv2d
-from ..ops._transforms import unrecorded
-from ._arguments import activation, check_input, mask_note
+from ..ops._check import integer
+from . import _former
 from ._start import OffsetPredictor, warn_if_redrawn
 from ._symbolic import recorded_call
+from .arguments import activation, check_feature, check_input, check_predicted, mask_note
 from .sampling import log_former_keys, rename_former_keys
 from .sampling_conv import SamplingConv
 
 # Symbolic tracing (timm's and torchvision's feature extractors) records these as calls: they look at shapes.
 torch.fx.wrap("deform_conv2d")
 torch.fx.wrap("check_input")
-torch.fx.wrap("_offset_channels")
-
-
-@unrecorded
-def _offset_channels(raw: Tensor) -> int:
-    """How many of the channels that `conv_offset` returned are offsets; as many as half of them are mask logits."""
-    return raw.shape[1] // 3 * 2
+torch.fx.wrap("check_feature")
+torch.fx.wrap("check_predicted")
 
 
 def _dense(weight: Tensor) -> Tensor:
@@ -100,14 +96,22 @@ class DeformConv2d(SamplingConv):
 class OffsetConv(DeformConv2d):
     """What `DCNv1` and `DCNv2` share: a `conv_offset` that predicts what `forward` samples with.
 
-    `conv_offset` is an `nn.Conv2d` from C channels to `outputs_per_tap * G * K`, with the layer's own kernel
-    size, stride, padding and dilation, groups 1 and a bias, all zero at first. Where the padding differs between
-    opposite sides, which `nn.Conv2d` does not know, the layer pads the input and `conv_offset` does not.
+    `conv_offset` is an `nn.Conv2d` to `outputs_per_tap * G * K` channels, with the layer's own kernel size, stride,
+    padding and dilation, groups 1 and a bias, all zero at first. It reads the input, or another map that a call gives
+    as `feature`. Where the padding differs between opposite sides, which `nn.Conv2d` does not know, the layer pads
+    what it reads and `conv_offset` does not.
+
+    Any module of that result may take its place: `layer.conv_offset = nn.Sequential(...)`. One that ends in an
+    `OffsetPredictor` starts undeformed.
+
+    A subclass that makes offsets of more than one map, as of optical flow, overrides `offsets`: `forward` hands on to
+    it whatever it is given beside the input.
     """
 
     drop_in = True
     offset_branches: ClassVar[Mapping[str, float]] = {"conv_offset": 1.0}
     outputs_per_tap: ClassVar[int]
+    conv_offset: Any
 
     def __init__(
         self,
@@ -124,6 +128,7 @@ class OffsetConv(DeformConv2d):
         dtype: torch.dtype | None = None,
         offset_groups: int = 1,
         offset_bound: float | None = None,
+        offset_channels: int | None = None,
     ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
@@ -135,11 +140,11 @@ class OffsetConv(DeformConv2d):
             if not (offset_bound > 0 and math.isfinite(offset_bound)):
                 raise ValueError(f"offset_bound: expected a positive and finite number of pixels, got {offset_bound}")
         self.offset_bound = offset_bound
-        taps = self.kernel_size[0] * self.kernel_size[1]
-        outputs = self.outputs_per_tap * self.offset_groups * taps
+        self.offset_channels = None if offset_channels is None else integer("offset_channels", offset_channels, 1)
+        self.drop_in = self.offset_channels is None
         self.conv_offset = OffsetPredictor(
-            self.in_channels,
-            outputs,
+            self.in_channels if self.offset_channels is None else self.offset_channels,
+            self._outputs,
             self.kernel_size,
             self.stride,
             0 if self._uneven_padding else self.padding4[:2],
@@ -148,17 +153,26 @@ class OffsetConv(DeformConv2d):
             dtype=dtype,
         )
 
+    @property
+    def _outputs(self) -> int:
+        return self.outputs_per_tap * self.offset_groups * self.kernel_size[0] * self.kernel_size[1]
+
     def reset_parameters(self) -> None:
         """Initialise weight and bias as `nn.Conv2d` does, and what predicts offsets (`conv_offset`) with zeros."""
         super().reset_parameters()
         self.reset_offsets()
 
-    def _predict(self, x: Tensor) -> Tensor:
+    def _predict(self, x: Tensor, feature: Tensor | None) -> Tensor:
         # Not the weight that a parametrisation computes: it would do so twice a call.
-        x = check_input(x, self.in_channels, self._parameters.get("weight"))
+        weight = self._parameters.get("weight")
+        x = check_input(x, self.in_channels, weight)
+        source = x
+        if feature is not None or self.offset_channels is not None:
+            source = check_feature(feature, self.offset_channels or self.in_channels, weight, x)
         warn_if_redrawn(self)
         padding = self._uneven_padding
-        return self.conv_offset(F.pad(x, padding) if padding else x)
+        raw = self.conv_offset(F.pad(source, padding) if padding else source)
+        return check_predicted(raw, self._outputs, x, self.window, feature)
 
     @property
     def _uneven_padding(self) -> tuple[int, ...]:
@@ -172,45 +186,55 @@ class OffsetConv(DeformConv2d):
     def _bound(self, raw: Tensor) -> Tensor:
         return raw if self.offset_bound is None else self.offset_bound * torch.tanh(raw / self.offset_bound)
 
-    def offsets(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def offsets(self, x: Tensor, feature: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """What `forward` samples with, after bound and activation.
 
         Args:
             x: `[N, C, H, W]`.
+            feature: as in `forward`.
 
         Returns:
             Offset `[N, 2*G*K, H', W']` in pixels, (y, x) per tap, and mask `[N, G*K, H', W']` (None for v1).
         """
         raise NotImplementedError
 
-    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
-        """Apply the layer to `[N, C, H, W]`; returns `[N, O, H', W']`."""
-        call = recorded_call(self, input)
-        return self._conv_forward(input, self.weight, self.bias) if call is None else call
+    def forward(self, input: Tensor, *more: Any, **named: Any) -> Tensor:  # type: ignore[override]
+        """Apply the layer.
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        Args:
+            input: `[N, C, H, W]`.
+            more, named: what `offsets` takes beside the input. Of `DCNv1` and `DCNv2` that is `feature`,
+                `[N, offset_channels, H, W]`: the map that `conv_offset` reads in place of the input. A layer with
+                `offset_channels` needs one in each call; another may be given one, with C channels.
+
+        Returns:
+            `[N, O, H', W']`.
+        """
+        call = recorded_call(self, input, *more, **named)
+        return self._conv_forward(input, self.weight, self.bias, *more, **named) if call is None else call
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None, *more: Any, **named: Any) -> Tensor:
         """Apply the layer with another weight and bias, as `nn.Conv2d._conv_forward` does.
 
         mmcv's `efficient_conv_bn_eval` scales the two by a norm that follows.
         """
-        return self._convolve(input, *self.offsets(input), weight, bias)
+        return self._convolve(input, *self.offsets(input, *more, **named), weight, bias)
+
+    def multiply_adds(self, output: Tensor) -> int | None:  # type: ignore[override]
+        # A branch of another kind may work at other sizes than the output's.
+        known = getattr(self.conv_offset, "stride", None) == self.stride
+        return super().multiply_adds(output) if known else None
 
     def former_keys(self, state: MutableMapping[str, Any], prefix: str) -> dict[str, str]:
-        """Rename what earlier implementations call `conv_offset`, unless that key is there already.
+        """Rename what other implementations call the layer's tensors, unless the new key is there already.
 
         For a layer at `conv2`: `conv2_offset.*` (mmdetection before 2.0, detectron2) and `conv2.conv_offset_mask.*`
-        (chengdazhi, CharlesShang) become `conv2.conv_offset.*`.
+        (chengdazhi, CharlesShang, CenterNet) become `conv2.conv_offset.*`; `conv2.offset_conv.*` and
+        `conv2.modulator_conv.*` (BiRefNet) do so together, and `conv2.regular_conv.*` becomes `conv2.*`.
         """
-        renamed: dict[str, str] = {}
         if "conv_offset" not in self._modules:  # a subclass predicts with something else
-            return renamed
-        for kind in ("weight", "bias"):
-            new = f"{prefix}conv_offset.{kind}"
-            for old in (f"{prefix}conv_offset_mask.{kind}", f"{prefix[:-1]}_offset.{kind}"):
-                if old in state and new not in state and prefix:
-                    state[new] = state.pop(old)
-                    renamed[old] = new
-        return renamed
+            return {}
+        return _former.rename(state, prefix, self.outputs_per_tap == 3)
 
     def explain_mismatch(self, name: str, shape: torch.Size) -> str:
         if not name.endswith("conv_offset.weight"):
@@ -225,18 +249,21 @@ class OffsetConv(DeformConv2d):
             groups, rest = divmod(shape[0] if len(shape) == 4 else 0, cls.outputs_per_tap * taps)
             if groups and not rest:
                 text += f"; {shape[0]} outputs would fit {cls.__name__} with offset_groups={groups}"
+        if len(shape) == 4 and shape[1] != self.conv_offset.weight.shape[1]:
+            text += f"; it reads maps of {shape[1]} channels, as with offset_channels={shape[1]}"
         return text
 
     def extra_repr(self) -> str:
-        bound = "" if self.offset_bound is None else f", offset_bound={self.offset_bound}"
-        return super().extra_repr() + bound
+        options = {name: getattr(self, name) for name in ("offset_bound", "offset_channels")}
+        more = [f", {name}={value}" for name, value in options.items() if value is not None]
+        return super().extra_repr() + "".join(more)
 
 
 class DCNv1(OffsetConv):
     """Deformable convolution (Dai et al. 2017): a convolution that predicts where each of its taps samples.
 
     `out(p0) = bias + sum_k weight_k * bilinear(x, p0 * stride - padding + k * dilation + offset_k(p0))`,
-    `offset = conv_offset(x)`
+    `offset = conv_offset(x)`, or `conv_offset(feature)` where `layer(x, feature)` gives another map
 
     A fresh layer computes what `nn.Conv2d` with the same weight computes.
 
@@ -244,6 +271,8 @@ class DCNv1(OffsetConv):
         in_channels .. dtype: as in `DeformConv2d` (`nn.Conv2d`'s arguments in its order).
         offset_groups: G, channel groups with offsets of their own; divides C.
         offset_bound: keep offsets within this many pixels, `bound * tanh(raw / bound)`; None leaves them free.
+        offset_channels: channels of another map, the `feature` of each call, that offsets are predicted from; None:
+            they are predicted from the input, unless a call gives such a map of C channels.
 
     Example:
         >>> import torch
@@ -255,8 +284,8 @@ class DCNv1(OffsetConv):
 
     outputs_per_tap = 2
 
-    def offsets(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self._bound(self._predict(x)), None
+    def offsets(self, x: Tensor, feature: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        return self._bound(self._predict(x, feature)), None
 
     offsets.__doc__ = OffsetConv.offsets.__doc__
 
@@ -266,8 +295,9 @@ class DCNv2(OffsetConv):
 
     `out(p0) = bias + sum_k weight_k * mask_k(p0) * bilinear(x, p0 * stride - padding + k * dilation + offset_k(p0))`
 
-    The first 2/3 of `conv_offset`'s outputs are offsets, the last 1/3 mask logits (mmcv's layout). A fresh layer
-    computes what `nn.Conv2d` with the same weight computes, unless `mask_activation='sigmoid'`.
+    The first 2/3 of `conv_offset`'s outputs are offsets, the last 1/3 mask logits (mmcv's layout). It reads x, or
+    another map in `layer(x, feature)`. A fresh layer computes what `nn.Conv2d` with the same weight computes, unless
+    `mask_activation='sigmoid'`.
 
     Args:
         in_channels .. dtype: as in `DeformConv2d` (`nn.Conv2d`'s arguments in its order).
@@ -275,6 +305,8 @@ class DCNv2(OffsetConv):
         mask_activation: `'2*sigmoid'` (mask 1 at first) or `'sigmoid'` (mask 0.5 at first, halving the output:
             what weights trained with mmcv, detectron2 and other earlier implementations expect).
         offset_bound: keep offsets within this many pixels, `bound * tanh(raw / bound)`; None leaves them free.
+        offset_channels: channels of another map, the `feature` of each call, that offsets are predicted from; None:
+            they are predicted from the input, unless a call gives such a map of C channels.
 
     Example:
         >>> import torch
@@ -283,6 +315,9 @@ class DCNv2(OffsetConv):
         >>> offset, mask = layer.offsets(torch.rand(1, 4, 6, 6))
         >>> offset.shape, mask.shape
         (torch.Size([1, 18, 6, 6]), torch.Size([1, 9, 6, 6]))
+        >>> aligned = DCNv2(4, 8, kernel_size=3, padding=1, offset_channels=10)  # offsets out of another map
+        >>> aligned(torch.rand(1, 4, 6, 6), torch.rand(1, 10, 6, 6)).shape
+        torch.Size([1, 8, 6, 6])
     """
 
     outputs_per_tap = 3
@@ -303,23 +338,24 @@ class DCNv2(OffsetConv):
         offset_groups: int = 1,
         mask_activation: str = "2*sigmoid",
         offset_bound: float | None = None,
+        offset_channels: int | None = None,
     ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
-            dtype, offset_groups, offset_bound,
+            dtype, offset_groups, offset_bound, offset_channels,
         )  # fmt: skip
         activation(mask_activation)
         self.mask_activation = mask_activation
 
-    def offsets(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        raw = self._predict(x)
-        split = _offset_channels(raw)
+    def offsets(self, x: Tensor, feature: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        raw = self._predict(x, feature)
+        split = self._outputs // 3 * 2
         return self._bound(raw[:, :split]), activation(self.mask_activation)(raw[:, split:])
 
     offsets.__doc__ = OffsetConv.offsets.__doc__
 
-    def former_note(self) -> str:
-        return mask_note(self.mask_activation)
+    def former_note(self, renamed: Mapping[str, str]) -> str:
+        return mask_note(_former.masks_of(renamed), self.mask_activation)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + f", mask_activation={self.mask_activation!r}"
@@ -335,4 +371,4 @@ def accept_sibling_offset_keys(module: nn.Module) -> None:
 
 
 def _rename_hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    log_former_keys(module, rename_former_keys(module, state_dict, prefix))
+    log_former_keys(rename_former_keys(module, state_dict, prefix))

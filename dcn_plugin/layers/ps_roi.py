@@ -7,7 +7,7 @@ no unit: a bin moves by `offset_scale * size of the RoI * offset`.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from ..ops import deform_ps_roi_pool, ps_roi_pool
 from ..ops._check import integer, number
 from ..reference.roi_pool import ps_roi_frame
-from ._arguments import Size, activation, describe, divisible, factory_arguments, flag, mask_note, pair
-from ._branch import Branched, RoIs, branch, predict, regions_of
 from ._start import ZeroLinear
 from ._torchscript import NotScriptable
+from .arguments import Size, activation, describe, divisible, factory_arguments, flag, mask_note, pair
+from .branch import Branched, RoIs, branch, predict, regions_of
 from .samples import Regions, Samples
 from .sampling import SamplingModule
 
@@ -54,7 +54,7 @@ class PSRoIPool(NotScriptable, nn.Module):
     """
 
     #: No stand-in for a convolution: its forward takes RoIs.
-    drop_in: ClassVar[bool] = False
+    drop_in: bool = False
 
     def __init__(self, output_dim: int, group_size: int, output_size: Size, spatial_scale: float = 1.0) -> None:
         super().__init__()
@@ -231,8 +231,7 @@ class DeformPSRoIPoolPack(Branched, DeformPSRoIPool):
         inputs = self.output_dim * self.output_size[0] * self.output_size[1]
         cells = self.offset_classes * self.part_size[0] * self.part_size[1]
         self.offset_fc = branch(inputs, self.deform_fc_channels, 2 * cells, factory)
-        if self.modulated:
-            self.mask_fc = ZeroLinear(self.deform_fc_channels, cells, **factory)
+        self.mask_fc = ZeroLinear(self.deform_fc_channels, cells, **factory) if self.modulated else None
 
     def offsets(self, input: Tensor, rois: RoIs) -> tuple[Tensor, Tensor | None]:
         """What `forward` pools with.
@@ -277,8 +276,8 @@ class DeformPSRoIPoolPack(Branched, DeformPSRoIPool):
                 state[new] = value
         return renamed
 
-    def former_note(self) -> str:
-        return mask_note(self.mask_activation) if self.modulated else ""
+    def former_note(self, renamed: Mapping[str, str]) -> str:
+        return mask_note("sigmoid", self.mask_activation)
 
     def extra_repr(self) -> str:
         more = describe(self, ("deform_fc_channels", "offset_classes", "modulated"))

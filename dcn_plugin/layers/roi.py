@@ -10,7 +10,7 @@ checkpoints mean the same here. All others of the package have (y, x).
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.fx
@@ -20,9 +20,9 @@ from ..ops import deform_roi_pool
 from ..ops._check import integer, number, require_dense
 from ..ops._transforms import unrecorded
 from ..reference.roi_pool import roi_frame
-from ._arguments import Size, check_input, describe, factory_arguments, pair
-from ._branch import Branched, RoIs, branch, regions_of
 from ._start import warn_if_redrawn
+from .arguments import Size, check_input, describe, factory_arguments, pair
+from .branch import Branched, RoIs, branch, regions_of
 from .samples import Regions, Samples
 from .sampling import SamplingModule
 
@@ -175,6 +175,7 @@ class DeformRoIPoolPack(Branched, DeformRoIPool):
         factory = factory_arguments(device, dtype)
         bins = self.output_size[0] * self.output_size[1]
         self.offset_fc = branch(bins * self.output_channels, self.deform_fc_channels, 2 * bins, factory)
+        self.mask_fc: Any = None
 
     def offsets(self, input: Tensor, rois: RoIs) -> tuple[Tensor, Tensor | None]:
         """What `forward` pools with.

@@ -47,6 +47,13 @@ class Window(NamedTuple):
     padding: tuple[int, int, int, int]
     dilation: tuple[int, int]
 
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return (H', W') for an input of this size."""
+        (kh, kw), (sy, sx), (top, left, bottom, right), (dy, dx) = self
+        return (height + top + bottom - dy * (kh - 1) - 1) // sy + 1, (
+            width + left + right - dx * (kw - 1) - 1
+        ) // sx + 1
+
     def taps(self) -> Tensor:
         """Return where the taps of output pixel (0, 0) lie without offsets, `[K, 2]`."""
         (kh, kw), (dy, dx), (top, left, *_) = self.kernel_size, self.dilation, self.padding

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, MutableMapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ._start import StartsAtZero
+from ._branches import Branch, belongs, branches, declared, restart
 from ._torchscript import NotScriptable
 from .samples import Hooks, OffsetRate, Regions, Samples, SamplingHandle, SamplingHook, Window, detached, recorded
 
@@ -31,24 +31,26 @@ class SamplingModule(NotScriptable, nn.Module):
     A class declares, where the default does not hold:
 
     - `offset_branches`: its submodules or parameters that predict offsets (and masks), by name, each with its usual
-      learning rate as a multiple of the rest's. They are `OffsetPredictor`s or end in a `ZeroLinear`, so that a fresh
-      layer is undeformed whoever initialises the model; others need a `reset_offsets` of their own.
+      learning rate as a multiple of the rest's. A layer that lacks one of them has None under its name. They may be
+      any modules, as long as they are `OffsetPredictor`s or end in one or in a `ZeroLinear`, so that a fresh layer is
+      undeformed whoever initialises the model; others need a `reset_offsets` of their own.
     - `offset_lr_option`: which option of a trainer changes that rate. `offset_lr_mult` (MMEngine's
       `dcn_offset_lr_mult`) multiplies it; `roi_offset_lr_mult` takes its place, as the branches of RoI pooling are
       usually trained so much more slowly that one option for all would not do.
     - `offset_unit` and `displacement_scale`: an offset of 1 moves a sample by `displacement_scale` pixels of the
       input, or by that many sizes of its region.
     - `drop_in`: True where `forward(x)` alone suffices, so that `convert` may put it in a convolution's place. It
-      then has `from_conv` and `option_names`, as `SamplingConv` writes them.
+      then has `from_conv` and `option_names`, as `SamplingConv` writes them. A single layer may say otherwise.
 
-    and overrides `offsets`, and whichever of the other methods has something to say about it. Where `forward` takes
-    regions, they are its second argument, and offsets that it is given are called `offset`.
+    and overrides `offsets`, and whichever of the other methods has something to say about it. What `forward` takes
+    beside its input, such as another map that predicts the offsets, `offsets` takes in the same order. Regions are the
+    second argument, and offsets that a layer is given are called `offset`.
     """
 
     offset_branches: ClassVar[Mapping[str, float]] = {}
     offset_lr_option: ClassVar[Literal["offset_lr_mult", "roi_offset_lr_mult"]] = "offset_lr_mult"
     offset_unit: ClassVar[Literal["pixels", "region"]] = "pixels"
-    drop_in: ClassVar[bool] = False
+    drop_in: bool = False
     #: True where this module's hooks see what the layers inside it sample with.
     speaks_for_inner: ClassVar[bool] = False
     #: False where this very module was built to sample undeformed.
@@ -81,20 +83,14 @@ class SamplingModule(NotScriptable, nn.Module):
 
     # -- how it starts -------------------------------------------------------------------------------------------------
 
-    def branches(self) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
-        """Yield name and value of each of `offset_branches` that this layer has."""
-        yield from _branches(self, self.offset_branches)
+    def branches(self) -> Iterator[tuple[str, Branch]]:
+        """Yield name and value of each of `offset_branches` that this layer has; what is computed, by its originals."""
+        yield from branches(self, self.offset_branches)
 
     def reset_offsets(self) -> None:
         """Let the layer sample undeformed again, as a fresh one does."""
-        for _, value in self.branches():
-            if isinstance(value, nn.Parameter):
-                with torch.no_grad():
-                    value.zero_()
-            else:
-                for module in value.modules():
-                    if isinstance(module, StartsAtZero):
-                        module.reset_parameters()
+        for _, branch in self.branches():
+            restart(branch)
 
     # -- state dicts ---------------------------------------------------------------------------------------------------
 
@@ -110,9 +106,13 @@ class SamplingModule(NotScriptable, nn.Module):
         """
         return {}
 
-    def former_note(self) -> str:
-        """Return a sentence of advice where weights in a former layout expect another layer than this, or ''."""
+    def former_note(self, renamed: Mapping[str, str]) -> str:
+        """Return a sentence of advice where the weights that `former_keys` renamed expect another layer, or ''."""
         return ""
+
+    def predicts_with(self, name: str) -> bool:
+        """Tell whether the tensor of this name in the layer's state dict belongs to one of its branches."""
+        return belongs(name, self.offset_branches)
 
     def explain_mismatch(self, name: str, shape: torch.Size) -> str:
         """Say in words why a tensor of `shape` does not fit the branch whose tensor ends in `name`, or ''."""
@@ -129,18 +129,14 @@ class SamplingModule(NotScriptable, nn.Module):
         error_msgs: list[str],
     ) -> None:
         renamed = self.former_keys(state_dict, prefix)
-        log_former_keys(self, renamed)
+        log_former_keys(Renamed(renamed, self.former_note(renamed) if renamed else ""))
         for old in renamed:
             # Loaders that hand the whole dictionary to every module have flagged a key beside this layer at its parent.
             if old in unexpected_keys:
                 unexpected_keys.remove(old)
         for name, own in self.named_parameters():
             given = state_dict.get(f"{prefix}{name}")
-            if (
-                isinstance(given, Tensor)
-                and given.shape != own.shape
-                and name.partition(".")[0] in self.offset_branches
-            ):
+            if isinstance(given, Tensor) and given.shape != own.shape and self.predicts_with(name):
                 if text := self.explain_mismatch(f"{prefix}{name}", given.shape):
                     error_msgs.append(text)
         super()._load_from_state_dict(
@@ -205,15 +201,6 @@ class SamplingModule(NotScriptable, nn.Module):
                 hook(self, samples)
 
 
-def _branches(module: nn.Module, names: Mapping[str, float]) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
-    for name in names:
-        # Not by getattr: a wrapper may answer for what is inside it.
-        for held in (module._modules, module._parameters):
-            value = held.get(name)
-            if value is not None:
-                yield name, value
-
-
 # -- of whole models ---------------------------------------------------------------------------------------------------
 
 
@@ -243,15 +230,15 @@ def offset_rates(model: nn.Module) -> dict[str, OffsetRate]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    declared: dict[int, OffsetRate] = {}
+    rates: dict[int, OffsetRate] = {}
     for module in model.modules():
         # Of the class, where a submodule or buffer of that name cannot be.
-        usual = getattr(type(module), "offset_branches", _ELSEWHERE)
+        usual = declared(module, _ELSEWHERE)
         option = getattr(type(module), "offset_lr_option", SamplingModule.offset_lr_option)
-        for name, branch in _branches(module, usual):
+        for name, branch in branches(module, usual, sure=usual is not _ELSEWHERE):
             for parameter in [branch] if isinstance(branch, nn.Parameter) else branch.parameters():
-                declared.setdefault(id(parameter), OffsetRate(usual[name], option))
-    return {name: declared[id(p)] for name, p in model.named_parameters() if id(p) in declared}
+                rates.setdefault(id(parameter), OffsetRate(usual[name], option))
+    return {name: rates[id(p)] for name, p in model.named_parameters() if id(p) in rates}
 
 
 def offset_parameters(model: nn.Module) -> dict[str, float]:
@@ -277,25 +264,34 @@ def offset_parameters(model: nn.Module) -> dict[str, float]:
     return {name: rate.usual for name, rate in offset_rates(model).items()}
 
 
-def rename_former_keys(model: nn.Module, state: MutableMapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Rename, in place, what earlier implementations call tensors of the layers of `model`; old names to new ones."""
-    renamed = {}
+class Renamed(NamedTuple):
+    """Keys of a state dict that were renamed, and what should be known about their weights.
+
+    Fields:
+        keys: old names to new ones.
+        note: a sentence of advice where the weights expect other layers than those of the model, or ''.
+    """
+
+    keys: dict[str, str]
+    note: str
+
+
+def rename_former_keys(model: nn.Module, state: MutableMapping[str, Any], prefix: str = "") -> Renamed:
+    """Rename, in place, what earlier implementations call tensors of the layers of `model`."""
+    keys: dict[str, str] = {}
+    note = ""
     for name, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, SamplingModule):
-            renamed.update(layer.former_keys(state, f"{prefix}{name}." if name else prefix))
-    return renamed
+            own = layer.former_keys(state, f"{prefix}{name}." if name else prefix)
+            keys.update(own)
+            note = note or (layer.former_note(own) if own else "")
+    return Renamed(keys, note)
 
 
-def former_note(model: nn.Module) -> str:
-    """A sentence of advice where weights in a former layout expect other layers than those of `model`, or ''."""
-    notes = (layer.former_note() for layer in model.modules() if isinstance(layer, SamplingModule))
-    return next(filter(None, notes), "")
-
-
-def log_former_keys(model: nn.Module, renamed: Mapping[str, str]) -> None:
-    """Warn of keys that were renamed while `model` loads them, with what should be known about their weights."""
-    if not renamed:
+def log_former_keys(renamed: Renamed) -> None:
+    """Warn of keys that were renamed while a model loads them."""
+    if not renamed.keys:
         return
-    pairs = ", ".join(f"{old} -> {new}" for old, new in renamed.items())
-    note = former_note(model)
-    logger.warning("state dict keys of an earlier layout renamed: %s%s", pairs, note and f"; {note}")
+    pairs = ", ".join(f"{old} -> {new}" for old, new in renamed.keys.items())
+    note = renamed.note and f"; {renamed.note}"
+    logger.warning("state dict keys of an earlier layout renamed: %s%s", pairs, note)

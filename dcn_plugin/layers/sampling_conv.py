@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..ops._check import integer, integers
-from ._arguments import divisible, floating, pair
 from ._fold import take_norm_if_folding
 from ._from_conv import require_plain_conv
 from ._start import OwnStart, StartsAtZero
+from .arguments import divisible, floating, pair
 from .samples import Window
 from .sampling import SamplingModule
 

@@ -1,4 +1,4 @@
-"""What every operator registers with torch: tracing, gradients of first and second order, vmap, autocast."""
+"""What every operator registers with torch: tracing, exporters, gradients of both orders, vmap, autocast."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._exporters import let_exporters_decompose
 from ._layout import new_image
 from ._vmap import Fold, Prepare, register_vmap
 
@@ -59,8 +60,10 @@ def register(
     single = len(gradients) == 1  # the backward operator then returns a tensor, not a tuple
 
     @torch.library.register_fake(f"dcn_plugin::{name}")
-    def _(*args: Any) -> Tensor:
+    def fake(*args: Any) -> Tensor:
         return new_image(args[0], out_shape(**dict(zip((*tensors, *options), args, strict=True))))
+
+    let_exporters_decompose(op.default, fake)
 
     @torch.library.register_fake(f"dcn_plugin::{name}_backward")
     def _(grad_output: Tensor, *args: Any) -> Any:

@@ -186,9 +186,14 @@ def record(
 
     def look(name: str, layer: SamplingModule, samples: Samples) -> None:
         offset, mask, input, window = samples.offset, samples.mask, samples.input, layer.window
-        assert offset is not None and window is not None and isinstance(input, Tensor)  # a convolution's always are
+        if window is None or not isinstance(input, Tensor):
+            got = "no window in this call" if window is None else "several maps"
+            raise TypeError(f"model: expected layers with a window that read one map, got {name!r}, which has {got}")
         taps = math.prod(window.kernel_size)
-        before, after = _size(input), _size(offset)
+        before = _size(input)
+        if offset is None:  # undeformed
+            offset = torch.zeros(input.shape[0], 2 * taps, *window.output_size(*before))
+        after = _size(offset)
         advance(layer, before, after)
         item = LayerRecord(
             name,

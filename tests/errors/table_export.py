@@ -132,7 +132,7 @@ CASES = [
         without("executorch", "dcn_plugin.export.executorch"),
         ModuleNotFoundError, "dcn_plugin.export.executorch", "pip install executorch", "needs executorch",
     ),
-    Case(ncnn(DCNv1(4, 4, 3), IMAGE.expand(2, -1, -1, -1)), ValueError, "args", "float32 tensors [1, ...]", "[2, 4, 6, 6]"),
+    Case(ncnn(DCNv1(4, 4, 3), torch.ones(2, 4, 6, 6)), ValueError, "args", "float32 tensors [1, ...]", "[2, 4, 6, 6]"),
     Case(ncnn(DCNv1(4, 4, 3), IMAGE.double()), ValueError, "args", "float32", "torch.float64"),
     Case(ncnn(DCNv1(4, 4, 3), IMAGE, other_args=(3,)), ValueError, "other_args", "float32", "got 3"),
     Case(ncnn(Calls(), IMAGE), NotImplementedError, "model", "in its layers alone", "dcn_plugin::deform_conv2d"),

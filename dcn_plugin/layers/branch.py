@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..reference.roi_pool import Frame, of_bins
-from ._arguments import activation
 from ._start import ZeroLinear, warn_if_redrawn
+from .arguments import activation
 from .samples import Regions, Samples
 from .sampling import SamplingModule
 
@@ -31,6 +31,7 @@ class Branched(SamplingModule):
 
     # The learning rate of Dai et al. (2017), section 2.3.
     offset_branches: ClassVar[Mapping[str, float]] = {"offset_fc": 0.01, "mask_fc": 0.01}
+    mask_fc: nn.Module | None  # None where the layer has no masks
     offset_lr_option = "roi_offset_lr_mult"
     offset_unit: ClassVar[Literal["pixels", "region"]] = "region"
 
