@@ -12,17 +12,8 @@ from errors.case import outcome
 from errors.sites import files, sites
 
 # The tables reach into every part of the package.
-for _name in (
-    "pytorch_lightning",
-    "timm",
-    "mmengine",
-    "torchmetrics",
-    "torchvision",
-    "sklearn",
-    "onnxscript",
-    "ncnn",
-    "pnnx",
-):
+_NEEDED = "pytorch_lightning timm mmengine torchmetrics torchvision sklearn onnxscript ncnn pnnx"
+for _name in _NEEDED.split():
     pytest.importorskip(_name)
 
 # Table of cases -> the files whose errors it raises.
