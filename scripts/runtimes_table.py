@@ -170,7 +170,7 @@ def by_mnn(case: Case, folder: str) -> Any:
     arguments = ["-f", "ONNX", "--modelFile", path, "--MNNModel", f"{folder}/model.mnn", "--bizCode", "x"]
     said = subprocess.run([*command, *arguments], capture_output=True, text=True)
     if not Path(f"{folder}/model.mnn").is_file():
-        raise RuntimeError(last_error(said.stdout + said.stderr))
+        raise RuntimeError(what_is_wrong(said.stdout + said.stderr))
     net = MNN.nn.load_module_from_file(f"{folder}/model.mnn", names_of(path), [])
     given = []
     for value in arrays(case):
@@ -232,7 +232,7 @@ def by_onnx2tf(case: Case, folder: str) -> Any:
     said = subprocess.run([sys.executable, "-m", "onnx2tf", *command], capture_output=True, text=True)
     files = sorted(Path(folder, "tf").glob("*float32.tflite"))
     if not files:
-        raise RuntimeError(last_error(said.stdout + said.stderr))
+        raise RuntimeError(what_is_wrong(said.stdout + said.stderr))
     from ai_edge_litert.interpreter import Interpreter
 
     reader = Interpreter(str(files[0]))
@@ -275,11 +275,13 @@ RUNTIMES = {
 }
 
 
-def last_error(text: str) -> str:
-    """The line of a program's output that says what is wrong."""
+def what_is_wrong(text: str) -> str:
+    """The line of a program's output, or of an error, that says what is wrong."""
     lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if line.strip()]
-    wrong = [line for line in lines if re.search(r"error|not support|unsupported|unknown", line, re.I)]
-    return (wrong or lines or ["no reason given"])[0 if wrong else -1]
+    for words in (r"DeformConv|deform_|grid_?sampl|\bScan\b", r"error|not support|unsupported|unknown"):
+        if found := [line for line in lines if re.search(words, line, re.I)]:
+            return found[0]
+    return lines[0] if lines else "no reason given"
 
 
 def versions(packages: str) -> list[str] | None:
@@ -302,8 +304,7 @@ def cell(runtime: Runtime, case: Case) -> str:
                 return f"shape {list(found.shape)}, not {list(wanted.shape)}"
             return f"{float((found - wanted).abs().max() / wanted.abs().max()):.0e}"
     except Exception as error:
-        line = (str(error).strip().splitlines() or [""])[0]
-        return f"{type(error).__name__}: {line}"[:200]
+        return f"{type(error).__name__}: {what_is_wrong(str(error))}"[:200]
 
 
 def main() -> None:
