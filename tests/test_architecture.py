@@ -39,8 +39,8 @@ MAY_IMPORT = {
     # What stands in for other packages calls them, too.
     "integrations": ("integrations ops layers mm reference _config _version", "torchvision mmcv mmengine numpy"),
     "export": (
-        "export models detection convert checkpoint reference _config",
-        "timm torchvision safetensors onnxruntime openvino",
+        "export models detection convert checkpoint layers reference _config",
+        "timm torchvision safetensors onnxruntime openvino ncnn pnnx executorch",
     ),
     "finetune": (
         "finetune export detection models convert checkpoint visualize layers _config",
