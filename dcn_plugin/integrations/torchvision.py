@@ -124,8 +124,8 @@ def _conv_autocast(_: Kernel) -> Kernel:
     return kernel
 
 
-# roi_align. torchvision's arguments: input, rois, scale, bins (y, x), samples, aligned; those of its backward: grad, rois,
-# scale, bins (y, x), sizes of the input (N, C, H, W), samples, aligned.
+# roi_align. torchvision's arguments: input, rois, scale, bins (y, x), samples, aligned; those of its backward: grad,
+# rois, scale, bins (y, x), sizes of the input (N, C, H, W), samples, aligned.
 
 
 def _as_pooling(input: Tensor, rois: Tensor, scale: float, height: int, width: int, samples: int, aligned: bool):
@@ -272,7 +272,7 @@ def accelerate(operators: Sequence[str] = OPERATORS) -> Accelerated:
 
     Numbers agree to rounding, but for
 
-    - the derivative at exactly y = -1 or x = -1, where a sample's value is 0: 0, in torchvision that of the piece inside;
+    - the derivative at exactly y = -1 or x = -1, where a sample is 0: it is 0, in torchvision that of the piece inside;
     - infinite offsets, whose gradients are 0, in torchvision NaN; NaN offsets, which give NaN in all they touch;
     - NaN or infinite pixels that a sample touches with weight 0: not read, in torchvision NaN;
     - float16: positions and sums are float32 within a call, in torchvision float16;

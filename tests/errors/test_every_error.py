@@ -23,6 +23,7 @@ PARTS = {
     "visualize": ("visualize/",),
     "finetune": ("finetune/", "_config.py", "export/folder.py", "export/forms.py", "models/build.py"),
     "detection": ("finetune/detection/", "detection/spec.py"),
+    "integrations_torchvision": ("integrations/torchvision.py",),
     "core": (
         "convert.py",
         "checkpoint.py",
