@@ -42,7 +42,9 @@ Replacement = Callable[[Kernel], Kernel]
 # each y and x, groups, offset groups), then whether the mask is one.
 
 
-def _as_conv(input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor, bias: Tensor, *options: Any) -> dict | None:
+def _as_conv(
+    input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor, bias: Tensor, *options: Any
+) -> dict[str, Any] | None:
     """Return the arguments by our names; None where they are no call of ours, and torchvision says what is wrong."""
     *pairs, groups, offset_groups, use_mask = options
     stride, padding, dilation = (list(pairs[i : i + 2]) for i in (0, 2, 4))
@@ -128,7 +130,9 @@ def _conv_autocast(_: Kernel) -> Kernel:
 # rois, scale, bins (y, x), sizes of the input (N, C, H, W), samples, aligned.
 
 
-def _as_pooling(input: Tensor, rois: Tensor, scale: float, height: int, width: int, samples: int, aligned: bool):
+def _as_pooling(
+    input: Tensor, rois: Tensor, scale: float, height: int, width: int, samples: int, aligned: bool
+) -> dict[str, Any] | None:
     """Return the arguments by our names; None where they are no call of ours, and torchvision says what is wrong."""
     given: dict[str, Any] = dict(
         input=input, rois=rois, offset=None, mask=None, output_size=[height, width], spatial_scale=scale,
@@ -308,7 +312,7 @@ def accelerate(operators: Sequence[str] = OPERATORS) -> Accelerated:
             f"torchvision: expected its compiled operators, got torchvision {torchvision.__version__} that could not "
             f"load them beside torch {torch.__version__}"
         )
-    asked = Accelerated(dict.fromkeys(operators))
+    asked = Accelerated(list(dict.fromkeys(operators)))
     with _lock:
         for name in asked.operators:
             if name not in _libraries:

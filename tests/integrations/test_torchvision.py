@@ -282,6 +282,8 @@ def test_the_documented_differences():
         assert one_tap(1.0, x=inf) == one_tap(-inf) == (0, 0)
         assert one_tap(1.0, pixel=nan)[0] == 1
         assert math.isnan(one_tap(nan)[0])
+        inside_out = torch.tensor([[0, 3, 1, 1, 3.0]])
+        assert not roi_align(torch.ones(1, 1, 4, 4), inside_out, 2, aligned=True).any()
         for row, words in (([2, 0, 0, 1, 1], "a batch index from 0 to 1"), ([0, nan, 0, 1, 1], "finite")):
             with pytest.raises(ValueError, match=f"rois: expected {words}"):
                 roi_align(torch.zeros(2, 1, 4, 4), torch.tensor([row], dtype=torch.float32), 2)
