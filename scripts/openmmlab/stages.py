@@ -81,6 +81,8 @@ class Run:
         self.first = self.runner()
         self.model = self.first.model
         self.model.init_weights()
+        for counter in ("iter", "epoch"):  # what a Runner's loop says; losses and augmentations ask
+            self.first.message_hub.update_info(counter, 0)
         return f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M"
 
     def batch(self) -> dict:
