@@ -8,8 +8,9 @@
     python benchmarks/run.py --device cuda
 
 Families: deform_conv2d (against conv2d, torchvision and, where it is installed, onnxruntime), half_types (bfloat16 and
-float16 against float32, on the CPU), roi_pool (against torchvision) and models (resnet50_dcn against resnet50, and
-against itself on torchvision's operator; needs timm). `pip install '.[benchmark]'` brings the peers.
+float16 against float32, on the CPU), roi_pool (against torchvision), programs (blocks that call torchvision's operator,
+before and after `accelerate()`, on the CPU) and models (resnet50_dcn against resnet50, and against itself on
+torchvision's operator; needs timm). `pip install '.[benchmark]'` brings the peers.
 
 Results are compared before anything is timed. Rounds alternate between the contestants, so that a noisy machine
 disturbs them alike; slow ones have fewer rounds, at least three. A time is the median over rounds, a ratio the median
@@ -33,11 +34,12 @@ from types import ModuleType
 import conv
 import gpu
 import half
+import programs
 import roi
 import torch
 from harness import OURS, Setting, describe, rows_for
 
-FAMILIES = {module.NAME: module for module in (conv, half, roi)}
+FAMILIES = {module.NAME: module for module in (conv, half, roi, programs)}
 if find_spec("timm"):
     import models
 
@@ -192,8 +194,8 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     status = 0
     for name, family in FAMILIES.items():
-        # half_types has the types of its own.
-        if args.family not in (None, name) or (family is half and args.dtype and not args.family):
+        # half_types has the types of its own, and the programs are in float32, all that their operator takes.
+        if args.family not in (None, name) or (family in (half, programs) and args.dtype and not args.family):
             continue
         listed = (family.QUICK if args.quick else family.SHAPES).get(args.device, [])
         shapes = [shape for shape in listed if args.shape in str(shape)]

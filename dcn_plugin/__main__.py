@@ -29,8 +29,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         "python -m dcn_plugin",
         usage=USAGE,
-        description="Run a program as Python would, with dcn_plugin imported before it: its models and layers are known to "
-        "timm and MMEngine by name. So they are in the Python processes that the program starts.",
+        description="Run a program as Python would, with dcn_plugin imported before it: its models and layers are "
+        "known to timm and MMEngine by name. So they are in the Python processes that the program starts.",
         allow_abbrev=False,
     )
     parser.add_argument(

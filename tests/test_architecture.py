@@ -85,7 +85,7 @@ def test_imports_point_one_way(path):
             assert top in others | {"torch"} | sys.stdlib_module_names, f"{part} may not import {name}"
 
 
-# Private modules that other parts build on: checks, the rule of layouts, what transforms are at work, bits of gradients.
+# Private modules that other parts build on: checks, the rule of layouts, which transforms are at work, which gradients.
 SHARED = {"ops._check", "ops._layout", "ops._operator", "ops._transforms", "reference._dense"}
 
 

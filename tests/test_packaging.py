@@ -276,5 +276,6 @@ def test_ci_runs_exactly_the_documented_command():
 def test_version_is_stated_once():
     assert "version" in PYPROJECT["project"]["dynamic"]
     assert importlib.util.find_spec("dcn_plugin._version") is not None
-    found = [p for p in [ROOT / "setup.py", *(ROOT / "dcn_plugin").rglob("*.py")] if "__version__ = " in p.read_text()]
+    sources = [ROOT / "setup.py", *(ROOT / "dcn_plugin").rglob("*.py")]
+    found = [p for p in sources if re.search(r"^__version__ = ", p.read_text(), re.M)]
     assert found == [ROOT / "dcn_plugin" / "_version.py"]

@@ -1,4 +1,4 @@
-"""What a program started by `python -m dcn_plugin` does before its first line; so do the Python processes that it starts.
+"""What a program started by `python -m dcn_plugin` does before its first line, and the processes that it starts.
 
 Python imports a module `sitecustomize` of `PYTHONPATH` before it looks at the program. `python -m dcn_plugin` puts this
 folder there, so the program is run by Python itself, not by an imitation of it. Other interpreters may come by here,

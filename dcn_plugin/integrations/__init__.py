@@ -1,7 +1,7 @@
 """Programs of others that run on our operators without being edited.
 
-An integration is a module of its own, which is imported only when it is asked for. Each has an entry, which puts ours in
-place and returns what it replaced in one line, and a way to undo it.
+An integration is a module of its own, which is imported only when it is asked for. Each has an entry, which puts ours
+in place and returns what it replaced in one line, and a way to undo it.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ INTEGRATIONS = {
         "mmcv",
         "install",
         "mmcv",
-        "mmcv.ops on an mmcv without compiled operators, as mmdet, mmseg and mmpretrain use it",
+        "mmcv.ops on an mmcv without compiled operators, for mmdet, mmseg and mmpretrain",
     ),
     "torchvision": Integration(
         "torchvision",
         "accelerate",
         "torchvision",
-        "torchvision's deform_conv2d (and what else is faster) on our kernels",
+        "torchvision's own deform_conv2d and roi_align on our kernels",
     ),
 }
 """Name -> integration: `python -m dcn_plugin --accelerate NAME` and `enable` know these."""

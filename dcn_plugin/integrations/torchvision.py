@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
@@ -320,8 +321,11 @@ def accelerate(operators: Sequence[str] = OPERATORS) -> Accelerated:
 def _put_in_place(replacements: dict[tuple[str, str], Replacement]) -> torch.library.Library:
     library = torch.library.Library("torchvision", "IMPL")
     before = {place: torch.library.get_kernel(f"torchvision::{place[0]}", place[1]) for place in replacements}
-    for (name, key), replacement in replacements.items():
-        library.impl(name, replacement(before[name, key].call_boxed), key, with_keyset=True)
+    with warnings.catch_warnings():
+        # Older torch says once for all operators that one is overridden, which is what was asked for.
+        warnings.filterwarnings("ignore", r"\s*Warning only once for all operators")
+        for (name, key), replacement in replacements.items():
+            library.impl(name, replacement(before[name, key].call_boxed), key, with_keyset=True)
     return library
 
 

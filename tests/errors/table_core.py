@@ -133,6 +133,10 @@ CONVERT = [
         ValueError, "0:", "expected one rule", "got rules[0] (match='0') and rules[1] (match='[0-9]')",
     ),
     Case(
+        convert(dict(match="0", layer=dict(type="DCNv2", offset_channels=6))),
+        ValueError, "rules[0] (match='0')", "a layer that the input alone suffices for", "got DCNv2(offset_groups=1,",
+    ),
+    Case(
         convert(dict(match="0", layer=V2), of=converted),
         TypeError, "rules[0] (match='0')", "exclude it", "got '0', as '0' is deformable already",
     ),

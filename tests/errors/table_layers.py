@@ -87,6 +87,7 @@ def convolutions():
         yield Case(call(padding_mode="circular"), ValueError, "padding_mode", "expected 'zeros'", "got 'circular'")
         yield from choices(call, ("dtype",))
     for layer in (DCNv1, DCNv2):
+        yield from integer(of(layer, CONV), "offset_channels")
         for value in (0, -2.0, math.inf, math.nan):
             call = of(layer, CONV)(offset_bound=value)
             yield Case(call, ValueError, "offset_bound", "expected a positive and finite", f"got {value}")
@@ -265,6 +266,37 @@ def pyramid(x=None, boxes=BOXES):
     return lambda: MultiScaleDeformRoIPool(**PYRAMID)(maps, boxes, [(8, 8)] * 2)
 
 
+MAP = torch.zeros(2, 6, 8, 8)
+
+
+class Nothing(nn.Module):
+    def forward(self, x):
+        return None
+
+
+class Claims(nn.Module):
+    offset_branches = ["a"]  # noqa: RUF012
+
+
+class Misspelt(layers.SamplingModule):
+    offset_branches = {"mvoe": 1.0}  # noqa: RUF012
+
+    def __init__(self):
+        super().__init__()
+        self.move = nn.Parameter(torch.zeros(2))
+
+
+def reading(channels):
+    layer = DCNv2(4, 6, 3, padding=1, offset_channels=channels)
+    return lambda feature: layer(IMAGE, feature)
+
+
+def branched(branch):
+    layer = DCNv2(4, 6, 3, padding=1)
+    layer.conv_offset = branch
+    return lambda: layer(IMAGE)
+
+
 CALLS = [
     Case(
         lambda: layers.DeformConv2d(4, 6, 3).offsets(IMAGE),
@@ -290,6 +322,44 @@ CALLS = [
     Case(
         lambda: DeformRoIPoolPack(2, 4, 4)(IMAGE.to("meta"), ROIS),
         ValueError, "input", "expected to be on cpu like the layer's parameters", "got meta",
+    ),
+    *(
+        Case(partial(reading(channels), feature), error, name, expected, got)
+        for feature, channels, error, name, expected, got in (
+            (None, 6, ValueError, "feature:", "a map [N, 6, H, W] that offsets are predicted", "got None"),
+            (MAP[:, :5], 6, ValueError, "feature:", "expected [N, 6, H, W]", "got [2, 5, 8, 8]"),
+            (MAP, None, ValueError, "feature:", "expected [N, 4, H, W]", "got [2, 6, 8, 8]"),
+            ([MAP], 6, TypeError, "feature:", "expected a tensor [N, 6, H, W]", "got list"),
+            (MAP.double(), 6, TypeError, "feature:", "expected torch.float32", "got torch.float64"),
+            (MAP.long(), 6, TypeError, "feature:", "real floating-point tensor", "got torch.int64"),
+            (MAP.to("meta"), 6, ValueError, "feature:", "on cpu like the layer's parameters", "got meta"),
+            (
+                MAP[:, :, :7], 6, ValueError, "feature:",
+                "[2, 27, 8, 8] follow from, as the input is [2, 4, 8, 8]", "got [2, 6, 7, 8], which [2, 27, 7,",
+            ),
+            (MAP[:1], 6, ValueError, "feature:", "[2, 27, 8, 8] follow from", "got [1, 6, 8, 8], which [1,"),
+        )
+    ),
+    *(
+        Case(branched(branch), error, "conv_offset:", f"expected a module that returns {expected}", got)
+        for branch, error, expected, got in (
+            (nn.Conv2d(4, 18, 3, padding=1), ValueError, "[N, 27, H', W']", "got [2, 18, 8, 8]"),
+            (nn.Flatten(), ValueError, "[N, 27, H', W']", "got [2, 256]"),
+            (nn.Conv2d(4, 27, 3), ValueError, "[2, 27, 8, 8] for this input", "got [2, 27, 6, 6]"),
+            (Nothing(), TypeError, "a tensor", "got NoneType"),
+        )
+    ),
+    Case(
+        lambda: layers.PrefixPredictor(nn.Conv2d(4, 6, 3)),
+        TypeError, "layer:", "expected a DCNv1 or DCNv2", "got Conv2d",
+    ),
+    Case(
+        lambda: layers.offset_rates(Claims()),
+        TypeError, "offset_branches:", "expected a mapping of names to learning rates in the class Claims", "got ['a']",
+    ),
+    Case(
+        lambda: layers.reset_offsets(Misspelt()),
+        ValueError, "offset_branches:", "expected names of submodules or parameters of Misspelt", "got 'mvoe'",
     ),
     Case(lambda: layers.offset_parameters({}), TypeError, "model", "expected an nn.Module", "got dict"),
     Case(pyramid({"p2": IMAGE}), ValueError, "x", "expected feature maps named ['0']", "got ['p2']"),

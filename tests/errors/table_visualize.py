@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dcn_plugin import visualize
-from dcn_plugin.layers import DCNv2, DeformRoIPool, DeformRoIPoolPack
+from dcn_plugin.layers import DCNv2, DeformRoIPool, DeformRoIPoolPack, SamplingModule
 from dcn_plugin.visualize.regions import bin_shifts, draw_detections, record_bins
 from errors.case import Case
 from errors.table_models import faster, rfcn
@@ -47,6 +47,15 @@ class Given(nn.Module):
         return self.pool(images, torch.tensor([[0.0, 0.0, 0.0, 4.0, 4.0]]), offset=torch.ones(1, 2, 2, 2))
 
 
+class Several(SamplingModule):
+    """Has a window, and reads more maps than one."""
+
+    window = DCNv2(3, 4, 3).window
+
+    def forward(self, images):
+        self.tell_hooks([images, images], None)
+
+
 def without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     visualize.dilation_plot(model(), BATCH)
@@ -64,6 +73,10 @@ LAYERS = [
     Case(
         lambda: visualize.record(nn.Conv2d(1, 1, 1), BATCH),
         ValueError, "model:", "expected deformable convolutions inside", "got Conv2d without any",
+    ),
+    Case(
+        lambda: visualize.record(nn.Sequential(Several()), BATCH),
+        TypeError, "model", "expected layers with a window that read one map", "got '0', which has several maps",
     ),
     Case(
         lambda: visualize.record(model(), BATCH, ["1"]),

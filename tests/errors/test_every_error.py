@@ -23,6 +23,11 @@ PARTS = {
     "visualize": ("visualize/",),
     "finetune": ("finetune/", "_config.py", "export/folder.py", "export/forms.py", "models/build.py"),
     "detection": ("finetune/detection/", "detection/spec.py"),
+    "integrations": ("integrations/",),
+    "mmcv": tuple(
+        f"integrations/mmcv/{name}.py"
+        for name in ("attention", "losses", "masks", "nms", "norms", "regions", "upsampling")
+    ),
     "core": (
         "convert.py",
         "checkpoint.py",

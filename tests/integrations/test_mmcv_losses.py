@@ -10,8 +10,8 @@ import torch
 
 from dcn_plugin.integrations.mmcv.losses import FUNCTIONS
 
-# Of mmcv's tests/test_ops/test_focal_loss.py, with gamma 2 and alpha 0.25: logits, labels, and of each function the mean
-# over rows and its gradient.
+# Of mmcv's tests/test_ops/test_focal_loss.py, with gamma 2 and alpha 0.25: logits, labels, and of each function the
+# mean over rows and its gradient.
 PUBLISHED = [
     (
         [[1.0, 0], [0, 1.0]], [0, 1],

@@ -1,6 +1,15 @@
-"""`mmcv.ops` on mmcv-lite with the stand-in: mmcv's own autograd functions and modules, in an interpreter of their own."""
+"""`mmcv.ops` on mmcv-lite with the stand-in: mmcv's own functions and modules, and what others take from there."""
 
+import ast
+import re
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
 from run_python import run_python
+
+from dcn_plugin.integrations.mmcv import _extension
 
 SCRIPT = """
 import numpy as np
@@ -85,3 +94,51 @@ def test_mmcvs_functions_and_their_gradients():
     # mmcv's masked convolution calls what torch deprecates.
     found = run_python(SCRIPT, "-W", "ignore:This overload of addmm:UserWarning")
     assert found.split() == ["done"]
+
+
+def source_of(package):
+    spec = find_spec(package)
+    if spec is None:
+        pytest.skip(f"{package} is not installed")
+    return Path(spec.submodule_search_locations[0])
+
+
+def imports(tree):
+    """Return pairs (module, name) of what is imported from modules by name."""
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return {("." * node.level + (node.module or ""), alias.name) for node in found for alias in node.names}
+
+
+def operators():
+    """Return what each file of `mmcv.ops` calls of the compiled module, and the file of each name that it gives away.
+
+    A name is one of `mmcv.ops`, or one under which MMEngine's registry knows a module of it.
+    """
+    folder = source_of("mmcv") / "ops"
+    texts = {path.stem: path.read_text() for path in folder.glob("*.py")}
+    called = {stem: set(re.findall(r"\bext_module\.(\w+)", text)) for stem, text in texts.items()}
+    names = {name: module[1:] for module, name in imports(ast.parse(texts["__init__"])) if module.startswith(".")}
+    for stem, text in texts.items():
+        names |= dict.fromkeys(re.findall(r"MODELS\.register_module\((?:name=)?'(\w+)'", text), stem)
+    return called, names
+
+
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")  # in a source of theirs
+@pytest.mark.parametrize("package", ["mmdet", "mmseg", "mmpretrain"])
+def test_what_a_package_and_its_configurations_take_is_served(package):
+    """By reading their sources, without importing them."""
+    called, names = operators()
+    files = set()
+    for path in source_of(package).rglob("*.py"):
+        text = path.read_text()
+        files |= {names[name] for name in re.findall(r"type=['\"](\w+)['\"]", text) if name in names}
+        if "mmcv.ops" in text:
+            for module, name in imports(ast.parse(text)):
+                files |= {names[name]} if module == "mmcv.ops" else set()
+                files |= {module.removeprefix("mmcv.ops.")} if module.startswith("mmcv.ops.") else set()
+    taken = set().union(*(called[file] for file in files))
+    siblings = (import_module(f"dcn_plugin.integrations.mmcv.{sibling}") for sibling in _extension.SIBLINGS)
+    served = set().union(*(sibling.FUNCTIONS for sibling in siblings))
+    # The one for quadrangles is in nms.py too; no configuration names it.
+    assert taken - served <= {"nms_quadri"}
+    assert bool(taken) == (package != "mmpretrain")

@@ -39,7 +39,7 @@ def align(image, rois, bins, scale, ratio, mode, aligned, dtype=None):
 
 
 def bilinear(plane, y, x):
-    """Read `plane` where roi_align does: within a pixel of it, with what is beyond the first and last ones moved there."""
+    """Read `plane` where roi_align does: within a pixel of it, what lies beyond the outermost pixels on them."""
     height, width = plane.shape
     if not (-1 <= y <= height and -1 <= x <= width):
         return 0.0

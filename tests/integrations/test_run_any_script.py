@@ -26,8 +26,9 @@ import os, pickle, signal, sys
 class Own:
     pass
 main = sys.modules["__main__"]
-print(sys.argv, sys.path, sys.orig_argv[1:], __name__, __package__, vars(main).get("__file__"), __spec__ and __spec__.name)
-print(vars(main) is globals(), sorted(globals()), type(pickle.loads(pickle.dumps(Own()))) is Own, repr(sys.stdin.read()))
+print(sys.argv, sys.path, sys.orig_argv[1:], __name__, __package__, globals().get("__file__"))
+print(vars(main) is globals(), sorted(globals()), __spec__ and __spec__.name)
+print(type(pickle.loads(pickle.dumps(Own()))) is Own, repr(sys.stdin.read()))
 print(signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), sys.flags, sys.warnoptions)
 print("site", sys.of_the_site, flush=True)
 """
@@ -55,7 +56,7 @@ def python(*arguments, folder, path=(), **options):
 @pytest.mark.parametrize("form", PROGRAMS)
 def test_a_program_is_run_as_python_runs_it(tmp_path, form):
     name, end = PROGRAMS[form]
-    file = tmp_path / name
+    file = tmp_path / (name or "nothing.py")
     file.parent.mkdir(exist_ok=True)
     if form == "zip":
         with zipfile.ZipFile(file, "w") as archive:

@@ -1,14 +1,20 @@
 """The module that stands in for `mmcv._ext`: the functions of its siblings, and a refusal of every other name."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
 
 from ..._version import __version__
+from . import _registry
 
+NAME = "mmcv._ext"
 # Each has `FUNCTIONS`: name in `mmcv._ext` -> function with the argument names of mmcv's.
 SIBLINGS = ("deform", "nms", "regions", "losses", "upsampling", "masks", "norms", "attention")
 
@@ -29,9 +35,10 @@ def _refusal(name: str) -> Callable[..., NoReturn]:
 class StandIn(ModuleType):
     """What `import mmcv._ext` gives."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(name, "Operators of dcn_plugin, torchvision and torch under the names of mmcv's.")
-        self.get_compiler_version = lambda: f"none (dcn_plugin {__version__})"
+    def __init__(self) -> None:
+        super().__init__(NAME, "Operators of dcn_plugin, torchvision and torch under the names of mmcv's.")
+        # mmcv's and mmdet's reports of the environment ask for these.
+        self.get_compiler_version = lambda: f"none: dcn_plugin {__version__} stands in"
         self.get_compiling_cuda_version = lambda: torch.version.cuda or "not available"
         for sibling in SIBLINGS:
             self.__dict__.update(import_module(f".{sibling}", __package__).FUNCTIONS)
@@ -40,3 +47,18 @@ class StandIn(ModuleType):
         if name.startswith("__"):
             raise AttributeError(f"{name}: expected an operator of mmcv's, got a name of Python's")
         return _refusal(name)
+
+
+class Finder(MetaPathFinder, Loader):
+    """Finds the stand-in."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(NAME, self, origin=__file__) if fullname == NAME else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return StandIn()
+
+    def exec_module(self, module: ModuleType) -> None:
+        _registry.make_room()  # the next that mmcv.ops does is to register its layers

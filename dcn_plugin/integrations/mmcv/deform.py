@@ -1,6 +1,14 @@
-"""Deformable operators under the names and arguments of `mmcv._ext`: results are written into the tensors given."""
+"""Deformable operators under the names and arguments of `mmcv._ext`.
+
+As there, results are written into the tensors given, gradients of the input and of weights are added to what these hold,
+and groups follow from the shapes. `columns`, `ones` and `im2col_step` are mmcv's scratch memory, which nothing here needs.
+What mmcv reads as contiguous memory may be channels_last or any view here.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -11,7 +19,10 @@ from ...ops._operator import ORDERED, WANTED
 
 
 def _backward(name: str, grad_output: Tensor, *arguments: Any, wanted: tuple[str, ...]) -> tuple[Tensor, ...]:
-    """Call the operator's backward for the gradients `wanted`; it returns a place for each that it knows."""
+    """Call the operator's backward for the gradients `wanted`; it returns a place for each that it knows.
+
+    mmcv's gradient functions do not keep what a second call of the forward would; so not through autograd.
+    """
     bits = sum(WANTED[each] for each in wanted)
     if torch.are_deterministic_algorithms_enabled():
         bits |= ORDERED
@@ -19,7 +30,7 @@ def _backward(name: str, grad_output: Tensor, *arguments: Any, wanted: tuple[str
 
 
 def _plain(device: torch.device) -> torch.amp.autocast:
-    """Without autocast: mmcv has brought the types together already, and allocated the results in them."""
+    """Without autocast: mmcv has brought the types together already, and allocated the result in them."""
     return torch.amp.autocast(device.type, enabled=False)
 
 
@@ -53,36 +64,39 @@ def deform_conv_backward_parameters(
     gradWeight.add_(found[2], alpha=scale)
 
 
-def _prefix(name: str, value: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-    """Return the beginning of each image of `value`, read with the strides of `shape`, as mmcv's kernels read it."""
-    count, *each = shape
-    length = each[0] * each[1] * each[2]
-    flat = value.reshape(value.shape[0], -1)
-    if flat.shape[0] < count or flat.shape[1] < length:
+# mmcv's modulated kernels take the sizes of the output for those of offset and mask, without a check. So each image is
+# read from its beginning with strides of the output, whatever its own size. DyHead's weights were trained on just that.
+
+
+def _prefix(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return the beginning of each image of `value`, as `shape`."""
+    if tuple(value.shape) == shape:
+        return value
+    images, length = shape[0], prod(shape[1:])
+    flat = value.flatten(1)
+    if flat.shape[0] < images or flat.shape[1] < length:
         raise ValueError(
-            f"{name}: expected at least {count} images of {each[0]} x {each[1]} x {each[2]} numbers, got shape "
-            f"{tuple(value.shape)}"
+            f"{name}: expected {images} images of at least {' x '.join(map(str, shape[1:]))} numbers, as the output has "
+            f"it, got shape {tuple(value.shape)}"
         )
-    return value if tuple(value.shape) == shape else flat[:count, :length].reshape(shape)
+    return flat[:images, :length].view(shape)
 
 
-def _into_prefix(target: Tensor, value: Tensor) -> None:
-    """Write into what `_prefix` read."""
+def _write_prefix(target: Tensor, value: Tensor) -> None:
+    """Write the gradient of what `_prefix` returned; the rest of `target` is zeros, as mmcv gives it."""
     if target.shape == value.shape:
         target.copy_(value)
         return
-    flat = target.new_zeros(target.shape[0], target[0].numel())
-    flat[: value.shape[0], : value[0].numel()] = value.flatten(1)
+    flat = value.new_zeros(target.shape[0], prod(target.shape[1:]))
+    flat[: value.shape[0], : prod(value.shape[1:])] = value.flatten(1)
     target.copy_(flat.view(target.shape))
 
 
-def _modulated(
-    input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor, groups: int, out_size: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    taps = groups * weight.shape[2] * weight.shape[3]
+def _positions(offset: Tensor, mask: Tensor, output: Tensor, deformable_group: int, taps: int) -> tuple[Tensor, Tensor]:
+    images, _, *size = output.shape
     return (
-        _prefix("offset", offset, (input.shape[0], 2 * taps, *out_size)),
-        _prefix("mask", mask, (input.shape[0], taps, *out_size)),
+        _prefix("offset", offset, (images, 2 * deformable_group * taps, *size)),
+        _prefix("mask", mask, (images, deformable_group * taps, *size)),
     )
 
 
@@ -91,7 +105,7 @@ def modulated_deform_conv_forward(
     columns: Tensor, kernel_h: int, kernel_w: int, stride_h: int, stride_w: int, pad_h: int, pad_w: int,
     dilation_h: int, dilation_w: int, group: int, deformable_group: int, with_bias: bool,
 ) -> None:  # fmt: skip
-    offset, mask = _modulated(input, weight, offset, mask, deformable_group, tuple(output.shape[2:]))
+    offset, mask = _positions(offset, mask, output, deformable_group, kernel_h * kernel_w)
     geometry = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w)
     with _plain(input.device):
         output.copy_(ops.deform_conv2d(input, offset, weight, bias if with_bias else None, *geometry, mask))
@@ -103,13 +117,13 @@ def modulated_deform_conv_backward(
     grad_output: Tensor, kernel_h: int, kernel_w: int, stride_h: int, stride_w: int, pad_h: int, pad_w: int,
     dilation_h: int, dilation_w: int, group: int, deformable_group: int, with_bias: bool,
 ) -> None:  # fmt: skip
-    offset, mask = _modulated(input, weight, offset, mask, deformable_group, tuple(grad_output.shape[2:]))
+    offset, mask = _positions(offset, mask, grad_output, deformable_group, kernel_h * kernel_w)
     geometry = [stride_h, stride_w], [pad_h, pad_w, pad_h, pad_w], [dilation_h, dilation_w]
     found = _backward("deform_conv2d", grad_output, input, offset, weight, mask, *geometry, wanted=tuple(WANTED))
     grad_input.add_(found[0])
-    _into_prefix(grad_offset, found[1])
+    _write_prefix(grad_offset, found[1])
     grad_weight.add_(found[2])
-    _into_prefix(grad_mask, found[3])
+    _write_prefix(grad_mask, found[3])
     if with_bias:
         grad_bias.add_(grad_output.sum((0, 2, 3)))
 
@@ -136,13 +150,12 @@ def deform_roi_pool_backward(
     grad_output: Tensor, input: Tensor, rois: Tensor, offset: Tensor, grad_input: Tensor, grad_offset: Tensor,
     pooled_height: int, pooled_width: int, spatial_scale: float, sampling_ratio: int, gamma: float,
 ) -> None:  # fmt: skip
-    size = [pooled_height, pooled_width]
-    options = size, spatial_scale, max(sampling_ratio, 0), gamma, True
-    found = _backward(
-        "deform_roi_pool", grad_output, input, rois, _yx(offset), None, *options, wanted=("input", "offset")
-    )
+    shifts = _yx(offset)
+    options = [pooled_height, pooled_width], spatial_scale, max(sampling_ratio, 0), gamma, True
+    wanted = ("input",) if shifts is None else ("input", "offset")
+    found = _backward("deform_roi_pool", grad_output, input, rois, shifts, None, *options, wanted=wanted)
     grad_input.add_(found[0])
-    if grad_offset.numel():
+    if shifts is not None:
         grad_offset.copy_(found[1].flip(1))
 
 

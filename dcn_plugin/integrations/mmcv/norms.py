@@ -68,8 +68,10 @@ def sync_bn_forward_output(
     tensor(input, "input", 3, "[N, C, pixels]")
     for name, value in (("norm", norm), ("output", output)):
         shape(value, name, tuple(input.shape))
+    for name, value in (("var", var), ("std", std)):
+        shape(value, name, (input.shape[1],))
     std.copy_((var + eps).sqrt())
-    norm.copy_((wide(input) - _column(mean, "mean", input)) / _column(std, "std", input))
+    norm.copy_((wide(input) - _column(mean, "mean", input)) / std[:, None])
     if weight is None or bias is None:
         output.copy_(norm)
     else:

@@ -1,8 +1,8 @@
 """mmcv's CARAFE: each pixel of the larger map is a sum over a window of the smaller one, with weights of its own.
 
 `out[c, s*i+a, s*j+b] = sum_{u,v} mask[g(c), u, v, s*i+a, s*j+b] * features[c, i+u-r, j+v-r]`, r half of the window, s
-the scale, g the group of the channel. Loops go over the places of a window and a few channels at a time, whose maps stay
-in the cache: a fifth of the time that products of small matrices took, and no copy of the features for each place.
+the scale, g the group of the channel. Loops go over the places of a window and a few channels at a time, whose maps
+stay in the cache: a fifth of the time that products of small matrices took, without a copy of the features for each.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,0 +1,155 @@
+"""What mm* packages ask while they are imported, and the answers that let them: each holds for that import alone."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+_logger = logging.getLogger("dcn_plugin")
+# Namespaces that were changed for good -> what `end` puts back.
+_undo: list[Callable[[], Any]] = []
+
+
+@contextmanager
+def _accepted_version(module: ModuleType) -> Iterator[None]:
+    """Show the least mmcv that a package accepts where ours is newer than it accepts.
+
+    mmdet 3.3 and mmseg 1.2 say `assert mmcv_version < '2.2.0'` and run on 2.2.0.
+    """
+    spec = module.__spec__
+    source = getattr(spec.loader, "get_source", lambda name: None)(module.__name__) if spec else None
+    bounds = dict(re.findall(r"^mmcv_(min|max)\w*\s*=\s*['\"](.+?)['\"]", source or "", re.M | re.I))
+    bounds = {name.lower(): bound for name, bound in bounds.items()}
+    if bounds.keys() < {"min", "max"}:
+        yield
+        return
+    from mmengine.utils import digit_version
+
+    mmcv = import_module("mmcv")
+    version = mmcv.__version__
+    if digit_version(version) < digit_version(bounds["max"]):
+        yield
+        return
+    _logger.info("%s wants mmcv < %s, got %s: shown %s", module.__name__, bounds["max"], version, bounds["min"])
+    mmcv.__version__ = bounds["min"]
+    try:
+        yield
+    finally:
+        mmcv.__version__ = version
+
+
+# What mmpretrain 1.2 takes from transformers, whose version 5 has it elsewhere.
+_OF_TRANSFORMERS = ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer")
+
+
+@contextmanager
+def _without_multimodal(module: ModuleType) -> Iterator[None]:
+    """Switch off mmpretrain's multimodal models where they cannot be imported: mmpretrain and mmdet fail with them."""
+    yield
+    _switch_off_multimodal(module)
+
+
+def _switch_off_multimodal(module: ModuleType) -> None:
+    spec = find_spec("transformers")
+    if not getattr(module, "WITH_MULTIMODAL", False) or spec is None or spec.origin is None:
+        return
+    source = Path(spec.origin).with_name("modeling_utils.py").read_text(encoding="utf-8")
+    if all(name in source for name in _OF_TRANSFORMERS):
+        return
+    _logger.info("mmpretrain's multimodal models need transformers 4: they are switched off, as without transformers")
+    _set(module, "WITH_MULTIMODAL", False)
+
+
+@contextmanager
+def _given_to_those_that_asked(ops: ModuleType) -> Iterator[None]:
+    """Give the names of `mmcv.ops` to modules of mm* packages that were imported without it and noted None."""
+    yield
+    for name, module in list(sys.modules.items()):
+        if name.startswith("mm") and "." in name and not name.startswith("mmcv.ops"):
+            for asked in ops.__all__:
+                if vars(module).get(asked, ops) is None:
+                    _set(module, asked, getattr(ops, asked))
+
+
+def _set(module: ModuleType, name: str, value: Any) -> None:
+    had, was = name in vars(module), vars(module).get(name)
+
+    def undo() -> None:
+        setattr(module, name, was)
+        if not had:
+            delattr(module, name)
+
+    _undo.append(undo)
+    setattr(module, name, value)
+
+
+def _around(name: str) -> Callable[[ModuleType], AbstractContextManager[None]] | None:
+    if name == "mmcv.ops":
+        return _given_to_those_that_asked
+    if name == "mmpretrain.utils.dependency":
+        return _without_multimodal
+    if name.startswith("mm") and "." not in name and name not in ("mmcv", "mmengine"):
+        return _accepted_version
+    return None
+
+
+class _Around(MetaPathFinder):
+    """Lets the others find a module, and has its execution done within the context manager that belongs to it."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        around = _around(fullname)
+        if around is None:
+            return None
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            if spec is not None:
+                _wrap(spec.loader, around)
+                return spec
+        return None
+
+
+def _wrap(loader: Any, around: Callable[[ModuleType], AbstractContextManager[None]]) -> None:
+    """Change the one loader that was made for this import, until it has done it."""
+    execute = getattr(loader, "exec_module", None)
+    if execute is None:  # a folder without __init__.py
+        return
+
+    def exec_module(module: ModuleType) -> None:
+        del loader.exec_module
+        with around(module):
+            execute(module)
+
+    loader.exec_module = exec_module
+
+
+_finder = _Around()
+
+
+def begin() -> None:
+    """Be asked first about every import, and catch up on what has been imported."""
+    sys.meta_path.insert(0, _finder)
+    if (dependency := sys.modules.get("mmpretrain.utils.dependency")) is not None:
+        _switch_off_multimodal(dependency)
+    # mmdet takes the attention from where mmcv.cnn has it, if mmcv.ops could be imported when that was.
+    transformer, attention = sys.modules.get("mmcv.cnn.bricks.transformer"), "MultiScaleDeformableAttention"
+    if transformer is not None and not hasattr(transformer, attention):
+        _set(transformer, attention, getattr(import_module("mmcv.ops"), attention))
+
+
+def end() -> None:
+    """Undo `begin` and what came of it."""
+    sys.meta_path.remove(_finder)
+    while _undo:
+        _undo.pop()()

@@ -1,0 +1,50 @@
+"""Programs of others: the stand-in for mmcv's compiled module."""
+
+import torch
+
+from dcn_plugin.integrations import mmcv
+from dcn_plugin.integrations.mmcv._extension import StandIn
+from dcn_plugin.integrations.mmcv.deform import FUNCTIONS
+from errors.case import Case
+
+
+def without_mmcv(monkeypatch):
+    monkeypatch.setattr(mmcv, "find_spec", lambda name: None)
+    mmcv.install()
+
+
+def modulated(offset, mask):
+    """A 1x1 convolution of two images of 4 x 4, with offset and mask of these shapes."""
+
+    def call():
+        x, weight, none = torch.zeros(2, 3, 4, 4), torch.zeros(3, 3, 1, 1), torch.zeros(0)
+        FUNCTIONS["modulated_deform_conv_forward"](
+            x, weight, none, none, torch.zeros(offset), torch.zeros(mask), torch.zeros_like(x), none, kernel_h=1,
+            kernel_w=1, stride_h=1, stride_w=1, pad_h=0, pad_w=0, dilation_h=1, dilation_w=1, group=1,
+            deformable_group=1, with_bias=False,
+        )  # fmt: skip
+
+    return call
+
+
+MMCV = [
+    Case(without_mmcv, ModuleNotFoundError, "mmcv:", "expected mmcv-lite to be installed", "got none"),
+    Case(
+        lambda: StandIn().furthest_point_sampling_forward(1, output=2),
+        NotImplementedError, "furthest_point_sampling_forward:", "expected an operator that dcn_plugin has", "an mmcv with compiled",
+    ),
+    Case(
+        lambda: StandIn().__wrapped__,
+        AttributeError, "__wrapped__:", "expected an operator of mmcv's", "got a name of Python's",
+    ),
+    Case(
+        modulated((2, 2, 3, 5), (2, 1, 4, 4)),
+        ValueError, "offset:", "expected 2 images of at least 2 x 4 x 4 numbers", "got shape (2, 2, 3, 5)",
+    ),
+    Case(
+        modulated((2, 2, 4, 5), (1, 1, 4, 4)),
+        ValueError, "mask:", "expected 2 images of at least 1 x 4 x 4 numbers", "got shape (1, 1, 4, 4)",
+    ),
+]  # fmt: skip
+
+CASES = [*MMCV]
