@@ -2,6 +2,7 @@
 
 import torch
 
+from dcn_plugin import integrations
 from dcn_plugin.integrations import mmcv
 from dcn_plugin.integrations.mmcv._extension import StandIn
 from dcn_plugin.integrations.mmcv.deform import FUNCTIONS
@@ -47,4 +48,18 @@ MMCV = [
     ),
 ]  # fmt: skip
 
-CASES = [*MMCV]
+
+def without_torchvision(monkeypatch):
+    monkeypatch.setattr(integrations, "find_spec", lambda name: None)
+    integrations.enable("torchvision")
+
+
+BY_NAME = [
+    Case(lambda: integrations.enable("mmcvs"), ValueError, "integration:", "expected one of", "got 'mmcvs'"),
+    Case(
+        without_torchvision,
+        ModuleNotFoundError, "torchvision:", "expected torchvision to be installed", "got none",
+    ),
+]  # fmt: skip
+
+CASES = [*MMCV, *BY_NAME]
