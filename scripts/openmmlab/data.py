@@ -84,7 +84,11 @@ def coco(dataset: dict, names: list[str]) -> None:
             x, y, w, h = shape["box"]
             record = dict(id=identity, category_id=shape["label"] + 1, area=w * h, bbox=shape["box"], iscrowd=0)
             segments.append(record)
-            panoptic_map[y : y + h, x : x + w] = (0, identity // 256, identity % 256)  # blue, green, red: OpenCV's order
+            panoptic_map[y : y + h, x : x + w] = (
+                0,
+                identity // 256,
+                identity % 256,
+            )  # blue, green, red: OpenCV's order
             annotations.append(dict(record, image_id=number, segmentation=[shape["polygon"]]))
             identity += 1
         if maps:

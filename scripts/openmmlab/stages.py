@@ -169,7 +169,9 @@ def published(weights: dict[str, Tensor], config: Any) -> str:
         experiment_name="published", mmengine_version=mmengine.__version__, seed=0, time="20221201_000000",
         hook_msgs=dict(best_score=np.float64(0.4)),
     )  # fmt: skip
-    hub = dict(log_scalars={"train/loss": history}, runtime_info=OrderedDict(epoch=1), resumed_keys={"train/loss": True})
+    hub = dict(
+        log_scalars={"train/loss": history}, runtime_info=OrderedDict(epoch=1), resumed_keys={"train/loss": True}
+    )
     torch.save(dict(meta=meta, state_dict=OrderedDict(weights), message_hub=hub), "published.pth")
     return os.path.abspath("published.pth")
 

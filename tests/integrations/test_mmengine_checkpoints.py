@@ -9,8 +9,8 @@ import pytest
 import torch
 
 pytest.importorskip("mmengine")
-import numpy as np  # noqa: E402
 import mmengine.runner  # noqa: E402, F401  (imports torchao, which allows types of its own)
+import numpy as np  # noqa: E402
 from mmengine.logging import HistoryBuffer  # noqa: E402
 
 from dcn_plugin.integrations.mmcv import _checkpoints  # noqa: E402
