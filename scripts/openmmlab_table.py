@@ -1,11 +1,11 @@
-"""Published configurations of mm* packages on this package's operators, stage by stage, as the table of docs/openmmlab.md.
+"""Published configurations of mm* packages on this package's operators, as the table of docs/openmmlab.md.
 
     python scripts/openmmlab_table.py --document                       # the table of the document, written there
     python scripts/openmmlab_table.py --quick --config 'mmdet/vfnet/*' # other configurations, without a Runner's epoch
     python scripts/openmmlab_table.py --dcn DCNv2 --config mmseg/fcn/fcn_r50-d8_4xb4-80k_ade20k-512x512
 
-Needs mmdet, mmseg or mmpretrain, mmcv-lite and torchvision; not a GPU, nor a network. Each configuration runs in a process of
-its own, in a temporary folder, on generated pictures. The exit status is 1 if a stage of any of them fails.
+Needs mmdet, mmseg or mmpretrain, mmcv-lite and torchvision; not a GPU, nor a network. Each configuration runs in a
+process of its own, in a temporary folder, on generated pictures. The exit status is 1 if a stage of any of them fails.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ MMDET = """
     dcnv2/faster-rcnn_r50_fpn_mdpool_1x_coco retinanet/retinanet_r50_fpn_1x_coco dyhead/atss_r50_fpn_dyhead_1x_coco
     vfnet/vfnet_r50_fpn_1x_coco vfnet/vfnet_r50-mdconv-c3-c5_fpn_ms-2x_coco
     deformable_detr/deformable-detr_r50_16xb2-50e_coco centernet/centernet_r18-dcnv2_8xb16-crop512-140e_coco
-    reppoints/reppoints-moment_r50_fpn_1x_coco guided_anchoring/ga-retinanet_r50-caffe_fpn_1x_coco tood/tood_r50_fpn_1x_coco
-    foveabox/fovea_r50_fpn_gn-head-align_4xb4-2x_coco solov2/solov2-light_r50-dcn_fpn_ms-3x_coco
-    detectors/cascade-rcnn_r50-sac_1x_coco fcos/fcos_r50_fpn_gn-head-center-normbbox-centeronreg-giou_8xb8-amp-lsj-200e_coco
-    carafe/faster-rcnn_r50_fpn-carafe_1x_coco mask2former/mask2former_r50_8xb2-lsj-50e_coco dino/dino-4scale_r50_8xb2-12e_coco
-    yolox/yolox_tiny_8xb8-300e_coco
+    reppoints/reppoints-moment_r50_fpn_1x_coco guided_anchoring/ga-retinanet_r50-caffe_fpn_1x_coco
+    tood/tood_r50_fpn_1x_coco foveabox/fovea_r50_fpn_gn-head-align_4xb4-2x_coco
+    solov2/solov2-light_r50-dcn_fpn_ms-3x_coco detectors/cascade-rcnn_r50-sac_1x_coco
+    fcos/fcos_r50_fpn_gn-head-center-normbbox-centeronreg-giou_8xb8-amp-lsj-200e_coco
+    carafe/faster-rcnn_r50_fpn-carafe_1x_coco mask2former/mask2former_r50_8xb2-lsj-50e_coco
+    dino/dino-4scale_r50_8xb2-12e_coco yolox/yolox_tiny_8xb8-300e_coco
 """
 WITH_DCN = (
     "mmseg/deeplabv3/deeplabv3_r50-d8_4xb4-80k_ade20k-512x512",

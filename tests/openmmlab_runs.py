@@ -43,7 +43,7 @@ def convolve(x, offset, mask, weight, bias=None, stride=1, padding=0, dilation=1
 
     size = [
         (side + 2 * p - d * (k - 1) - 1) // s + 1
-        for side, k, s, p, d in zip(x.shape[-2:], weight.shape[-2:], stride, padding, dilation)
+        for side, k, s, p, d in zip(x.shape[-2:], weight.shape[-2:], stride, padding, dilation, strict=True)
     ]
 
     def beginning(t: Tensor) -> Tensor:

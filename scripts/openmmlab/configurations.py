@@ -30,7 +30,7 @@ def folder(package: str) -> Path:
 
 
 def find(pattern: str) -> list[tuple[str, str]]:
-    """Package and name of the configurations that match `package/folder/file.py`; a name without a star is one of them."""
+    """Package and name of the configurations that match `package/folder/file.py`; `.py` may be left out."""
     package, _, rest = pattern.partition("/")
     if package not in PACKAGES or not rest:
         raise SystemExit(f"--config: expected {'|'.join(PACKAGES)}/folder/file.py with * and ?, got {pattern!r}")

@@ -1,4 +1,4 @@
-"""What a configuration has to do, stage by stage: build, train a step, test a step, an epoch of a Runner, load weights."""
+"""What a configuration has to do, stage by stage: build, train, test, run an epoch, load weights."""
 
 from __future__ import annotations
 
@@ -169,9 +169,7 @@ def published(weights: dict[str, Tensor], config: Any) -> str:
         experiment_name="published", mmengine_version=mmengine.__version__, seed=0, time="20221201_000000",
         hook_msgs=dict(best_score=np.float64(0.4)),
     )  # fmt: skip
-    hub = dict(
-        log_scalars={"train/loss": history}, runtime_info=OrderedDict(epoch=1), resumed_keys={"train/loss": True}
-    )
+    hub = dict(log_scalars={"train/loss": history}, runtime_info=OrderedDict(epoch=1), resumed_keys={})
     torch.save(dict(meta=meta, state_dict=OrderedDict(weights), message_hub=hub), "published.pth")
     return os.path.abspath("published.pth")
 
@@ -188,7 +186,7 @@ def run(
         stage = STAGES[0]
         try:
             run = Run(package, name, change)
-            calls = dict(zip(STAGES, (run.build, run.train_step, run.test_step, run.epoch, run.load)))
+            calls = dict(zip(STAGES, (run.build, run.train_step, run.test_step, run.epoch, run.load), strict=True))
             for stage in stages:
                 cells["cells"][stage] = calls[stage]()
                 if stage == STAGES[0]:

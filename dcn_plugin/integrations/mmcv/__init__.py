@@ -65,7 +65,8 @@ def install() -> str:
         _checkpoints.begin()
     return (
         f"dcn_plugin stands in for mmcv._ext, the compiled module that {spec.origin} lacks; packages that want an "
-        "older mmcv are shown one while they are imported, torch.load takes MMEngine's checkpoints; dcn_plugin.integrations.mmcv.uninstall() undoes it"
+        "older mmcv are shown one while they are imported, torch.load takes MMEngine's checkpoints; "
+        "dcn_plugin.integrations.mmcv.uninstall() undoes it"
     )
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of MMEngine's Runner with today's `torch.load`, which refuses the log history and NumPy numbers in them."""
+"""Checkpoints of MMEngine's Runner with today's `torch.load`, which refuses log histories and NumPy's numbers."""
 
 from __future__ import annotations
 
