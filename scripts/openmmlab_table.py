@@ -32,7 +32,7 @@ MMDET = """
     reppoints/reppoints-moment_r50_fpn_1x_coco guided_anchoring/ga-retinanet_r50-caffe_fpn_1x_coco
     tood/tood_r50_fpn_1x_coco foveabox/fovea_r50_fpn_gn-head-align_4xb4-2x_coco
     solov2/solov2-light_r50-dcn_fpn_ms-3x_coco detectors/cascade-rcnn_r50-sac_1x_coco
-    fcos/fcos_r50_fpn_gn-head-center-normbbox-centeronreg-giou_8xb8-amp-lsj-200e_coco
+    fcos/fcos_r50-dcn-caffe_fpn_gn-head-center-normbbox-centeronreg-giou_1x_coco
     carafe/faster-rcnn_r50_fpn-carafe_1x_coco mask2former/mask2former_r50_8xb2-lsj-50e_coco
     dino/dino-4scale_r50_8xb2-12e_coco yolox/yolox_tiny_8xb8-300e_coco
 """

@@ -118,8 +118,10 @@ def compare(package: str, file: str, change: str) -> dict[str, Any]:
     run.model.train()
     with torch.no_grad():
         for name, parameter in run.model.named_parameters():
-            if "offset" in name and "weight" in name:
+            if name.endswith("weight") and ("offset" in name or "mask_fc" in name):
                 parameter.normal_(0, 0.01)
+            elif name.endswith("weight") and not parameter.any():
+                parameter.fill_(0.5)  # norms that begin at zero hide the convolutions in front of them
     batch = run.batch()
     ours, gradients = step(run, batch)
     used = sorted(kernels_used())

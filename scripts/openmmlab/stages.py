@@ -165,7 +165,7 @@ def published(weights: dict[str, Tensor], config: Any) -> str:
 
     history = HistoryBuffer(np.array([0.9, 0.8]), np.array([1, 1]))
     meta = dict(
-        cfg=config.pretty_text, dataset_meta=dict(CLASSES=("cat", "dog"), PALETTE=[(1, 2, 3)]), epoch=np.int64(1), iter=2,
+        cfg=config.pretty_text, dataset_meta=dict(CLASSES=("cat", "dog"), PALETTE=[(1, 2, 3)]), epoch=np.int64(1),
         experiment_name="published", mmengine_version=mmengine.__version__, seed=0, time="20221201_000000",
         hook_msgs=dict(best_score=np.float64(0.4)),
     )  # fmt: skip

@@ -52,5 +52,8 @@ def test_loss_and_gradients_are_those_of_other_definitions(results, name):
 @pytest.mark.parametrize("name", EXPECTED)
 def test_every_parameter_that_trains_has_a_gradient(results, name):
     assert results[name]["without"] == []
-    assert not [parameter for parameter in results[name]["zero"] if "offset" in parameter]
+    # The pictures' regions are small: all of them are pooled from the first level.
+    idle = ("roi_layers.1.", "roi_layers.2.", "roi_layers.3.")
+    sampling = [p for p in results[name]["zero"] if "offset" in p or "mask_fc" in p]
+    assert [p for p in sampling if not any(layer in p for layer in idle)] == []
     assert results[name]["results"] > 0  # tensors of predictions, all finite
