@@ -390,11 +390,7 @@ def test_compiled_graphs_hold_torchvisions_operators_forward_and_backward():
         torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=aot_autograd(fw_compiler=look))
         compiled(x, rois).sum().backward()
-        assert serves(
-            lambda: compiled(torch.cat([x, x]), rois[::2]).sum().backward(),
-            *OURS,
-            *(f"{name}_backward" for name in OURS),
-        )
+        assert serves(lambda: compiled(torch.cat([x, x]), rois[::2]).sum().backward(), *OURS, *(f"{name}_backward" for name in OURS))
     forward = {"torchvision.deform_conv2d.default", "torchvision.roi_align.default"}
     backward = {"torchvision._deform_conv2d_backward.default", "torchvision._roi_align_backward.default"}
     assert len(held) >= 2 and all(pair == (forward, backward) for pair in zip(held[::2], held[1::2], strict=True))
