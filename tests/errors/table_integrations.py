@@ -2,7 +2,9 @@
 
 import torch
 
+from dcn_plugin import integrations
 from dcn_plugin.integrations import mmcv
+from dcn_plugin.integrations.mmcv import _checkpoints
 from dcn_plugin.integrations.mmcv._extension import StandIn
 from dcn_plugin.integrations.mmcv.deform import FUNCTIONS
 from errors.case import Case
@@ -28,6 +30,10 @@ def modulated(offset, mask):
 
 
 MMCV = [
+    Case(
+        lambda: _checkpoints._statistic(torch, "load"),
+        ValueError, "name:", "expected a statistic of MMEngine's HistoryBuffer", "got 'load' of",
+    ),
     Case(without_mmcv, ModuleNotFoundError, "mmcv:", "expected mmcv-lite to be installed", "got none"),
     Case(
         lambda: StandIn().furthest_point_sampling_forward(1, output=2),
@@ -47,4 +53,18 @@ MMCV = [
     ),
 ]  # fmt: skip
 
-CASES = [*MMCV]
+
+def without_torchvision(monkeypatch):
+    monkeypatch.setattr(integrations, "find_spec", lambda name: None)
+    integrations.enable("torchvision")
+
+
+BY_NAME = [
+    Case(lambda: integrations.enable("mmcvs"), ValueError, "integration:", "expected one of", "got 'mmcvs'"),
+    Case(
+        without_torchvision,
+        ModuleNotFoundError, "torchvision:", "expected torchvision to be installed", "got none",
+    ),
+]  # fmt: skip
+
+CASES = [*MMCV, *BY_NAME]

@@ -30,7 +30,7 @@ def named(geometry, modulated):
 
 
 def draw(geometry, dtype, n=2, size=(7, 6), positions=None):
-    """Return input, weight, bias, offset, mask and a gradient of the output; `positions` is the size of offset and mask."""
+    """Return input, weight, bias, offset, mask (of size `positions`) and a gradient of the output."""
     channels, out, kernel, stride, padding, dilation, groups, offset_groups = geometry
     generator = torch.Generator().manual_seed(0)
     result = [(size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]

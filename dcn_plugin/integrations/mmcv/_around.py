@@ -35,7 +35,7 @@ def _accepted_version(module: ModuleType) -> Iterator[None]:
         return
     from mmengine.utils import digit_version
 
-    mmcv = import_module("mmcv")
+    mmcv: Any = import_module("mmcv")
     version = mmcv.__version__
     if digit_version(version) < digit_version(bounds["max"]):
         yield

@@ -1,7 +1,7 @@
 """Deformable operators under the names and arguments of `mmcv._ext`.
 
-As there, results are written into the tensors given, gradients of the input and of weights are added to what these hold,
-and groups follow from the shapes. `columns`, `ones` and `im2col_step` are mmcv's scratch memory, which nothing here needs.
+As there, results are written into the tensors given, and gradients of the input and of weights are added to what these
+hold. `columns`, `ones` and `im2col_step` are mmcv's scratch memory, which nothing here needs; groups follow from shapes.
 What mmcv reads as contiguous memory may be channels_last or any view here.
 """
 
@@ -76,8 +76,8 @@ def _prefix(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
     flat = value.flatten(1)
     if flat.shape[0] < images or flat.shape[1] < length:
         raise ValueError(
-            f"{name}: expected {images} images of at least {' x '.join(map(str, shape[1:]))} numbers, as the output has "
-            f"it, got shape {tuple(value.shape)}"
+            f"{name}: expected {images} images of at least {' x '.join(map(str, shape[1:]))} numbers, the size of the "
+            f"output, got shape {tuple(value.shape)}"
         )
     return flat[:images, :length].view(shape)
 
