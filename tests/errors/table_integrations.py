@@ -36,8 +36,8 @@ MMCV = [
     ),
     Case(without_mmcv, ModuleNotFoundError, "mmcv:", "expected mmcv-lite to be installed", "got none"),
     Case(
-        lambda: StandIn().furthest_point_sampling_forward(1, output=2),
-        NotImplementedError, "furthest_point_sampling_forward:", "expected an operator that dcn_plugin has", "an mmcv with compiled",
+        lambda: StandIn().border_align_forward(1, output=2),
+        NotImplementedError, "border_align_forward:", "expected an operator that", "an mmcv with compiled operators",
     ),
     Case(
         lambda: StandIn().__wrapped__,
@@ -60,7 +60,10 @@ def without_torchvision(monkeypatch):
 
 
 BY_NAME = [
-    Case(lambda: integrations.enable("mmcvs"), ValueError, "integration:", "expected one of", "got 'mmcvs'"),
+    Case(
+        lambda: integrations.enable("mmcvs"),
+        ValueError, "unknown integration 'mmcvs'", "did you mean 'mmcv'?", "known: mmcv, torchvision",
+    ),
     Case(
         without_torchvision,
         ModuleNotFoundError, "torchvision:", "expected torchvision to be installed", "got none",
