@@ -1,11 +1,11 @@
-"""Published configurations of mm* packages on this package's operators, stage by stage, as the table of docs/openmmlab.md.
+"""Published configurations of mm* packages on this package's operators, as the table of docs/openmmlab.md.
 
-    python scripts/openmmlab_table.py                                  # the table of the document
+    python scripts/openmmlab_table.py --document                       # the table of the document, written there
     python scripts/openmmlab_table.py --quick --config 'mmdet/vfnet/*' # other configurations, without a Runner's epoch
     python scripts/openmmlab_table.py --dcn DCNv2 --config mmseg/fcn/fcn_r50-d8_4xb4-80k_ade20k-512x512
 
-Needs mmdet, mmseg or mmpretrain, mmcv-lite and torchvision; not a GPU, nor a network. Each configuration runs in a process of
-its own, in a temporary folder, on generated pictures. The exit status is 1 if a stage of any of them fails.
+Needs mmdet, mmseg or mmpretrain, mmcv-lite and torchvision; not a GPU, nor a network. Each configuration runs in a
+process of its own, in a temporary folder, on generated pictures. The exit status is 1 if a stage of any of them fails.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ MMDET = """
     dcnv2/faster-rcnn_r50_fpn_mdpool_1x_coco retinanet/retinanet_r50_fpn_1x_coco dyhead/atss_r50_fpn_dyhead_1x_coco
     vfnet/vfnet_r50_fpn_1x_coco vfnet/vfnet_r50-mdconv-c3-c5_fpn_ms-2x_coco
     deformable_detr/deformable-detr_r50_16xb2-50e_coco centernet/centernet_r18-dcnv2_8xb16-crop512-140e_coco
-    reppoints/reppoints-moment_r50_fpn_1x_coco guided_anchoring/ga-retinanet_r50-caffe_fpn_1x_coco tood/tood_r50_fpn_1x_coco
-    foveabox/fovea_r50_fpn_gn-head-align_4xb4-2x_coco solov2/solov2-light_r50-dcn_fpn_ms-3x_coco
-    detectors/cascade-rcnn_r50-sac_1x_coco fcos/fcos_r50_fpn_gn-head-center-normbbox-centeronreg-giou_8xb8-amp-lsj-200e_coco
-    carafe/faster-rcnn_r50_fpn-carafe_1x_coco mask2former/mask2former_r50_8xb2-lsj-50e_coco dino/dino-4scale_r50_8xb2-12e_coco
-    yolox/yolox_tiny_8xb8-300e_coco
+    reppoints/reppoints-moment_r50_fpn_1x_coco guided_anchoring/ga-retinanet_r50-caffe_fpn_1x_coco
+    tood/tood_r50_fpn_1x_coco foveabox/fovea_r50_fpn_gn-head-align_4xb4-2x_coco
+    solov2/solov2-light_r50-dcn_fpn_ms-3x_coco detectors/cascade-rcnn_r50-sac_1x_coco
+    fcos/fcos_r50-dcn-caffe_fpn_gn-head-center-normbbox-centeronreg-giou_1x_coco
+    carafe/faster-rcnn_r50_fpn-carafe_1x_coco mask2former/mask2former_r50_8xb2-lsj-50e_coco
+    dino/dino-4scale_r50_8xb2-12e_coco yolox/yolox_tiny_8xb8-300e_coco
 """
 WITH_DCN = (
     "mmseg/deeplabv3/deeplabv3_r50-d8_4xb4-80k_ade20k-512x512",
@@ -46,6 +47,7 @@ DOCUMENT = (
     *((name, dcn) for name in WITH_DCN for dcn in ("DCN", "DCNv2")),
     *((name, "") for name in OTHERS),
 )
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "openmmlab.md"
 DISTRIBUTIONS = (
     "torch", "torchvision", "mmcv-lite", "mmengine", "mmdet", "mmsegmentation", "mmpretrain", "numpy", "opencv-python",
 )  # fmt: skip
@@ -100,13 +102,23 @@ def versions() -> str:
     return ", ".join(found)
 
 
+def into_document(lines: list[str]) -> None:
+    """Replace what stands between the two marks."""
+    first, last = "<!-- the table -->\n", "<!-- the end of the table -->"
+    before, _, rest = PAGE.read_text().partition(first)
+    _, _, after = rest.partition(last)
+    PAGE.write_text(before + first + "\n".join(["", *lines, "", ""]) + last + after)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="+", metavar="GLOB", help="package/folder/file (default: the document's)")
-    parser.add_argument("--dcn", default="", choices=["", "DCN", "DCNv2"], help="give the backbones of --config this `dcn=`")
+    parser.add_argument(
+        "--dcn", default="", choices=["", "DCN", "DCNv2"], help="give the backbones of --config this `dcn=`"
+    )
     parser.add_argument("--quick", action="store_true", help=f"only: {', '.join(QUICK)}")
     parser.add_argument("--seconds", type=float, default=900, help="how long one may take (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="write the table there as well")
+    parser.add_argument("--document", action="store_true", help="put the table into docs/openmmlab.md")
     parser.add_argument("--log", type=Path, help="append a line of JSON for each, with tracebacks")
     args = parser.parse_args()
 
@@ -139,8 +151,8 @@ def main() -> int:
     command = f"python scripts/openmmlab_table.py {' '.join(sys.argv[1:])}".strip()
     lines += ["", f"`{command}`: {len(wanted) - failed} of {len(wanted)}; {versions()}."]
     print("\n".join(lines[-2:]))
-    if args.output:
-        args.output.write_text("\n".join(lines) + "\n")
+    if args.document:
+        into_document(lines)
     return int(failed > 0)
 
 

@@ -1,6 +1,6 @@
 """deform_conv2d as operators that nearly every tool knows: `grid_sample`, a product with the mask, a 1x1 convolution.
 
-For converters and runtimes that take neither our operator nor ONNX's DeformConv; ExecuTorch is one. It needs torch alone.
+For converters and runtimes that take neither our operator nor ONNX's DeformConv, such as ExecuTorch. Needs torch alone.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def grid_sample_decompositions() -> dict[Callable, Callable[..., Tensor]]:
     """Return what writes `deform_conv2d` with `grid_sample`, for `ExportedProgram.run_decompositions`.
 
     `columns = mask * grid_sample(input, positions)`, `out = conv2d(columns, weight as 1x1)`: about 40 operators, all of
-    them ATen's core ones, for any groups, offset groups, padding, stride, dilation and dynamic sizes. `grid_sample` takes
-    positions in parts of the map, so samples move by up to 1e-7 of its size: outputs differ by some 1e-6 of the largest,
-    by 1e-5 for noise on maps of 200 pixels. float16 and bfloat16 are computed in float32. The columns of a whole call are in memory at once: K times the
-    input's channels at the output's size.
+    them ATen's core ones, for any groups, offset groups, padding, stride, dilation and dynamic sizes. float16 and
+    bfloat16 are computed in float32. `grid_sample` takes positions in parts of the map, so samples move by up to 1e-7
+    of its size: outputs differ by some 1e-6 of the largest, by 1e-5 for noise on maps of 200 pixels. The columns of a
+    whole call are in memory at once: K times the input's channels at the output's size.
 
     Raises:
         NotImplementedError: when a program is decomposed that pools regions; the message names the operator.

@@ -1,1 +1,1 @@
-"""Published configurations of mmdetection, mmsegmentation and mmpretrain, run on generated data (no part of the package)."""
+"""Published configurations of mmdetection, mmsegmentation and mmpretrain, run on generated data."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("mmdet", "mmseg", "mmpretrain")
-LARGEST = 128  # a side of a picture, in pixels
+SIDE, MANY = 160, 320  # the longer side of a picture, in pixels; where the model takes the best of many positions
 SIZES = (
     "scale", "scales", "img_scale", "img_scales", "crop_size", "size", "random_size_range", "resize_scale", "pad_shape",
     "stride",
@@ -30,7 +30,7 @@ def folder(package: str) -> Path:
 
 
 def find(pattern: str) -> list[tuple[str, str]]:
-    """Package and name of the configurations that match `package/folder/file.py`; a name without a star is one of them."""
+    """Package and name of the configurations that match `package/folder/file.py`; `.py` may be left out."""
     package, _, rest = pattern.partition("/")
     if package not in PACKAGES or not rest:
         raise SystemExit(f"--config: expected {'|'.join(PACKAGES)}/folder/file.py with * and ?, got {pattern!r}")
@@ -70,23 +70,23 @@ def for_a_cpu(item: dict) -> None:
         item["type"] = replaced[item["type"]]
 
 
-def smaller(size: Any) -> Any:
-    """A size in pixels, or a list of them, so that the longer side is `LARGEST` at most, in multiples of 32."""
+def smaller(size: Any, longest: int) -> Any:
+    """A size in pixels, or a list of them, so that no side is longer, in multiples of 32."""
     if isinstance(size, (list, tuple)):
         if size and all(isinstance(side, int) for side in size):
-            factor = LARGEST / max(max(size), LARGEST)
+            factor = longest / max(max(size), longest)
             return type(size)(size if factor == 1 else [max(32, round(side * factor / 32) * 32) for side in size])
-        return type(size)(smaller(one) for one in size)
-    return min(size, LARGEST) if isinstance(size, int) and not isinstance(size, bool) else size
+        return type(size)(smaller(one, longest) for one in size)
+    return min(size, longest) if isinstance(size, int) and not isinstance(size, bool) else size
 
 
-def shrink(value: Any) -> None:
+def shrink(value: Any, longest: int) -> None:
     """Make the sizes below a part of the configuration smaller."""
 
     def change(item: dict) -> None:
         for key in SIZES:
             if item.get(key) is not None:
-                item[key] = smaller(item[key])
+                item[key] = smaller(item[key], longest)
 
     walk(value, change)
 
@@ -103,16 +103,14 @@ def small(config: Any, work_dir: str) -> Any:
     """Change a configuration in place to a short run on a CPU that fetches nothing."""
     walk(config._cfg_dict, no_downloads)
     walk(config._cfg_dict, for_a_cpu)
+    longest = MANY if config.model.get("num_queries", 0) >= 900 else SIDE
     for part in ("train", "val", "test"):
-        loader = config.get(f"{part}_dataloader")
-        short(loader, BATCH if part == "train" else 1)
-        if config.default_scope != "mmpretrain":  # whose pictures are small, and whose transformers have one size
-            shrink(loader)
-    if config.default_scope != "mmpretrain":
-        shrink(config.get("tta_pipeline"))
-        processor = config.model.get("data_preprocessor")
-        shrink([processor, config.get("data_preprocessor")])
-        shrink(config.model.get("test_cfg") if config.default_scope == "mmseg" else None)
+        short(config.get(f"{part}_dataloader"), BATCH if part == "train" else 1)
+    if config.default_scope != "mmpretrain":  # whose pictures are small, and whose transformers have one size
+        loaders = [config.get(f"{part}_dataloader") for part in ("train", "val", "test")]
+        shrink([*loaders, config.get("tta_pipeline"), config.model.get("data_preprocessor")], longest)
+    if config.default_scope == "mmseg":
+        shrink([config.get("data_preprocessor"), config.model.get("test_cfg")], longest)
     train = config.train_cfg
     if "max_iters" in train or train.get("type") == "IterBasedTrainLoop":
         train.update(max_iters=2, val_interval=2)

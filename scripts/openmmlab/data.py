@@ -71,7 +71,7 @@ def write(path: Path, image: np.ndarray) -> None:
     cv2.imwrite(str(path), image)
 
 
-def coco(dataset: dict, names: list[str]) -> None:
+def coco(dataset: dict, names: list[str], cls: Any) -> None:
     """COCO's instances; its stuff maps and its panoptic maps beside them, where `data_prefix` has a place for them."""
     folder, maps = place(dataset, "img", "img_path"), dataset.get("data_prefix", {}).get("seg")
     panoptic = "Panoptic" in dataset["type"]
@@ -84,7 +84,11 @@ def coco(dataset: dict, names: list[str]) -> None:
             x, y, w, h = shape["box"]
             record = dict(id=identity, category_id=shape["label"] + 1, area=w * h, bbox=shape["box"], iscrowd=0)
             segments.append(record)
-            panoptic_map[y : y + h, x : x + w] = (0, identity // 256, identity % 256)  # blue, green, red: OpenCV's order
+            panoptic_map[y : y + h, x : x + w] = (
+                0,
+                identity // 256,
+                identity % 256,
+            )  # blue, green, red: OpenCV's order
             annotations.append(dict(record, image_id=number, segmentation=[shape["polygon"]]))
             identity += 1
         if maps:
@@ -100,7 +104,7 @@ def coco(dataset: dict, names: list[str]) -> None:
     path.write_text(json.dumps(dict(images=images, annotations=annotations, categories=categories)))
 
 
-def voc(dataset: dict, names: list[str]) -> None:
+def voc(dataset: dict, names: list[str], cls: Any) -> None:
     """Pascal VOC's boxes: a list of pictures and an XML file for each."""
     root = Path(dataset.get("data_root") or "")
     base = root / dataset.get("data_prefix", {}).get("sub_data_root", "")
@@ -123,7 +127,7 @@ def voc(dataset: dict, names: list[str]) -> None:
 
 
 def label_maps(dataset: dict, names: list[str], cls: Any) -> None:
-    """Maps of labels (mmsegmentation): a picture and a PNG of the same name, and a list of names where one is asked for."""
+    """mmsegmentation's maps of labels: a picture, a PNG of the same name, and a list of names if one is asked for."""
     defaults = {name: value.default for name, value in inspect.signature(cls.__init__).parameters.items()}
     asked = {key: dataset.get(key, defaults.get(key, "")) for key in ("img_suffix", "seg_map_suffix", "ann_file")}
     first = int(dataset.get("reduce_zero_label", defaults.get("reduce_zero_label", False)) is True)
@@ -138,7 +142,7 @@ def label_maps(dataset: dict, names: list[str], cls: Any) -> None:
         path.write_text("\n".join(lines))
 
 
-def folders(dataset: dict, names: list[str]) -> None:
+def folders(dataset: dict, names: list[str], cls: Any) -> None:
     """A folder for each class (mmpretrain's ImageNet); the classes are as many as the data set's own."""
     root = Path(dataset.get("data_root") or "", dataset.get("split") or "")
     for number, (name, picture, _, _) in enumerate(scenes(len(names))):
@@ -147,23 +151,22 @@ def folders(dataset: dict, names: list[str]) -> None:
         (root / f"n{number:08}").mkdir(parents=True, exist_ok=True)
 
 
+def writer(cls: Any) -> Callable[[dict, list[str], Any], None] | None:
+    """What writes for a class of data sets, by the first of its parents that is known."""
+    known: dict[str, Callable[[dict, list[str], Any], None]] = {
+        "CocoDataset": coco, "XMLDataset": voc, "BaseSegDataset": label_maps, "ImageNet": folders,
+    }  # fmt: skip
+    return next((known[base.__name__] for base in cls.__mro__ if base.__name__ in known), None)
+
+
 def generate(config: Any, registry: Any) -> list[str]:
     """Write what the data sets of a configuration read, below the current folder, and return their types."""
-    made = []
+    made = set()
     for dataset in datasets_of([config.get(f"{part}_dataloader") for part in ("train", "val", "test")]):
         cls = registry.get(dataset["type"])
-        if cls is None:
-            raise KeyError(f"{dataset['type']} is in no registry of data sets")
-        parents, names = {base.__name__ for base in cls.__mro__}, classes_of(dataset, cls)
-        writers: list[tuple[str, Callable[[], None]]] = [
-            ("CocoDataset", lambda: coco(dataset, names)),
-            ("XMLDataset", lambda: voc(dataset, names)),
-            ("BaseSegDataset", lambda: label_maps(dataset, names, cls)),
-            ("ImageNet", lambda: folders(dataset, names)),
-        ]
-        writer = next((write for parent, write in writers if parent in parents), None)
-        if writer is None:
+        write_it = None if cls is None else writer(cls)
+        if write_it is None:
             raise NotImplementedError(f"no generated data for {dataset['type']}")
-        writer()
-        made.append(dataset["type"])
-    return sorted(set(made))
+        write_it(dataset, classes_of(dataset, cls), cls)
+        made.add(dataset["type"])
+    return sorted(made)

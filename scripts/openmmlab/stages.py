@@ -1,4 +1,4 @@
-"""What a configuration has to do, stage by stage: build, train a step, test a step, an epoch of a Runner, load weights."""
+"""What a configuration has to do, stage by stage: build, train, test, run an epoch, load weights."""
 
 from __future__ import annotations
 
@@ -81,6 +81,8 @@ class Run:
         self.first = self.runner()
         self.model = self.first.model
         self.model.init_weights()
+        for counter in ("iter", "epoch"):  # what a Runner's loop says; losses and augmentations ask
+            self.first.message_hub.update_info(counter, 0)
         return f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M"
 
     def batch(self) -> dict:
@@ -163,11 +165,11 @@ def published(weights: dict[str, Tensor], config: Any) -> str:
 
     history = HistoryBuffer(np.array([0.9, 0.8]), np.array([1, 1]))
     meta = dict(
-        cfg=config.pretty_text, dataset_meta=dict(CLASSES=("cat", "dog"), PALETTE=[(1, 2, 3)]), epoch=np.int64(1), iter=2,
+        cfg=config.pretty_text, dataset_meta=dict(CLASSES=("cat", "dog"), PALETTE=[(1, 2, 3)]), epoch=np.int64(1),
         experiment_name="published", mmengine_version=mmengine.__version__, seed=0, time="20221201_000000",
         hook_msgs=dict(best_score=np.float64(0.4)),
     )  # fmt: skip
-    hub = dict(log_scalars={"train/loss": history}, runtime_info=OrderedDict(epoch=1), resumed_keys={"train/loss": True})
+    hub = dict(log_scalars={"train/loss": history}, runtime_info=OrderedDict(epoch=1), resumed_keys={})
     torch.save(dict(meta=meta, state_dict=OrderedDict(weights), message_hub=hub), "published.pth")
     return os.path.abspath("published.pth")
 
@@ -184,7 +186,7 @@ def run(
         stage = STAGES[0]
         try:
             run = Run(package, name, change)
-            calls = dict(zip(STAGES, (run.build, run.train_step, run.test_step, run.epoch, run.load)))
+            calls = dict(zip(STAGES, (run.build, run.train_step, run.test_step, run.epoch, run.load), strict=True))
             for stage in stages:
                 cells["cells"][stage] = calls[stage]()
                 if stage == STAGES[0]:

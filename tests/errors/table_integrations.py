@@ -4,6 +4,7 @@ import torch
 
 from dcn_plugin import integrations
 from dcn_plugin.integrations import mmcv
+from dcn_plugin.integrations.mmcv import _checkpoints
 from dcn_plugin.integrations.mmcv._extension import StandIn
 from dcn_plugin.integrations.mmcv.deform import FUNCTIONS
 from errors.case import Case
@@ -29,10 +30,14 @@ def modulated(offset, mask):
 
 
 MMCV = [
+    Case(
+        lambda: _checkpoints._statistic(torch, "load"),
+        ValueError, "name:", "expected a statistic of MMEngine's HistoryBuffer", "got 'load' of",
+    ),
     Case(without_mmcv, ModuleNotFoundError, "mmcv:", "expected mmcv-lite to be installed", "got none"),
     Case(
-        lambda: StandIn().furthest_point_sampling_forward(1, output=2),
-        NotImplementedError, "furthest_point_sampling_forward:", "expected an operator that", "an mmcv with compiled",
+        lambda: StandIn().border_align_forward(1, output=2),
+        NotImplementedError, "border_align_forward:", "expected an operator that", "an mmcv with compiled operators",
     ),
     Case(
         lambda: StandIn().__wrapped__,

@@ -11,7 +11,7 @@ import sys
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 
-from . import _around, _registry
+from . import _around, _checkpoints, _registry
 from ._extension import NAME, Finder, StandIn
 
 __all__ = ["install", "installed", "uninstall"]
@@ -34,8 +34,9 @@ def install() -> str:
     """Let Python find a stand-in for `mmcv._ext` where mmcv has none, so that `mmcv.ops` and what needs it import.
 
     It does not matter what has been imported before, or failed to. While a package that wants an older mmcv is
-    imported, `mmcv.__version__` is the least that it accepts. An mmcv with compiled operators is left alone. A second
-    call does nothing more. Processes that are started, not forked, need a call of their own.
+    imported, `mmcv.__version__` is the least that it accepts. `torch.load` takes the log history and NumPy numbers in
+    MMEngine's checkpoints. An mmcv with compiled operators is left alone. A second call does nothing more. Processes
+    that are started, not forked, need a call of their own.
 
     Returns:
         What was replaced, or why nothing was, in one line.
@@ -61,9 +62,11 @@ def install() -> str:
         sys.meta_path.append(_finder)  # behind what finds a real one
         _registry.bring_back()
         _around.begin()
+        _checkpoints.begin()
     return (
         f"dcn_plugin stands in for mmcv._ext, the compiled module that {spec.origin} lacks; packages that want an "
-        "older mmcv are shown one while they are imported; dcn_plugin.integrations.mmcv.uninstall() undoes it"
+        "older mmcv are shown one while they are imported, torch.load takes MMEngine's checkpoints; "
+        "dcn_plugin.integrations.mmcv.uninstall() undoes it"
     )
 
 
@@ -80,4 +83,5 @@ def uninstall() -> None:
     if installed():
         sys.meta_path.remove(_finder)
         _around.end()
+        _checkpoints.end()
         _registry.put_away()
