@@ -36,8 +36,13 @@ MMCV = [
     ),
     Case(without_mmcv, ModuleNotFoundError, "mmcv:", "expected mmcv-lite to be installed", "got none"),
     Case(
+<<<<<<< HEAD
         lambda: StandIn().border_align_forward(1, output=2),
         NotImplementedError, "border_align_forward:", "expected an operator that", "an mmcv with compiled operators",
+=======
+        lambda: StandIn().furthest_point_sampling_forward(1, output=2),
+        NotImplementedError, "furthest_point_sampling_forward:", "expected an operator that", "an mmcv with compiled",
+>>>>>>> h1
     ),
     Case(
         lambda: StandIn().__wrapped__,
