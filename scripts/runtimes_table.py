@@ -48,7 +48,7 @@ class Pooled(nn.Module):
 
 def on_borders(height: int, width: int) -> Tensor:
     """Offsets that take every sample of a 3x3 window (padding 1) to a place where a border rule decides."""
-    places = []
+    places: list[Tensor] = []
     for size, taps in ((height, torch.arange(3).repeat_interleave(3)), (width, torch.arange(3).repeat(3))):
         edges = torch.tensor([-2, -1.5, -1, -1 + 2**-9, -0.5, 0, size - 1, size - 0.5, size - 2**-9, size, size + 1])
         wanted = edges[torch.randint(len(edges), (9, height, width))]

@@ -105,11 +105,12 @@ def _from_torch(node: Any) -> list[Any]:
     return _convolution(*_inputs(node), strides, pads, dilations)
 
 
-def _inputs(node: Any) -> list[Any]:
+def _inputs(node: Any) -> tuple[Any, Any, Any, Any, Any]:
     """Our five tensors; None for one that is absent: at the end it is missing, else it has no type."""
     found = [node.get_input(i) for i in range(min(5, node.get_input_size()))]
     found = [None if value.get_element_type().is_dynamic() else value for value in found]
-    return [*found, *(None,) * (5 - len(found))]
+    input, offset, weight, bias, mask = [*found, *(None,) * (5 - len(found))]
+    return input, offset, weight, bias, mask
 
 
 def _convolution(

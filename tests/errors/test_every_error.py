@@ -25,7 +25,6 @@ PARTS = {
     "finetune": ("finetune/", "_config.py", "export/folder.py", "export/forms.py", "models/build.py"),
     "detection": ("finetune/detection/", "detection/spec.py"),
     "export": ("export/ncnn.py", "export/executorch.py", "export/grid_sample.py", "export/torchvision.py"),
-    "integrations_torchvision": ("integrations/torchvision.py",),
     "integrations": ("integrations/",),
     "mmcv": tuple(
         f"integrations/mmcv/{name}.py"

@@ -23,8 +23,9 @@ def _types() -> list[Any]:
     import numpy as np
     from mmengine.logging import HistoryBuffer
 
-    multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
-    makers = [(f, f"numpy.{core}.multiarray.{f.__name__}") for core in ("core", "_core")
+    core: Any = np._core if hasattr(np, "_core") else np.core
+    multiarray = core.multiarray
+    makers = [(f, f"numpy.{name}.multiarray.{f.__name__}") for name in ("core", "_core")
               for f in (multiarray._reconstruct, multiarray.scalar)]  # fmt: skip
     dtypes = {type(np.dtype(letter)) for letter in "?bBhHiIlLqQefdFDSU"}  # `numpy.dtypes.Float64DType` and so on
     return [HistoryBuffer, np.ndarray, np.dtype, *dtypes, *makers, (_statistic, "builtins.getattr")]
