@@ -107,10 +107,12 @@ def _from_torch(node: Any) -> list[Any]:
 
 def _inputs(node: Any) -> tuple[Any, Any, Any, Any, Any]:
     """Our five tensors; None for one that is absent: at the end it is missing, else it has no type."""
-    found = [node.get_input(i) for i in range(min(5, node.get_input_size()))]
-    found = [None if value.get_element_type().is_dynamic() else value for value in found]
-    input, offset, weight, bias, mask = [*found, *(None,) * (5 - len(found))]
-    return input, offset, weight, bias, mask
+
+    def at(i: int) -> Any:
+        value = node.get_input(i) if i < node.get_input_size() else None
+        return None if value is None or value.get_element_type().is_dynamic() else value
+
+    return at(0), at(1), at(2), at(3), at(4)
 
 
 def _convolution(
