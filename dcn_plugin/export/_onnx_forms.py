@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from types import FrameType
 from typing import Any
 
 import torch
@@ -102,7 +101,7 @@ def _asked_opset() -> int | None:
 
     torch tells it to translations alone, and would write an operator that the opset lacks without a word.
     """
-    frame: FrameType | None = sys._getframe()
+    frame: Any = sys._getframe()
     while frame is not None:
         if frame.f_globals.get("__name__") == "torch.onnx._internal.exporter._core":
             if "opset_version" in frame.f_locals:

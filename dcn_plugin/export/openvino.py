@@ -102,7 +102,8 @@ def _from_onnx(node: Any) -> list[Any]:
 
 def _from_torch(node: Any) -> list[Any]:
     strides, pads, dilations = (list(node.get_values_from_const_input(i)) for i in (5, 6, 7))
-    return _convolution(*_inputs(node), strides, pads, dilations)
+    input, offset, weight, bias, mask = _inputs(node)
+    return _convolution(input, offset, weight, bias, mask, strides, pads, dilations)
 
 
 def _inputs(node: Any) -> tuple[Any, Any, Any, Any, Any]:

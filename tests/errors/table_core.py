@@ -343,13 +343,20 @@ def convert_for_openvino(*arguments):
     convert(*arguments)
 
 
-def read_by_openvino(name, shape=None):
-    """What OpenVINO's reader, which wraps errors in words of its own, calls."""
+def read_by_openvino(unknown):
+    """What OpenVINO's reader, which wraps errors in words of its own, calls, with one axis that is not known."""
     from dcn_plugin.export import openvino
 
-    if shape is None:
-        return openvino._refusal(name)(None)
-    return openvino._fixed(name, openvino.opset8.parameter(shape).output(0), 1)
+    shapes = dict(input=[1, 4, 8, 8], offset=[1, 18, 8, 8], weight=[4, 4, 3, 3])
+    shapes[unknown] = [shapes[unknown][0], -1, *shapes[unknown][2:]]
+    given = [openvino.opset8.parameter(shape).output(0) for shape in shapes.values()]
+    openvino._convolution(*given, None, None, [1, 1], [1, 1, 1, 1], [1, 1])
+
+
+def pool_in_openvino():
+    from dcn_plugin.export import openvino
+
+    openvino._refusal("ps_roi_pool")(None)
 
 
 OPENVINO = [
@@ -361,12 +368,15 @@ OPENVINO = [
         lambda: convert_for_openvino(nn.Identity()),
         ValueError, "example_input:", "expected the arguments of a module", "got None",
     ),
-    Case(
-        lambda: read_by_openvino("input", [1, -1, 8, 8]),
-        ValueError, "input:", "expected fixed channels and a fixed kernel", "got shape [1,?,8,8]",
+    *(
+        Case(
+            lambda name=name: read_by_openvino(name),
+            ValueError, f"{name}:", "expected fixed channels and a fixed kernel", f"got shape [{size},?,",
+        )
+        for name, size in (("input", 1), ("offset", 1), ("weight", 4))
     ),
     Case(
-        lambda: read_by_openvino("ps_roi_pool"),
+        pool_in_openvino,
         NotImplementedError, "ps_roi_pool:", "expected an operator that OpenVINO has", "got RoI pooling",
     ),
 ]  # fmt: skip
