@@ -69,7 +69,7 @@ def _deform_conv2d(
         """Where the window begins for each output, and how far from there each tap is."""
         numbers = (torch.arange(size, dtype=acc, device=input.device) for size in (count, taps))
         outputs, inside = numbers
-        return outputs * stride[i] - padding[i], inside * dilation[i]
+        return outputs * float(stride[i]) - float(padding[i]), inside * float(dilation[i])
 
     rows, tap_rows = axis(out_h, kh, 0)
     columns, tap_columns = axis(out_w, kw, 1)
@@ -79,7 +79,7 @@ def _deform_conv2d(
     # From pixels to [-1, 1] over the map. What lies outside stays just outside, where nothing is read: runtimes count
     # pixels in integers, which infinite positions do not fit.
     grid = torch.stack(
-        [(t.clamp(-2, size + 1) * 2 + 1) / size - 1 for t, size in ((x, width), (y, height))],
+        [(t.clamp(-2, size + 1) * 2.0 + 1.0) / size - 1.0 for t, size in ((x, width), (y, height))],
         dim=-1,
     ).reshape(n * offset_groups, taps * out_h, out_w, 2)
     maps = input.reshape(n * offset_groups, channels // offset_groups, height, width)
