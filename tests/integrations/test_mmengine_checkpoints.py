@@ -58,7 +58,7 @@ def test_refused_without_it_and_afterwards(file):
 
 class Shell:
     def __reduce__(self):
-        return getattr, (torch, "load")
+        return getattr, (HistoryBuffer, "update")
 
 
 def test_getattr_is_for_the_log_alone(tmp_path, allowed):

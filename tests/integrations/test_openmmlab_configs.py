@@ -46,7 +46,7 @@ def test_loss_and_gradients_are_those_of_other_definitions(results, name):
     assert functions <= set(found["calls"]) and kernels <= set(found["kernels"]), found
     assert found["layers"] > 0 and found["loss"] > 0
     assert found["loss"] == pytest.approx(found["loss_of_others"], rel=1e-4)
-    assert found["same_parameters"] and found["worst"][1] < 1e-2, found["worst"]
+    assert found["same_parameters"] and found["worst"][1] < 2e-3, found["worst"]
 
 
 @pytest.mark.parametrize("name", EXPECTED)

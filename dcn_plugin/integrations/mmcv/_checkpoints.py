@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -23,9 +24,8 @@ def _types() -> list[Any]:
     import numpy as np
     from mmengine.logging import HistoryBuffer
 
-    core: Any = np._core if hasattr(np, "_core") else np.core
-    multiarray = core.multiarray
-    makers = [(f, f"numpy.{name}.multiarray.{f.__name__}") for name in ("core", "_core")
+    multiarray = import_module("numpy._core.multiarray" if hasattr(np, "_core") else "numpy.core.multiarray")
+    makers = [(f, f"numpy.{core}.multiarray.{f.__name__}") for core in ("core", "_core")
               for f in (multiarray._reconstruct, multiarray.scalar)]  # fmt: skip
     dtypes = {type(np.dtype(letter)) for letter in "?bBhHiIlLqQefdFDSU"}  # `numpy.dtypes.Float64DType` and so on
     return [HistoryBuffer, np.ndarray, np.dtype, *dtypes, *makers, (_statistic, "builtins.getattr")]
