@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._branches import Branch, belongs, branches, declared, restart
+from ._declared import Branch, belongs, branches, declared, restart
 from ._torchscript import NotScriptable
 from .samples import Hooks, OffsetRate, Regions, Samples, SamplingHandle, SamplingHook, Window, detached, recorded
 
