@@ -116,7 +116,7 @@ def compare(package: str, file: str, change: str) -> dict[str, Any]:
     run = Run(package, file, CHANGES[change])
     run.build()
     run.model.train()
-    # Elsewhere it would only magnify rounding: torchvision's operator differs from itself by 6 % in a gradient of DyHead
+    # Elsewhere it would only magnify rounding: torchvision's operator moves by 6 % in a gradient of DyHead
     # when the first convolution's weights are scaled by 1 + 1e-6.
     in_backbone = any(layer.startswith("backbone.") for layer in deformable(run.model))
     with torch.no_grad():
