@@ -1,7 +1,8 @@
-"""Blocks of programs that call torchvision's operator, as they are, before and after `accelerate()`.
+"""Blocks of programs that call torchvision's operators, as they are, before and after `accelerate()`.
 
-Written here after what published models do: parallel deformable convolutions of several sizes (BiRefNet's ASPP), alignment
-of two earlier frames along optical flow (BasicVSR++), up-sampling with modulated convolutions (CenterNet's ResNet).
+Written here after what published models do: parallel deformable convolutions of several sizes (BiRefNet's ASPP),
+alignment of two earlier frames along optical flow (BasicVSR++), up-sampling with modulated convolutions (CenterNet's
+ResNet), and the pooling of a detector's regions from two maps (torchvision's MultiScaleRoIAlign).
 """
 
 from collections.abc import Callable
@@ -11,15 +12,15 @@ from typing import NamedTuple
 import torch
 from harness import OURS, Call, Contestant, Setting, exact, require_agreement, times_ours
 from torch import Tensor, nn
-from torchvision.ops import DeformConv2d, deform_conv2d
+from torchvision.ops import DeformConv2d, MultiScaleRoIAlign, deform_conv2d
 
 from dcn_plugin.integrations.torchvision import accelerate
 
 NAME = "programs"
 COLUMNS = {
     "cpu": """`before ms` is the program as it is,
-`ms` the same program in `accelerate()`, switched on and off within the time; `before / after` is their ratio. A training
-step is forward, backward and SGD."""
+`ms` the same program in `accelerate()`, switched on and off within the time; `before / after` is their ratio. A
+training step is forward, backward and SGD."""
 }
 TORCHVISION: Contestant = ("torchvision", "NCHW")
 CONTESTANTS: dict[str, list[Contestant]] = {"cpu": [(OURS, "NCHW"), TORCHVISION]}
@@ -105,6 +106,25 @@ class Upsampling(nn.Module):
         return self.head(self.steps(x))
 
 
+class Pooling(nn.Module):
+    """As in torchvision's detectors: regions are pooled from the map of their size, then go through a linear layer."""
+
+    def __init__(self, channels: int, count: int = 128, stride: int = 8) -> None:
+        super().__init__()
+        self.count, self.stride = count, stride
+        self.smaller = nn.Conv2d(channels, channels, 3, 2, 1)
+        self.pool = MultiScaleRoIAlign(["0", "1"], output_size=7, sampling_ratio=2)
+        self.head = nn.Linear(49 * channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        sides = [self.stride * side for side in x.shape[2:]]
+        spread = torch.linspace(0, 1, self.count)
+        corner = torch.stack([spread, spread.flip(0)], 1) * 0.5 * min(sides)
+        boxes = torch.cat([corner, corner + 20 + 0.4 * min(sides) * spread[:, None]], 1)
+        maps = {"0": x, "1": self.smaller(x)}
+        return self.head(self.pool(maps, [boxes] * len(x), [(sides[0], sides[1])] * len(x)).flatten(1))
+
+
 class Shape(NamedTuple):
     name: str
     program: Callable[[int], nn.Module]
@@ -120,6 +140,7 @@ SHAPES = {
         Shape("BiRefNet-like", Pyramid, 64, (2, 64, 24, 24)),
         Shape("BasicVSR++-like", Alignment, 64, (1, 4, 64, 32, 32)),
         Shape("CenterNet-like", Upsampling, 256, (2, 256, 12, 12)),
+        Shape("pooling of a detector", Pooling, 64, (2, 64, 64, 64)),
     ]
 }
 QUICK = {
@@ -131,7 +152,7 @@ QUICK = {
 
 
 def about(setting: Setting) -> str:
-    return "torchvision's operator, random weights, offsets as they predict them"
+    return "torchvision's operators, random weights, offsets as they predict them"
 
 
 def make(shape: Shape, setting: Setting, name: str, layout: str) -> dict[str, Call]:

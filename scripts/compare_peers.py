@@ -153,13 +153,8 @@ def exported(op: Operator) -> str:
 def onnx(op: Operator) -> str:
     import onnxruntime
 
-    from dcn_plugin.export.onnx import custom_translation_table  # of this package's operators, nobody else's
-
     given = arguments(torch.float32)
-    table = custom_translation_table()
-    program = torch.onnx.export(
-        Module(op), tuple(given), dynamo=True, opset_version=19, custom_translation_table=table, verbose=False
-    )
+    program = torch.onnx.export(Module(op), tuple(given), dynamo=True, opset_version=19, verbose=False)
     assert program is not None
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
     feed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), given, strict=True)}

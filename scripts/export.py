@@ -1,4 +1,4 @@
-"""Write a model as ONNX or as a torch ExportedProgram, checked: `python scripts/export.py MODEL --out model.onnx`."""
+"""Write a model as a checked file of a graph: `python scripts/export.py MODEL --out model.onnx`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 import dcn_plugin  # noqa: F401  (registers the models with timm)
 
-FORMATS = ("onnx", "exported_program")
+FORMATS = ("onnx", "exported_program", "ncnn", "executorch")
+ONE_IMAGE = ("ncnn", "executorch")  # a call takes one, unless --batch says otherwise
 
 
 def load(name: str, pretrained: bool) -> nn.Module:
@@ -52,6 +53,16 @@ def write(model: nn.Module, path: Path, image: Tensor, dynamic: bool, args: argp
     if args.format == "exported_program":
         torch.export.save(torch.export.export(model, (image,), dynamic_shapes=sizes), path)
         return torch.export.load(path).module()
+    if args.format == "ncnn":
+        from dcn_plugin.export.ncnn import export_ncnn, run_ncnn
+
+        export_ncnn(model, (image,), path, tolerance=args.tolerance)
+        return lambda image: run_ncnn(path, (image,))
+    if args.format == "executorch":
+        from dcn_plugin.export.executorch import export_executorch, run_executorch
+
+        export_executorch(model, (image,), path, tolerance=args.tolerance)
+        return lambda image: run_executorch(path, (image,))
     from dcn_plugin.export.onnx import export_onnx, run_onnx
 
     export_onnx(model, (image,), path, dynamic_shapes=sizes, opset_version=args.opset)
@@ -73,6 +84,12 @@ def write_checked(args: argparse.Namespace) -> float:
         raise ValueError(f"--image-size: expected one or two positive numbers, got {args.image_size}")
     if not args.tolerance > 0:
         raise ValueError(f"--tolerance: expected a positive number, got {args.tolerance}")
+    if args.batch is None:
+        args.batch = 1 if args.format in ONE_IMAGE else "dynamic"
+    if args.format in ONE_IMAGE and args.batch == "dynamic":
+        raise ValueError(f"--batch: expected a number with --format {args.format}, got 'dynamic'")
+    if args.format == "ncnn" and args.out.suffix != ".param":
+        raise ValueError(f"--out: expected a name that ends in .param with --format ncnn, got {args.out.name}")
     model = load(args.model, args.pretrained)
     shape = image_shape(model, args.image_size)
     dynamic = args.batch == "dynamic"
@@ -108,7 +125,7 @@ def main() -> None:
     parser.add_argument(
         "--image-size", nargs="+", type=int, help="height and width, or both in one (default: as trained)"
     )
-    parser.add_argument("--batch", type=batch_size, default="dynamic", help="'dynamic' (default) or a number")
+    parser.add_argument("--batch", type=batch_size, help="'dynamic' (default) or a number (1 for ncnn and executorch)")
     parser.add_argument("--opset", type=int, default=19, help="of ONNX, at least 19 (default)")
     parser.add_argument("--pretrained", action="store_true", help="published weights for a timm name")
     parser.add_argument(

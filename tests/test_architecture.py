@@ -39,8 +39,8 @@ MAY_IMPORT = {
     # What stands in for other packages calls them, too.
     "integrations": ("integrations ops layers mm reference _config _version", "torchvision mmcv mmengine numpy"),
     "export": (
-        "export models detection convert checkpoint reference _config",
-        "timm torchvision safetensors onnx onnxruntime onnxscript",
+        "export models detection convert checkpoint layers reference _config",
+        "timm torchvision safetensors onnxruntime openvino ncnn pnnx executorch",
     ),
     "finetune": (
         "finetune export detection models convert checkpoint visualize layers _config",
@@ -86,7 +86,7 @@ def test_imports_point_one_way(path):
 
 
 # Private modules that other parts build on: checks, the rule of layouts, which transforms are at work, which gradients.
-SHARED = {"ops._check", "ops._layout", "ops._operator", "ops._transforms", "reference._dense"}
+SHARED = {"ops._check", "ops._exporters", "ops._layout", "ops._operator", "ops._transforms", "reference._dense"}
 
 
 def private_modules(path: Path) -> set[str]:

@@ -30,7 +30,7 @@ EXECUTED = {
     "docs/mmengine.md": ("timm", "mmengine", "mmcv"),
     "docs/finetune.md": FRAMEWORKS,
     "docs/detection.md": (*FRAMEWORKS, "pycocotools"),
-    "docs/export.md": ("timm", "onnxscript", "onnxruntime"),
+    "docs/export.md": ("timm", "onnxscript", "onnxruntime", "torchvision"),
     "docs/migrating.md": ("timm", "mmengine", "torchvision"),
 }
 DOCUMENTS = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("csrc/*.md")})

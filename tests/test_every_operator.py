@@ -55,8 +55,7 @@ def in_row(op: str) -> bool:
 
 
 def with_onnx(op: str) -> bool:
-    table = pytest.importorskip("dcn_plugin.export.onnx", exc_type=ModuleNotFoundError).custom_translation_table()
-    return any(overload.name() == f"dcn_plugin::{op}" for overload in table)
+    return op in importlib.import_module("dcn_plugin.export._onnx_forms").FORMS
 
 
 def fuzzed(op: str) -> bool:
@@ -94,8 +93,8 @@ PLACES = [
         lambda op: all(getattr(torch.ops.dcn_plugin, n, None) in flop_registry for n in (op, f"{op}_backward")),
     ),
     Place(
-        "dcn_plugin/export/onnx.py",
-        '_op("{op}") in custom_translation_table: a translation, or _refusal("{op}", the reason)',
+        "dcn_plugin/export/_onnx_forms.py",
+        '"{op}" in FORMS: what torch.onnx.export writes',
         with_onnx,
     ),
     Place("tests/cases.py", 'OpCase("{op}", ...) in CASES', lambda op: op in BY_NAME),

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_python import run_python
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from dcn_plugin import ops
+from dcn_plugin import ops, reference
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -21,7 +20,7 @@ timm = pytest.importorskip("timm")
 from families import FAMILIES, smallest  # noqa: E402
 from onnx_checks import HAS_RUNTIME, assert_close, by_definition, needs_runtime  # noqa: E402
 
-from dcn_plugin.export.onnx import custom_translation_table, export_onnx, run_onnx  # noqa: E402
+from dcn_plugin.export.onnx import export_onnx, run_onnx  # noqa: E402
 from dcn_plugin.layers import offset_parameters  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,18 +91,77 @@ def test_operator(name, opset, tmp_path):
         assert_close(run_onnx(path, (x,))[0], model(x))
 
 
+def exact(model: Form, x: Tensor, monkeypatch) -> Tensor:
+    """By the definition, in float64."""
+    with monkeypatch.context() as changed:
+        changed.setattr(ops, "deform_conv2d", reference.deform_conv2d)
+        return model.double()(x.double()).float()
+
+
+# What torch.onnx.export writes without any call of ours: of a module, and of a program that was exported earlier.
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("name", ["plain", "both-groups", "2x3"])
 @torch.no_grad()
-def test_the_table_is_enough_for_torch(tmp_path):
-    """Without export_onnx; and offsets matter, or agreement would say little."""
-    model, x = Form(mask=True).eval(), torch.randn(1, 6, 5, 4)
-    options = dict(dynamo=True, custom_translation_table=custom_translation_table(), verbose=False)
-    torch.onnx.export(model, (x,), tmp_path / "m.onnx", opset_version=19, **options)
-    wanted = model(x)
-    assert_close(by_definition(tmp_path / "m.onnx", (x,)), wanted)
-    model.moves.zero_()
+def test_torch_itself_writes_the_operator(name, earlier, tmp_path, monkeypatch):
+    model, x = Form(**FORMS[name]).eval(), torch.randn(2, 6, 9, 8)
+    kernel = list(model.weight.shape[2:])
+    groups = 6 // model.weight.shape[1]
+    source, given, shapes = model, (x,), (IMAGES,)
+    if earlier:
+        source, given, shapes = torch.export.export(model, (x,), dynamic_shapes=shapes), (), None
+    program = torch.onnx.export(
+        source, given, tmp_path / "m.onnx", dynamic_shapes=shapes, verify=True, report=True, artifacts_dir=tmp_path,
+        verbose=False,
+    )  # fmt: skip
+    assert any("success" in file.name for file in tmp_path.glob("*.md"))
+    onnx.checker.check_model(program.model_proto, full_check=True)
+    (node,) = (node for node in program.model_proto.graph.node if node.op_type == "DeformConv")
+    found = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    assert found == dict(
+        dilations=list(model.options["dilation"]), group=groups, kernel_shape=kernel,
+        strides=list(model.options["stride"]),
+        offset_group=model.moves.shape[0] // (2 * kernel[0] * kernel[1]), pads=list(model.options["padding"]),
+    )  # fmt: skip
+    x = torch.randn(1, 6, 4, 5)
+    found = by_definition(tmp_path / "m.onnx", (x,))
+    wanted = exact(model, x, monkeypatch)
+    assert_close(found, wanted)
+    # Offsets matter, or agreement would say little.
+    model.float().moves.zero_()
     assert (model(x) - wanted).abs().max() > 0.1 * wanted.abs().max()
-    with pytest.raises(torch.onnx.OnnxExporterError, match="at least 19"):
-        torch.onnx.export(model, (x,), opset_version=18, **options)
+
+
+@pytest.mark.parametrize("opset", [17, 18])
+def test_torch_itself_refuses_an_opset_without_the_operator(opset):
+    for source in (Form().eval(), torch.export.export(Form(), (torch.randn(1, 6, 8, 8),))):
+        with pytest.raises(torch.onnx.OnnxExporterError, match=f"at least 19, which brought DeformConv, got {opset}"):
+            torch.onnx.export(source, (torch.randn(1, 6, 8, 8),), opset_version=opset, verbose=False)
+
+
+def test_a_translation_of_the_user_comes_first():
+    from onnxscript import opset19
+
+    def identity(input, offset, weight, bias, mask, stride, padding, dilation):
+        return opset19.Identity(input)
+
+    table = {torch.ops.dcn_plugin.deform_conv2d.default: identity}
+    program = torch.onnx.export(
+        Form(), (torch.randn(1, 6, 8, 8),), custom_translation_table=table, optimize=False, verbose=False
+    )
+    assert "Identity" in {node.op_type for node in program.model.graph}
+
+
+def test_graphs_for_anything_else_keep_the_operator():
+    """The table of decompositions is everyone's; fake tensors of unknown sizes look there too."""
+    program = torch.export.export(Form(), (torch.randn(2, 6, 9, 8),), dynamic_shapes=(IMAGES,))
+    kept = program.run_decompositions(dict(torch._decomp.decomposition_table))
+    targets = [node.target for node in kept.graph.nodes]
+    assert torch.ops.dcn_plugin.deform_conv2d.default in targets
+
+
+def test_the_old_exporter_names_the_new_one(tmp_path):
+    with pytest.raises(NotImplementedError, match="expected dynamo=True for dcn_plugin::deform_conv2d"):
+        torch.onnx.export(Form().eval(), (torch.randn(1, 6, 8, 8),), tmp_path / "m.onnx", dynamo=False)
 
 
 @pytest.mark.parametrize("offsets", [torch.float16, torch.float32])
@@ -117,7 +175,7 @@ def test_half_precision_is_computed_in_float32(offsets, tmp_path):
     given = (x, (torch.randn(1, 18, 40, 40) * 3).to(offsets), weight)
     path = export_onnx(Half(), given, tmp_path / "m.onnx")
     casts = [n.op_type for n in onnx.load(path).graph.node if n.op_type.startswith("Cast")]
-    assert len(casts) == (3 if offsets == torch.float32 else 4)
+    assert len(casts) == (3 if offsets == torch.float32 else 4), casts
     if HAS_RUNTIME:
         assert_close(run_onnx(path, given)[0], Half()(*given), tolerance=1e-3)
 
@@ -154,31 +212,20 @@ def test_roi_pooling_as_standard_operators(operator, tmp_path):
     assert_close(run_onnx(path, other)[0], model(*other))
 
 
-def test_roi_pooling_that_does_not_export_is_named():
-    """Without export_onnx."""
-    for operator, options in POOLING.items():
-        with pytest.raises(torch.onnx.OnnxExporterError, match=f"{operator} does not .*: export_onnx writes it"):
-            torch.onnx.export(
-                Pool(operator, **options), (torch.randn(2, 8, 12, 14), REGIONS), dynamo=True, opset_version=19,
-                verbose=False, custom_translation_table=custom_translation_table(),
-            )  # fmt: skip
+@needs_runtime
+@pytest.mark.parametrize("operator", POOLING)
+def test_torch_itself_writes_roi_pooling(operator, tmp_path):
+    """At an opset without DeformConv, too; a program that was exported earlier."""
+    model, given = Pool(operator, **POOLING[operator]), (torch.randn(2, 8, 12, 14), REGIONS)
+    program = torch.onnx.export(torch.export.export(model, given), opset_version=18, verify=True, verbose=False)
+    onnx.checker.check_model(program.model_proto, full_check=True)
+    program.save(tmp_path / "m.onnx")
+    assert_close(run_onnx(tmp_path / "m.onnx", given)[0], model(*given))
 
 
 def test_an_old_opset_is_refused(tmp_path):
     with pytest.raises(ValueError, match="opset_version: expected at least 19"):
         export_onnx(Form(), (torch.randn(1, 6, 8, 8),), tmp_path / "m.onnx", opset_version=18)
-
-
-def test_without_onnx_the_extra_is_named():
-    code = """
-import sys
-sys.modules["onnxscript"] = None
-try:
-    import dcn_plugin.export.onnx
-except ModuleNotFoundError as error:
-    print(error)
-"""
-    assert "needs onnxscript, which is not installed: pip install '.[onnx]'" in run_python(code)
 
 
 def move_offsets(model: nn.Module) -> nn.Module:

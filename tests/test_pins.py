@@ -9,8 +9,10 @@ from test_packaging import PYPROJECT
 
 WHY_NOT = {
     "pins it exactly itself": "ast-serialize cuda-bindings cuda-toolkit librt tokenizers triton",
-    "draws pictures, whose pixels no test compares": "contourpy cycler fonttools kiwisolver pyparsing python-dateutil six",
-    "prints": "click prettytable rich tabulate termcolor terminaltables typer",
+    "draws pictures, whose pixels no test compares": (
+        "contourpy cycler fonttools kiwisolver pyparsing python-dateutil six"
+    ),
+    "prints": "click prettytable rich tabulate termcolor terminaltables typer wcwidth",
     "serves scikit-learn's training, of which only load_digits is called": "joblib narwhals threadpoolctl",
     "runs tests and checks, whose outcome shows": "execnet iniconfig mypy-extensions pathspec pluggy sortedcontainers",
     "is the interpreter's own business (versions, types, locks, templates, graphs)": (
@@ -20,7 +22,9 @@ WHY_NOT = {
         "ghp-import mergedeep mkdocs-get-deps pyyaml-env-tag watchdog"
     ),
     "fetches, where no test may": "hf-xet httpx2 platformdirs requests",
-    "serves parts that are not called (others' loops, configs, files)": "importlib-metadata iopath mat4py modelindex mpmath openvino-telemetry portalocker regex yacs",
+    "serves parts that are not called (others' loops, configs, files)": (
+        "importlib-metadata iopath mat4py modelindex mpmath openvino-telemetry portalocker yacs"
+    ),
 }
 
 

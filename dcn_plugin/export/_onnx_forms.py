@@ -101,12 +101,12 @@ def _asked_opset() -> int | None:
 
     torch tells it to translations alone, and would write an operator that the opset lacks without a word.
     """
-    frame = sys._getframe()
+    frame: Any = sys._getframe()
     while frame is not None:
         if frame.f_globals.get("__name__") == "torch.onnx._internal.exporter._core":
             if "opset_version" in frame.f_locals:
                 return frame.f_locals["opset_version"]
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
 
 

@@ -1,6 +1,6 @@
 """deform_conv2d as operators that nearly every tool knows: `grid_sample`, a product with the mask, a 1x1 convolution.
 
-For converters and runtimes that take neither our operator nor ONNX's DeformConv; ExecuTorch is one. It needs torch alone.
+For converters and runtimes that take neither our operator nor ONNX's DeformConv, such as ExecuTorch. Needs torch alone.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def grid_sample_decompositions() -> dict[Callable, Callable[..., Tensor]]:
     """Return what writes `deform_conv2d` with `grid_sample`, for `ExportedProgram.run_decompositions`.
 
     `columns = mask * grid_sample(input, positions)`, `out = conv2d(columns, weight as 1x1)`: about 40 operators, all of
-    them ATen's core ones, for any groups, offset groups, padding, stride, dilation and dynamic sizes. `grid_sample` takes
-    positions in parts of the map, so samples move by up to 1e-7 of its size: outputs differ by some 1e-6 of the largest,
-    by 1e-5 for noise on maps of 200 pixels. float16 and bfloat16 are computed in float32. The columns of a whole call are in memory at once: K times the
-    input's channels at the output's size.
+    them ATen's core ones, for any groups, offset groups, padding, stride, dilation and dynamic sizes. float16 and
+    bfloat16 are computed in float32. `grid_sample` takes positions in parts of the map, so samples move by up to 1e-7
+    of its size: outputs differ by some 1e-6 of the largest, by 1e-5 for noise on maps of 200 pixels. The columns of a
+    whole call are in memory at once: K times the input's channels at the output's size.
 
     Raises:
         NotImplementedError: when a program is decomposed that pools regions; the message names the operator.
@@ -69,7 +69,7 @@ def _deform_conv2d(
         """Where the window begins for each output, and how far from there each tap is."""
         numbers = (torch.arange(size, dtype=acc, device=input.device) for size in (count, taps))
         outputs, inside = numbers
-        return outputs * stride[i] - padding[i], inside * dilation[i]
+        return outputs * float(stride[i]) - float(padding[i]), inside * float(dilation[i])
 
     rows, tap_rows = axis(out_h, kh, 0)
     columns, tap_columns = axis(out_w, kw, 1)
@@ -79,7 +79,7 @@ def _deform_conv2d(
     # From pixels to [-1, 1] over the map. What lies outside stays just outside, where nothing is read: runtimes count
     # pixels in integers, which infinite positions do not fit.
     grid = torch.stack(
-        [(t.clamp(-2, size + 1) * 2 + 1) / size - 1 for t, size in ((x, width), (y, height))],
+        [(t.clamp(-2, size + 1) * 2.0 + 1.0) / size - 1.0 for t, size in ((x, width), (y, height))],
         dim=-1,
     ).reshape(n * offset_groups, taps * out_h, out_w, 2)
     maps = input.reshape(n * offset_groups, channels // offset_groups, height, width)

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +69,12 @@ def export_ncnn(
         >>> path.name, torch.allclose(run_ncnn(path, (x,))[0], layer(x), atol=1e-4)
         ('layer.param', True)
     """
+    model = to_torchvision(model, one_group=True).eval()
     _check_args("args", args)
     if other_args is not None:
         _check_args("other_args", other_args)
-    model = to_torchvision(model, one_group=True).eval()
-    path = Path(path).with_suffix(".param")
+    path = Path(path)
+    path = path if path.suffix == ".param" else path.with_name(f"{path.name}.param")
     path.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         param, weights = Path(folder, "model.ncnn.param"), Path(folder, "model.ncnn.bin")
@@ -153,21 +153,14 @@ def _refuse_ours(traced: Any) -> None:
 
 
 def _convert(file: str, args: tuple[Tensor, ...], other_args: tuple[Tensor, ...] | None) -> None:
-    with _without_output():
-        pnnx.convert(file, args, other_args, fp16=False)
-
-
-@contextmanager
-def _without_output() -> Iterator[None]:
-    """pnnx is a program of its own, which tells each pass; what it could not do stands in the file."""
-    with open(os.devnull, "w") as nowhere:
-        kept = os.dup(2)
-        os.dup2(nowhere.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+    """Run pnnx itself: its Python function also imports a program that it has written, even one with mistakes."""
+    command = [pnnx.EXEC_PATH, file, "fp16=0"]
+    for option, values in (("inputshape", args), ("inputshape2", other_args or ())):
+        if values:
+            shapes = (",".join(map(str, value.shape)) for value in values)
+            command.append(f"{option}=" + ",".join(f"[{shape}]f32" for shape in shapes))
+    # It tells every pass that it makes; what it could not do stands in the file.
+    subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def _refuse_unknown(param: Path) -> None:

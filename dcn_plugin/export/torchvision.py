@@ -81,7 +81,8 @@ class OnTorchvision(nn.Module):
         self.convs = nn.ModuleList()
         for first, end in zip(edges[:-1], edges[1:], strict=True):
             group, begin = first // size, first // size * size
-            weight, bias = layer.weight, layer.bias if first == begin else None
+            weight: Tensor = layer.weight
+            bias: Tensor | None = layer.bias if first == begin else None
             if len(edges) > 2:
                 weight = weight[group * outputs : (group + 1) * outputs, first - begin : end - begin]
                 bias = None if bias is None else bias[group * outputs : (group + 1) * outputs]

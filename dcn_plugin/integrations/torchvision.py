@@ -42,7 +42,9 @@ Replacement = Callable[[Kernel], Kernel]
 # each y and x, groups, offset groups), then whether the mask is one.
 
 
-def _as_conv(input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor, bias: Tensor, *options: Any) -> dict | None:
+def _as_conv(
+    input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor, bias: Tensor, *options: Any
+) -> dict[str, Any] | None:
     """Return the arguments by our names; None where they are no call of ours, and torchvision says what is wrong."""
     *pairs, groups, offset_groups, use_mask = options
     stride, padding, dilation = (list(pairs[i : i + 2]) for i in (0, 2, 4))
@@ -124,11 +126,13 @@ def _conv_autocast(_: Kernel) -> Kernel:
     return kernel
 
 
-# roi_align. torchvision's arguments: input, rois, scale, bins (y, x), samples, aligned; those of its backward: grad, rois,
-# scale, bins (y, x), sizes of the input (N, C, H, W), samples, aligned.
+# roi_align. torchvision's arguments: input, rois, scale, bins (y, x), samples, aligned; those of its backward: grad,
+# rois, scale, bins (y, x), sizes of the input (N, C, H, W), samples, aligned.
 
 
-def _as_pooling(input: Tensor, rois: Tensor, scale: float, height: int, width: int, samples: int, aligned: bool):
+def _as_pooling(
+    input: Tensor, rois: Tensor, scale: float, height: int, width: int, samples: int, aligned: bool
+) -> dict[str, Any] | None:
     """Return the arguments by our names; None where they are no call of ours, and torchvision says what is wrong."""
     given: dict[str, Any] = dict(
         input=input, rois=rois, offset=None, mask=None, output_size=[height, width], spatial_scale=scale,
@@ -272,7 +276,7 @@ def accelerate(operators: Sequence[str] = OPERATORS) -> Accelerated:
 
     Numbers agree to rounding, but for
 
-    - the derivative at exactly y = -1 or x = -1, where a sample's value is 0: 0, in torchvision that of the piece inside;
+    - the derivative at exactly y = -1 or x = -1, where a sample is 0: it is 0, in torchvision that of the piece inside;
     - infinite offsets, whose gradients are 0, in torchvision NaN; NaN offsets, which give NaN in all they touch;
     - NaN or infinite pixels that a sample touches with weight 0: not read, in torchvision NaN;
     - float16: positions and sums are float32 within a call, in torchvision float16;
@@ -308,7 +312,7 @@ def accelerate(operators: Sequence[str] = OPERATORS) -> Accelerated:
             f"torchvision: expected its compiled operators, got torchvision {torchvision.__version__} that could not "
             f"load them beside torch {torch.__version__}"
         )
-    asked = Accelerated(dict.fromkeys(operators))
+    asked = Accelerated(list(dict.fromkeys(operators)))
     with _lock:
         for name in asked.operators:
             if name not in _libraries:

@@ -48,7 +48,7 @@ def let_exporters_decompose(op: Any, fake: Callable[..., Tensor]) -> None:
     def refuse(*_: Any) -> NoReturn:
         raise NotImplementedError(f"torch.onnx.export: expected dynamo=True for dcn_plugin::{name}, got dynamo=False")
 
-    torch.onnx.register_custom_op_symbolic(op.name(), refuse, 9)
+    torch.onnx.register_custom_op_symbolic(op.name(), refuse, 9)  # type: ignore[attr-defined]  # no name of its list
 
 
 def _refuse(name: str) -> Any:

@@ -1,6 +1,7 @@
 """Conversion, checkpoints, export to ONNX, and the compiled libraries."""
 
 import importlib
+import io
 import json
 import pickle
 import sys
@@ -308,41 +309,93 @@ def export(version):
     return export_onnx(nn.Identity(), (torch.zeros(1),), "not written.onnx", opset_version=version)
 
 
-def translate_pooling():
-    """What torch's exporter meets without `export_onnx`."""
-    from dcn_plugin.export.onnx import custom_translation_table
+def export_of_any_size():
+    """The exporter asks for the operator's form while sizes of the channels are not known."""
+    from dcn_plugin.export._onnx_forms import FORMS
 
-    custom_translation_table()[torch.ops.dcn_plugin.ps_roi_pool.default]()
-
-
-def export_of_any_size(monkeypatch):
-    """The exporter asks for the operator's translation while sizes of the channels are not known."""
-    from dcn_plugin.export import onnx as onnx_export
-
-    target = SimpleNamespace(opset=SimpleNamespace(version=19))
-    monkeypatch.setattr(onnx_export.evaluator, "default", lambda: target)
-    translate = onnx_export.custom_translation_table()[torch.ops.dcn_plugin.deform_conv2d.default]
     input, offset, weight = (SimpleNamespace(shape=shape) for shape in ((1, "C", 8, 8), (1, 18, 8, 8), (4, 4, 3, 3)))
-    translate(input, offset, weight, None, None, [1, 1], [1, 1, 1, 1], [1, 1])
+    FORMS["deform_conv2d"](input, offset, weight, None, None, [1, 1], [1, 1, 1, 1], [1, 1])
 
 
-def import_without_onnx(monkeypatch):
-    monkeypatch.delitem(sys.modules, "dcn_plugin.export.onnx", raising=False)
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    importlib.import_module("dcn_plugin.export.onnx")
+def export_by_torch(**options):
+    """What torch's exporter, which wraps it, was told."""
+    layer = DeformConv2d(4, 4, 3, padding=1)
+    given = (torch.zeros(1, 4, 8, 8), torch.zeros(1, 18, 8, 8))
+    try:
+        torch.onnx.export(layer, given, io.BytesIO(), verbose=False, **options)
+    except torch.onnx.OnnxExporterError as error:
+        raise error.__cause__ from None
 
+
+def decompose_for_nobody():
+    torch._decomp.decomposition_table[torch.ops.dcn_plugin.ps_roi_pool.default](torch.zeros(1))
+
+
+def import_without_openvino(monkeypatch):
+    monkeypatch.delitem(sys.modules, "dcn_plugin.export.openvino", raising=False)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    importlib.import_module("dcn_plugin.export.openvino")
+
+
+def convert_for_openvino(*arguments):
+    from dcn_plugin.export.openvino import convert
+
+    convert(*arguments)
+
+
+def read_by_openvino(unknown):
+    """What OpenVINO's reader, which wraps errors in words of its own, calls, with one axis that is not known."""
+    from dcn_plugin.export import openvino
+
+    shapes = dict(input=[1, 4, 8, 8], offset=[1, 18, 8, 8], weight=[4, 4, 3, 3])
+    shapes[unknown] = [shapes[unknown][0], -1, *shapes[unknown][2:]]
+    given = [openvino.opset8.parameter(shape).output(0) for shape in shapes.values()]
+    openvino._convolution(*given, None, None, [1, 1], [1, 1, 1, 1], [1, 1])
+
+
+def pool_in_openvino():
+    from dcn_plugin.export import openvino
+
+    openvino._refusal("ps_roi_pool")(None)
+
+
+OPENVINO = [
+    Case(
+        import_without_openvino,
+        ModuleNotFoundError, "dcn_plugin.export.openvino", "pip install openvino", "needs openvino",
+    ),
+    Case(
+        lambda: convert_for_openvino(nn.Identity()),
+        ValueError, "example_input:", "expected the arguments of a module", "got None",
+    ),
+    *(
+        Case(
+            lambda name=name: read_by_openvino(name),
+            ValueError, f"{name}:", "expected fixed channels and a fixed kernel", f"got shape [{size},?,",
+        )
+        for name, size in (("input", 1), ("offset", 1), ("weight", 4))
+    ),
+    Case(
+        pool_in_openvino,
+        NotImplementedError, "ps_roi_pool:", "expected an operator that OpenVINO has", "got RoI pooling",
+    ),
+]  # fmt: skip
 
 ONNX = [
     Case(lambda: export(18), ValueError, "opset_version:", "expected at least 19, which brought DeformConv", "got 18"),
     Case(
-        translate_pooling,
-        NotImplementedError, "ps_roi_pool", "export_onnx writes it", "does not export to ONNX like this",
+        lambda: export_by_torch(opset_version=18),
+        ValueError, "opset_version:", "expected at least 19, which brought DeformConv", "got 18",
     ),
-    Case(export_of_any_size, ValueError, "input:", "expected fixed channels and a fixed kernel", "got shape (1, 'C'"),
     Case(
-        import_without_onnx,
-        ModuleNotFoundError, "dcn_plugin.export.onnx", "pip install '.[onnx]'", "needs onnxscript",
+        lambda: export_by_torch(dynamo=False),
+        NotImplementedError, "torch.onnx.export:", "expected dynamo=True", "got dynamo=False",
     ),
+    Case(
+        decompose_for_nobody,
+        NotImplementedError, "dcn_plugin::ps_roi_pool:", "expected an exporter", "got a call outside of one",
+    ),
+    Case(export_of_any_size, ValueError, "input:", "expected fixed channels and a fixed kernel", "got shapes (1, 'C'"),
 ]  # fmt: skip
 
 
@@ -407,4 +460,4 @@ OPTIMIZERS = [
         ValueError, "dcn_offset_lr_mult:", "expected an optimizer with a learning rate", "got one without lr",
     ),
 ]  # fmt: skip
-CASES = CONVERT + CHECKPOINT + ONNX + LIBRARIES + OPTIMIZERS
+CASES = CONVERT + CHECKPOINT + ONNX + OPENVINO + LIBRARIES + OPTIMIZERS

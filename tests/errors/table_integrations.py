@@ -1,12 +1,14 @@
-"""Programs of others: the stand-in for mmcv's compiled module."""
+"""Programs of others: the stand-in for mmcv's compiled module, torchvision's operators on our kernels."""
 
 import torch
+import torchvision
 
 from dcn_plugin import integrations
 from dcn_plugin.integrations import mmcv
 from dcn_plugin.integrations.mmcv import _checkpoints
 from dcn_plugin.integrations.mmcv._extension import StandIn
 from dcn_plugin.integrations.mmcv.deform import FUNCTIONS
+from dcn_plugin.integrations.torchvision import accelerate
 from errors.case import Case
 
 
@@ -37,7 +39,7 @@ MMCV = [
     Case(without_mmcv, ModuleNotFoundError, "mmcv:", "expected mmcv-lite to be installed", "got none"),
     Case(
         lambda: StandIn().furthest_point_sampling_forward(1, output=2),
-        NotImplementedError, "furthest_point_sampling_forward:", "expected an operator that dcn_plugin has", "an mmcv with compiled",
+        NotImplementedError, "furthest_point_sampling_forward:", "expected an operator that", "an mmcv with compiled",
     ),
     Case(
         lambda: StandIn().__wrapped__,
@@ -60,11 +62,28 @@ def without_torchvision(monkeypatch):
 
 
 BY_NAME = [
-    Case(lambda: integrations.enable("mmcvs"), ValueError, "integration:", "expected one of", "got 'mmcvs'"),
+    Case(lambda: integrations.enable("mmcvs"), ValueError, "unknown integration", "did you mean 'mmcv'?", "'mmcvs'"),
     Case(
         without_torchvision,
         ModuleNotFoundError, "torchvision:", "expected torchvision to be installed", "got none",
     ),
 ]  # fmt: skip
 
-CASES = [*MMCV, *BY_NAME]
+
+def without_compiled_operators(monkeypatch):
+    monkeypatch.setattr(torchvision.extension, "_has_ops", lambda: False)
+    accelerate()
+
+
+TORCHVISION = [
+    Case(lambda: accelerate("roi_align"), TypeError, "operators", "expected a sequence of names", "got 'roi_align'"),
+    Case(lambda: accelerate([1]), TypeError, "operators", "expected a sequence of names", "got [1]"),
+    Case(lambda: accelerate([]), ValueError, "operators", "expected names among deform_conv2d, roi_align", "got []"),
+    Case(lambda: accelerate(["nms"]), ValueError, "operators", "expected names among deform_conv2d", "got ['nms']"),
+    Case(
+        without_compiled_operators, RuntimeError, "torchvision", "expected its compiled operators",
+        f"got torchvision {torchvision.__version__} that could not load them beside torch {torch.__version__}",
+    ),
+]  # fmt: skip
+
+CASES = [*MMCV, *BY_NAME, *TORCHVISION]

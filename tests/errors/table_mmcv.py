@@ -139,8 +139,20 @@ def wrong_sizes():
                 yield refused(function, name, value[None])
 
 
+def region(function, *row, **options):
+    rois = torch.tensor([[0.0, 0, 0, 1, 1], row, row])
+    return Case(
+        call(function, rois=rois, **options), ValueError, "rois", "of images 0 to 0", f"{rois[1].tolist()} in row 1"
+    )
+
+
 CASES = [
     *wrong_sizes(),
+    region("roi_align_forward", 1, 0, 0, 1, 1),
+    region("roi_align_forward", -1, 0, 0, 1, 1, pool_mode=1),
+    region("roi_align_forward", 0, 0, 0, float("nan"), 1, pool_mode=1),
+    region("roi_align_forward", 0, 3, 0, 1, 1),
+    region("roi_pool_forward", 0, 0, 0, float("inf"), 1),
     refused("masked_im2col_forward", "im", zeros(2, 2, 3, 4)),
     *(
         Case(

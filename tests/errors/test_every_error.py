@@ -12,7 +12,8 @@ from errors.case import outcome
 from errors.sites import files, sites
 
 # The tables reach into every part of the package.
-for _name in ("pytorch_lightning", "timm", "mmengine", "torchmetrics", "torchvision", "sklearn", "onnxscript"):
+_NEEDED = "pytorch_lightning timm mmengine torchmetrics torchvision sklearn onnxscript ncnn pnnx"
+for _name in _NEEDED.split():
     pytest.importorskip(_name)
 
 # Table of cases -> the files whose errors it raises.
@@ -23,6 +24,7 @@ PARTS = {
     "visualize": ("visualize/",),
     "finetune": ("finetune/", "_config.py", "export/folder.py", "export/forms.py", "models/build.py"),
     "detection": ("finetune/detection/", "detection/spec.py"),
+    "export": ("export/ncnn.py", "export/executorch.py", "export/grid_sample.py", "export/torchvision.py"),
     "integrations": ("integrations/",),
     "mmcv": tuple(
         f"integrations/mmcv/{name}.py"
@@ -34,6 +36,9 @@ PARTS = {
         "_weight_files.py",
         "_unpickling.py",
         "export/onnx.py",
+        "export/_onnx_forms.py",
+        "export/openvino.py",
+        "ops/_exporters.py",
         "_extension.py",
         "registry.py",
         "mm/optim.py",

@@ -8,6 +8,7 @@ import torch
 
 from dcn_plugin import reference
 from dcn_plugin.integrations.mmcv.deform import FUNCTIONS
+from dcn_plugin.ops import deform_conv2d
 
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2}
 # name: channels, out channels, kernel (y, x), stride, padding, dilation, groups, offset groups
@@ -223,6 +224,20 @@ def test_offsets_of_another_size_are_read_from_the_beginning_of_each_image(posit
     other = [views(t)[0] if t.dim() == 4 else t for t in tensors]
     for found, true in zip(run_v2(other, geometry)[1], grads, strict=True):
         torch.testing.assert_close(found, true, rtol=0, atol=1e-12)
+
+
+def test_our_operator_takes_a_line_to_do_the_same():
+    """The line that docs/operators.md gives; without it, our operator refuses."""
+    geometry = (4, 2, (3, 2), (1, 1), (1, 0), (1, 1), 1, 2)
+    tensors = draw(geometry, torch.float64, size=(5, 6), positions=(8, 7))
+    input, weight, bias, offset, mask, along = tensors
+    options = dict(padding=(1, 0), bias=bias)
+    with pytest.raises(ValueError, match="offset: expected shape"):
+        deform_conv2d(input, offset, weight, mask=mask, **options)
+    h, w = along.shape[2:]
+    offset, mask = (t.flatten(1)[:, : c * h * w].view(-1, c, h, w) for t, c in ((offset, 24), (mask, 12)))
+    out = deform_conv2d(input, offset, weight, mask=mask, **options)
+    torch.testing.assert_close(out, loops(tensors, geometry), rtol=0, atol=1e-12)
 
 
 def test_offsets_that_are_too_small_are_refused():

@@ -7,7 +7,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from run_python import run_python
 
 from dcn_plugin.integrations.mmcv import _extension
 
@@ -90,10 +89,8 @@ print("done")
 """
 
 
-def test_mmcvs_functions_and_their_gradients():
-    # mmcv's masked convolution calls what torch deprecates.
-    found = run_python(SCRIPT, "-W", "ignore:This overload of addmm:UserWarning")
-    assert found.split() == ["done"]
+def test_mmcvs_functions_and_their_gradients(forks):
+    assert forks.run(SCRIPT).split() == ["done"]
 
 
 def source_of(package):

@@ -116,7 +116,7 @@ def test_attributions_of_captum():
         gained = (model(x) - model(torch.zeros_like(x)))[:, 1]
     # Attributions add up to what the input changes, which gradients of the sampling points must be right for.
     for method in (attr.IntegratedGradients(model), attr.LayerIntegratedGradients(model, model.conv1)):
-        found = method.attribute(x, target=1, n_steps=64)
+        found = method.attribute(x, target=1, n_steps=200)
         torch.testing.assert_close(found.flatten(1).sum(1), gained, rtol=1e-4, atol=1e-5)
 
     kept = []

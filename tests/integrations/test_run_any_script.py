@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from run_python import OF_TORCHAO
 
 import dcn_plugin
 from dcn_plugin import __main__ as command
@@ -17,6 +18,7 @@ from dcn_plugin import integrations
 from dcn_plugin._startup import sitecustomize
 
 pytest.importorskip("timm")
+pytest.importorskip("torchvision")
 
 PLUG = ("-m", "dcn_plugin")
 
@@ -78,11 +80,14 @@ PROGRAM = """
 import argparse, subprocess, sys
 import torch
 
+def served():  # by what this process was given, not by an import of its own
+    return sys.modules["dcn_plugin.integrations.torchvision"].installed()
+
 class Images(torch.utils.data.Dataset):
     def __len__(self):
         return 2
     def __getitem__(self, index):
-        assert "dcn_plugin" in sys.modules, sys.argv
+        assert served(), sys.argv
         return torch.rand(3, 32, 32)
 
 def main():
@@ -91,6 +96,7 @@ def main():
     parser.add_argument("--start", nargs="*", default=[])
     args = parser.parse_args()
     import timm
+    assert served()
     model = timm.create_model(args.model, num_classes=3).eval()
     for way in args.start:
         if way == "again":  # as Lightning starts its other ranks
@@ -110,10 +116,11 @@ if __name__ == "__main__":
 
 def test_processes_that_a_program_starts_have_the_plug_too(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
-    done = python(
-        *PLUG, "program.py", "--model", "resnet18_dcn", "--start", "spawn", "again", "without", folder=tmp_path
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    plug, start = [*PLUG, "--accelerate", "torchvision"], ["--start", "spawn", "again", "without"]
+    done = python(*plug, "program.py", "--model", "resnet18_dcn", *start, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if OF_TORCHAO not in line]
+    assert len(said) == 1 and said[0].startswith("dcn_plugin: torchvision: "), "said once, by the first process"
     assert done.stdout.splitlines() == ["spawn (2, 3)", "done []", "done ['spawn', 'again', 'without']"]
 
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-torchvision = pytest.importorskip("torchvision")
+pytest.importorskip("torchvision")
+
+import torchvision
 from torchvision.ops import deform_conv2d, roi_align  # imported before anything is served
 
 from dcn_plugin import reference
@@ -141,7 +144,7 @@ def test_pooling_and_its_gradient_are_torchvisions_in_value_and_layout(layout, a
         input, rois = image.to(dtype).requires_grad_(), boxes(dtype, inside_out=sampling_ratio > 0)
         before = pooled(input, rois, **how)
         with accelerate():
-            assert serves(lambda: pooled(input, rois, **how), "deform_roi_pool", "deform_roi_pool_backward")
+            assert serves(partial(pooled, input, rois, **how), "deform_roi_pool", "deform_roi_pool_backward")
             after = pooled(input, rois, **how)
         for mine, theirs in zip(after, before, strict=True):
             assert mine.stride() == theirs.stride()
@@ -246,7 +249,7 @@ def test_bfloat16_autocast_and_float32_offsets():
         with pytest.raises(RuntimeError):
             call()
     with accelerate():
-        for found in (within_autocast(), of(mixed)):
+        for found in (within_autocast(), torch.compile(within_autocast, backend="aot_eager")(), of(mixed)):
             assert found[0].dtype == torch.bfloat16
             for mine, exact in zip(found, truth, strict=True):
                 scale = exact.abs().max().item()
@@ -279,6 +282,8 @@ def test_the_documented_differences():
         assert one_tap(1.0, x=inf) == one_tap(-inf) == (0, 0)
         assert one_tap(1.0, pixel=nan)[0] == 1
         assert math.isnan(one_tap(nan)[0])
+        inside_out = torch.tensor([[0, 3, 1, 1, 3.0]])
+        assert not roi_align(torch.ones(1, 1, 4, 4), inside_out, 2, aligned=True).any()
         for row, words in (([2, 0, 0, 1, 1], "a batch index from 0 to 1"), ([0, nan, 0, 1, 1], "finite")):
             with pytest.raises(ValueError, match=f"rois: expected {words}"):
                 roi_align(torch.zeros(2, 1, 4, 4), torch.tensor([row], dtype=torch.float32), 2)
@@ -390,7 +395,11 @@ def test_compiled_graphs_hold_torchvisions_operators_forward_and_backward():
         torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=aot_autograd(fw_compiler=look))
         compiled(x, rois).sum().backward()
-        assert serves(lambda: compiled(torch.cat([x, x]), rois[::2]).sum().backward(), *OURS, *(f"{name}_backward" for name in OURS))
+        assert serves(
+            lambda: compiled(torch.cat([x, x]), rois[::2]).sum().backward(),
+            *OURS,
+            *(f"{name}_backward" for name in OURS),
+        )
     forward = {"torchvision.deform_conv2d.default", "torchvision.roi_align.default"}
     backward = {"torchvision._deform_conv2d_backward.default", "torchvision._roi_align_backward.default"}
     assert len(held) >= 2 and all(pair == (forward, backward) for pair in zip(held[::2], held[1::2], strict=True))

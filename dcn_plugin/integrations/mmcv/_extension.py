@@ -15,8 +15,19 @@ from ..._version import __version__
 from . import _registry
 
 NAME = "mmcv._ext"
-# Each has `FUNCTIONS`: name in `mmcv._ext` -> function with the argument names of mmcv's.
-SIBLINGS = ("deform", "nms", "regions", "losses", "upsampling", "masks", "norms", "attention")
+# Each has `FUNCTIONS`: name in `mmcv._ext` -> function with the argument names of mmcv's. Beside it, what of the
+# published configurations of mmdet 3.3.0, mmseg 1.2.2 and mmpretrain 1.2.0 calls it. What else they take of `mmcv.ops`
+# (point_sample, corner pooling, criss-cross attention, cells of NAS-FPN) is plain PyTorch; mmpretrain's take nothing.
+SIBLINGS = (
+    "deform",  # dconv, mdconv, dpool, mdpool, SAC; RepPoints, VFNet, TOOD, FoveaBox, guided anchoring, DyHead, ...
+    "nms",  # nms: every detector; softnms: CornerNet, CentripetalNet; nms_match: PISA; nms_rotated: none, but mmrotate
+    "regions",  # roi_align: every two-stage detector and the targets of masks; roi_pool: none
+    "losses",  # sigmoid: focal losses on a GPU (on a CPU mmdet and mmseg compute them by themselves); softmax: none
+    "upsampling",  # CARAFE
+    "masks",  # psamask: mmseg's PSANet; masked convolution: guided anchoring, when it predicts
+    "norms",  # MMSyncBN: simple_copy_paste, strong_baselines
+    "attention",  # on a GPU: Deformable DETR, DINO, DDQ, Grounding DINO, Mask2Former
+)
 
 
 def _refusal(name: str) -> Callable[..., NoReturn]:

@@ -2,9 +2,9 @@
 
     custom_imports = dict(imports=["dcn_plugin.integrations.mmcv.auto"])
 
-It says once what was replaced. A config is read after the program's own imports, so this comes in time for those that
-import mm* packages later (`mmengine`'s tools, scripts that build from a config), not for `tools/train.py` of mmdet and
-mmseg, which import them in their first lines: those run under `python -m dcn_plugin --accelerate mmcv`.
+It says once what was replaced. A config is read after the program's own imports. `tools/train.py` of mmdet and mmseg
+import a part of theirs before, which needs no operators but refuses mmcv 2.2.0: there, `python -m dcn_plugin
+--accelerate mmcv tools/train.py` is in time, with 2.1.0 this is, too.
 """
 
 from mmengine.logging import print_log

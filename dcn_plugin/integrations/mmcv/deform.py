@@ -1,7 +1,7 @@
 """Deformable operators under the names and arguments of `mmcv._ext`.
 
 As there, results are written into the tensors given, and gradients of the input and of weights are added to what these
-hold. `columns`, `ones` and `im2col_step` are mmcv's scratch memory, which nothing here needs; groups follow from shapes.
+hold. `columns`, `ones` and `im2col_step` are mmcv's scratch memory, not needed here; groups follow from the shapes.
 What mmcv reads as contiguous memory may be channels_last or any view here.
 """
 

@@ -4,6 +4,7 @@
 touches. All write into tensors that mmcv has made, and add to gradients.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,6 +28,24 @@ def _check(input: Tensor, name: str, rois: Tensor, pooled: tuple[int, int], outp
     shape(rois, "rois", (len(rois), 5))
     for output, value in outputs.items():
         shape(value, output, (len(rois), input.shape[1], *pooled))
+
+
+def _check_values(rois: Tensor, images: int, least: float) -> None:
+    """Check regions on a CPU, where torchvision would read outside of the map; a GPU would have to be waited for.
+
+    `least` is what a side may be at least: 0 where mmcv refuses regions that are inside out.
+    """
+    if rois.device.type != "cpu" or not len(rois):
+        return
+    found = wide(rois)
+    sides = found[:, 3:] - found[:, 1:3]
+    right = found.isfinite().all(1) & (found[:, 0] >= 0) & (found[:, 0] < images) & (sides >= least).all(1)
+    if not right.all():
+        kind = "regions" if least else "regions of no negative size"
+        raise ValueError(
+            f"rois: expected finite {kind} of images 0 to {images - 1}, got {rois[~right][0].tolist()} in row "
+            f"{int((~right).nonzero()[0, 0])}"
+        )
 
 
 def _groups(sizes: Tensor, each: int) -> Iterator[tuple[int, int, Tensor]]:
@@ -71,9 +90,13 @@ def roi_align_forward(
         sampling_ratio: samples of a bin along either axis; 0 for as many as it has pixels.
         pool_mode: 0 for maxima, 1 for means.
         aligned: whether the centre of the first pixel is at 0.5, and not at 0; regions may then be smaller than it.
+
+    Raises:
+        ValueError: sizes do not agree; on a CPU, a region is not finite, of no image, or, if `aligned`, inside out.
     """
     bins = (aligned_height, aligned_width)
     _check(input, "input", rois, bins, {"output": output})
+    _check_values(rois, len(input), 0 if aligned else -math.inf)
     if pool_mode == 1:
         output.copy_(VISION.roi_align(*_supported(input, rois), spatial_scale, *bins, sampling_ratio, aligned))
         return
@@ -177,6 +200,7 @@ def roi_pool_forward(
     """
     bins = (pooled_height, pooled_width)
     _check(input, "input", rois, bins, {"output": output, "argmax": argmax})
+    _check_values(rois, len(input), -math.inf)
     output.zero_()
     argmax.fill_(-1)
     boxes = wide(rois)

@@ -1,0 +1,94 @@
+"""OpenVINO: its deformable convolution agrees with the definition, by every way that a model has to it."""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dcn_plugin import ops, reference
+
+if sys.version_info < (3, 11):
+    pytest.skip("no OpenVINO is tested on Python 3.10", allow_module_level=True)
+
+import openvino  # noqa: E402
+from onnx_checks import assert_close  # noqa: E402
+from test_onnx_export import FORMS, IMAGES, Form  # noqa: E402
+
+from dcn_plugin.export.openvino import convert, extensions  # noqa: E402
+
+FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def run(model: openvino.Model, *given: Tensor) -> Tensor:
+    return torch.from_numpy(openvino.compile_model(model, "CPU", FLOAT32)([t.numpy() for t in given])[0])
+
+
+def exact(model: nn.Module, x: Tensor, monkeypatch) -> Tensor:
+    with monkeypatch.context() as changed:
+        changed.setattr(ops, "deform_conv2d", reference.deform_conv2d)
+        return copy.deepcopy(model).double()(x.double()).float()
+
+
+@pytest.mark.parametrize("name", FORMS)
+@torch.no_grad()
+def test_every_form(name, tmp_path, monkeypatch):
+    """Made with one size and run with another; a mask comes with and without a bias."""
+    model, x = Form(**FORMS[name]).eval(), torch.randn(2, 6, 9, 8)
+    torch.onnx.export(model, (x,), tmp_path / "m.onnx", dynamic_shapes=(IMAGES,), verbose=False)
+    program = torch.export.export(model, (x,), dynamic_shapes=(IMAGES,))
+    other = torch.randn(3, 6, 12, 10)
+    wanted = exact(model, other, monkeypatch)
+    for way in (
+        convert(tmp_path / "m.onnx"),
+        convert(program),
+        convert(torch.jit.trace(model, x), x),
+        convert(model, x),
+    ):
+        assert_close(run(way, other), wanted)
+
+
+class Given(nn.Module):
+    def forward(self, x: Tensor, offset: Tensor, weight: Tensor) -> Tensor:
+        return ops.deform_conv2d(x, offset, weight)
+
+
+def test_the_border_is_ours():
+    """Samples around and beyond every edge, in eighths of a pixel: neighbours outside count as zeros."""
+    x, weight = torch.randn(1, 2, 5, 6), torch.randn(3, 2, 1, 1)
+    offset = torch.randint(-80, 81, (1, 2, 5, 6)) / 8.0
+    given = (x, offset, weight)
+    wanted = reference.deform_conv2d(x, offset, weight)
+    assert_close(run(convert(torch.export.export(Given(), given)), *given), wanted)
+    outside = offset.sign() * 9  # nothing is left to read
+    assert not run(convert(torch.export.export(Given(), given)), x, outside, weight).any()
+
+
+def test_half_precision_is_computed_in_float32():
+    x, weight = torch.randn(1, 4, 40, 40).half(), torch.randn(3, 4, 1, 1).half()
+    given = (x, (torch.randn(1, 2, 40, 40) * 3).half(), weight)
+    found = run(convert(torch.export.export(Given(), given)), *given)
+    assert found.dtype == torch.float16
+    assert_close(found, Given()(*given), tolerance=1e-3)
+
+
+def test_what_cannot_be_read_is_named():
+    x = torch.randn(1, 6, 9, 8)
+    with pytest.raises(Exception, match="input: expected fixed channels and a fixed kernel, got shape"):
+        openvino.convert_model(torch.jit.trace(Form(), x), extension=extensions())
+
+    class Pool(nn.Module):
+        def forward(self, x: Tensor, rois: Tensor) -> Tensor:
+            return ops.deform_roi_pool(x, rois, output_size=2)
+
+    given = (x, torch.tensor([[0, 1.0, 1, 5, 6]]))
+    with pytest.raises(Exception, match="deform_roi_pool: expected an operator that OpenVINO has, got RoI pooling"):
+        convert(torch.export.export(Pool(), given))
