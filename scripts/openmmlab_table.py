@@ -62,8 +62,8 @@ def with_dcn(kind: str, config: Any) -> None:
 
 def one(pipe: Any, name: str, dcn: str, stages: tuple[str, ...]) -> None:
     """Run a configuration in this process, which ends with it."""
-    package, _, file = name.partition("/")
-    done = run(package, file, stages, (lambda config: with_dcn(dcn, config)) if dcn else (lambda config: None))
+    package, _, file = name.removesuffix(".py").partition("/")
+    done = run(package, f"{file}.py", stages, (lambda config: with_dcn(dcn, config)) if dcn else (lambda config: None))
     done["name"] = name.removesuffix(".py") + (f" dcn={dcn}" if dcn else "")
     pipe.send(done)
 
