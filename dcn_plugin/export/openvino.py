@@ -38,7 +38,7 @@ def extensions() -> list[Any]:
         >>> from dcn_plugin import DCNv2
         >>> layer, x = DCNv2(4, 6, 3, padding=1).eval(), torch.randn(1, 4, 8, 8)
         >>> traced = torch.jit.trace(layer, x)
-        >>> model = openvino.convert_model(traced, input=[("x", [-1, 4, -1, -1])], extension=extensions())
+        >>> model = openvino.convert_model(traced, input=[("input", [-1, 4, -1, -1])], extension=extensions())
         >>> [op.get_type_name() for op in model.get_ops() if "Deformable" in op.get_type_name()]
         ['DeformableConvolution']
     """

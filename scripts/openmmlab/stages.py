@@ -130,7 +130,7 @@ class Run:
         self.model = runner.model
         with open(os.path.join(runner.work_dir, "last_checkpoint")) as file:
             self.written = file.read().strip()
-        return f"{runner.iter} steps"
+        return "1 step" if runner.iter == 1 else f"{runner.iter} steps"
 
     def load(self) -> str:
         """Load the Runner's own checkpoint, and one as they are published, into fresh models; all values are equal."""
