@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("mmdet", "mmseg", "mmpretrain")
-SIDE, MANY = 160, 320  # the longer side of a picture, in pixels; where the model takes the best of many positions
+SIDE, MANY = 160, 800  # the longer side of a picture, in pixels; where the model takes the best of many positions
 SIZES = (
     "scale", "scales", "img_scale", "img_scales", "crop_size", "size", "random_size_range", "resize_scale", "pad_shape",
     "stride",
@@ -119,6 +119,8 @@ def small(config: Any, work_dir: str) -> Any:
         train.update(max_epochs=1, val_interval=1)
         config.default_hooks.checkpoint.update(interval=1)
     train.pop("dynamic_intervals", None)
+    if "type" in train:
+        train.pop("by_epoch", None)  # light SOLOv2 says both, which MMEngine refuses
     config.default_hooks.checkpoint.pop("save_best", None)
     config.update(work_dir=work_dir, launcher="none", log_level="WARNING", resume=False)
     return config

@@ -141,6 +141,7 @@ class Run:
         with torch.no_grad():
             for value in runner.model.state_dict().values():
                 value.zero_()
+        runner.call_hook("before_run")  # the copy of averaged weights is made there, and loaded too
         runner.load_or_resume()
         same(runner.model, weights)
         if self.written:
