@@ -26,7 +26,7 @@ def datasets_of(config: Any) -> Iterator[dict]:
         for item in config:
             yield from datasets_of(item)
     elif isinstance(config, dict):
-        if str(config.get("type", "")).endswith("Dataset") and "pipeline" in config and "dataset" not in config:
+        if {"type", "pipeline"} <= config.keys() and not {"dataset", "datasets"} & config.keys():
             yield config
         for item in config.values():
             yield from datasets_of(item)

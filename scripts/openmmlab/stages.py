@@ -138,15 +138,22 @@ class Run:
 
         weights = {name: value.clone() for name, value in self.model.state_dict().items()}
         runner = self.runner(load_from=published(weights, self.config))
-        with torch.no_grad():
-            for value in runner.model.state_dict().values():
-                value.zero_()
+        zero(runner.model)
         runner.call_hook("before_run")  # the copy of averaged weights is made there, and loaded too
         runner.load_or_resume()
         same(runner.model, weights)
         if self.written:
+            zero(runner.model)
             load_checkpoint(runner.model, self.written, map_location="cpu", strict=True)
+            same(runner.model, weights)
         return "ok"
+
+
+@torch.no_grad()
+def zero(model: nn.Module) -> None:
+    """Make it plain which values are loaded."""
+    for value in model.state_dict().values():
+        value.zero_()
 
 
 def same(model: nn.Module, weights: dict[str, Tensor]) -> None:
