@@ -98,3 +98,12 @@ def script(monkeypatch, capsys):
         return 0, capsys.readouterr().out
 
     return call
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Interpreters for programs of others, which import much and must not see what an earlier test did."""
+    from integrations.forked import Forks
+
+    with Forks() as forks:
+        yield forks
