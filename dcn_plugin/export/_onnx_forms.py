@@ -118,8 +118,10 @@ def _roi_pooling(name: str) -> Callable[..., Tensor]:
     """
     names = [argument.name for argument in getattr(torch.ops.dcn_plugin, name).default._schema.arguments]
 
+    @torch.no_grad()  # a Scan that is also traced for gradients has two sets of unknown sizes
     def decompose(*args: Any) -> Tensor:
-        given = dict(zip(names, args, strict=True))
+        detached = (arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
+        given = dict(zip(names, detached, strict=True))
         # Runtimes disagree on what is empty, so there is always a region: a last one, left out of the result.
         for of_regions in ("rois", "offset", "mask"):
             if (t := given.get(of_regions)) is not None:

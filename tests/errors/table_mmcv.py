@@ -131,7 +131,7 @@ def refused(function, name, bad):
 
 def wrong_sizes():
     """Every tensor with one more in its last dimension, and with a dimension more."""
-    for function in GOOD.keys() & FUNCTIONS.keys():  # an older torchvision lacks one
+    for function in filter(FUNCTIONS.__contains__, GOOD):  # an older torchvision lacks one
         for name, value in GOOD[function].items():
             if isinstance(value, torch.Tensor) and name not in UNCHECKED.get(function, ()):
                 if name not in FREE.get(function, ()):
