@@ -282,14 +282,19 @@ def match_wrappers(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]
     return _fit_names(model, model.state_dict(), given, None, LoadReport("state dict"))
 
 
-def _hits(names: Iterable[str], own: Iterable[str], prefix: str) -> int:
-    own = set(own)
-    return sum(name.startswith(prefix) and name[len(prefix) :] in own for name in names)
+def _hits(names: Iterable[str], own: Mapping[str, Any]) -> int:
+    return sum(name in own for name in names)
 
 
-def _usual_prefix(names: Iterable[str], own: Iterable[str]) -> str:
-    # max() takes the first of equals: the names as they are.
-    return max(("", *_PREFIXES), key=lambda prefix: _hits(names, own, prefix))
+def _fits(model: nn.Module, own: Mapping[str, Any], names: Mapping[str, Any]) -> int:
+    """How many names are those of `model`, once what other projects and layouts call them is renamed."""
+    tried = dict(_of_project(model, own, State(names, None), LoadReport("state dict")))
+    rename_former_keys(model, tried)
+    return _hits(tried, own)
+
+
+def _without(prefix: str, names: Mapping[str, Any]) -> dict[str, Any]:
+    return {name[len(prefix) :]: value for name, value in names.items() if name.startswith(prefix)}
 
 
 def _inside(state: State, prefix: str | None, report: LoadReport) -> State:
@@ -322,7 +327,7 @@ def _of_project(model: nn.Module, own: Mapping[str, Any], state: State, report: 
             outside.append(old)
             continue
         result[new] = value
-    if renamed and not project.alone and _hits(result, own, "") <= _hits(state, own, ""):
+    if renamed and not project.alone and _hits(result, own) <= _hits(state, own):
         return state  # the model is that project's own
     if note := project.note(model):
         report.notes.append(note)
@@ -338,13 +343,8 @@ def _fit_names(model: nn.Module, own: Mapping[str, Any], state: State, prefix: s
     """
     if prefix == "":
         return state
-    names, bare = list(state), {_bare(name): name for name in state}
+    bare = {_bare(name): name for name in state}
     plain = {_bare(name) for name in own}
-    used = _usual_prefix(names, own) if prefix is None else prefix
-    short = _usual_prefix(bare, plain) if prefix is None else _bare(prefix)
-    fits = _hits(names, own, used)
-    if len(bare) < len(state) or len(plain) < len(own) or _hits(bare, plain, short) <= fits:
-        return _inside(state, used, report)
     modules = {_bare(name): name for name, _ in model.named_modules()}  # of two equal ones the inner one
 
     def wrapped(name: str) -> str:
@@ -352,10 +352,23 @@ def _fit_names(model: nn.Module, own: Mapping[str, Any], state: State, prefix: s
         length = next(n for n in range(len(parts), -1, -1) if ".".join(parts[:n]) in modules)
         return ".".join(filter(None, [modules[".".join(parts[:length])], *parts[length:]]))
 
+    def fits_as_it_is(prefix: str) -> int:
+        return _fits(model, own, _without(prefix, state))
+
+    def fits_bare(prefix: str) -> int:
+        inside = _without(prefix, bare)
+        return _fits(model, own, {wrapped(new): state[old] for new, old in inside.items()})
+
+    # max() takes the first of equals: the names as they are.
+    usual = ("", *_PREFIXES)
+    used = max(usual, key=fits_as_it_is) if prefix is None else prefix
+    short = max(usual, key=fits_bare) if prefix is None else _bare(prefix)
+    if len(bare) < len(state) or len(plain) < len(own) or fits_bare(short) <= fits_as_it_is(used):
+        return _inside(state, used, report)
     versions = None if state.metadata is None else {_bare(k): v for k, v in state.metadata.items()}
     inside = _inside(State({new: state[old] for new, old in bare.items()}, versions), short, report)
     changed = sum(new != old for new, old in bare.items())
-    kinds = sorted({part for name in (*names, *own) for part in name.split(".")} & _WRAPPERS)
+    kinds = sorted({part for name in (*state, *own) for part in name.split(".")} & _WRAPPERS)
     what = " and ".join(map(repr, kinds))
     report.notes.append(f"{what}, which wrappers put into names, taken out of {changed} names")
     metadata = inside.metadata and {wrapped(k): v for k, v in inside.metadata.items()}
@@ -366,10 +379,9 @@ def _strip(state: State, prefix: str, report: LoadReport) -> State:
     if not prefix:
         return state
     report.outside += [name for name in state if not name.startswith(prefix)]
-    inside = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+    inside = _without(prefix, state)
     report.notes.append(f"prefix {prefix!r} removed from {len(inside)} names")
-    versions = state.metadata and {k[len(prefix) :]: v for k, v in state.metadata.items() if k.startswith(prefix)}
-    return State(inside, versions)
+    return State(inside, state.metadata and _without(prefix, state.metadata))
 
 
 def _compare(
