@@ -21,7 +21,7 @@ from families import FAMILIES, smallest  # noqa: E402
 from onnx_checks import HAS_RUNTIME, assert_close, by_definition, needs_runtime  # noqa: E402
 
 from dcn_plugin.export.onnx import export_onnx, run_onnx  # noqa: E402
-from dcn_plugin.layers import offset_parameters  # noqa: E402
+from dcn_plugin.layers import DeformRoIPoolPack, ModulatedDeformRoIPoolPack, offset_parameters  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 Dim = torch.export.Dim
@@ -221,6 +221,18 @@ def test_torch_itself_writes_roi_pooling(operator, tmp_path):
     onnx.checker.check_model(program.model_proto, full_check=True)
     program.save(tmp_path / "m.onnx")
     assert_close(run_onnx(tmp_path / "m.onnx", given)[0], model(*given))
+
+
+@needs_runtime
+@pytest.mark.parametrize("cls", [DeformRoIPoolPack, ModulatedDeformRoIPoolPack])
+def test_layers_that_pool_are_written_while_gradients_are_on(cls, tmp_path):
+    layer, given = cls(4, 8, spatial_scale=0.5, sampling_ratio=2).eval(), (torch.randn(2, 8, 12, 14), REGIONS / 2)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(std=0.1)
+    layer.requires_grad_()
+    torch.onnx.export(layer, given, tmp_path / "m.onnx", verbose=False)
+    assert_close(run_onnx(tmp_path / "m.onnx", given)[0], layer(*given))
 
 
 def test_an_old_opset_is_refused(tmp_path):

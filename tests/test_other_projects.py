@@ -122,6 +122,17 @@ def test_birefnets_masks_are_noted_where_the_layers_differ():
     assert "trained with mask_activation='2*sigmoid', but this model has 'sigmoid'" in note
 
 
+@pytest.mark.parametrize("start", ["module.", "_orig_mod.", "module._orig_mod.", ""])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_wrappers_are_found_where_every_name_is_another_projects(start, compiled):
+    """A block by itself: none of its names is ours before it is renamed."""
+    original, x = filled(BiRefNetConv(4, 6)), drawn(2, 4, 9, 8)
+    ours = nn.Sequential(DCNv2(4, 6, 3, padding=1, bias=False))
+    model = torch.compile(ours, backend="eager") if compiled else ours
+    load_checkpoint(model, {f"{start}0.{name}": value for name, value in original.state_dict().items()})
+    close(ours(x), original(x))
+
+
 def test_what_does_not_fit_is_all_told():
     state = filled(BiRefNetASPP(BiRefNetConv)).state_dict()
     del state["aspp1.atrous_conv.modulator_conv.weight"], state["aspp1.bn.weight"]
