@@ -226,7 +226,7 @@ def test_torch_itself_writes_roi_pooling(operator, tmp_path):
 @needs_runtime
 @pytest.mark.parametrize("cls", [DeformRoIPoolPack, ModulatedDeformRoIPoolPack])
 def test_layers_that_pool_are_written_while_gradients_are_on(cls, tmp_path):
-    layer, given = cls(4, 8, spatial_scale=0.5, sampling_ratio=2).eval(), (torch.randn(2, 8, 12, 14), REGIONS / 2)
+    layer, given = cls(4, 8, spatial_scale=0.25, sampling_ratio=2).eval(), (torch.randn(2, 8, 12, 14), REGIONS)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_(std=0.1)
