@@ -1,11 +1,12 @@
 """Programs of others: the stand-in for mmcv's compiled module, torchvision's operators on our kernels."""
 
+import numpy as np
 import torch
 import torchvision
 
 from dcn_plugin import integrations
 from dcn_plugin.integrations import mmcv
-from dcn_plugin.integrations.mmcv import _checkpoints
+from dcn_plugin.integrations.mmcv import _readers
 from dcn_plugin.integrations.mmcv._extension import StandIn
 from dcn_plugin.integrations.mmcv.deform import FUNCTIONS
 from dcn_plugin.integrations.torchvision import accelerate
@@ -31,10 +32,40 @@ def modulated(offset, mask):
     return call
 
 
+F4 = np.dtype("f4")
+
+
+def array_state(*state, twice=False):
+    array = _readers.Array()
+    for _ in range(1 + twice):
+        array.__setstate__(state or (1, (1,), F4, False, bytes(4)))
+
+
+def log_state(**state):
+    history = np.zeros(2)
+    _readers.Log().__setstate__(dict(_log_history=history, _count_history=history, max_length=9) | state)
+
+
 MMCV = [
     Case(
-        lambda: _checkpoints._statistic(torch, "load"),
+        lambda: _readers.statistic(torch, "load"),
         ValueError, "name:", "expected a statistic of MMEngine's HistoryBuffer", "got 'load' of",
+    ),
+    Case(lambda: _readers.dtype("O8"), ValueError, "dtype:", "expected one of numbers or text", "got 'O8'"),
+    Case(
+        lambda: _readers.dtype("f8").__setstate__((3, "<", None, None, None, -1, -1, 63)),
+        ValueError, "dtype:", "expected the order of bytes and no fields or flags", "got (3, '<', None",
+    ),
+    Case(lambda: array_state(1, (2,), np.dtype("O"), False, b""), ValueError, "dtype:", "expected one", "dtype('O')"),
+    Case(lambda: array_state(1, (2,)), ValueError, "array:", "expected version, shape, dtype", "got tuple"),
+    Case(lambda: array_state(1, (-1,), F4, False, b""), ValueError, "array:", "expected a tuple of at", "got (-1,)"),
+    Case(lambda: array_state(1, (2,), F4, False, b"1"), ValueError, "array:", "expected 8 bytes for shape", "got 1"),
+    Case(lambda: array_state(twice=True), ValueError, "array:", "expected one state", "got a second"),
+    Case(lambda: _readers.Log().__setstate__([]), ValueError, "HistoryBuffer:", "expected a dict", "got list"),
+    Case(lambda: log_state(max_length=None), ValueError, "HistoryBuffer:", "expected a length and two", "['_count_his"),
+    Case(
+        lambda: log_state(statistics_methods={"mean": print}),
+        ValueError, "HistoryBuffer:", "expected its own statistics, min, max, current, mean", "got {'mean'",
     ),
     Case(without_mmcv, ModuleNotFoundError, "mmcv:", "expected mmcv-lite to be installed", "got none"),
     Case(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ...ops._operator import ORDERED, WANTED
+from ...ops._operator import WANTED, wanted_bits
 
 
 def _backward(name: str, grad_output: Tensor, *arguments: Any, wanted: tuple[str, ...]) -> tuple[Tensor, ...]:
@@ -23,10 +23,7 @@ def _backward(name: str, grad_output: Tensor, *arguments: Any, wanted: tuple[str
 
     mmcv's gradient functions do not keep what a second call of the forward would; so not through autograd.
     """
-    bits = sum(WANTED[each] for each in wanted)
-    if torch.are_deterministic_algorithms_enabled():
-        bits |= ORDERED
-    return getattr(torch.ops.dcn_plugin, f"{name}_backward")(grad_output, *arguments, bits)
+    return getattr(torch.ops.dcn_plugin, f"{name}_backward")(grad_output, *arguments, wanted_bits(wanted))
 
 
 def _plain(device: torch.device) -> torch.amp.autocast:
