@@ -208,7 +208,8 @@ class Shared(MetaPathFinder):
         if name in ("mmbuiltin", "mmpackage"):
             return ModuleSpec(name, Python, is_package=name == "mmpackage")
 
-class Old: pass  # without find_spec
+class Old:  # without find_spec
+    find_module = staticmethod(lambda name, path=None: None)  # Python 3.11 asks for it
 
 sys.meta_path[:0] = [Old(), Shared()]
 before = dict(vars(Python))
