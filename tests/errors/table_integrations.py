@@ -46,7 +46,21 @@ def log_state(**state):
     _readers.Log().__setstate__(dict(_log_history=history, _count_history=history, max_length=9) | state)
 
 
+def told(input=(2, 3, 4, 4), offset=(2, 2, 4, 4), weight=(3, 3, 1, 1), **other):
+    """The plain convolution of `modulated`, told something else."""
+    x, none = torch.zeros(input), torch.zeros(0)
+    options = dict(kW=1, kH=1, dW=1, dH=1, padW=0, padH=0, dilationW=1, dilationH=1, group=1, deformable_group=1)
+    given = x, torch.zeros(weight), torch.zeros(offset), torch.zeros_like(x), none, none
+    FUNCTIONS["deform_conv_forward"](*given, **options | other, im2col_step=1)
+
+
 MMCV = [
+    Case(lambda: told(input=(2, 3, 4)), ValueError, "input:", "expected a 4-D tensor", "got shape (2, 3, 4)"),
+    Case(lambda: told(offset=(2, 2, 4)), ValueError, "offset:", "expected a 4-D tensor", "got shape (2, 2, 4)"),
+    Case(lambda: told(group=0), ValueError, "group:", "expected at least 1", "got 0"),
+    Case(lambda: told(deformable_group=0), ValueError, "deformable_group:", "expected at least 1", "got 0"),
+    Case(lambda: told(group=3), ValueError, "weight:", "expected shape (3, 1, 1, 1)", "got (3, 3, 1, 1)"),
+    Case(lambda: told(deformable_group=2), ValueError, "offset:", "expected shape (2, 4, 4, 4)", "got (2, 2, 4, 4)"),
     Case(
         lambda: _readers.statistic(torch, "load"),
         ValueError, "name:", "expected a statistic of MMEngine's HistoryBuffer", "got 'load' of",

@@ -162,6 +162,7 @@ CASES = [
             ("roi_pool_backward", {}),
         )
     ),
+    Case(call("carafe_naive_forward", group_size=0), ValueError, "group_size", "expected at least 1", "got 0"),
     Case(
         call("carafe_naive_forward", group_size=3, masks=zeros(1, 27, 4, 6)),
         *(ValueError, "group_size", "expected a divisor of 4 channels", "got 3"),
