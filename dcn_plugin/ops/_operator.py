@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,11 @@ _lib = torch.library.Library("dcn_plugin", "IMPL")
 WANTED = {"input": 1, "offset": 2, "weight": 4, "mask": 8}
 # The bit beside them, torch's deterministic mode: no sums whose order may vary.
 ORDERED = 1 << 8
+
+
+def wanted_bits(names: Iterable[str]) -> int:
+    """Return `wanted` for a backward that is asked for the gradients of these tensors, in torch's mode."""
+    return sum(WANTED[name] for name in names) | (ORDERED if torch.are_deterministic_algorithms_enabled() else 0)
 
 
 def _arguments(op: Any) -> tuple[list[str], list[str]]:
@@ -85,12 +90,10 @@ def register(
 
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         wants = dict(zip(tensors, ctx.needs_input_grad, strict=False))
-        wanted = sum(WANTED[g] for g in gradients if wants[g])
+        asked = [g for g in gradients if wants[g]]
         found: dict[str, Tensor] = {}
-        if wanted:
-            if torch.are_deterministic_algorithms_enabled():
-                wanted |= ORDERED
-            result = backward_op(grad_output, *ctx.saved_tensors, *ctx.options, wanted)
+        if asked:
+            result = backward_op(grad_output, *ctx.saved_tensors, *ctx.options, wanted_bits(asked))
             found = dict(zip(gradients, (result,) if single else result, strict=True))
         for t, formula in closed_form.items():
             if wants[t]:

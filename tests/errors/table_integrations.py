@@ -1,11 +1,12 @@
 """Programs of others: the stand-in for mmcv's compiled module, torchvision's operators on our kernels."""
 
+import numpy as np
 import torch
 import torchvision
 
 from dcn_plugin import integrations
 from dcn_plugin.integrations import mmcv
-from dcn_plugin.integrations.mmcv import _checkpoints
+from dcn_plugin.integrations.mmcv import _readers
 from dcn_plugin.integrations.mmcv._extension import StandIn
 from dcn_plugin.integrations.mmcv.deform import FUNCTIONS
 from dcn_plugin.integrations.torchvision import accelerate
@@ -31,10 +32,54 @@ def modulated(offset, mask):
     return call
 
 
+F4 = np.dtype("f4")
+
+
+def array_state(*state, twice=False):
+    array = _readers.Array()
+    for _ in range(1 + twice):
+        array.__setstate__(state or (1, (1,), F4, False, bytes(4)))
+
+
+def log_state(**state):
+    history = np.zeros(2)
+    _readers.Log().__setstate__(dict(_log_history=history, _count_history=history, max_length=9) | state)
+
+
+def told(input=(2, 3, 4, 4), offset=(2, 2, 4, 4), weight=(3, 3, 1, 1), **other):
+    """The plain convolution of `modulated`, told something else."""
+    x, none = torch.zeros(input), torch.zeros(0)
+    options = dict(kW=1, kH=1, dW=1, dH=1, padW=0, padH=0, dilationW=1, dilationH=1, group=1, deformable_group=1)
+    given = x, torch.zeros(weight), torch.zeros(offset), torch.zeros_like(x), none, none
+    FUNCTIONS["deform_conv_forward"](*given, **options | other, im2col_step=1)
+
+
 MMCV = [
+    Case(lambda: told(input=(2, 3, 4)), ValueError, "input:", "expected a 4-D tensor", "got shape (2, 3, 4)"),
+    Case(lambda: told(offset=(2, 2, 4)), ValueError, "offset:", "expected a 4-D tensor", "got shape (2, 2, 4)"),
+    Case(lambda: told(group=0), ValueError, "group:", "expected at least 1", "got 0"),
+    Case(lambda: told(deformable_group=0), ValueError, "deformable_group:", "expected at least 1", "got 0"),
+    Case(lambda: told(group=3), ValueError, "weight:", "expected shape (3, 1, 1, 1)", "got (3, 3, 1, 1)"),
+    Case(lambda: told(deformable_group=2), ValueError, "offset:", "expected shape (2, 4, 4, 4)", "got (2, 2, 4, 4)"),
     Case(
-        lambda: _checkpoints._statistic(torch, "load"),
+        lambda: _readers.statistic(torch, "load"),
         ValueError, "name:", "expected a statistic of MMEngine's HistoryBuffer", "got 'load' of",
+    ),
+    Case(lambda: _readers.dtype("O8"), ValueError, "dtype:", "expected one of numbers or text", "got 'O8'"),
+    Case(
+        lambda: _readers.dtype("f8").__setstate__((3, "<", None, None, None, -1, -1, 63)),
+        ValueError, "dtype:", "expected the order of bytes and no fields or flags", "got (3, '<', None",
+    ),
+    Case(lambda: array_state(1, (2,), np.dtype("O"), False, b""), ValueError, "dtype:", "expected one", "dtype('O')"),
+    Case(lambda: array_state(1, (2,)), ValueError, "array:", "expected version, shape, dtype", "got tuple"),
+    Case(lambda: array_state(1, (-1,), F4, False, b""), ValueError, "array:", "expected a tuple of at", "got (-1,)"),
+    Case(lambda: array_state(1, (2,), F4, False, b"1"), ValueError, "array:", "expected 8 bytes for shape", "got 1"),
+    Case(lambda: array_state(twice=True), ValueError, "array:", "expected one state", "got a second"),
+    Case(lambda: _readers.Log().__setstate__([]), ValueError, "HistoryBuffer:", "expected a dict", "got list"),
+    Case(lambda: log_state(max_length=None), ValueError, "HistoryBuffer:", "expected a length and two", "['_count_his"),
+    Case(
+        lambda: log_state(statistics_methods={"mean": print}),
+        ValueError, "HistoryBuffer:", "expected its own statistics, min, max, current, mean", "got {'mean'",
     ),
     Case(without_mmcv, ModuleNotFoundError, "mmcv:", "expected mmcv-lite to be installed", "got none"),
     Case(

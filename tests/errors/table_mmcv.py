@@ -153,6 +153,32 @@ CASES = [
     region("roi_align_forward", 0, 0, 0, float("nan"), 1, pool_mode=1),
     region("roi_align_forward", 0, 3, 0, 1, 1),
     region("roi_pool_forward", 0, 0, 0, float("inf"), 1),
+    *(
+        region(function, *row, **options)
+        for row in ((1, 0, 0, 1, 1), (0, 0, 0, float("nan"), 1))
+        for function, options in (
+            ("roi_align_backward", dict(pool_mode=1)),
+            ("roi_align_backward", {}),
+            ("roi_pool_backward", {}),
+        )
+    ),
+    Case(call("carafe_naive_forward", group_size=0), ValueError, "group_size", "expected at least 1", "got 0"),
+    Case(
+        call("carafe_naive_forward", group_size=3, masks=zeros(1, 27, 4, 6)),
+        *(ValueError, "group_size", "expected a divisor of 4 channels", "got 3"),
+    ),
+    *(
+        Case(
+            call("ms_deform_attn_forward", **{name: torch.tensor(bad)}),
+            *(ValueError, "value_spatial_shapes", "expected levels within 20 pixels", got),
+        )
+        for name, bad, got in (
+            ("value_spatial_shapes", [[4, 6]], "got 4 x 6 from pixel 0 on"),
+            ("value_level_start_index", [1], "got 4 x 5 from pixel 1 on"),
+            ("value_level_start_index", [-1], "got 4 x 5 from pixel -1 on"),
+            ("value_spatial_shapes", [[-4, -5]], "got -4 x -5 from pixel 0 on"),
+        )
+    ),
     refused("masked_im2col_forward", "im", zeros(2, 2, 3, 4)),
     *(
         Case(

@@ -133,6 +133,18 @@ def test_the_layout_of_the_arguments_does_not_matter(run):
             torch.testing.assert_close(found, true, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("run", [run_v1, run_v2])
+@pytest.mark.parametrize(
+    ("at", "wrong", "name"), [(6, 1, "weight"), (7, 2, "offset"), (2, (2, 3), "weight"), (6, 0, "group")]
+)
+def test_kernels_and_groups_agree_with_the_shapes(run, at, wrong, name):
+    """mmcv's kernels check that; our operators never see these numbers."""
+    geometry = GEOMETRIES["groups"]
+    told = (*geometry[:at], wrong, *geometry[at + 1 :])
+    with pytest.raises(ValueError, match=f"{name}: expected .*, got"):
+        run(draw(geometry, torch.float64), told)
+
+
 def test_an_empty_batch_gives_an_empty_output_and_no_gradient():
     geometry = GEOMETRIES["groups"]
     for run in (run_v1, run_v2):

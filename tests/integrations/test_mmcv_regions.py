@@ -191,3 +191,15 @@ def test_gradients_are_added(image):
             first = sums
             assert sums[2] == (argmax >= 0).sum()
     assert sums == pytest.approx(first)
+
+
+@pytest.mark.parametrize("row", [(1 - 1e-9, 0, 0, 1, 1), (0, 0, 0, 1e39, 1), (0, -3e38, 0, 3e38, 1)])
+def test_regions_are_checked_in_the_type_that_they_are_used_in(row):
+    """In float32, these are of the second image, which is not there, or without an end."""
+    image, rois = torch.zeros(1, 2, 7, 8), torch.tensor([row], dtype=torch.float64)
+    for mode in (MAX, MEAN):
+        with pytest.raises(ValueError, match="rois: expected finite regions"):
+            align(image, rois, (2, 2), 1.0, 2, mode, True)
+    made = [torch.zeros(1, 2, 2, 2) for _ in range(3)]
+    with pytest.raises(ValueError, match="rois: expected finite regions"):
+        regions.roi_align_backward(made[0], rois, *made[1:], torch.zeros_like(image), 2, 2, 1.0, 2, MEAN, True)

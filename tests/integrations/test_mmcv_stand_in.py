@@ -119,7 +119,7 @@ for constructor in ("DefaultOptimWrapperConstructor", "dcn_plugin.OptimWrapperCo
     groups = build_optim_wrapper(model, cfg).optimizer.param_groups
     assert sorted(g["lr"] for g in groups) == [0.25, 0.25, 1.0, 1.0], groups
 """
-    assert "KernelPreference" not in run(code)
+    run(code)
 
 
 # mm* packages
@@ -169,7 +169,8 @@ except AssertionError:
 
 
 def test_a_package_that_fails_leaves_the_version(run, packages):
-    (packages / "mmfour.py").write_text(
+    (packages / "mmfour").mkdir()
+    (packages / "mmfour" / "__init__.py").write_text(
         "mmcv_min = '1.0'\nmmcv_max = '1.1'\nimport mmcv\n1 / (mmcv.__version__ != '1.0')"
     )
     code = f"""
@@ -185,6 +186,48 @@ except ZeroDivisionError:
     assert run(code, packages) == "restored\n"
 
 
+def test_loaders_stay_as_they_were(run, tmp_path):
+    """Whether a loader is a class, as Python's own for `mmap`, one for many modules, or one for each."""
+    (tmp_path / "mmseven").mkdir()
+    (tmp_path / "mmseven" / "__init__.py").write_text("import mmcv\nmmcv_min, mmcv_max = '1', '1.1'\n")
+    code = f"""
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+
+class Python:  # as BuiltinImporter: never made, and without anything of its own to delete
+    done = []
+    @staticmethod
+    def create_module(spec): ...
+    @staticmethod
+    def exec_module(module): Python.done.append(module.__name__)
+    @staticmethod
+    def get_source(name): return "MMCV_MIN = '1'\\nMMCV_MAX = '1.1'"
+
+class Shared(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name in ("mmbuiltin", "mmpackage"):
+            return ModuleSpec(name, Python, is_package=name == "mmpackage")
+
+class Old:  # without find_spec
+    find_module = staticmethod(lambda name, path=None: None)  # Python 3.11 asks for it
+
+sys.meta_path[:0] = [Old(), Shared()]
+before = dict(vars(Python))
+{INSTALL}
+import mmbuiltin, mmpackage, mmap, mmseven
+assert Python.done == ["mmbuiltin", "mmpackage"] and dict(vars(Python)) == before
+assert mmbuiltin.__loader__ is mmpackage.__loader__ is mmpackage.__spec__.loader is Python
+assert type(mmseven.__spec__.loader).__name__ == "SourceFileLoader" and mmseven.__loader__ is mmseven.__spec__.loader
+for _ in range(2):  # a spec that nobody imported, or twice
+    spec = importlib.machinery.PathFinder.find_spec("mmseven")
+    sys.modules.pop("mmseven")
+    found = find_spec("mmseven")
+    assert found.loader.get_source("mmseven") == spec.loader.get_source("mmseven") and found.loader.path == spec.origin
+    import mmseven
+"""
+    assert run(code, tmp_path) == ""
+
+
 def test_what_was_imported_without_operators_gets_them(run, tmp_path):
     """As mmseg's heads, which note None where `mmcv.ops` is missing."""
     (tmp_path / "mmfive").mkdir()
@@ -197,8 +240,11 @@ assert mmfive.head.PSAMask is None
 {INSTALL}
 import mmcv.ops
 assert mmfive.head.PSAMask is mmcv.ops.PSAMask
-stand_in.uninstall()
-assert mmfive.head.PSAMask is None
+for _ in range(2):
+    stand_in.uninstall()
+    assert mmfive.head.PSAMask is None
+    stand_in.install()  # brings mmcv.ops back
+    assert mmfive.head.PSAMask is sys.modules["mmcv.ops"].PSAMask
 """
     assert run(code, tmp_path) == ""
 
@@ -252,7 +298,10 @@ def test_compiled_operators_are_never_replaced(run, tmp_path):
     (tmp_path / "mmcv").mkdir()
     (tmp_path / "mmcv" / "__init__.py").write_text("__version__ = '9'\n")
     (tmp_path / "mmcv" / "_ext.py").write_text("kernels = 'real'\n")
-    (tmp_path / "mmsix.py").write_text("mmcv_min, mmcv_max = '1', '2'\nimport mmcv\nseen = mmcv.__version__\n")
+    (tmp_path / "mmsix").mkdir()
+    (tmp_path / "mmsix" / "__init__.py").write_text(
+        "mmcv_min, mmcv_max = '1', '2'\nimport mmcv\nseen = mmcv.__version__\n"
+    )
     code = f"""
 before = list(sys.meta_path)
 {INSTALL}
@@ -302,6 +351,34 @@ assert mmcv.ops.ModulatedDeformConv2dPack is kind and type(build("DCNv2")) is ki
 assert isinstance(layer, mmcv.ops.ModulatedDeformConv2d)
 """
     assert run(code) == ""
+
+
+@pytest.mark.parametrize("step", ["_registry.bring_back", "_around.begin", "_checkpoints.begin"])
+def test_installing_that_fails_leaves_nothing(run, step):
+    code = f"""
+import mmcv.cnn, torch
+from mmengine.registry import MODELS
+path, registered, allowed = list(sys.meta_path), dict(MODELS.module_dict), torch.serialization.get_safe_globals()
+from dcn_plugin.integrations import mmcv as stand_in
+step = stand_in.{step}
+
+def half():
+    step()
+    raise KeyboardInterrupt
+
+stand_in.{step} = half
+try:
+    stand_in.install()
+    raise SystemExit("it went through")
+except KeyboardInterrupt:
+    pass
+assert not stand_in.installed() and sys.meta_path == path and MODELS.module_dict == registered
+assert set(torch.serialization.get_safe_globals()) == set(allowed) and fails("mmcv.ops")
+stand_in.{step} = step
+stand_in.install()
+import mmcv.ops
+"""
+    run(code)
 
 
 def test_a_config_installs_it(run, tmp_path):

@@ -60,9 +60,13 @@ def install() -> str:
         return f"mmcv has compiled operators ({where}): nothing is replaced"
     if not installed():
         sys.meta_path.append(_finder)  # behind what finds a real one
-        _registry.bring_back()
-        _around.begin()
-        _checkpoints.begin()
+        try:
+            _registry.bring_back()
+            _around.begin()
+            _checkpoints.begin()
+        except BaseException:
+            uninstall()
+            raise
     return (
         f"dcn_plugin stands in for mmcv._ext, the compiled module that {spec.origin} lacks; packages that want an "
         "older mmcv are shown one while they are imported, torch.load takes MMEngine's checkpoints; "

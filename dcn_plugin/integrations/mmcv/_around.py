@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
-from importlib.abc import MetaPathFinder
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
@@ -74,6 +74,10 @@ def _switch_off_multimodal(module: ModuleType) -> None:
 def _given_to_those_that_asked(ops: ModuleType) -> Iterator[None]:
     """Give the names of `mmcv.ops` to modules of mm* packages that were imported without it and noted None."""
     yield
+    _give_to_those_that_asked(ops)
+
+
+def _give_to_those_that_asked(ops: ModuleType) -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("mm") and "." in name and not name.startswith("mmcv.ops"):
             for asked in ops.__all__:
@@ -113,25 +117,36 @@ class _Around(MetaPathFinder):
         if around is None:
             return None
         for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            find = None if finder is self else getattr(finder, "find_spec", None)  # Python passes over such, too
+            spec = find(fullname, path, target) if find else None
             if spec is not None:
-                _wrap(spec.loader, around)
+                # No package: `mmap` of Python's and the like. No loader: a folder without __init__.py.
+                package = around is not _accepted_version or spec.submodule_search_locations is not None
+                if package and hasattr(spec.loader, "exec_module"):
+                    spec.loader = _Loader(spec.loader, around)
                 return spec
         return None
 
 
-def _wrap(loader: Any, around: Callable[[ModuleType], AbstractContextManager[None]]) -> None:
-    """Change the one loader that was made for this import, until it has done it."""
-    execute = getattr(loader, "exec_module", None)
-    if execute is None:  # a folder without __init__.py
-        return
+class _Loader(Loader):
+    """Executes a module as its own loader does, within a context manager; that loader may serve others and stays."""
 
-    def exec_module(module: ModuleType) -> None:
-        del loader.exec_module
-        with around(module):
-            execute(module)
+    def __init__(self, loader: Any, around: Callable[[ModuleType], AbstractContextManager[None]]) -> None:
+        self._loader, self._around = loader, around
 
-    loader.exec_module = exec_module
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self).get("_loader"), name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec) if hasattr(self._loader, "create_module") else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        # From here on nothing shows that it was not the only one.
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        module.__loader__ = self._loader
+        with self._around(module):
+            self._loader.exec_module(module)
 
 
 _finder = _Around()
@@ -140,6 +155,8 @@ _finder = _Around()
 def begin() -> None:
     """Be asked first about every import, and catch up on what has been imported."""
     sys.meta_path.insert(0, _finder)
+    if (ops := sys.modules.get("mmcv.ops")) is not None:  # `_registry` has brought it back
+        _give_to_those_that_asked(ops)
     if (dependency := sys.modules.get("mmpretrain.utils.dependency")) is not None:
         _switch_off_multimodal(dependency)
     # mmdet takes the attention from where mmcv.cnn has it, if mmcv.ops could be imported when that was.
@@ -149,7 +166,8 @@ def begin() -> None:
 
 
 def end() -> None:
-    """Undo `begin` and what came of it."""
-    sys.meta_path.remove(_finder)
+    """Undo `begin`, as far as it came, and what came of it."""
+    if _finder in sys.meta_path:
+        sys.meta_path.remove(_finder)
     while _undo:
         _undo.pop()()

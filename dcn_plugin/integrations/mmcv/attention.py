@@ -32,7 +32,7 @@ def _attend(value: Tensor, sizes: list[list[int]], starts: list[int], locations:
 def _check(value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor) -> None:
     tensor(value, "value", 4, "[N, pixels, heads, C]")
     tensor(locations, "sampling_locations", 6, "[N, Q, heads, levels, points, 2]")
-    count, pixels, heads, _ = value.shape
+    count, _, heads, _ = value.shape
     queries, levels, points = locations.shape[1], *locations.shape[3:5]
     shape(locations, "sampling_locations", (count, queries, heads, levels, points, 2))
     shape(weights, "attention_weights", (count, queries, heads, levels, points))
@@ -40,8 +40,16 @@ def _check(value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, wei
     shape(starts, "value_level_start_index", (levels,))
 
 
-def _plain(sizes: Tensor, starts: Tensor) -> tuple[list[list[int]], list[int]]:
-    return sizes.tolist(), starts.tolist()
+def _levels(value: Tensor, shapes: Tensor, starts: Tensor) -> tuple[list[list[int]], list[int]]:
+    """Return sizes and first pixels as numbers, within the pixels that there are."""
+    sizes, firsts = shapes.tolist(), starts.tolist()
+    for (height, width), first in zip(sizes, firsts, strict=True):
+        if min(height, width) < 1 or first < 0 or first + height * width > value.shape[1]:
+            raise ValueError(
+                f"value_spatial_shapes: expected levels within {value.shape[1]} pixels, got {height} x {width} from "
+                f"pixel {first} on"
+            )
+    return sizes, firsts
 
 
 def ms_deform_attn_forward(
@@ -66,7 +74,7 @@ def ms_deform_attn_forward(
         `[N, Q, heads * C]`.
     """
     _check(value, value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights)
-    levels = _plain(value_spatial_shapes, value_level_start_index)
+    levels = _levels(value, value_spatial_shapes, value_level_start_index)
     given = (wide(each) for each in (value, sampling_locations, attention_weights))
     first, *others = given
     return _attend(first, *levels, *others).to(value.dtype)
@@ -86,7 +94,7 @@ def ms_deform_attn_backward(
 ) -> None:
     """Add the gradients of `ms_deform_attn_forward` to the three tensors given for them."""
     _check(value, value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights)
-    levels = _plain(value_spatial_shapes, value_level_start_index)
+    levels = _levels(value, value_spatial_shapes, value_level_start_index)
     with torch.enable_grad():
         tensors = (value, sampling_locations, attention_weights)
         given = tuple(wide(each).detach().requires_grad_() for each in tensors)

@@ -1,7 +1,8 @@
 """Deformable operators under the names and arguments of `mmcv._ext`.
 
 As there, results are written into the tensors given, and gradients of the input and of weights are added to what these
-hold. `columns`, `ones` and `im2col_step` are mmcv's scratch memory, not needed here; groups follow from the shapes.
+hold. `columns`, `ones` and `im2col_step` are mmcv's scratch memory, not needed here;
+kernels and groups must agree with the shapes.
 What mmcv reads as contiguous memory may be channels_last or any view here.
 """
 
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ...ops._operator import ORDERED, WANTED
+from ...ops._check import integer, shape, tensor
+from ...ops._operator import WANTED, wanted_bits
 
 
 def _backward(name: str, grad_output: Tensor, *arguments: Any, wanted: tuple[str, ...]) -> tuple[Tensor, ...]:
@@ -23,10 +25,7 @@ def _backward(name: str, grad_output: Tensor, *arguments: Any, wanted: tuple[str
 
     mmcv's gradient functions do not keep what a second call of the forward would; so not through autograd.
     """
-    bits = sum(WANTED[each] for each in wanted)
-    if torch.are_deterministic_algorithms_enabled():
-        bits |= ORDERED
-    return getattr(torch.ops.dcn_plugin, f"{name}_backward")(grad_output, *arguments, bits)
+    return getattr(torch.ops.dcn_plugin, f"{name}_backward")(grad_output, *arguments, wanted_bits(wanted))
 
 
 def _plain(device: torch.device) -> torch.amp.autocast:
@@ -34,11 +33,24 @@ def _plain(device: torch.device) -> torch.amp.autocast:
     return torch.amp.autocast(device.type, enabled=False)
 
 
+def _agree(
+    input: Tensor, weight: Tensor, offset: Tensor, kernel: tuple[int, int], group: int, deformable_group: int
+) -> None:
+    """Check what is told twice: the shapes of weight and offset say it, too, and our operators go by them."""
+    tensor(input, "input", 4, "[N, C, H, W]")
+    tensor(offset, "offset", 4, "[N, 2 * deformable_group * kH * kW, H, W]")
+    group, deformable_group = integer("group", group, 1), integer("deformable_group", deformable_group, 1)
+    shape(weight, "weight", (weight.shape[0], input.shape[1] // group, *kernel))
+    shape(offset, "offset", (offset.shape[0], 2 * deformable_group * prod(kernel), *offset.shape[2:]))
+
+
 def deform_conv_forward(
     input: Tensor, weight: Tensor, offset: Tensor, output: Tensor, columns: Tensor, ones: Tensor,
     kW: int, kH: int, dW: int, dH: int, padW: int, padH: int, dilationW: int, dilationH: int,
     group: int, deformable_group: int, im2col_step: int,
 ) -> None:  # fmt: skip
+    """Write the deformable convolution of `input` to `output`."""
+    _agree(input, weight, offset, (kH, kW), group, deformable_group)
     with _plain(input.device):
         output.copy_(ops.deform_conv2d(input, offset, weight, None, (dH, dW), (padH, padW), (dilationH, dilationW)))
 
@@ -48,6 +60,8 @@ def deform_conv_backward_input(
     columns: Tensor, kW: int, kH: int, dW: int, dH: int, padW: int, padH: int, dilationW: int, dilationH: int,
     group: int, deformable_group: int, im2col_step: int,
 ) -> None:  # fmt: skip
+    """Add the gradient of the input to `gradInput`, and write that of the offsets to `gradOffset`."""
+    _agree(input, weight, offset, (kH, kW), group, deformable_group)
     geometry = [dH, dW], [padH, padW, padH, padW], [dilationH, dilationW]
     found = _backward("deform_conv2d", gradOutput, input, offset, weight, None, *geometry, wanted=("input", "offset"))
     gradInput.add_(found[0])
@@ -59,6 +73,8 @@ def deform_conv_backward_parameters(
     kW: int, kH: int, dW: int, dH: int, padW: int, padH: int, dilationW: int, dilationH: int,
     group: int, deformable_group: int, scale: float, im2col_step: int,
 ) -> None:  # fmt: skip
+    """Add `scale` times the gradient of the weight to `gradWeight`."""
+    _agree(input, gradWeight, offset, (kH, kW), group, deformable_group)
     geometry = [dH, dW], [padH, padW, padH, padW], [dilationH, dilationW]
     found = _backward("deform_conv2d", gradOutput, input, offset, gradWeight, None, *geometry, wanted=("weight",))
     gradWeight.add_(found[2], alpha=scale)
@@ -68,18 +84,18 @@ def deform_conv_backward_parameters(
 # read from its beginning with strides of the output, whatever its own size. DyHead's weights were trained on just that.
 
 
-def _prefix(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return the beginning of each image of `value`, as `shape`."""
-    if tuple(value.shape) == shape:
+def _prefix(name: str, value: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Return the beginning of each image of `value`, as of shape `size`."""
+    if tuple(value.shape) == size:
         return value
-    images, length = shape[0], prod(shape[1:])
+    images, length = size[0], prod(size[1:])
     flat = value.flatten(1)
     if flat.shape[0] < images or flat.shape[1] < length:
         raise ValueError(
-            f"{name}: expected {images} images of at least {' x '.join(map(str, shape[1:]))} numbers, the size of the "
+            f"{name}: expected {images} images of at least {' x '.join(map(str, size[1:]))} numbers, the size of the "
             f"output, got shape {tuple(value.shape)}"
         )
-    return flat[:images, :length].view(shape)
+    return flat[:images, :length].view(size)
 
 
 def _write_prefix(target: Tensor, value: Tensor) -> None:
@@ -105,6 +121,8 @@ def modulated_deform_conv_forward(
     columns: Tensor, kernel_h: int, kernel_w: int, stride_h: int, stride_w: int, pad_h: int, pad_w: int,
     dilation_h: int, dilation_w: int, group: int, deformable_group: int, with_bias: bool,
 ) -> None:  # fmt: skip
+    """Write the convolution whose samples `mask` multiplies, with `bias` if `with_bias`, to `output`."""
+    _agree(input, weight, offset, (kernel_h, kernel_w), group, deformable_group)
     offset, mask = _positions(offset, mask, output, deformable_group, kernel_h * kernel_w)
     geometry = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w)
     with _plain(input.device):
@@ -117,6 +135,8 @@ def modulated_deform_conv_backward(
     grad_output: Tensor, kernel_h: int, kernel_w: int, stride_h: int, stride_w: int, pad_h: int, pad_w: int,
     dilation_h: int, dilation_w: int, group: int, deformable_group: int, with_bias: bool,
 ) -> None:  # fmt: skip
+    """Add the gradients of input, weight and bias, and write those of offsets and mask, to the tensors for them."""
+    _agree(input, weight, offset, (kernel_h, kernel_w), group, deformable_group)
     offset, mask = _positions(offset, mask, grad_output, deformable_group, kernel_h * kernel_w)
     geometry = [stride_h, stride_w], [pad_h, pad_w, pad_h, pad_w], [dilation_h, dilation_w]
     found = _backward("deform_conv2d", grad_output, input, offset, weight, mask, *geometry, wanted=tuple(WANTED))
@@ -137,6 +157,7 @@ def deform_roi_pool_forward(
     input: Tensor, rois: Tensor, offset: Tensor, output: Tensor, pooled_height: int, pooled_width: int,
     spatial_scale: float, sampling_ratio: int, gamma: float,
 ) -> None:  # fmt: skip
+    """Write the means of the bins of `rois`, moved by `gamma` times `offset`, to `output`."""
     with _plain(input.device):
         output.copy_(
             ops.deform_roi_pool(
@@ -150,6 +171,7 @@ def deform_roi_pool_backward(
     grad_output: Tensor, input: Tensor, rois: Tensor, offset: Tensor, grad_input: Tensor, grad_offset: Tensor,
     pooled_height: int, pooled_width: int, spatial_scale: float, sampling_ratio: int, gamma: float,
 ) -> None:  # fmt: skip
+    """Add the gradient of the input to `grad_input`, and write that of the offsets to `grad_offset`."""
     shifts = _yx(offset)
     options = [pooled_height, pooled_width], spatial_scale, max(sampling_ratio, 0), gamma, True
     wanted = ("input",) if shifts is None else ("input", "offset")

@@ -4,7 +4,6 @@
 touches. All write into tensors that mmcv has made, and add to gradients.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,20 +29,24 @@ def _check(input: Tensor, name: str, rois: Tensor, pooled: tuple[int, int], outp
         shape(value, output, (len(rois), input.shape[1], *pooled))
 
 
-def _check_values(rois: Tensor, images: int, least: float) -> None:
+def _check_values(boxes: Tensor, images: int, inside_out: bool) -> None:
     """Check regions on a CPU, where torchvision would read outside of the map; a GPU would have to be waited for.
 
-    `least` is what a side may be at least: 0 where mmcv refuses regions that are inside out.
+    Args:
+        boxes: regions in the type that they are used in: it may round 0.999999999 to another image, and 1e39 to inf.
+        images: how many there are.
+        inside_out: whether a region may be; mmcv refuses it where that has no meaning.
     """
-    if rois.device.type != "cpu" or not len(rois):
+    if boxes.device.type != "cpu" or not len(boxes):
         return
-    found = wide(rois)
-    sides = found[:, 3:] - found[:, 1:3]
-    right = found.isfinite().all(1) & (found[:, 0] >= 0) & (found[:, 0] < images) & (sides >= least).all(1)
+    sides = boxes[:, 3:] - boxes[:, 1:3]
+    right = boxes.isfinite().all(1) & sides.isfinite().all(1) & (boxes[:, 0] >= 0) & (boxes[:, 0] < images)
+    if not inside_out:
+        right &= (sides >= 0).all(1)
     if not right.all():
-        kind = "regions" if least else "regions of no negative size"
+        kind = "regions" if inside_out else "regions of no negative size"
         raise ValueError(
-            f"rois: expected finite {kind} of images 0 to {images - 1}, got {rois[~right][0].tolist()} in row "
+            f"rois: expected finite {kind} of images 0 to {images - 1}, got {boxes[~right][0].tolist()} in row "
             f"{int((~right).nonzero()[0, 0])}"
         )
 
@@ -96,19 +99,22 @@ def roi_align_forward(
     """
     bins = (aligned_height, aligned_width)
     _check(input, "input", rois, bins, {"output": output})
-    _check_values(rois, len(input), 0 if aligned else -math.inf)
     if pool_mode == 1:
-        output.copy_(VISION.roi_align(*_supported(input, rois), spatial_scale, *bins, sampling_ratio, aligned))
+        given = _supported(input, rois)
+        _check_values(given[1], len(input), not aligned)
+        output.copy_(VISION.roi_align(*given, spatial_scale, *bins, sampling_ratio, aligned))
         return
     _check(input, "input", rois, bins, {"argmax_y": argmax_y, "argmax_x": argmax_x})
+    value = wide(input)
+    boxes = wide(rois).to(value.dtype)
+    _check_values(boxes, len(input), not aligned)
     argmax_y.fill_(-1)
     argmax_x.fill_(-1)
     start, step, grid = _grid(rois, bins, spatial_scale, sampling_ratio, aligned)
-    value, boxes = wide(input), wide(rois)
     for height, width, part in _groups(grid, input.shape[1] * bins[0] * bins[1]):
         # As bins of one sample each, samples lie where they lay, and torchvision interpolates them.
         fine = (bins[0] * height, bins[1] * width)
-        samples = VISION.roi_align(value, boxes[part].to(value.dtype), spatial_scale, *fine, 1, aligned)
+        samples = VISION.roi_align(value, boxes[part], spatial_scale, *fine, 1, aligned)
         largest, at = F.max_pool2d(samples, (height, width), return_indices=True)
         output[part] = largest.to(output.dtype)
         for argmax, index, axis in ((argmax_y, at // fine[1], 0), (argmax_x, at % fine[1], 1)):
@@ -132,9 +138,10 @@ def roi_align_backward(
     """Add to `grad_input` what `grad_output` says of the samples that `roi_align_forward` took; arguments as there."""
     bins = (aligned_height, aligned_width)
     _check(grad_input, "grad_input", rois, bins, {"grad_output": grad_output})
-    grad, boxes = _supported(grad_output, rois)
     size = tuple(grad_input.shape)
     if pool_mode == 1:
+        grad, boxes = _supported(grad_output, rois)
+        _check_values(boxes, len(grad_input), not aligned)
         found = VISION._roi_align_backward(grad, boxes, spatial_scale, *bins, *size, sampling_ratio, aligned)
         grad_input.add_(found)
         return
@@ -143,6 +150,8 @@ def roi_align_backward(
     # map counts as on its border, as grid_sample has it; one further out took no part. (And -1 is no sample.)
     height, width = size[2:]
     y, x = wide(argmax_y), wide(argmax_x)
+    grad = wide(grad_output)  # on a GPU, too: half precision would round positions
+    _check_values(wide(rois), len(grad_input), not aligned)
     grad = grad.where((y > -1) & (y <= height) & (x >= -1) & (x <= width), 0)
     grid = torch.stack([2 * x / max(1, width - 1) - 1, 2 * y / max(1, height - 1) - 1], -1).to(grad.dtype)
     grad, grid = grad.flatten(2), grid.flatten(2, 3)
@@ -200,10 +209,10 @@ def roi_pool_forward(
     """
     bins = (pooled_height, pooled_width)
     _check(input, "input", rois, bins, {"output": output, "argmax": argmax})
-    _check_values(rois, len(input), -math.inf)
+    boxes = wide(rois)
+    _check_values(boxes, len(input), True)
     output.zero_()
     argmax.fill_(-1)
-    boxes = wide(rois)
     corners = boxes[:, 1:] + boxes.new_tensor([0, 0, 1, 1])
     corners = corners[:, [1, 0, 3, 2]] * spatial_scale
     extent = corners[:, 2:] - corners[:, :2]
@@ -250,6 +259,7 @@ def roi_pool_backward(
     _check(
         grad_input, "grad_input", rois, (pooled_height, pooled_width), {"grad_output": grad_output, "argmax": argmax}
     )
+    _check_values(wide(rois), len(grad_input), True)
     images, channels, height, width = grad_input.shape
     plane = rois[:, :1].long() * channels + torch.arange(channels, device=rois.device)
     place = plane[:, :, None, None] * (height * width) + argmax

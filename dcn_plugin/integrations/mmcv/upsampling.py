@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...ops._check import shape, tensor
+from ...ops._check import integer, shape, tensor
 from ._wide import wide
 
 # Channels that are worked on together.
@@ -22,6 +22,9 @@ CHANNELS = 16
 def _check(features: Tensor, masks: Tensor, large: Tensor, name: str, window: int, groups: int, scale: int) -> None:
     tensor(features, "features", 4, "[N, C, H, W]")
     count, channels, height, width = features.shape
+    integer("group_size", groups, 1)
+    if channels % groups:
+        raise ValueError(f"group_size: expected a divisor of {channels} channels, got {groups}")
     shape(masks, "masks", (count, groups * window * window, height * scale, width * scale))
     shape(large, name, (count, channels, height * scale, width * scale))
 
