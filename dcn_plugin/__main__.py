@@ -85,7 +85,9 @@ def _check_program(parser: argparse.ArgumentParser, program: list[str]) -> None:
 
 def _environment(names: list[str], quiet: bool) -> dict[str, str]:
     """Return the environment in which Python finds `sitecustomize`, and that what it has to do."""
-    others = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != sitecustomize.FOLDER]
+    before = os.environ.get("PYTHONPATH")
+    # An empty entry is the current folder, but an empty variable has none.
+    others = [entry for entry in before.split(os.pathsep) if entry != sitecustomize.FOLDER] if before else []
     path = os.pathsep.join([sitecustomize.FOLDER, *others])
     # Of the processes of one run, one speaks.
     quiet = quiet or os.environ.get("RANK", "0") != "0"

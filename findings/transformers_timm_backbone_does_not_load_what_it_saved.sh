@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A TimmBackbone of transformers does not load the folder that its own save_pretrained wrote.
 #
-# Versions: transformers 5.23.0, timm 1.0.31, torch 2.15.0, torchvision 0.29.2, Python 3.11.
+# Versions: transformers 5.23.0, timm 1.0.31, safetensors 0.8.0, torch 2.15.0, torchvision 0.29.2, Python 3.11.
 # Behaviour: TimmBackbone.from_pretrained(folder) and AutoModel.from_pretrained(folder) take the folder's path for the name of a
 #   model of timm's, and AutoBackbone.from_pretrained(folder) for an id of the hub; config.json and model.safetensors in it are not read.
 # Expected: from_pretrained reads what save_pretrained wrote, as with every other model (with AutoConfig and load_state_dict by hand
@@ -12,7 +12,7 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -q torch==2.15.0 torchvision==0.29.2 timm==1.0.31 transformers==5.23.0
+"$folder/venv/bin/pip" install -q torch==2.15.0 torchvision==0.29.2 timm==1.0.31 transformers==5.23.0 numpy==2.4.6 safetensors==0.8.0
 HF_HUB_OFFLINE=1 "$folder/venv/bin/python" - "$folder/saved" <<'PYTHON'
 import sys
 

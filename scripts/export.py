@@ -8,14 +8,13 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 import dcn_plugin  # noqa: F401  (registers the models with timm)
+from dcn_plugin.export.agreement import largest_difference
 
 FORMATS = ("onnx", "exported_program", "ncnn", "executorch")
 ONE_IMAGE = ("ncnn", "executorch")  # a call takes one, unless --batch says otherwise
@@ -69,15 +68,6 @@ def write(model: nn.Module, path: Path, image: Tensor, dynamic: bool, args: argp
     return lambda image: run_onnx(path, (image,))
 
 
-def difference(found: Any, wanted: Any) -> float:
-    """Largest difference of a nest of tensors from another, in parts of the largest value of each tensor."""
-    pairs = list(zip(tree_leaves(found), tree_leaves(wanted), strict=True))
-    for ours, theirs in pairs:
-        if ours.shape != theirs.shape:
-            raise ArithmeticError(f"outputs: expected shape {tuple(theirs.shape)}, got {tuple(ours.shape)}")
-    return float(torch.stack([(a - b).abs().max() / b.abs().max().clamp(min=1e-30) for a, b in pairs]).max())
-
-
 def write_checked(args: argparse.Namespace) -> float:
     """Write to a folder beside the target and move from there once the outputs agree; return how well they do."""
     if args.image_size is not None and (len(args.image_size) > 2 or min(args.image_size) < 1):
@@ -99,7 +89,7 @@ def write_checked(args: argparse.Namespace) -> float:
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix=f".{args.out.name}.", dir=args.out.parent) as folder:
         run = write(model, Path(folder, args.out.name), torch.randn(traced, *shape), dynamic, args)
         images = [torch.randn(n, *shape) for n in others]
-        worst = max(difference(run(image), model(image)) for image in images)
+        worst = largest_difference([run(image) for image in images], [model(image) for image in images])
         # Neither is a difference that is not a number an agreement.
         if not worst <= args.tolerance:
             raise ArithmeticError(f"outputs differ by {worst:.2g} of the largest, more than {args.tolerance:g}")

@@ -70,6 +70,26 @@ def test_positions_on_every_border_and_sizes_that_vary(tmp_path):
     torch.testing.assert_close(run_ncnn(path, given(7, 8))[0], wanted, rtol=0, atol=1e-5)
 
 
+class Asks(nn.Module):
+    """Computes something else once its layer is another one, as it is in the copy that is converted."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = DCNv1(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.layer(x) if isinstance(self.layer, DCNv1) else 2 * self.layer(x)
+
+
+def test_ncnn_is_compared_with_the_model_itself_in_eval_mode(tmp_path):
+    with pytest.raises(ArithmeticError, match="outputs: expected to agree within 0.0001 of the largest, got 1$"):
+        export_ncnn(moved(Asks()), (draw(1, 4, 6, 6),), tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+    model = nn.Sequential(moved(DCNv1(4, 4, 3)), nn.Dropout()).train()
+    export_ncnn(model, (draw(1, 4, 6, 6),), tmp_path / "model")
+    assert model.training and model[0].training and type(model[0]) is DCNv1
+
+
 def test_nothing_is_written_where_outputs_differ(tmp_path):
     layer = moved(DCNv2(8, 4, 3, padding=1))
     (tmp_path / "model.param").write_text("of before")

@@ -72,6 +72,13 @@ def test_the_border_is_ours():
     assert not run(convert(torch.export.export(Given(), given)), x, outside, weight).any()
 
 
+def test_float64_is_computed_in_float32():
+    given = tuple(torch.randn(shape, dtype=torch.float64) for shape in ((1, 4, 9, 9), (1, 2, 9, 9), (3, 4, 1, 1)))
+    found = run(convert(torch.export.export(Given(), given)), *given)
+    assert found.dtype == torch.float64 and torch.equal(found, found.float().double())
+    assert_close(found, Given()(*given), tolerance=1e-5)
+
+
 def test_half_precision_is_computed_in_float32():
     x, weight = torch.randn(1, 4, 40, 40).half(), torch.randn(3, 4, 1, 1).half()
     given = (x, (torch.randn(1, 2, 40, 40) * 3).half(), weight)

@@ -97,6 +97,27 @@ def test_a_layer_of_another_kind_takes_part_by_its_contract():
             to_torchvision(nn.Sequential(Scaled(4, 6, 3, after=after)))
 
 
+@pytest.mark.parametrize("factor", [0, 0.5, 0.99])
+@pytest.mark.parametrize("start", [lambda layer: layer, moved], ids=["fresh", "moved"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_that_samples_elsewhere_than_it_says_is_refused(factor, start, dtype):
+    """Fresh, both sample at the taps: what differs is seen with another branch alone."""
+
+    class Other(Scaled):
+        def forward(self, x):
+            offset = factor * self.offsets(x)[0]
+            return deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding4, self.dilation)
+
+    layer = start(Other(4, 6, 3, padding=1)).to(dtype)
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    with pytest.raises(NotImplementedError, match="got Other, which computes something else"):
+        to_torchvision(layer)
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+    theirs = to_torchvision(start(Scaled(4, 6, 3, padding=1)).to(dtype))
+    drawn = {key.removeprefix("layer."): value for key, value in theirs.state_dict().items() if "scale" in key}
+    assert drawn and all(torch.equal(value, before[key]) or start is not moved for key, value in drawn.items())
+
+
 def test_a_layer_in_two_places_stays_one():
     layer = DCNv1(4, 4, 3, padding=1)
     theirs = to_torchvision(nn.Sequential(layer, nn.ReLU(), layer))

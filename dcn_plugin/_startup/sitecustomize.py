@@ -70,10 +70,10 @@ def plug_in(run):
 
 
 def start():
-    run = json.loads(os.environ[VARIABLE])
-    if run["prefix"] != sys.prefix or not (run["first"] or is_program()):
-        return
     try:
+        run = json.loads(os.environ[VARIABLE])
+        if run["prefix"] != sys.prefix or not (run["first"] or is_program()):
+            return
         plug_in(run)
     except KeyboardInterrupt:  # end as a program does that is interrupted
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -7,13 +7,16 @@ needed: operators of torch's `onnx` namespace are nodes of the graph, their keyw
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
+from ..ops.roi_pool import POOLING
 
 # The first opset that has DeformConv.
 OPSET = 19
@@ -97,7 +100,7 @@ def _check_opset() -> None:
 
 
 def _asked_opset() -> int | None:
-    """The `opset_version` that torch.onnx.export was called with; None where torch keeps it elsewhere.
+    """The `opset_version` that torch.onnx.export was called with; None, and a warning, where torch keeps it elsewhere.
 
     torch tells it to translations alone, and would write an operator that the opset lacks without a word.
     """
@@ -107,7 +110,18 @@ def _asked_opset() -> int | None:
             if "opset_version" in frame.f_locals:
                 return frame.f_locals["opset_version"]
         frame = frame.f_back
+    _warn_of_opset()
     return None
+
+
+@cache
+def _warn_of_opset() -> None:
+    warnings.warn(
+        f"torch.onnx.export: torch {torch.__version__} keeps its opset_version where dcn_plugin does not find it, so "
+        f"an opset without DeformConv is not refused: ask for {OPSET} or later",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _roi_pooling(name: str) -> Callable[..., Tensor]:
@@ -217,6 +231,6 @@ def _sum_windows(maps: Tensor, window: Tensor, weights_y: Tensor, weights_x: Ten
 
 FORMS: dict[str, Callable[..., Tensor]] = {
     "deform_conv2d": _deform_conv2d,
-    **{name: _roi_pooling(name) for name in ("deform_roi_pool", "deform_ps_roi_pool", "ps_roi_pool")},
+    **{name: _roi_pooling(name) for name in POOLING},
 }
 """By operator, from its arguments to what is written, as `ops._exporters` asks for."""

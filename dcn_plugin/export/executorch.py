@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .agreement import require_agreement
 from .grid_sample import grid_sample_decompositions
 
 try:
@@ -50,9 +51,22 @@ def export_executorch(
         partitioners: of the backends that take parts of the program; None: XNNPACK's, `()`: none.
         tolerance: difference allowed, in parts of the largest value of an output.
 
+    Returns:
+        `path`, which is written once the outputs agree on `args`.
+
     Raises:
-        NotImplementedError: the model pools regions. ArithmeticError: outputs that differ. ExecuTorch's and torch's own
-            errors for whatever they do not take.
+        NotImplementedError: the model pools regions.
+        ArithmeticError: outputs that differ.
+        Exception: ExecuTorch's and torch's own errors for whatever they do not take.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from dcn_plugin import DCNv2
+        >>> from dcn_plugin.export.executorch import export_executorch, run_executorch  # doctest: +SKIP
+        >>> layer, x = DCNv2(4, 6, 3, padding=1).eval(), torch.randn(1, 4, 8, 8)
+        >>> path = export_executorch(layer, (x,), tempfile.mkdtemp() + "/layer.pte")  # doctest: +SKIP
+        >>> torch.allclose(run_executorch(path, (x,))[0], layer(x), atol=1e-4)  # doctest: +SKIP
+        True
     """
     program = torch.export.export(model, args, dynamic_shapes=dynamic_shapes)
     program = program.run_decompositions({**torch.export.default_decompositions(), **grid_sample_decompositions()})
@@ -64,13 +78,10 @@ def export_executorch(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    written.write_bytes(lowered.buffer)
     try:
+        written.write_bytes(lowered.buffer)
         with torch.no_grad():
-            pairs = zip(run_executorch(written, args), tree_leaves(model(*args)), strict=True)
-            worst = max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in pairs)
-        if not worst <= tolerance:  # NaN is no agreement
-            raise ArithmeticError(f"outputs: expected to agree within {tolerance:g} of the largest, got {worst:.2g}")
+            require_agreement(run_executorch(written, args), model(*args), tolerance)
         os.replace(written, path)
     finally:
         written.unlink(missing_ok=True)
@@ -78,7 +89,22 @@ def export_executorch(
 
 
 def run_executorch(path: str | Path, args: tuple[Any, ...]) -> list[Tensor]:
-    """Return what ExecuTorch makes of a file and its arguments, for comparison with the original."""
+    """Return what ExecuTorch makes of a file and its arguments, for comparison with the original.
+
+    Args:
+        path: of the `.pte` file.
+        args: tensors, in any containers; the program's inputs in their order.
+
+    Returns:
+        The outputs, one after the other.
+
+    Raises:
+        RuntimeError: ExecuTorch does not load the file, or does not run it on `args`.
+
+    Example:
+        >>> from dcn_plugin.export.executorch import run_executorch  # doctest: +SKIP
+        >>> outputs = run_executorch("layer.pte", (torch.randn(1, 4, 8, 8),))  # doctest: +SKIP
+    """
     from executorch.runtime import Runtime
 
     method = Runtime.get().load_program(Path(path)).load_method("forward")

@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["grid_sample_decompositions"]
+from ..ops.roi_pool import POOLING
 
-# These have no such form.
-_ROI_POOLING = ("deform_roi_pool", "deform_ps_roi_pool", "ps_roi_pool")
+__all__ = ["grid_sample_decompositions"]
 
 
 def grid_sample_decompositions() -> dict[Callable, Callable[..., Tensor]]:
@@ -42,7 +41,7 @@ def grid_sample_decompositions() -> dict[Callable, Callable[..., Tensor]]:
         True
     """
     ours = torch.ops.dcn_plugin
-    refused = {getattr(ours, name).default: _refusal(name) for name in _ROI_POOLING}
+    refused = {getattr(ours, name).default: _refusal(name) for name in POOLING}
     return {ours.deform_conv2d.default: _deform_conv2d, **refused}
 
 

@@ -5,6 +5,7 @@ Needs the packages pnnx and ncnn: `pip install pnnx ncnn`.
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .agreement import require_agreement
 from .torchvision import to_torchvision
 
 try:
@@ -69,7 +71,9 @@ def export_ncnn(
         >>> path.name, torch.allclose(run_ncnn(path, (x,))[0], layer(x), atol=1e-4)
         ('layer.param', True)
     """
-    model = to_torchvision(model, one_group=True).eval()
+    # A copy, in the mode that is written; `model` keeps its own.
+    original = copy.deepcopy(model).eval()
+    converted = to_torchvision(original, one_group=True)
     _check_args("args", args)
     if other_args is not None:
         _check_args("other_args", other_args)
@@ -80,14 +84,14 @@ def export_ncnn(
         param, weights = Path(folder, "model.ncnn.param"), Path(folder, "model.ncnn.bin")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # that torch has deprecated what pnnx reads
-            traced: Any = torch.jit.trace(model, args)
+            traced: Any = torch.jit.trace(converted, args)
         _refuse_ours(traced)
         traced.save(f"{folder}/model.pt")
         _convert(f"{folder}/model.pt", args, other_args)
         _refuse_unknown(param)
         other = [tuple(torch.randn_like(value) for value in args), *([] if other_args is None else [other_args])]
         for given in (args, *other):
-            _compare(run_ncnn(param, given), tree_leaves(model(*given)), tolerance)
+            require_agreement(run_ncnn(param, given), original(*given), tolerance)
         os.replace(weights, path.with_suffix(".bin"))
         os.replace(param, path)
     return path
@@ -102,7 +106,14 @@ def run_ncnn(path: str | Path, args: tuple[Tensor, ...], **options: Any) -> list
         options: of `ncnn.Option`, such as `num_threads=1`; half precision is off unless one of them says otherwise.
 
     Raises:
+        ValueError: a file whose inputs and outputs have other names than pnnx gives them; another number of `args`.
         RuntimeError: ncnn does not load the files, or does not compute an output.
+
+    Example:
+        >>> import tempfile, torch
+        >>> path = export_ncnn(torch.nn.Conv2d(3, 4, 1), (torch.randn(1, 3, 5, 5),), tempfile.mkdtemp() + "/layer")
+        >>> run_ncnn(path, (torch.randn(1, 3, 5, 5),), num_threads=1)[0].shape
+        torch.Size([1, 4, 5, 5])
     """
     with ncnn.Net() as net:
         for name, value in {**dict.fromkeys(_HALF, False), **options}.items():
@@ -113,10 +124,13 @@ def run_ncnn(path: str | Path, args: tuple[Tensor, ...], **options: Any) -> list
                 raise RuntimeError(f"path: expected a model that ncnn {ncnn.__version__} loads, got {file}")
         outputs = []
         with net.create_extractor() as extractor:
-            for name, value in zip(_numbered(net.input_names()), args, strict=True):
+            inputs = _numbered("in", net.input_names())
+            if len(inputs) != len(args):
+                raise ValueError(f"args: expected {len(inputs)} of them for {path}, got {len(args)}")
+            for name, value in zip(inputs, args, strict=True):
                 # A copy: ncnn aligns the channels of what is its own.
                 extractor.input(name, ncnn.Mat(value.squeeze(0).contiguous().numpy()).clone())
-            for name in _numbered(net.output_names()):
+            for name in _numbered("out", net.output_names()):
                 status, found = extractor.extract(name)
                 if status:
                     raise RuntimeError(f"path: expected a model that ncnn computes, got {status} from {name} of {path}")
@@ -124,9 +138,12 @@ def run_ncnn(path: str | Path, args: tuple[Tensor, ...], **options: Any) -> list
         return outputs
 
 
-def _numbered(names: list[str]) -> list[str]:
+def _numbered(start: str, names: list[str]) -> list[str]:
     """pnnx calls them in0, in1, ...; ncnn tells them in another order."""
-    return sorted(names, key=lambda name: int(re.sub(r"\D", "", name)))
+    ordered = [f"{start}{i}" for i in range(len(names))]
+    if set(ordered) != set(names):
+        raise ValueError(f"path: expected a file of pnnx, with {', '.join(ordered)}, got one with {', '.join(names)}")
+    return ordered
 
 
 def _check_args(name: str, args: Any) -> None:
@@ -171,16 +188,3 @@ def _refuse_unknown(param: Path) -> None:
         # ncnn's layers are plain names; pnnx leaves what it could not translate as torch calls it.
         if not re.fullmatch(r"\w+", kind):
             raise NotImplementedError(f"model: expected layers that ncnn has, got {kind}, which pnnx left as it is")
-
-
-def _compare(found: list[Tensor], wanted: list[Tensor], tolerance: float) -> None:
-    for i, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
-        if ours.shape != theirs.shape:
-            raise ArithmeticError(
-                f"outputs: expected shape {list(theirs.shape)} of output {i}, got {list(ours.shape)} from ncnn"
-            )
-        differs = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
-        if not differs <= tolerance:  # NaN is no agreement
-            raise ArithmeticError(
-                f"outputs: expected to agree within {tolerance:g} of the largest, got {differs:.2g} in output {i}"
-            )

@@ -7,6 +7,7 @@ not finite is the runtime's affair.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..ops._exporters import MOVED
 from ._onnx_forms import OPSET
 
 __all__ = ["export_onnx", "run_onnx"]
@@ -49,6 +51,13 @@ def export_onnx(
     """
     if opset_version < OPSET:
         raise ValueError(f"opset_version: expected at least {OPSET}, which brought DeformConv, got {opset_version}")
+    if MOVED:
+        warnings.warn(
+            f"torch {torch.__version__} has no table of decompositions where dcn_plugin looks for it ({MOVED}), so its "
+            "operators do not become standard ones, and torch refuses them by name",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     exported = torch.onnx.export(
         model, args, dynamo=True, dynamic_shapes=dynamic_shapes, opset_version=opset_version, verbose=False
     )

@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from ..ops.roi_pool import POOLING
+
 try:
     import openvino
     from openvino import opset8
@@ -23,8 +25,6 @@ except ModuleNotFoundError as error:
     ) from error
 
 __all__ = ["convert", "extensions"]
-
-_POOLING = ("deform_roi_pool", "deform_ps_roi_pool", "ps_roi_pool")
 
 
 def extensions() -> list[Any]:
@@ -46,12 +46,15 @@ def extensions() -> list[Any]:
     # torch.export and torch.jit write the name of an operator in their own ways.
     for spelling in ("dcn_plugin.{}.default", "dcn_plugin::{}"):
         made.append(pytorch_frontend.ConversionExtension(spelling.format("deform_conv2d"), _from_torch))
-        made += [pytorch_frontend.ConversionExtension(spelling.format(name), _refusal(name)) for name in _POOLING]
+        made += [pytorch_frontend.ConversionExtension(spelling.format(name), _refusal(name)) for name in POOLING]
     return made
 
 
 def convert(model: nn.Module | torch.export.ExportedProgram | str | Path, example_input: Any = None) -> Any:
     """Return `model` as an `openvino.Model`, to compile or to save; its weights stay what they are.
+
+    Deformable convolutions are computed in float32 at most, in float64 models too: their results are float32 numbers
+    that are stored as float64. So they are in float16 and bfloat16 models.
 
     Args:
         model: an ONNX file; what `torch.export.export` or `torch.jit.trace` made of a module; or a module in the mode
@@ -59,8 +62,12 @@ def convert(model: nn.Module | torch.export.ExportedProgram | str | Path, exampl
         example_input: arguments of a traced module or a module, a tensor or a tuple of tensors. Images `[N, C, H, W]`
             keep their channels; every other size becomes free. A file and a program say themselves what is free.
 
+    Returns:
+        The model, its operators OpenVINO's own.
+
     Raises:
-        ValueError: a module without `example_input`. OpenVINO's own errors for whatever it cannot read.
+        ValueError: a module without `example_input`.
+        Exception: OpenVINO's own errors for whatever it cannot read.
 
     Example:
         >>> import openvino, torch
@@ -124,8 +131,8 @@ def _convolution(
     _, group_channels, *kernel = _fixed("weight", weight, 0, 1, 2, 3)
     (channels,), (offsets,) = _fixed("input", input, 1), _fixed("offset", offset, 1)
     of_result = input
-    half = input.get_element_type() != openvino.Type.f32
-    if half:  # offsets of whole pixels alone would remain
+    of_other_type = input.get_element_type() != openvino.Type.f32
+    if of_other_type:  # of offsets in half precision, whole pixels alone would remain
         tensors = (input, offset, weight, bias, mask)
         input, offset, weight, bias, mask = (None if t is None else opset8.convert(t, "f32") for t in tensors)
     out = opset8.deformable_convolution(
@@ -136,7 +143,7 @@ def _convolution(
     )  # fmt: skip
     if bias is not None:
         out = opset8.add(out, opset8.reshape(bias, [1, -1, 1, 1], False))
-    return [*(opset8.convert_like(out, of_result) if half else out).outputs()]
+    return [*(opset8.convert_like(out, of_result) if of_other_type else out).outputs()]
 
 
 def _fixed(name: str, value: Any, *axes: int) -> list[int]:

@@ -24,12 +24,16 @@ def to_torchvision(model: nn.Module, *, one_group: bool = False) -> nn.Module:
     `dcn_plugin.ops` itself stays as it is.
 
     A layer of a class of your own takes part if its `offsets` returns what its `forward` convolves with
-    (`docs/timm.md`, "A layer of your own"); where it has a `forward` of its own, the two are compared on a random map.
+    (`docs/timm.md`, "A layer of your own"); where it has a `forward` of its own, the two are compared
+    on a random map, with random numbers in all parameters but `weight` and `bias`.
 
     Args:
         model: any module; one of ours itself is fine.
         one_group: write several groups or offset groups as a sum of convolutions that have one each, for tools that
             know no others (ncnn). A layer with C channels that is depthwise becomes C convolutions.
+
+    Returns:
+        A copy, in the mode of `model`.
 
     Raises:
         NotImplementedError: the model pools regions, or has a layer that cannot be written like this: with hooks, or
@@ -145,21 +149,28 @@ def _convolves_plainly(layer: SamplingConv) -> bool:
 
 @torch.no_grad()
 def _compare(layer: SamplingConv, replacement: OnTorchvision, what: str) -> None:
-    """Raise unless a layer with a `forward` of its own computes, on a random map, what its replacement does."""
+    """Raise unless a layer with a `forward` of its own computes, on a random map, what its replacement does.
+
+    Its branch is drawn, in copies: a fresh one is zero, and with it nothing is sampled elsewhere.
+    """
+    layer, replacement = copy.deepcopy((layer, replacement))
+    acc = torch.promote_types(layer.weight.dtype, torch.float32)
+    layer, replacement = layer.to(acc).eval(), replacement.to(acc).eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in layer.named_parameters():
+        if name not in ("weight", "bias"):  # those stand in the replacement too
+            size = parameter[0].numel() if parameter.dim() else 1
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / size**0.5)
     window = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
     height, width = (dilation * (taps - 1) + 1 + 4 * stride for taps, stride, dilation in window)
-    x = torch.randn(1, layer.in_channels, height, width, generator=torch.Generator().manual_seed(0)).to(layer.weight)
-    training = layer.training
+    x = torch.randn(1, layer.in_channels, height, width, generator=generator).to(layer.weight)
     try:
-        layer.eval()
         wanted, found = layer(x), replacement(x)
-        allowed = float(wanted.abs().max()) / 100
+        allowed = float(wanted.abs().max()) * 1e-4
         same = wanted.shape == found.shape and torch.allclose(wanted, found, rtol=0, atol=allowed)
         reason = "" if same else "which computes something else"
     except Exception as error:
         reason = f"which could not be asked: {type(error).__name__}: {error}"
-    finally:
-        layer.train(training)
     if reason:
         raise NotImplementedError(
             f"model: expected layers whose `forward` convolves at what `offsets` returns, got {what}, {reason}"

@@ -46,9 +46,20 @@ INTEGRATIONS = {
 def require(name: str) -> Integration:
     """Return the integration of that name.
 
+    Args:
+        name: one of `INTEGRATIONS`.
+
+    Returns:
+        What there is to know of it; nothing is imported or put in place.
+
     Raises:
         ValueError: there is none.
         ModuleNotFoundError: what it needs is not installed.
+
+    Example:
+        >>> from dcn_plugin.integrations import require
+        >>> require("torchvision").does
+        "torchvision's own deform_conv2d and roi_align on our kernels"
     """
     if name not in INTEGRATIONS:
         raise ValueError(unknown("integration", name, INTEGRATIONS))
@@ -67,6 +78,12 @@ def enable(name: str) -> str:
     Raises:
         ValueError: there is no such integration.
         ModuleNotFoundError: what it needs is not installed.
+
+    Example:
+        >>> from dcn_plugin.integrations import enable, torchvision
+        >>> "deform_conv2d and roi_align" in enable("torchvision")
+        True
+        >>> torchvision.uninstall()
     """
     integration = require(name)
     entry = getattr(import_module(f"{__name__}.{integration.module}"), integration.entry)

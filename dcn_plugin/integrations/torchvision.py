@@ -11,6 +11,7 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
@@ -292,8 +293,9 @@ def accelerate(operators: Sequence[str] = OPERATORS) -> Accelerated:
         ask again; one that is forked need not.
 
     Raises:
-        TypeError: `operators` are not names. ValueError: none, or unknown ones. RuntimeError: torchvision has not
-            loaded its compiled operators.
+        TypeError: `operators` are not names.
+        ValueError: no name, or an unknown one.
+        RuntimeError: torchvision has not loaded its compiled operators.
 
     Example:
         >>> import torch, torchvision
@@ -313,23 +315,27 @@ def accelerate(operators: Sequence[str] = OPERATORS) -> Accelerated:
             f"load them beside torch {torch.__version__}"
         )
     asked = Accelerated(list(dict.fromkeys(operators)))
-    with _lock:
+    with _lock, ExitStack() as undone:
+        undone.callback(asked.undo)
         for name in asked.operators:
             if name not in _libraries:
                 _libraries[name] = _put_in_place(_REPLACEMENTS[name])
             _askers[name].append(asked)
+        undone.pop_all()
     logger.info(asked)
     return asked
 
 
 def _put_in_place(replacements: dict[tuple[str, str], Replacement]) -> torch.library.Library:
     library = torch.library.Library("torchvision", "IMPL")
-    before = {place: torch.library.get_kernel(f"torchvision::{place[0]}", place[1]) for place in replacements}
-    with warnings.catch_warnings():
+    with ExitStack() as undone, warnings.catch_warnings():
+        undone.callback(library._destroy)
+        before = {place: torch.library.get_kernel(f"torchvision::{place[0]}", place[1]) for place in replacements}
         # Older torch says once for all operators that one is overridden, which is what was asked for.
         warnings.filterwarnings("ignore", r"\s*Warning only once for all operators")
         for (name, key), replacement in replacements.items():
             library.impl(name, replacement(before[name, key].call_boxed), key, with_keyset=True)
+        undone.pop_all()
     return library
 
 

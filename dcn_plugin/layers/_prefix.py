@@ -22,7 +22,7 @@ class PrefixPredictor(OffsetPredictor):
         layer: a `DCNv1` or `DCNv2`; `layer.conv_offset = PrefixPredictor(layer)`.
 
     Raises:
-        TypeError: `layer` is something else.
+        TypeError: `layer` is something else, or its `conv_offset` is no convolution.
 
     Example:
         >>> import torch
@@ -37,6 +37,8 @@ class PrefixPredictor(OffsetPredictor):
         if not isinstance(layer, OffsetConv):
             raise TypeError(f"layer: expected a DCNv1 or DCNv2, got {type(layer).__name__}")
         old = layer.conv_offset
+        if not isinstance(old, nn.Conv2d):
+            raise TypeError(f"layer.conv_offset: expected a convolution, got {type(old).__name__}")
         super().__init__(
             old.in_channels, old.out_channels, old.kernel_size, 1, old.padding, old.dilation,
             device=old.weight.device, dtype=old.weight.dtype,

@@ -13,6 +13,9 @@ from . import _check, _transforms
 from ._operator import register
 
 Rois = Tensor | Sequence[Tensor]
+POOLING = ("deform_roi_pool", "deform_ps_roi_pool", "ps_roi_pool")
+"""Names of the operators that pool regions."""
+
 _ROIS = "[R, 5] (batch index, x1, y1, x2, y2)"
 
 

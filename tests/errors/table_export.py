@@ -7,6 +7,7 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch import nn
 
+from dcn_plugin.export.agreement import largest_difference
 from dcn_plugin.layers import DCNv1, DeformConv2d, DeformRoIPool, SamplingConv
 from dcn_plugin.ops import deform_conv2d
 from errors.case import Case
@@ -141,7 +142,17 @@ CASES = [
     Case(ncnn(DCNv1(4, 4, 3), IMAGE, found=torch.ones(1, 4)), ArithmeticError, "outputs", "[1, 4, 4, 4]", "[1, 4]"),
     Case(
         ncnn(DCNv1(4, 4, 3), IMAGE, found=torch.full((1, 4, 4, 4), torch.nan)),
-        ArithmeticError, "outputs", "within 0.0001 of the largest", "nan in output 0",
+        ArithmeticError, "outputs", "within 0.0001 of the largest", "got nan",
+    ),
+    Case(
+        lambda: largest_difference([IMAGE], [IMAGE, IMAGE]), ArithmeticError, "outputs", "expected 2", "got 1",
+    ),
+    Case(
+        ncnn_file("7767517\n1 1\nInput data 0 1 data\n"),
+        ValueError, "path", "a file of pnnx, with in0", "got one with data",
+    ),
+    Case(
+        ncnn_file("7767517\n2 2\nInput in0 0 1 in0\nInput in1 0 1 in1\n"), ValueError, "args", "expected 2", "got 1",
     ),
     Case(ncnn_file("no model"), RuntimeError, "path", "a model that ncnn", "model.param"),
     Case(

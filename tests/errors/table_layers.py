@@ -354,6 +354,10 @@ CALLS = [
         TypeError, "layer:", "expected a DCNv1 or DCNv2", "got Conv2d",
     ),
     Case(
+        lambda: layers.PrefixPredictor(branched_by_flatten()),
+        TypeError, "layer.conv_offset:", "expected a convolution", "got Flatten",
+    ),
+    Case(
         lambda: layers.offset_rates(Claims()),
         TypeError, "offset_branches:", "expected a mapping of names to learning rates in the class Claims", "got ['a']",
     ),
@@ -377,4 +381,12 @@ CALLS = [
     Case(pyramid(boxes=[BOXES[0], BOXES[0].to("meta")]), ValueError, "boxes[1]:", "on cpu like input", "got meta"),
     Case(pyramid(boxes=BOXES[:1]), ValueError, "boxes", "2 tensors [L, 4], one for each image", "got 1"),
 ]  # fmt: skip
+
+
+def branched_by_flatten():
+    layer = layers.DCNv2(4, 8, 3)
+    layer.conv_offset = nn.Flatten()
+    return layer
+
+
 CASES = [*convolutions(), *FROM_CONV, *pools(), *CALLS]

@@ -24,7 +24,7 @@ PARTS = {
     "visualize": ("visualize/",),
     "finetune": ("finetune/", "_config.py", "export/folder.py", "export/forms.py", "models/build.py"),
     "detection": ("finetune/detection/", "detection/spec.py"),
-    "export": ("export/ncnn.py", "export/executorch.py", "export/grid_sample.py", "export/torchvision.py"),
+    "export": tuple(f"export/{name}.py" for name in ("agreement", "ncnn", "executorch", "grid_sample", "torchvision")),
     "integrations": ("integrations/",),
     "mmcv": tuple(
         f"integrations/mmcv/{name}.py"

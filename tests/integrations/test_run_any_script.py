@@ -49,8 +49,9 @@ ENDS = {"script": 7, "module": 1, "package": 1, "zip": -signal.SIGTERM, "stdin":
 
 
 def python(*arguments, folder, path=(), **options):
-    entries = [*path, Path(dcn_plugin.__file__).parents[1], os.environ.get("PYTHONPATH")]
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join(str(entry) for entry in entries if entry), OMP_NUM_THREADS="1")
+    given = os.environ.get("PYTHONPATH")
+    entries = [*path, Path(dcn_plugin.__file__).parents[1], *([given] if given else [])]
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, entries)), OMP_NUM_THREADS="1")
     command = [sys.executable, "-W", "ignore", *map(str, arguments)]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300, **options)
 
@@ -58,7 +59,7 @@ def python(*arguments, folder, path=(), **options):
 @pytest.mark.parametrize("form", PROGRAMS)
 def test_a_program_is_run_as_python_runs_it(tmp_path, form):
     name, end = PROGRAMS[form]
-    file = tmp_path / (name or "nothing.py")
+    file = tmp_path / name
     file.parent.mkdir(exist_ok=True)
     if form == "zip":
         with zipfile.ZipFile(file, "w") as archive:
@@ -68,7 +69,7 @@ def test_a_program_is_run_as_python_runs_it(tmp_path, form):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text("import sys\nsys.of_the_site = __file__\n")
     call = {"module": ["-m", "look_in.module"], "package": ["-m", "look_in"], "stdin": ["-"]}.get(form, [name])
-    options = dict(folder=tmp_path, path=[tmp_path / "site"], input=LOOK + end if form == "stdin" else "words")
+    options = dict(folder=tmp_path, path=["", tmp_path / "site"], input=LOOK + end if form == "stdin" else "words")
     plain = python("-u", *call, "--argument", "two words", **options)
     plugged = python("-u", *PLUG, *call, "--argument", "two words", **options)
     assert plain.returncode == ENDS[form] and "sitecustomize.py" in plain.stdout
@@ -125,9 +126,13 @@ def test_processes_that_a_program_starts_have_the_plug_too(tmp_path):
 
 
 RANK = """
-import os, sys, timm
+import os, sys, timm, torch
 assert timm.is_model("resnet18_dcn")
-print("rank", os.environ["RANK"], sys.argv[1:])
+torch.distributed.init_process_group("gloo")
+ranks = torch.tensor([1 << torch.distributed.get_rank()])
+torch.distributed.all_reduce(ranks)
+print("rank", os.environ["RANK"], ranks.item(), sys.argv[1:])
+torch.distributed.destroy_process_group()
 sys.exit(3 if sys.argv[1:] == ["fail"] else 0)
 """
 
@@ -136,14 +141,16 @@ def test_under_torchrun(tmp_path):
     (tmp_path / "rank.py").write_text(RANK)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = python(*launch, *PLUG, "rank.py", "a", folder=tmp_path)
-    assert done.returncode == 0 and sorted(done.stdout.split("rank ")[1:]) == ["0 ['a']\n", "1 ['a']\n"], done.stderr
+    assert done.returncode == 0 and sorted(done.stdout.split("rank ")[1:]) == ["0 3 ['a']\n", "1 3 ['a']\n"], (
+        done.stderr
+    )
 
 
 def test_torchrun_as_the_program(tmp_path):
     (tmp_path / "rank.py").write_text(RANK)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     done = python(*PLUG, *launch, "rank.py", "fail", folder=tmp_path)
-    assert done.returncode == 1 and done.stdout == "rank 0 ['fail']\n" and "exitcode  : 3" in done.stderr, done.stderr
+    assert done.returncode == 1 and done.stdout == "rank 0 1 ['fail']\n" and "exitcode  : 3" in done.stderr, done.stderr
 
 
 def call(monkeypatch, *arguments, before=()):
@@ -204,10 +211,29 @@ def test_options_of_python_stay(monkeypatch, before, options):
     assert command == [sys.executable, *options, "-m", "json.tool", "-m", "dcn_plugin"]
 
 
+@pytest.mark.parametrize("entries", [None, [], ["a folder"], ["", "a folder"], ["a folder", "", ""], ["", ""]], ids=str)
+def test_every_entry_of_pythonpath_stays(monkeypatch, entries):
+    """An empty entry is the current folder."""
+    if entries is None:
+        monkeypatch.delenv("PYTHONPATH", raising=False)
+    else:
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(entries))
+    first = call(monkeypatch, "-c", "pass")[1]["PYTHONPATH"]
+    assert first.split(os.pathsep) == [sitecustomize.FOLDER, *(entries or [])]
+    monkeypatch.setenv("PYTHONPATH", first)
+    assert call(monkeypatch, "-c", "pass")[1]["PYTHONPATH"] == first, "a run within a run"
+
+
+@pytest.mark.parametrize("broken", ["", "{", "[]", "{}"])
+def test_nothing_is_run_without_knowing_what_to_put_in_place(tmp_path, monkeypatch, broken):
+    monkeypatch.setenv(sitecustomize.VARIABLE, broken)
+    done = python("-c", "print('run')", folder=tmp_path, path=[sitecustomize.FOLDER])
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("dcn_plugin: nothing is run: ") and done.stderr.count("\n") == 1
+
+
 def test_integrations_are_handed_on(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([sitecustomize.FOLDER, "a folder"]))
     _, environment = call(monkeypatch, "--quiet", "--accelerate", "torchvision,torchvision", "-c", "pass")
-    assert environment["PYTHONPATH"] == os.pathsep.join([sitecustomize.FOLDER, "a folder"])
     run = json.loads(environment[sitecustomize.VARIABLE])
     assert run == dict(accelerate=["torchvision"], quiet=True, prefix=sys.prefix, first=True)
 

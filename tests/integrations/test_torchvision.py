@@ -481,6 +481,26 @@ def test_an_operator_is_served_until_all_who_asked_have_withdrawn():
     assert table() == before
 
 
+@pytest.mark.parametrize("fails_at", [3, 7])
+def test_nothing_is_served_after_an_error_half_way(monkeypatch, fails_at):
+    """While the first operator's kernels are put in place, and after it is served."""
+    before, put, left = table(), torch.library.Library.impl, iter(range(fails_at))
+
+    def impl(*args, **options):
+        if next(left, None) is None:
+            raise MemoryError
+        return put(*args, **options)
+
+    with monkeypatch.context() as changed:
+        changed.setattr(torch.library.Library, "impl", impl)
+        with pytest.raises(MemoryError):
+            accelerate()
+    assert installed() == () and table() == before
+    with accelerate():
+        assert installed() == integration.OPERATORS
+    assert table() == before
+
+
 def test_only_what_was_chosen_is_served():
     model, arguments = block()
     with accelerate(["roi_align"]):
