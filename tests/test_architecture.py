@@ -39,7 +39,7 @@ MAY_IMPORT = {
     # What stands in for other packages calls them, too.
     "integrations": ("integrations ops layers mm reference _config _version", "torchvision mmcv mmengine numpy"),
     "export": (
-        "export models detection convert checkpoint layers reference _config",
+        "export models detection convert checkpoint layers ops reference _config",
         "timm torchvision safetensors onnxruntime openvino ncnn pnnx executorch",
     ),
     "finetune": (

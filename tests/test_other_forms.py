@@ -159,3 +159,23 @@ def test_half_precision_is_computed_in_float32():
     wanted = reference.deform_conv2d(x, offset, weight, padding=1)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found, wanted, rtol=0.01, atol=0.01)
+
+
+class Named(nn.Module):
+    """Calls of layers with names, as of torchvision's."""
+
+    def __init__(self):
+        super().__init__()
+        self.given, self.other = DeformConv2d(4, 6, 3, padding=1), DCNv2(4, 6, 3, padding=1, offset_channels=5)
+        nn.init.normal_(self.other.conv_offset.weight, std=0.1)
+
+    def forward(self, x, offset, mask, feature):
+        return self.given(x, offset=offset, mask=mask) + self.other(x, feature=feature)
+
+
+@pytest.mark.parametrize("one_group", [False, True])
+def test_layers_may_be_called_with_names(one_group):
+    model = Named().eval()
+    given = torch.randn(1, 4, 7, 8), torch.randn(1, 18, 7, 8), torch.rand(1, 9, 7, 8), torch.randn(1, 5, 7, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(to_torchvision(model, one_group=one_group)(*given), model(*given))

@@ -107,8 +107,9 @@ class OnTorchvision(nn.Module):
             self.blocks.append((first, end, group, first // step))
         self.train(layer.training)
 
-    def forward(self, input: Tensor, *args: Any) -> Tensor:
-        offset, mask = (*args, None)[:2] if self.given else self.layer.offsets(input, *args)
+    def forward(self, input: Tensor, *args: Any, **named: Any) -> Tensor:
+        samples = _given if self.given else self.layer.offsets
+        offset, mask = samples(input, *args, **named)
         if self.padding:
             input = F.pad(input, self.padding)
         if len(self.blocks) == 1:
@@ -120,6 +121,11 @@ class OnTorchvision(nn.Module):
             out = conv(input[:, first:end], moves, factors)
             outputs[group] = outputs[group] + out if group in outputs else out
         return torch.cat(list(outputs.values()), 1) if len(outputs) > 1 else outputs[0]
+
+
+def _given(input: Tensor, offset: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """What `DeformConv2d` samples with: what it is called with."""
+    return offset, mask
 
 
 def _replacement(layer: SamplingModule, name: str, one_group: bool) -> OnTorchvision:
