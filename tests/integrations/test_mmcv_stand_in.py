@@ -358,8 +358,8 @@ def test_installing_that_fails_leaves_nothing(run, step):
     code = f"""
 import mmcv.cnn, torch
 from mmengine.registry import MODELS
-path, registered, allowed = list(sys.meta_path), dict(MODELS.module_dict), torch.serialization.get_safe_globals()
 from dcn_plugin.integrations import mmcv as stand_in
+path, registered, allowed = list(sys.meta_path), dict(MODELS.module_dict), torch.serialization.get_safe_globals()
 step = stand_in.{step}
 
 def half():
