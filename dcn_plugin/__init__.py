@@ -15,8 +15,6 @@ import sys as _sys
 import warnings as _warnings
 from importlib import import_module as _import_module
 
-from torch.onnx import is_in_onnx_export as _is_in_onnx_export
-
 from ._version import __version__
 
 # While Python looks for what `-m` names, the arguments behind it are all there is of `sys.argv`.
@@ -26,6 +24,8 @@ _ASKED = "" if _sys.argv[:1] != ["-m"] else _sys.orig_argv[-len(_sys.argv)]
 _BARE = _re.fullmatch(r"(-\w*m)?dcn_plugin(\.collect_env)?", _ASKED) is not None
 
 if not _BARE:
+    from torch.onnx import is_in_onnx_export as _is_in_onnx_export
+
     from . import layers, ops, reference
     from .checkpoint import load_checkpoint
     from .convert import convert

@@ -524,11 +524,12 @@ def test_layers_are_listed_and_are_no_stand_ins_for_convolutions():
 
 def test_offset_parameters():
     class Own(nn.Module):
-        offset_branches = {"field": 0.5, "absent": 0.1}
+        offset_branches = {"field": 0.5, "without": 0.1}
 
         def __init__(self):
             super().__init__()
             self.field, self.other = nn.Linear(2, 2), nn.Linear(2, 2)
+            self.without = None
 
     shared = DeformRoIPoolPack(2, 4, 8)
     model = nn.ModuleDict(

@@ -40,7 +40,7 @@ class PrefixPredictor(OffsetPredictor):
         if not isinstance(old, nn.Conv2d):
             raise TypeError(f"layer.conv_offset: expected a convolution, got {type(old).__name__}")
         super().__init__(
-            old.in_channels, old.out_channels, old.kernel_size, 1, old.padding, old.dilation,
+            old.in_channels, old.out_channels, old.kernel_size, 1, old.padding, old.dilation,  # type: ignore[arg-type]
             device=old.weight.device, dtype=old.weight.dtype,
         )  # fmt: skip
         self.offset_rows = old.out_channels // layer.outputs_per_tap * 2

@@ -53,7 +53,14 @@ def python(*arguments, folder, path=(), **options):
     entries = [*path, Path(dcn_plugin.__file__).parents[1], *([given] if given else [])]
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, entries)), OMP_NUM_THREADS="1")
     command = [sys.executable, "-W", "ignore", *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300, **options)
+    return subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, text=True, timeout=300, preexec_fn=with_sigint, **options
+    )
+
+
+def with_sigint():
+    """As in a terminal: what a shell starts in the background ignores SIGINT, and so does what that starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("form", PROGRAMS)

@@ -83,7 +83,7 @@ class Array(np.ndarray):
             raise ValueError(f"array: expected {length} bytes for shape {shape}, got {got}")
         if kind.kind == "U":  # numbers that are no characters raise here
             data.decode("utf-32-be" if kind.str[0] == ">" else "utf-32-le", "surrogatepass")
-        super().__setstate__((1, shape, kind, by_columns is True, data))
+        super().__setstate__((1, shape, kind, by_columns is True, data))  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.view(np.ndarray).__reduce_ex__(protocol)
