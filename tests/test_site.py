@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import pkgutil
@@ -49,6 +50,14 @@ def pages(site: Path) -> dict[str, str]:
     return found
 
 
+def written_names(module: str) -> list[str]:
+    """`__all__` of a module as its file has it."""
+    spec = importlib.util.find_spec(module)
+    assigned = [node for node in ast.parse(Path(spec.origin).read_text()).body if isinstance(node, ast.Assign)]
+    (names,) = (node.value for node in assigned if ast.unparse(node.targets[0]) == "__all__")
+    return ast.literal_eval(names)
+
+
 def test_every_public_name_is_on_it(site):
     inventory = (site / "objects.inv").read_bytes().split(b"\n", 4)[4]
     known = {line.split(" ", 1)[0] for line in zlib.decompress(inventory).decode().splitlines()}
@@ -56,13 +65,18 @@ def test_every_public_name_is_on_it(site):
     names = ["dcn_plugin", *(module.name for module in pkgutil.walk_packages(dcn_plugin.__path__, "dcn_plugin."))]
     for name in names:
         if not any(part.startswith("_") for part in name.split(".")):
-            module = importlib.import_module(name)
-            if not hasattr(module, "__all__"):
+            try:
+                module = importlib.import_module(name)
+            except ModuleNotFoundError as error:  # for a package that not every machine has
+                assert name == f"dcn_plugin.export.{error.name}"
+                module = None
+            public = written_names(name) if module is None else getattr(module, "__all__", None)
+            if public is None:
                 continue
             assert (site / f"api/{name}.html").is_file(), name
-            for member in module.__all__:
+            for member in public:
                 # A function that bears the name of its file stands under the name of both.
-                value, seen = getattr(module, member), seen + 1
+                value, seen = getattr(module, member, None), seen + 1
                 own = f"{getattr(value, '__module__', name)}.{getattr(value, '__qualname__', member)}"
                 if f"{name}.{member}" not in known and own not in known:
                     missing.append(f"{name}.{member}")

@@ -6,6 +6,7 @@ only the part that writes the format knows it: it is imported by name once that 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
@@ -28,6 +29,7 @@ class _Format(NamedTuple):
 
 
 _FORMATS: list[_Format] = []
+_IN_TABLE: list[Any] = []
 
 
 def register_format(is_written: Callable[[], bool], module: str) -> None:
@@ -40,6 +42,8 @@ def let_exporters_decompose(op: Any, fake: Callable[..., Tensor]) -> None:
     if MOVED:
         return
     name = op.name().partition("::")[2]
+
+    _IN_TABLE.append(op)
 
     @register_decomposition(op)
     def decompose(*args: Any) -> Any:
@@ -56,6 +60,20 @@ def let_exporters_decompose(op: Any, fake: Callable[..., Tensor]) -> None:
         raise NotImplementedError(f"torch.onnx.export: expected dynamo=True for dcn_plugin::{name}, got dynamo=False")
 
     torch.onnx.register_custom_op_symbolic(op.name(), refuse, 9)  # type: ignore[attr-defined]  # no name of its list
+
+
+def let_inductor_call() -> None:
+    """Tell inductor that it calls our operators as they are; fake kernels ask for it, as they run before it lowers.
+
+    It would do so unasked. But where the environment variable CI is set, it takes an operator that stands in torch's
+    table of decompositions for a mistake of torch's own and does not compile.
+    """
+    lowering = sys.modules.get("torch._inductor.lowering")
+    while _IN_TABLE and hasattr(lowering, "make_fallback"):
+        op = _IN_TABLE.pop()
+        if op not in lowering.lowerings:
+            constraint = lowering.tag_to_layout_constraint(lowering.get_layout_constraint_tag(op, with_default=True))
+            lowering.make_fallback(op, layout_constraint=constraint, warn=False)
 
 
 def _refuse(name: str) -> Any:

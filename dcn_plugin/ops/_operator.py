@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._exporters import let_exporters_decompose
+from ._exporters import let_exporters_decompose, let_inductor_call
 from ._layout import new_image
 from ._vmap import Fold, Prepare, register_vmap
 
@@ -66,6 +66,7 @@ def register(
 
     @torch.library.register_fake(f"dcn_plugin::{name}")
     def fake(*args: Any) -> Tensor:
+        let_inductor_call()
         return new_image(args[0], out_shape(**dict(zip((*tensors, *options), args, strict=True))))
 
     let_exporters_decompose(op.default, fake)

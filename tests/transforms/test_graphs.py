@@ -1,6 +1,9 @@
 """Operators and models as graphs: exported files, ahead-of-time packages, whole compiled models."""
 
 import io
+import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -67,6 +70,18 @@ def test_reduce_overhead_is_tolerated(case: OpCase):
         expected = run(case.reference, convert(arguments, dtype=torch.float64))
         for name, value in run(compiled, arguments).items():
             assert_close(value, expected[name], torch.float32, name)
+
+
+def test_compiles_where_ci_is_set(tmp_path):
+    """There inductor checks torch's own tables, where our operators stand for the exporters."""
+    lines = ["import torch, dcn_plugin", "torch.manual_seed(0)"]
+    lines += ["layers = [dcn_plugin.DCNv2(4, 4, 3, padding=1), dcn_plugin.layers.DeformRoIPool(2)]"]
+    lines += ["x, rois = torch.randn(2, 4, 9, 9), torch.tensor([[0.0, 1, 1, 7, 6]])"]
+    lines += ["f = lambda x, rois: layers[1](layers[0](x), rois).exp()"]
+    lines += ["torch.testing.assert_close(torch.compile(f, fullgraph=True)(x, rois), f(x, rois))"]
+    environment = os.environ | {"CI": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def packaged(module: nn.Module, inputs: tuple, dynamic, path) -> nn.Module:
