@@ -22,10 +22,11 @@ def ms_deform_attn(
 ) -> Tensor:
     """Sum weighted samples of several maps at learnt positions: multi-scale deformable attention.
 
-        out(n, q, m) = sum over l, p of weight(n, q, m, l, p) * value_l(n, m, location(n, q, m, l, p) * (W_l, H_l) - 0.5)
+        out(n, q, m) = sum over l, p of weight(q, m, l, p) * value_l(n, m, location(q, m, l, p) * (W_l, H_l) - 0.5)
 
     for query q, head m and point p of level l, with zeros outside the map and bilinear interpolation in between.
-    Unlike everything else here, pairs of positions are **(x, y)**, as in every checkpoint of the field; shapes are (H, W).
+    Unlike elsewhere in this package, pairs of positions are **(x, y)**, as in every checkpoint of the field; shapes are
+    (H, W).
 
     Args:
         value: `[N, S, M, D]`, the pixels of all levels one after the other, S = sum of H_l * W_l; float64, float32,
