@@ -16,7 +16,6 @@ DCN_HOST_DEVICE void for_each_block(int64_t count, const F& f) {
   if (count & 32) f(Width<32>(), c), c += 32;
   if (count & 16) f(Width<16>(), c), c += 16;
   if (count & 8) f(Width<8>(), c), c += 8;
-  if (count & 4) f(Width<4>(), c), c += 4;
   for (; c < count; ++c) f(Width<1>(), c);
 }
 

@@ -4,6 +4,7 @@
 
 #include "../../../runtime/cpu.h"
 #include "../portable.h"
+#include "backward.h"
 #include "forward.h"
 
 namespace dcn {
@@ -20,8 +21,12 @@ struct CpuAttention {
   }
   static AttentionGradients backward(const Tensor& grad_output, const AttentionArguments& a, const AttentionGeometry& g,
                                      int64_t wanted) {
-    ms_deform_attn_backward_log.note("portable");
-    return ms_deform_attn_backward_portable<Cpu>(grad_output, a, g, wanted);
+    const CpuKernels kernels = kernels_for(g);
+    ms_deform_attn_backward_log.note(name_of(kernels));
+    if (kernels == kPortable) return ms_deform_attn_backward_portable<Cpu>(grad_output, a, g, wanted);
+    return dispatch_floating(a.value.scalar_type(), [&](auto s) {
+      return tiles::attention::backward<decltype(s)>(grad_output, a, g, wanted);
+    });
   }
 
  private:
