@@ -137,7 +137,14 @@ AttentionGradients backward(const Tensor& grad_output, const AttentionArguments&
                             int64_t wanted) {
   using A = Accumulate<S>;
   // Half types are summed in float.
-  const auto [grad_value, grad_locations, grad_weights, grad_reference] = new_gradients(a, wanted, scalar_type_of<A>());
+  const auto [nothing, grad_locations, grad_weights, grad_reference] =
+      new_gradients(a, wanted & ~static_cast<int64_t>(kValue), scalar_type_of<A>());
+  Tensor grad_value = nothing;
+  if (wanted & kValue) {
+    grad_value = new_contiguous(a.value, {g.batch, g.rows, g.heads, g.channels}, scalar_type_of<A>());
+    prefer_large_pages(grad_value);
+    torch::stable::zero_(grad_value);
+  }
   const auto data = [](const Tensor& t) { return t.numel() > 0 ? t.data_ptr() : nullptr; };
   const Tensor sums = new_contiguous(
       a.value, {data(grad_reference) ? g.heads : 0, grad_reference.numel()}, scalar_type_of<A>());

@@ -73,24 +73,31 @@ DCN_HOST_DEVICE void load_weights(const Stored& from, int64_t n, int64_t q, Head
   }
 }
 
-// The frames of the points of query (n, q) from its reference points: those of one head, then the same for the others.
+// The frames of the points of query (n, q) from its reference points: those of one head, and copies for the others.
 template <typename T, typename A>
 DCN_HOST_DEVICE void load_frames(const AttentionPoints<A, T>& all, int64_t n, int64_t q, int64_t heads, Points<A>& p) {
+  const bool boxes = all.g.reference_numbers == 4;  // else an offset is in pixels, for all queries
   for (int64_t l = 0; l < all.g.levels; ++l) {
     const AttentionFrame<A> frame = all.frame(n, q, l);
     const int64_t first = all.g.level[l].first_point, last = first + all.g.level[l].points;
     for (int64_t k = first; k < last; ++k) {
-      p.start_x[k] = frame.start[0], p.start_y[k] = frame.start[1];
-      p.unit_x[k] = frame.unit[0], p.unit_y[k] = frame.unit[1];
+      p.start_x[k] = frame.start[0];
+      p.start_y[k] = frame.start[1];
+    }
+    for (int64_t k = first; boxes && k < last; ++k) {
+      p.unit_x[k] = frame.unit[0];
+      p.unit_y[k] = frame.unit[1];
     }
   }
-  const int64_t points = all.g.points;
-  for (A* const array : {p.start_x, p.start_y, p.unit_x, p.unit_y})
-    for (int64_t m = 1; m < heads; ++m) {
-      A* const to = array + m * points;
-#pragma omp simd
-      for (int64_t k = 0; k < points; ++k) to[k] = array[k];
-    }
+  const int64_t points = all.g.points, all_points = heads * points;
+  for (int64_t done = points; done < all_points; done *= 2) {
+    const size_t bytes = (2 * done < all_points ? done : all_points - done) * sizeof(A);
+    std::memcpy(p.start_x + done, p.start_x, bytes);
+    std::memcpy(p.start_y + done, p.start_y, bytes);
+    if (!boxes) continue;
+    std::memcpy(p.unit_x + done, p.unit_x, bytes);
+    std::memcpy(p.unit_y + done, p.unit_y, bytes);
+  }
 }
 
 }  // namespace dcn::tiles::attention

@@ -91,7 +91,8 @@ struct PointFinder {
     for (int64_t i = 0; i < count; ++i) {
       points.given_x[i] = points.given_y[i] = 0;
       points.start_x[i] = points.start_y[i] = A(-0.5);
-      points.unit_x[i] = static_cast<A>(table.width[i]), points.unit_y[i] = static_cast<A>(table.height[i]);
+      points.unit_x[i] = call.reference.data ? A(1) : static_cast<A>(table.width[i]);
+      points.unit_y[i] = call.reference.data ? A(1) : static_cast<A>(table.height[i]);
       points.attention[i] = 1;
     }
   }
