@@ -174,15 +174,16 @@ def test_results_are_contiguous_where_strides_look_like_an_image(device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_values_of_a_wide_map_are_found_where_float32_positions_say(dtype, device):
     width = 250
-    value = torch.arange(width).remainder(251).to(dtype)[None, :, None, None].to(device)
-    assert len(value.unique()) == width, "each pixel is known by its value"
+    # Each pixel is known by its value, and far from its neighbours'.
+    value = (101 * torch.arange(width)).remainder(251).to(dtype)[None, :, None, None].to(device)
+    assert len(value.unique()) == width
     x = (torch.arange(width, device=device) + 0.5) / width
     locations = torch.stack([x, torch.full_like(x, 0.5)], -1)[None, :, None, None, None]
     out = ms_deform_attn(value, [(1, width)], locations)
     torch.testing.assert_close(out[0, :, 0], value[0, :, 0, 0], rtol=0, atol=0)
-    # With positions in half precision a large part of the samples lies elsewhere, which is why they need not be.
+    # With positions in half precision most samples lie elsewhere, which is why they need not be.
     elsewhere = ms_deform_attn(value, [(1, width)], locations.to(dtype))[0, :, 0] != value[0, :, 0, 0]
-    assert elsewhere.float().mean() > (0.4 if dtype == torch.bfloat16 else 0.1)
+    assert elsewhere.float().mean() > 0.5
 
 
 def test_autocast_hands_on_float32_positions(device):
