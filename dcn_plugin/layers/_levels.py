@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops._check import integer, tensor
+from ..ops._check import integer, require_dense, tensor
 from ..ops._transforms import unrecorded, values_are_known
 
 Levels = list[tuple[int, int]]
@@ -110,6 +110,7 @@ def _check_mask(name: str, mask: Any, images: int, pixels: int, parameter: Tenso
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"{name}: expected a tensor of torch.bool, True where there is padding, or None, got {got}")
+    require_dense(name, mask)
     if list(mask.shape) != [images, pixels]:
         raise ValueError(f"{name}: expected [{images}, {pixels}], one for each pixel, got {list(mask.shape)}")
     _on(mask, name, parameter)
