@@ -96,7 +96,11 @@ def arguments_of_pool(draw, cls, generator):
 
 def arguments_of_attention(draw, cls, generator):
     heads, levels, n, queries = draw(sizes), draw(sizes), draw(st.integers(0, 2)), draw(st.integers(0, 3))
-    channels, boxes, mmcv = heads * draw(st.sampled_from([1, 2, 5])), draw(st.booleans()), cls is not layers.MSDeformAttn
+    channels, boxes, mmcv = (
+        heads * draw(st.sampled_from([1, 2, 5])),
+        draw(st.booleans()),
+        cls is not layers.MSDeformAttn,
+    )
     shapes = draw(st.lists(st.tuples(sizes, st.integers(1, 5)), min_size=levels, max_size=levels))
     pixels = sum(height * width for height, width in shapes)
     points = draw(sizes) if mmcv or draw(st.booleans()) else [draw(sizes) for _ in shapes]
@@ -173,7 +177,9 @@ def of_operator(package, layer, inputs):
 
 
 def gradients(out, layer, inputs):
-    wanted = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.requires_grad} | dict(layer.named_parameters())
+    wanted = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.requires_grad} | dict(
+        layer.named_parameters()
+    )
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=out.dtype)
     found = torch.autograd.grad(out, list(wanted.values()), weights, materialize_grads=True)
     return dict(zip(wanted, found, strict=True))

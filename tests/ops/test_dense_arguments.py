@@ -5,10 +5,10 @@ import inspect
 import pytest
 import torch
 from cases import CASES
+from transforms.parts import AtLevels, MMCVAtLevels
 
 from dcn_plugin import layers, ops, reference
 from dcn_plugin.detection import MultiScaleDeformRoIPool
-from transforms.parts import AtLevels, MMCVAtLevels
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning", "ignore:Sparse CSR:UserWarning")
 
