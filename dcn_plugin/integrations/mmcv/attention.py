@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ... import ops
 from ...ops._check import shape, tensor
+from ...ops._operator import wanted_bits
 from ._wide import plain
 
 Shapes = Tensor | Sequence[Sequence[int]]
@@ -87,12 +88,15 @@ def ms_deform_attn_backward(
 ) -> None:
     """Add the gradients of `ms_deform_attn_forward` to the three tensors given for them."""
     sizes = _check(value, value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights)
-    given = [each.detach().requires_grad_() for each in (value, _positions(sampling_locations), attention_weights)]
-    with torch.enable_grad(), plain(value.device):
-        found = ops.ms_deform_attn(given[0], sizes, *given[1:])
-    gradients = torch.autograd.grad(found, given, grad_output.view_as(found))
-    for into, gradient in zip((grad_value, grad_sampling_loc, grad_attn_weight), gradients, strict=True):
-        into.add_(gradient)
+    # Levels and points side by side, and no reference points, softmax or part of a box.
+    locations, weights = _positions(sampling_locations).flatten(3, 4), attention_weights.flatten(3, 4)
+    flat, points = [size for pair in sizes for size in pair], [sampling_locations.shape[4]] * len(sizes)
+    wanted = wanted_bits(("value", "sampling_locations", "attention_weights"))
+    found = torch.ops.dcn_plugin.ms_deform_attn_backward(
+        grad_output, value, locations, weights, None, flat, points, False, 0.5, wanted
+    )
+    for into, gradient in zip((grad_value, grad_sampling_loc, grad_attn_weight), found, strict=False):
+        into.add_(gradient.view_as(into))
 
 
 def multi_scale_deformable_attn_pytorch(

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from ... import ops
 from ...ops._check import integer, shape, tensor
-from ...ops._operator import WANTED, wanted_bits
+from ...ops._operator import wanted_bits
 from ._wide import plain
+
+_ALL = ("input", "offset", "weight", "mask")
 
 
 def _backward(name: str, grad_output: Tensor, *arguments: Any, wanted: tuple[str, ...]) -> tuple[Tensor, ...]:
@@ -135,7 +137,7 @@ def modulated_deform_conv_backward(
     _agree(input, weight, offset, (kernel_h, kernel_w), group, deformable_group)
     offset, mask = _positions(offset, mask, grad_output, deformable_group, kernel_h * kernel_w)
     geometry = [stride_h, stride_w], [pad_h, pad_w, pad_h, pad_w], [dilation_h, dilation_w]
-    found = _backward("deform_conv2d", grad_output, input, offset, weight, mask, *geometry, wanted=tuple(WANTED))
+    found = _backward("deform_conv2d", grad_output, input, offset, weight, mask, *geometry, wanted=_ALL)
     grad_input.add_(found[0])
     _write_prefix(grad_offset, found[1])
     grad_weight.add_(found[2])
