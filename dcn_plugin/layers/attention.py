@@ -223,7 +223,7 @@ class MSDeformAttn(LevelAttention):
         self.n_heads = integer("n_heads", n_heads, 1)
         divisible("d_model", self.d_model, "n_heads", self.n_heads)
         self.n_points: int | tuple[int, ...]
-        if isinstance(n_points, Sequence) and not isinstance(n_points, str):
+        if isinstance(n_points, Sequence):
             points = self.n_points = tuple(integer("n_points", count, 1) for count in n_points)
             if len(points) != self.n_levels:
                 raise ValueError(f"n_points: expected a number for each of {self.n_levels} levels, got {n_points!r}")
