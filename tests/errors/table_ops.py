@@ -172,6 +172,15 @@ def merged(**given):
     return attend(**{"sampling_locations": AT.flatten(3, 4), "attention_weights": LOGITS.flatten(3)} | given)
 
 
+def on_meta(**given):
+    """The compiled operator's rule for shapes."""
+    arguments = dict(
+        value=VALUE.to("meta"), sampling_locations=AT.flatten(3, 4).to("meta"), attention_weights=None,
+        reference_points=None, spatial_shapes=[3, 4, 2, 2], points=[3, 3], softmax=False, offset_scale=0.5,
+    )  # fmt: skip
+    return lambda: torch.ops.dcn_plugin.ms_deform_attn(*(arguments | given).values())
+
+
 _BOXES = "[N, Q, L or 1, 2 or 4]"
 _AT, _LOGITS = "[N, Q, M, L, P, 2] or [N, Q, M, K, 2]", "[N, Q, M, L, P] or [N, Q, M, K]"
 ATTENTION = [
@@ -238,12 +247,11 @@ META = [
         ),
         ValueError, "stride", "an integer or 2 integers", "got 0: []",
     ),
-    Case(
-        lambda: torch.ops.dcn_plugin.ms_deform_attn(
-            VALUE.to("meta"), AT.flatten(3, 4).to("meta"), None, None, [], [], False, 0.5
-        ),
-        ValueError, "points:", "1 to 16 levels", "got 0",
-    ),
+    Case(on_meta(points=[]), ValueError, "points:", "1 to 16 levels", "got 0"),
+    Case(on_meta(points=[6, 0]), ValueError, "points:", "expected at least 1", "got 0"),
+    Case(on_meta(spatial_shapes=[3, 4, 2]), ValueError, "spatial_shapes:", "an integer or 4 integers", "got 3: [3,"),
+    Case(on_meta(sampling_locations=AT.to("meta")), ValueError, "sampling_locations:", "5-D", "got shape (2, 5, 3, 2"),
+    Case(on_meta(attention_weights=LOGITS.to("meta")), ValueError, "attention_weights:", "4-D", "got shape (2, 5, 3, 2"),
 ]  # fmt: skip
 DEFINITIONS = [
     Case(
