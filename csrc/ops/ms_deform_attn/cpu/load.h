@@ -18,17 +18,17 @@ template <typename A>
 struct alignas(64) Points {
   template <typename T>
   using Each = T[points_room];
-  Each<A> given_x, given_y;                      // locations, or offsets
-  Each<A> start_x, start_y, unit_x, unit_y;      // position in pixels = start + given * unit, as in AttentionFrame
-  Each<A> scaled_x, scaled_y;                    // given * unit
-  Each<A> attention;                             // weight of the point
-  Each<A> weight[4];                             // of each corner: bilinear times that
-  Each<Index> pixel, corners;                    // upper left corner on its map; those on the map, and those read
-  Each<int64_t> value[4];                        // address of each corner's channels, or of a row of zeros
-  Each<A> fraction_x, fraction_y;                // of the position between two pixels
-  Each<A> by_x, by_y, by_weight;                 // gradients of the position in pixels and of the weight
-  Each<int64_t> grad[4];                         // address of each corner's gradient, or of a row that nobody reads
-  A dot[4 * points_room];                        // [point, corner]: gradient of the result times the corner's channels
+  Each<A> given_x, given_y;                  // locations, or offsets
+  Each<A> start_x, start_y, unit_x, unit_y;  // position in pixels = start + given * unit, as in AttentionFrame
+  Each<A> scaled_x, scaled_y;                // given * unit
+  Each<A> attention;                         // weight of the point
+  Each<A> weight[4];                         // of each corner: bilinear times that
+  Each<Index> pixel, corners;                // upper left corner on its map; those on the map, and those read
+  Each<int64_t> value[4];                    // address of each corner's channels, or of a row of zeros
+  Each<A> fraction_x, fraction_y;            // of the position between two pixels
+  Each<A> by_x, by_y, by_weight;             // gradients of the position in pixels and of the weight
+  Each<int64_t> grad[4];                     // address of each corner's gradient, or of a row that nobody reads
+  A dot[4 * points_room];                    // [point, corner]: gradient of the result times the corner's channels
 };
 
 // to_x, to_y = the pairs of query (n, q).
