@@ -37,7 +37,10 @@ MAY_IMPORT = {
     # MMEngine asks for detection's layer by name; it is imported then.
     "registry": ("mm detection layers flops", "mmengine mmcv"),
     # What stands in for other packages calls them, too.
-    "integrations": ("integrations ops layers mm reference _config _version", "torchvision mmcv mmengine numpy"),
+    "integrations": (
+        "integrations ops layers mm reference _config _version",
+        "torchvision transformers mmcv mmengine numpy",
+    ),
     "export": (
         "export models detection convert checkpoint layers ops reference _config",
         "timm torchvision safetensors onnxruntime openvino ncnn pnnx executorch",
