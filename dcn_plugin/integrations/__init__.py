@@ -39,6 +39,12 @@ INTEGRATIONS = {
         "torchvision",
         "torchvision's own deform_conv2d and roi_align on our kernels",
     ),
+    "transformers": Integration(
+        "transformers",
+        "accelerate",
+        "transformers",
+        "the deformable attention of transformers' detectors and segmenters on our operator",
+    ),
     "ultralytics": Integration(
         "ultralytics",
         "accelerate",
