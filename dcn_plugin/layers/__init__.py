@@ -5,6 +5,7 @@ A layer of a new kind, here or in code of your own, keeps the contract of `sampl
 
 from ._prefix import PrefixPredictor, prefix_note
 from ._start import OffsetPredictor, ZeroLinear, warn_if_redrawn
+from .attention import MMCVMultiScaleDeformableAttention, MSDeformAttn
 from .branch import regions_of
 from .conv import DCNv1, DCNv2, DeformConv2d, OffsetConv, accept_sibling_offset_keys
 from .ps_roi import DeformPSRoIPool, DeformPSRoIPoolPack, PSRoIPool
@@ -33,6 +34,8 @@ LAYERS: dict[str, type] = {
         PSRoIPool,
         DeformPSRoIPool,
         DeformPSRoIPoolPack,
+        MSDeformAttn,
+        MMCVMultiScaleDeformableAttention,
     )
 }
 """The one list of layers, by name: converter, registries and documents walk it."""
@@ -46,6 +49,8 @@ __all__ = [
     "DeformPSRoIPoolPack",
     "DeformRoIPool",
     "DeformRoIPoolPack",
+    "MMCVMultiScaleDeformableAttention",
+    "MSDeformAttn",
     "ModulatedDeformRoIPoolPack",
     "OffsetConv",
     "OffsetPredictor",

@@ -21,8 +21,10 @@ from .samples import Hooks, OffsetRate, Regions, Samples, SamplingHandle, Sampli
 
 logger = logging.getLogger("dcn_plugin")
 
-# What classes of other packages, which declare nothing, call the convolution that predicts their offsets (mmcv's do).
-_ELSEWHERE = {"conv_offset": 1.0}
+# What classes of other packages, which declare nothing, call what predicts where they sample, with its usual rate:
+# convolutions (mmcv's), then attention, and in the models around it what predicts its reference points (Zhu et al. 2021,
+# appendix A.4; mmdet's name is the last).
+_ELSEWHERE = {"conv_offset": 1.0, "sampling_offsets": 0.1, "reference_points": 0.1, "reference_points_fc": 0.1}
 
 
 class SamplingModule(NotScriptable, nn.Module):
@@ -33,7 +35,8 @@ class SamplingModule(NotScriptable, nn.Module):
     - `offset_branches`: its submodules or parameters that predict offsets (and masks), by name, each with its usual
       learning rate as a multiple of the rest's. A layer that lacks one of them has None under its name. They may be
       any modules, as long as they are `OffsetPredictor`s or end in one or in a `ZeroLinear`, so that a fresh layer is
-      undeformed whoever initialises the model; others need a `reset_offsets` of their own.
+      undeformed (attention: samples where it was published to) whoever initialises the model; others need a
+      `reset_offsets` of their own.
     - `offset_lr_option`: which option of a trainer changes that rate. `offset_lr_mult` (MMEngine's
       `dcn_offset_lr_mult`) multiplies it; `roi_offset_lr_mult` takes its place, as the branches of RoI pooling are
       usually trained so much more slowly that one option for all would not do.
@@ -244,7 +247,8 @@ def offset_rates(model: nn.Module) -> dict[str, OffsetRate]:
 def offset_parameters(model: nn.Module) -> dict[str, float]:
     """Names of the parameters that predict offsets and masks, with their usual learning rate multiplier.
 
-    1.0 for every `conv_offset`, 0.01 for the fully connected branches of RoI pooling (Dai et al. 2017, section 2.3).
+    1.0 for every `conv_offset`, 0.01 for the fully connected branches of RoI pooling (Dai et al. 2017, section 2.3), 0.1
+    for `sampling_offsets` of attention and `reference_points` of the models around it (Zhu et al. 2021, appendix A.4).
     A module class of your own says so with a class attribute: `offset_branches = {"<submodule>": <multiplier>}`.
 
     Args:

@@ -1,0 +1,115 @@
+"""What attention over several maps looks at in its arguments: messages have the names that a layer gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops._check import integer, tensor
+from ..ops._transforms import unrecorded, values_are_known
+
+Levels = list[tuple[int, int]]
+
+
+class Names(NamedTuple):
+    """What a layer calls its arguments."""
+
+    query: str
+    reference: str
+    value: str
+    shapes: str
+    starts: str
+    mask: str
+
+
+@unrecorded
+def check_levels(
+    names: Names, given: Any, parameter: Tensor, width: int, levels: int, batch_first: bool = True
+) -> Levels:
+    """Return (height, width) of each level if the arguments of a call fit together.
+
+    `given` are the arguments in the order of `names`, batch first; `parameter` is one of the layer's.
+    """
+    query, reference, value, shapes, starts, mask = given
+    for name, each, what in ((names.query, query, "Q"), (names.value, value, "S")):
+        axes = f"[N, {what}, {width}]" if batch_first else f"[{what}, N, {width}]"
+        tensor(each, name, 3, axes)
+        if each.shape[2] != width:
+            raise ValueError(f"{name}: expected {axes}, got {_said(each, batch_first)}")
+        _on(each, name, parameter)
+    images, queries, pixels = query.shape[0], query.shape[1], value.shape[1]
+    if value.shape[0] != images:
+        raise ValueError(f"{names.value}: expected {images} images like {names.query}, got {value.shape[0]}")
+    sizes = _sizes(names.shapes, shapes, levels)
+    total = sum(height * width for height, width in sizes)
+    if total != pixels:
+        raise ValueError(
+            f"{names.shapes}: expected levels that add up to the {pixels} pixels of {names.value}, got {total} "
+            f"from {sizes}"
+        )
+    _check_starts(names.starts, starts, sizes, isinstance(shapes, Tensor))
+    tensor(reference, names.reference, 4, f"[N, Q, {levels}, 2 or 4]")
+    if reference.shape[:2] != query.shape[:2] or reference.shape[2] not in (1, levels) or reference.shape[3] not in (2, 4):
+        raise ValueError(
+            f"{names.reference}: expected [{images}, {queries}, {levels} or 1, 2 (x, y) or 4 (x, y, w, h)], got "
+            f"{list(reference.shape)}"
+        )
+    _on(reference, names.reference, parameter)
+    if mask is not None:
+        _check_mask(names.mask, mask, images, pixels, parameter)
+    return sizes
+
+
+def _said(value: Tensor, batch_first: bool) -> list[int]:
+    return list(value.shape if batch_first else value.transpose(0, 1).shape)
+
+
+def _on(value: Tensor, name: str, parameter: Tensor) -> None:
+    if value.device != parameter.device:
+        raise ValueError(f"{name}: expected to be on {parameter.device} like the layer's parameters, got {value.device}")
+
+
+def _integers(name: str, given: Tensor, shape: list[int]) -> Any:
+    if list(given.shape) != shape or given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+        raise ValueError(f"{name}: expected integers {shape}, got {given.dtype} {list(given.shape)}")
+    return given.tolist()
+
+
+def _sizes(name: str, given: Any, levels: int) -> Levels:
+    if isinstance(given, Tensor):
+        given = _integers(name, given, [levels, 2])
+    if not isinstance(given, Sequence) or len(given) != levels or any(len(pair) != 2 for pair in map(_row, given)):
+        raise ValueError(f"{name}: expected {levels} pairs (H, W), or a tensor of them, got {given!r}")
+    return [(integer(name, height, 1), integer(name, width, 1)) for height, width in given]
+
+
+def _row(pair: Any) -> Sequence[Any]:
+    return pair if isinstance(pair, Sequence) else ()
+
+
+def _check_starts(name: str, given: Any, sizes: Levels, waited: bool) -> None:
+    """Check the first pixel of each level, which the sizes say too; on a device where that waits, if it `waited`."""
+    if given is None:
+        return
+    if isinstance(given, Tensor):
+        if not values_are_known(given) or given.is_meta or (given.is_cuda and not waited):
+            return
+        given = _integers(name, given, [len(sizes)])
+    wanted, first = [], 0
+    for height, width in sizes:
+        wanted.append(first)
+        first += height * width
+    if list(given) != wanted:
+        raise ValueError(f"{name}: expected {wanted}, where the levels begin, got {list(given)}")
+
+
+def _check_mask(name: str, mask: Any, images: int, pixels: int, parameter: Tensor) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{name}: expected a tensor of torch.bool, True where there is padding, or None, got {got}")
+    if list(mask.shape) != [images, pixels]:
+        raise ValueError(f"{name}: expected [{images}, {pixels}], one for each pixel, got {list(mask.shape)}")
+    _on(mask, name, parameter)
