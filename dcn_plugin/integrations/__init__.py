@@ -39,6 +39,12 @@ INTEGRATIONS = {
         "torchvision",
         "torchvision's own deform_conv2d and roi_align on our kernels",
     ),
+    "transformers": Integration(
+        "transformers",
+        "accelerate",
+        "transformers",
+        "the deformable attention of transformers' detectors and segmenters on our operator",
+    ),
 }
 """Name -> integration: `python -m dcn_plugin --accelerate NAME` and `enable` know these."""
 
