@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import attention_peers as peers
 import torch
-from attention_layers import layer_calls
+from attention_layers import PARTS, layer_calls
 from gpu import FUSED, Work
 from harness import (
     OURS,
@@ -29,7 +29,7 @@ NAME = "ms_deform_attn"
 OPERATORS = (NAME,)
 # Nothing here has another layout than that of the field.
 LAYOUT = "NSMD"
-PARTS, HALF, ONE = "parts", "bfloat16", "one thread"
+HALF, ONE = "bfloat16", "one thread"
 _COLUMNS = f"""`{peers.FALLBACK} /`, `{peers.COMPILED} /` and
 `{peers.EAGER} /` are the times (float32) of transformers' plain PyTorch and of two packages over ours."""
 COLUMNS = {
@@ -150,6 +150,7 @@ def make(shape: Shape, setting: Setting, name: str, layout: str) -> dict[str, Ca
     if name == ONE:
         calls = make(shape, setting, OURS, layout) if torch.get_num_threads() > 1 else {}
         return {task: alone(call) for task, call in calls.items()}
+    torch.manual_seed(0)
     if shape.layer:
         return layer_calls(name, references(shape), shape.levels(), HEADS, CHANNELS, POINTS, setting.offset_std)
     operator = peers.operator(name) if name in peers.PACKAGES else OWN.get(name)

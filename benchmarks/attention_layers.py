@@ -31,7 +31,8 @@ def layer_calls(
     layer = MSDeformAttn(width, len(levels), heads, count)
     with torch.no_grad():  # queries are N(0, 1), and so the logits; offsets are N(first offset, std^2)
         layer.sampling_offsets.weight.normal_(std=std / width**0.5)
-        layer.attention_weights.weight.normal_(std=width**-0.5)
+        for parameter in layer.attention_weights.parameters():
+            parameter.normal_(std=width**-0.5)
     query, grad = torch.randn(batch, queries, width, requires_grad=True), torch.randn(batch, queries, width)
     flat = torch.randn(batch, sum(h * w for h, w in levels), width, requires_grad=True)
     points = points.expand(-1, -1, len(levels), -1)
