@@ -11,6 +11,10 @@ enum Wanted : int64_t {
   kOffset = 2,
   kWeight = 4,
   kMask = 8,
+  kValue = 16,
+  kSamplingLocations = 32,
+  kAttentionWeights = 64,
+  kReferencePoints = 128,
   kOrdered = 1 << 8,  // torch's deterministic mode: no sums whose order may vary
 };
 

@@ -67,20 +67,21 @@ inline bool is_supported(ScalarType type) {
          type == ScalarType::BFloat16;
 }
 
-inline void check_input_type(const char* op, const Tensor& input) {
-  check(is_supported(input.scalar_type()), op, ": input: expected Double, Float, Half or BFloat16, got ",
-        input.scalar_type());
+inline void check_type(const char* op, const char* name, const Tensor& t) {
+  check(is_supported(t.scalar_type()), op, ": ", name, ": expected Double, Float, Half or BFloat16, got ",
+        t.scalar_type());
 }
 
-// That an argument is on the input's device and of its type, or, where that is none for positions, Float.
-inline void check_like_input(const char* op, const char* name, const Tensor& t, const Tensor& input, bool or_float) {
-  const ScalarType type = input.scalar_type();
+// That an argument is on the device of the operator's first tensor and of its type, or, where that is none for
+// positions, Float.
+inline void check_like(const char* op, const char* name, const Tensor& t, const char* first_name, const Tensor& first,
+                       bool or_float) {
+  const ScalarType type = first.scalar_type();
   const bool may_be_float = or_float && type != ScalarType::Double && type != ScalarType::Float;
-  const char* like = may_be_float ? " like input or Float" : " like input";
   check(t.scalar_type() == type || (may_be_float && t.scalar_type() == ScalarType::Float), op, ": ", name,
-        ": expected ", type, like, ", got ", t.scalar_type());
-  check(t.device() == input.device(), op, ": ", name, ": expected a tensor on ", device_of(input), " like input, got ",
-        device_of(t));
+        ": expected ", type, " like ", first_name, may_be_float ? " or Float" : "", ", got ", t.scalar_type());
+  check(t.device() == first.device(), op, ": ", name, ": expected a tensor on ", device_of(first), " like ", first_name,
+        ", got ", device_of(t));
 }
 
 // Calls `f` with a value of the C++ type that `type` names.

@@ -81,11 +81,11 @@ inline ConvGeometry check_deform_conv2d(const char* op, const ConvArguments& a, 
     check(a.bias->dim() == 1 && a.bias->size(0) == g.out_channels, "bias", "shape [", g.out_channels, "], got ",
           shape_of(*a.bias));
 
-  check_input_type(op, a.input);
-  check_like_input(op, "weight", a.weight, a.input, false);
-  if (a.bias) check_like_input(op, "bias", *a.bias, a.input, false);
-  check_like_input(op, "offset", a.offset, a.input, true);
-  if (a.mask) check_like_input(op, "mask", *a.mask, a.input, true);
+  check_type(op, "input", a.input);
+  check_like(op, "weight", a.weight, "input", a.input, false);
+  if (a.bias) check_like(op, "bias", *a.bias, "input", a.input, false);
+  check_like(op, "offset", a.offset, "input", a.input, true);
+  if (a.mask) check_like(op, "mask", *a.mask, "input", a.input, true);
   return g;
 }
 

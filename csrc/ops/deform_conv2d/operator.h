@@ -29,7 +29,7 @@ ConvGradients deform_conv2d_backward(Tensor grad_output, Tensor input, Tensor of
             grad_output.size(2) == g.out_height && grad_output.size(3) == g.out_width,
         op, ": grad_output: expected shape [", g.batch, ", ", g.out_channels, ", ", g.out_height, ", ", g.out_width,
         "], got ", shape_of(grad_output));
-  check_like_input(op, "grad_output", grad_output, input, false);
+  check_like(op, "grad_output", grad_output, "input", input, false);
   if (!mask) wanted &= ~static_cast<int64_t>(kMask);
   unify_displacement_types(a);
   auto [grad_input, grad_offset, grad_weight, grad_mask] = Implementation::backward(grad_output, a, g, wanted);

@@ -95,14 +95,14 @@ inline void check_roi_pool(const char* op, const RoiArguments& a, RoiGeometry& g
   check(g.classes > 0 && g.outputs % g.classes == 0, teller, ": expected a number of classes that divides the ",
         g.outputs, " outputs, got ", g.classes);
 
-  check_input_type(op, a.input);
-  check_like_input(op, "rois", a.rois, a.input, true);
+  check_type(op, "input", a.input);
+  check_like(op, "rois", a.rois, "input", a.input, true);
   const auto check_parts = [&](const Tensor& t, int64_t planes, const char* name) {
     check(t.dim() == 4 && t.size(0) == g.rois && t.size(1) == planes && t.size(2) == g.part_height &&
               t.size(3) == g.part_width,
           name, ": expected shape [", g.rois, ", ", planes, ", ", g.part_height, ", ", g.part_width, "], got ",
           shape_of(t));
-    check_like_input(op, name, t, a.input, true);
+    check_like(op, name, t, "input", a.input, true);
   };
   if (a.offset) check_parts(*a.offset, 2 * g.classes, "offset");
   // Without offsets nothing moves, even where the scale is infinite or NaN.

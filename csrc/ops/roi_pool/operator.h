@@ -22,7 +22,7 @@ RoiGradients roi_pool_backward(const char* op, const Tensor& grad_output, const 
             grad_output.size(2) == g.out_height && grad_output.size(3) == g.out_width,
         op, ": grad_output: expected shape [", g.rois, ", ", g.outputs, ", ", g.out_height, ", ", g.out_width,
         "], got ", shape_of(grad_output));
-  check_like_input(op, "grad_output", grad_output, a.input, false);
+  check_like(op, "grad_output", grad_output, "input", a.input, false);
   if (!a.offset) wanted &= ~static_cast<int64_t>(kOffset);
   if (!a.mask) wanted &= ~static_cast<int64_t>(kMask);
   return dispatch_floating(a.input.scalar_type(), [&](auto s) -> RoiGradients {

@@ -1,0 +1,5 @@
+// Multi-scale deformable attention on CUDA.
+#include "cuda/paths.h"
+#include "operator.h"
+
+STABLE_TORCH_LIBRARY_IMPL(dcn_plugin, CUDA, m) { dcn::implement_ms_deform_attn<dcn::CudaAttention>(m); }
