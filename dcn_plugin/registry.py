@@ -13,6 +13,7 @@ that `conv_cfg` and `dcn=dict(type="DCNv2", deform_groups=1)` of mm* models work
 installed, not at what is imported, so the order of imports does not matter. `dcn_plugin.MMCVDCN` and
 `dcn_plugin.MMCVDCNv2` are the same two layers under names that are always ours. Under
 `default_scope = "dcn_plugin"` a bare `DCNv2` is this package's own layer, with its own arguments and masks.
+`MultiScaleDeformableAttention` is a third name of mmcv's, `dcn_plugin.MMCVMultiScaleDeformableAttention` the layer.
 
 The RoI pooling layers are in our scope only: mmcv registers none, and mmdetection's RoI extractors do not look into a
 registry for `roi_layer=dict(type=...)` but among the names in `mmcv.ops`, which this package does not touch.

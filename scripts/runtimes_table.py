@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from dcn_plugin.layers import DCNv2, DeformConv2d, DeformRoIPoolPack
+from dcn_plugin.ops import ms_deform_attn
 
 Args = tuple[Tensor, ...]
 
@@ -43,6 +44,17 @@ class Pooled(nn.Module):
 
     def forward(self, x: Tensor, rois: Tensor) -> Tensor:
         return self.pool(x, rois)
+
+
+class Attention(nn.Module):
+    """300 queries on two levels of a map, from boxes and raw offsets and logits, as decoders call it."""
+
+    def forward(self, x: Tensor, offsets: Tensor, logits: Tensor, boxes: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        levels = [x, x[:, :, ::2, ::2]]
+        value = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], 1).unflatten(2, (2, 4))
+        shapes = [(height, width), ((height + 1) // 2, (width + 1) // 2)]
+        return ms_deform_attn(value, shapes, offsets, logits, softmax=True, reference_points=boxes)
 
 
 def on_borders(height: int, width: int) -> Tensor:
@@ -64,6 +76,10 @@ def cases() -> dict[str, Case]:
         "groups": Case(DCNv2(8, 12, (3, 2), groups=2, bias=False, **uneven), (image,)),  # type: ignore[arg-type]
         "offset groups": Case(DCNv2(8, 12, 3, padding=1, offset_groups=4), (image,)),
         "borders": Case(DeformConv2d(8, 12, 3, padding=1), (image, on_borders(9, 11), torch.rand(1, 9, 9, 11))),
+        "attention": Case(
+            Attention(),
+            (image, torch.randn(1, 300, 2, 8, 2) * 2, torch.randn(1, 300, 2, 8), torch.rand(1, 300, 1, 4)),
+        ),
         "RoI pooling": Case(Pooled(), (image, torch.tensor([[0, 1.0, 2.0, 12.0, 9.0], [0, -3.0, 4.0, 25.0, 30.0]]))),
     }
     for case in found.values():

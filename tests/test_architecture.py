@@ -37,6 +37,7 @@ MAY_IMPORT = {
     # MMEngine asks for detection's layer by name; it is imported then.
     "registry": ("mm detection layers flops", "mmengine mmcv"),
     # What stands in for other packages calls them, too.
+    # ultralytics and rfdetr are taken by name alone, so they need no word here.
     "integrations": ("integrations ops layers mm reference _config _version", "torchvision mmcv mmengine numpy"),
     "export": (
         "export models detection convert checkpoint layers ops reference _config",

@@ -201,6 +201,12 @@ import torch
 x = torch.rand(1, 8, 5, 5)
 plain = torch.nn.functional.conv2d(x, block.conv.weight, padding=1)
 torch.testing.assert_close(block.eval()(x), block.bn(plain).relu(), rtol=1e-4, atol=1e-5)
+from mmengine.registry import MODELS
+from dcn_plugin.layers import MMCVMultiScaleDeformableAttention
+attention = dict(embed_dims=8, num_heads=2, num_levels=1)
+for kind in ("MultiScaleDeformableAttention", "dcn_plugin.MMCVMultiScaleDeformableAttention"):
+    assert type(MODELS.build(dict(attention, type=kind))) is MMCVMultiScaleDeformableAttention
+assert type(MODELS.build(dict(type="dcn_plugin.MSDeformAttn", d_model=8))) is dcn_plugin.layers.MSDeformAttn
 """
     assert run_alone(code) == ""
 
@@ -210,16 +216,19 @@ def test_names_stay_mmcvs_where_its_operators_are_compiled(tmp_path, order):
     package = tmp_path / "mmcv"
     package.mkdir()
     (package / "_ext.py").write_text("")
-    register = "\n".join(f"MODELS.register_module('{name}', module=dict)" for name in ("DCN", "DCNv2"))
+    names = ("DCN", "DCNv2", "MultiScaleDeformableAttention")
+    register = "\n".join(f"MODELS.register_module('{name}', module=dict)" for name in names)
     (package / "__init__.py").write_text(f"from mmengine.registry import MODELS\n{register}\n")
     code = f"""
 from mmengine.registry import MODELS
 import {order[0]}
 assert MODELS.module_dict.get("DCN") is {"dict" if order[0] == "mmcv" else None}
 import {order[1]}
-assert MODELS.module_dict["DCN"] is MODELS.module_dict["DCNv2"] is dict
+assert all(MODELS.module_dict[name] is dict for name in {names})
 layer = MODELS.build(dict(type="dcn_plugin.MMCVDCNv2", in_channels=4, out_channels=4, kernel_size=3))
 assert type(layer) is dcn_plugin.DCNv2
+layer = MODELS.build(dict(type="dcn_plugin.MMCVMultiScaleDeformableAttention", embed_dims=8, num_heads=2))
+assert type(layer) is dcn_plugin.layers.MMCVMultiScaleDeformableAttention
 """
     assert run_alone(code, path=tmp_path) == ""
 

@@ -180,6 +180,28 @@ def test_half_precision_is_computed_in_float32(offsets, tmp_path):
         assert_close(run_onnx(path, given)[0], Half()(*given), tolerance=1e-3)
 
 
+class Attention(nn.Module):
+    def forward(self, value, locations, weights):
+        return ops.ms_deform_attn(value, [(6, 8), (3, 4)], locations, weights)
+
+
+@needs_runtime
+@pytest.mark.parametrize("earlier", [False, True])
+def test_torch_itself_writes_attention(earlier, tmp_path):
+    """At an opset without DeformConv, too; a program that was exported earlier. `test_onnx_attention.py` has more."""
+    model, given = (
+        Attention().eval(),
+        (torch.randn(2, 60, 2, 5), torch.rand(2, 7, 2, 2, 3, 2), torch.rand(2, 7, 2, 2, 3)),
+    )
+    source = torch.export.export(model, given) if earlier else model
+    program = torch.onnx.export(source, given, opset_version=18, verify=True, verbose=False)
+    onnx.checker.check_model(program.model_proto, full_check=True)
+    nodes = [node.op_type for node in program.model_proto.graph.node]
+    assert nodes.count("GridSample") == 2 and "DeformConv" not in nodes
+    program.save(tmp_path / "m.onnx")
+    assert_close(run_onnx(tmp_path / "m.onnx", given)[0], model(*given))
+
+
 class Pool(nn.Module):
     def __init__(self, operator: str, **options):
         super().__init__()

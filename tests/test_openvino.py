@@ -87,6 +87,31 @@ def test_half_precision_is_computed_in_float32():
     assert_close(found, Given()(*given), tolerance=1e-3)
 
 
+class Attends(nn.Module):
+    """The operator on the maps of two levels, whose sizes it reads off them."""
+
+    def forward(self, *given: Tensor) -> Tensor:
+        *maps, locations, weights = given
+        value = torch.cat([level.flatten(2).transpose(1, 2) for level in maps], 1).unflatten(2, (2, 4))
+        return ops.ms_deform_attn(value, [level.shape[-2:] for level in maps], locations, weights, softmax=True)
+
+
+def test_attention(tmp_path):
+    def given(n, queries, *sizes):
+        shape = n, queries, 2, 2, 3
+        return *(torch.randn(n, 8, *size) for size in sizes), torch.rand(*shape, 2) * 1.4 - 0.2, torch.randn(shape)
+
+    free, queries = torch.export.Dim.AUTO, {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    sizes = (({0: free, 2: free, 3: free},) * 2 + (queries,) * 2,)
+    program = torch.export.export(Attends(), given(2, 5, (6, 8), (3, 4)), dynamic_shapes=sizes)
+    torch.onnx.export(program, (), tmp_path / "m.onnx", verbose=False)
+    other = given(3, 9, (9, 5), (4, 7))
+    for way in (convert(tmp_path / "m.onnx"), convert(program)):
+        assert_close(run(way, *other), Attends()(*other))
+    with pytest.raises(Exception, match="ms_deform_attn: expected an operator that OpenVINO has, got attention"):
+        openvino.convert_model(program, extension=extensions())
+
+
 def test_what_cannot_be_read_is_named():
     x = torch.randn(1, 6, 9, 8)
     with pytest.raises(Exception, match="input: expected fixed channels and a fixed kernel, got shape"):

@@ -40,7 +40,9 @@ def swin(stages: str) -> Any:
 
 
 def pixels(size: tuple[int, int] = (64, 96), n: int = 2) -> Tensor:
-    return torch.rand(n, 3, *size, generator=torch.Generator().manual_seed(1))
+    """Images of large spots: of fine noise, deep maps would be the same everywhere."""
+    spots = torch.randn(n, 3, size[0] // 16, size[1] // 16, generator=torch.Generator().manual_seed(1))
+    return nn.functional.interpolate(spots, size, mode="bilinear")
 
 
 def hidden_corner(x: Tensor) -> Tensor:
@@ -134,7 +136,8 @@ def omdet_turbo() -> tuple[nn.Module, dict[str, Any]]:
             num_attention_heads=2, max_position_embeddings=8, projection_dim=24,
             bos_token_id=0, eos_token_id=49,
         ),
-        image_size=64, apply_layernorm_after_vision_backbone=False, num_queries=7, text_projection_in_dim=24, text_projection_out_dim=24, class_embed_dim=24,
+        image_size=64, apply_layernorm_after_vision_backbone=False, num_queries=7, text_projection_in_dim=24,
+        text_projection_out_dim=24, class_embed_dim=24,
         task_encoder_hidden_dim=16, encoder_hidden_dim=16, vision_features_channels=[16, 16, 16],
         encoder_in_channels=[16, 32, 64], encoder_dim_feedforward=16, decoder_hidden_dim=16,
         decoder_dim_feedforward=16, decoder_num_heads=2, encoder_attention_heads=2, decoder_num_layers=2,
@@ -235,21 +238,23 @@ MODELS = {
 
 
 def stirred(name: str) -> tuple[nn.Module, dict[str, Any]]:
-    """A model through which what the samplers give reaches the results: as initialised, some pass on next to nothing."""
+    """A model whose samplers have a part in its results; as initialised, some pass on next to nothing."""
     model, inputs = MODELS[name]()
     generator = torch.Generator().manual_seed(0)
     model.eval()
     with torch.no_grad():
         for place, parameter in model.named_parameters():
-            if "sampling_offsets" in place or "attention_weights" in place:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
-            elif parameter.dim() > 1:
+            if parameter.dim() > 1:
                 fan_in = parameter[0].numel()
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
+            elif "sampling_offsets" in place or "attention_weights" in place:
+                parameter.add_(torch.randn(parameter.shape, generator=generator))
         norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
         for norm in norms:
+            nn.init.ones_(norm.weight)
             norm.train().momentum = 1.0
-        model(**inputs)
+        if norms:
+            model(**inputs)
         for norm in norms:
             norm.eval()
     return model, inputs

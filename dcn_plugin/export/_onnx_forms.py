@@ -1,7 +1,8 @@
 """What torch's exporter writes into an ONNX graph in the place of our operators; imported when it does.
 
-`deform_conv2d` becomes DeformConv, RoI pooling a Scan over the regions among other standard operators. torch alone is
-needed: operators of torch's `onnx` namespace are nodes of the graph, their keyword arguments its attributes.
+`deform_conv2d` becomes DeformConv, `ms_deform_attn` GridSample and a sum or TensorRT's plugin, RoI pooling a Scan over
+the regions, each among other standard operators. torch alone is needed: operators of torch's `onnx` namespace are nodes
+of the graph, their keyword arguments its attributes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from .. import reference
 from ..ops.roi_pool import POOLING
+from . import grid_sample, tensorrt
 
 # The first opset that has DeformConv.
 OPSET = 19
@@ -122,6 +124,13 @@ def _warn_of_opset() -> None:
         RuntimeWarning,
         stacklevel=2,
     )
+
+
+def _ms_deform_attn(*args: Any) -> Tensor:
+    """GridSample for each level and a weighted sum, or the plugin that was asked for."""
+    if (version := tensorrt.asked()) is not None:
+        return tensorrt.ms_deform_attn(version, *args)
+    return grid_sample.ms_deform_attn(*args)
 
 
 def _roi_pooling(name: str) -> Callable[..., Tensor]:
@@ -231,6 +240,7 @@ def _sum_windows(maps: Tensor, window: Tensor, weights_y: Tensor, weights_x: Ten
 
 FORMS: dict[str, Callable[..., Tensor]] = {
     "deform_conv2d": _deform_conv2d,
+    "ms_deform_attn": _ms_deform_attn,
     **{name: _roi_pooling(name) for name in POOLING},
 }
 """By operator, from its arguments to what is written, as `ops._exporters` asks for."""

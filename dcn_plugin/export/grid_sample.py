@@ -1,11 +1,13 @@
-"""deform_conv2d as operators that nearly every tool knows: `grid_sample`, a product with the mask, a 1x1 convolution.
+"""Convolution and attention as operators that nearly every tool knows: `grid_sample`, products, a 1x1 convolution.
 
-For converters and runtimes that take neither our operator nor ONNX's DeformConv, such as ExecuTorch. Needs torch alone.
+For converters and runtimes that take neither our operators nor ONNX's DeformConv, such as ExecuTorch. torch alone is
+needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +19,18 @@ __all__ = ["grid_sample_decompositions"]
 
 
 def grid_sample_decompositions() -> dict[Callable, Callable[..., Tensor]]:
-    """Return what writes `deform_conv2d` with `grid_sample`, for `ExportedProgram.run_decompositions`.
+    """Return what writes our operators with `grid_sample`, for `ExportedProgram.run_decompositions`.
 
-    `columns = mask * grid_sample(input, positions)`, `out = conv2d(columns, weight as 1x1)`: about 40 operators, all of
-    them ATen's core ones, for any groups, offset groups, padding, stride, dilation and dynamic sizes. float16 and
-    bfloat16 are computed in float32. `grid_sample` takes positions in parts of the map, so samples move by up to 1e-7
-    of its size: outputs differ by some 1e-6 of the largest, by 1e-5 for noise on maps of 200 pixels. The columns of a
-    whole call are in memory at once: K times the input's channels at the output's size.
+    `deform_conv2d`: `columns = mask * grid_sample(input, positions)`, `out = conv2d(columns, weight as 1x1)`, about 40
+    operators, for any groups, offset groups, padding, stride, dilation and dynamic sizes. The columns of a whole call
+    are in memory at once: K times the input's channels at the output's size.
+
+    `ms_deform_attn`: `out = sum over levels of sum over points of weight * grid_sample(level, locations)`, for every
+    option and dynamic sizes. The samples of one level are in memory at once: P times the result.
+
+    All of it is ATen's core operators. float16 and bfloat16 are computed in float32. `grid_sample` takes positions in
+    parts of the map, so samples move by up to 1e-7 of its size: outputs differ by some 1e-6 of the largest, by 1e-5 for
+    noise on maps of 200 pixels.
 
     Raises:
         NotImplementedError: when a program is decomposed that pools regions; the message names the operator.
@@ -42,7 +49,8 @@ def grid_sample_decompositions() -> dict[Callable, Callable[..., Tensor]]:
     """
     ours = torch.ops.dcn_plugin
     refused = {getattr(ours, name).default: _refusal(name) for name in POOLING}
-    return {ours.deform_conv2d.default: _deform_conv2d, **refused}
+    written = {ours.deform_conv2d.default: _deform_conv2d, ours.ms_deform_attn.default: ms_deform_attn}
+    return {**written, **refused}
 
 
 def _deform_conv2d(
@@ -94,11 +102,77 @@ def _deform_conv2d(
     return out.to(stored)
 
 
+class Level(NamedTuple):
+    """What attention samples on one level, its positions made and its weights ready."""
+
+    height: int
+    width: int
+    first: int  # its first pixel among those of all levels
+    locations: Tensor  # [N, Q, M, P, 2] (x, y) in units of the map, at least float32
+    weights: Tensor | None  # [N, Q, M, P]; None: all ones
+
+
+def levels(
+    value: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor | None,
+    reference_points: Tensor | None,
+    spatial_shapes: Sequence[int],
+    points: Sequence[int],
+    softmax: bool,
+    offset_scale: float,
+) -> Iterator[Level]:
+    """Yield what `ms_deform_attn` with these arguments samples, level by level; levels without points are left out."""
+    acc = torch.promote_types(value.dtype, torch.float32)
+    given = sampling_locations.to(acc)
+    weights = None if attention_weights is None else attention_weights.to(acc)
+    if weights is not None and softmax:
+        weights = weights.softmax(-1)
+    reference = None if reference_points is None else reference_points.to(acc)[:, :, None]  # [N, Q, 1, L or 1, 2 or 4]
+    first = first_point = 0
+    for level, count in enumerate(points):
+        height, width = spatial_shapes[2 * level : 2 * level + 2]
+        if count:
+            locations = given.narrow(3, first_point, count)
+            if reference is not None:
+                own = reference.narrow(3, min(level, reference.shape[3] - 1), 1)
+                if own.shape[-1] == 4:
+                    locations = own[..., :2] + locations * own[..., 2:] * (offset_scale / count)
+                else:  # sizes may be symbols, of which there are no tensors
+                    locations = own + torch.stack([locations[..., 0] / width, locations[..., 1] / height], -1)
+            own_weights = None if weights is None else weights.narrow(3, first_point, count)
+            yield Level(height, width, first, locations, own_weights)
+        first, first_point = first + height * width, first_point + count
+
+
+def ms_deform_attn(value: Tensor, sampling_locations: Tensor, *arguments: Any) -> Tensor:
+    """The operator as a `grid_sample` for each level and a weighted sum, in at least float32; arguments as it has."""
+    n, pixels, heads, channels = value.shape
+    queries = sampling_locations.shape[1]
+    maps = value.to(torch.promote_types(value.dtype, torch.float32)).permute(0, 2, 3, 1)
+    maps = maps.reshape(n * heads, channels, pixels)
+    sums = []
+    for level in levels(value, sampling_locations, *arguments):
+        here, count = maps.narrow(2, level.first, level.height * level.width), level.locations.shape[3]
+        # What lies outside stays where nothing is read: runtimes count pixels in integers.
+        grid = (level.locations * 2.0 - 1.0).clamp(-3, 3).transpose(1, 2)
+        sampled = F.grid_sample(
+            here.reshape(n * heads, channels, level.height, level.width),
+            grid.reshape(n * heads, queries, count, 2),
+            mode="bilinear", padding_mode="zeros", align_corners=False,
+        )  # fmt: skip
+        if level.weights is not None:
+            sampled = sampled * level.weights.transpose(1, 2).reshape(n * heads, 1, queries, count)
+        sums.append(sampled.sum(-1))
+    out = sum(sums[1:], sums[0])
+    return out.reshape(n, heads * channels, queries).transpose(1, 2).to(value.dtype)
+
+
 def _refusal(name: str) -> Callable[..., Tensor]:
     def refuse(*_: object, **__: object) -> Tensor:
         raise NotImplementedError(
-            f"grid_sample_decompositions: expected deform_conv2d alone, got {name}, which no graph of grid_sample "
-            "computes: dcn_plugin.export.onnx.export_onnx writes it for ONNX runtimes"
+            f"grid_sample_decompositions: expected convolution and attention alone, got {name}, which no graph of "
+            "grid_sample computes: dcn_plugin.export.onnx.export_onnx writes it for ONNX runtimes"
         )
 
     return refuse

@@ -163,9 +163,10 @@ def _check_args(name: str, args: Any) -> None:
 def _refuse_ours(traced: Any) -> None:
     for node in traced.inlined_graph.nodes():
         if node.kind().startswith("dcn_plugin::"):
+            instead = ": call it by torchvision.ops.DeformConv2d, or in a layer"
             raise NotImplementedError(
                 f"model: expected operators of this package in its layers alone, got a call of {node.kind()}, "
-                "which pnnx does not know: call it by torchvision.ops.DeformConv2d, or in a layer"
+                f"which pnnx does not know{instead if node.kind() == 'dcn_plugin::deform_conv2d' else ''}"
             )
 
 

@@ -1,5 +1,7 @@
 """Models for OpenVINO: its readers learn deform_conv2d, which becomes OpenVINO's own DeformableConvolution.
 
+`ms_deform_attn` comes as the GridSample and the sum that it is in ONNX, of an ONNX file or a `torch.export` program.
+
 Needs OpenVINO: `pip install openvino`. Its CPU plugin computes in bfloat16 by default where the processor has
 instructions for it; `compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})` asks for float32.
 """
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.roi_pool import POOLING
+from .grid_sample import grid_sample_decompositions
 
 try:
     import openvino
@@ -26,12 +29,14 @@ except ModuleNotFoundError as error:
 
 __all__ = ["convert", "extensions"]
 
+ATTENTION = "ms_deform_attn"
+
 
 def extensions() -> list[Any]:
     """Return what lets OpenVINO read our operators: `DeformConv` of ONNX, `torch.export` programs, traced modules.
 
     For `openvino.convert_model(..., extension=extensions())`, or each for `openvino.Core().add_extension`. RoI pooling
-    of programs and traced modules raises an error that says what to do instead.
+    and attention of programs and traced modules raise an error that says what to do instead.
 
     Example:
         >>> import openvino, torch
@@ -46,7 +51,8 @@ def extensions() -> list[Any]:
     # torch.export and torch.jit write the name of an operator in their own ways.
     for spelling in ("dcn_plugin.{}.default", "dcn_plugin::{}"):
         made.append(pytorch_frontend.ConversionExtension(spelling.format("deform_conv2d"), _from_torch))
-        made += [pytorch_frontend.ConversionExtension(spelling.format(name), _refusal(name)) for name in POOLING]
+        for name in (*POOLING, ATTENTION):
+            made.append(pytorch_frontend.ConversionExtension(spelling.format(name), _refusal(name)))
     return made
 
 
@@ -80,6 +86,9 @@ def convert(model: nn.Module | torch.export.ExportedProgram | str | Path, exampl
     """
     options: dict[str, Any] = dict(extension=extensions())
     if isinstance(model, torch.export.ExportedProgram):
+        attention = getattr(torch.ops.dcn_plugin, ATTENTION).default
+        if any(node.target is attention for node in model.graph.nodes):
+            model = model.run_decompositions({attention: grid_sample_decompositions()[attention]})
         sizes = {node.name: node.meta["val"].shape for node in model.graph.nodes if node.name in _inputs_of(model)}
         options["input"] = [
             (name, [size if isinstance(size, int) else -1 for size in sizes[name]]) for name in _inputs_of(model)
@@ -157,9 +166,12 @@ def _fixed(name: str, value: Any, *axes: int) -> list[int]:
 
 
 def _refusal(name: str) -> Any:
+    if name == ATTENTION:
+        got = "attention: give dcn_plugin.export.openvino.convert an ONNX file, or what torch.export.export makes"
+    else:
+        got = "RoI pooling: torch.onnx.export it for onnxruntime"
+
     def refuse(_: Any) -> NoReturn:
-        raise NotImplementedError(
-            f"{name}: expected an operator that OpenVINO has, got RoI pooling: torch.onnx.export it for onnxruntime"
-        )
+        raise NotImplementedError(f"{name}: expected an operator that OpenVINO has, got {got}")
 
     return refuse

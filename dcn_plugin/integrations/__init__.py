@@ -45,6 +45,18 @@ INTEGRATIONS = {
         "transformers",
         "the deformable attention of transformers' detectors and segmenters on our operator",
     ),
+    "ultralytics": Integration(
+        "ultralytics",
+        "accelerate",
+        "ultralytics",
+        "the deformable attention of ultralytics' RT-DETR on our operator",
+    ),
+    "rfdetr": Integration(
+        "rfdetr",
+        "accelerate",
+        "rfdetr",
+        "the deformable attention of rfdetr's detectors on our operator",
+    ),
 }
 """Name -> integration: `python -m dcn_plugin --accelerate NAME` and `enable` know these."""
 

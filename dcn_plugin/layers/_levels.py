@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops._check import integer, tensor
+from ..ops._check import require_dense, tensor
 from ..ops._transforms import unrecorded, values_are_known
+from .arguments import pair
 
 Levels = list[tuple[int, int]]
 
@@ -52,7 +53,11 @@ def check_levels(
         )
     _check_starts(names.starts, starts, sizes, isinstance(shapes, Tensor))
     tensor(reference, names.reference, 4, f"[N, Q, {levels}, 2 or 4]")
-    if reference.shape[:2] != query.shape[:2] or reference.shape[2] not in (1, levels) or reference.shape[3] not in (2, 4):
+    if (
+        reference.shape[:2] != query.shape[:2]
+        or reference.shape[2] not in (1, levels)
+        or reference.shape[3] not in (2, 4)
+    ):
         raise ValueError(
             f"{names.reference}: expected [{images}, {queries}, {levels} or 1, 2 (x, y) or 4 (x, y, w, h)], got "
             f"{list(reference.shape)}"
@@ -69,7 +74,9 @@ def _said(value: Tensor, batch_first: bool) -> list[int]:
 
 def _on(value: Tensor, name: str, parameter: Tensor) -> None:
     if value.device != parameter.device:
-        raise ValueError(f"{name}: expected to be on {parameter.device} like the layer's parameters, got {value.device}")
+        raise ValueError(
+            f"{name}: expected to be on {parameter.device} like the layer's parameters, got {value.device}"
+        )
 
 
 def _integers(name: str, given: Tensor, shape: list[int]) -> Any:
@@ -81,13 +88,13 @@ def _integers(name: str, given: Tensor, shape: list[int]) -> Any:
 def _sizes(name: str, given: Any, levels: int) -> Levels:
     if isinstance(given, Tensor):
         given = _integers(name, given, [levels, 2])
-    if not isinstance(given, Sequence) or len(given) != levels or any(len(pair) != 2 for pair in map(_row, given)):
+    if not isinstance(given, Sequence) or len(given) != levels or any(len(row) != 2 for row in map(_row, given)):
         raise ValueError(f"{name}: expected {levels} pairs (H, W), or a tensor of them, got {given!r}")
-    return [(integer(name, height, 1), integer(name, width, 1)) for height, width in given]
+    return [pair(name, size, 1) for size in given]
 
 
-def _row(pair: Any) -> Sequence[Any]:
-    return pair if isinstance(pair, Sequence) else ()
+def _row(given: Any) -> Sequence[Any]:
+    return given if isinstance(given, Sequence) else ()
 
 
 def _check_starts(name: str, given: Any, sizes: Levels, waited: bool) -> None:
@@ -110,6 +117,7 @@ def _check_mask(name: str, mask: Any, images: int, pixels: int, parameter: Tenso
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"{name}: expected a tensor of torch.bool, True where there is padding, or None, got {got}")
+    require_dense(name, mask)
     if list(mask.shape) != [images, pixels]:
         raise ValueError(f"{name}: expected [{images}, {pixels}], one for each pixel, got {list(mask.shape)}")
     _on(mask, name, parameter)

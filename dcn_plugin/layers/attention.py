@@ -17,7 +17,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from ..ops import ms_deform_attn
-from ..ops._check import integer, number, tensor
+from ..ops._check import integer, number
 from ._levels import Levels, Names, check_levels
 from ._start import ZeroLinear, warn_if_redrawn
 from .arguments import describe, divisible, factory_arguments, flag
@@ -118,9 +118,7 @@ class LevelAttention(SamplingModule):
     def _attend(self, *given: Any, batch_first: bool = True) -> Tensor:
         """Return what `output_proj` makes of a call's arguments in the order of `Names`, batch first."""
         query, at, pixels, _, _, mask = given
-        levels = check_levels(
-            self._names, given, self.output_proj.weight, self._width, len(self._points), batch_first
-        )
+        levels = check_levels(self._names, given, self.output_proj.weight, self._width, len(self._points), batch_first)
         value = self.value_proj(pixels)
         if mask is not None:
             value = value.masked_fill(mask[..., None], 0.0)
@@ -132,9 +130,7 @@ class LevelAttention(SamplingModule):
         return output
 
     def _offsets(self, *given: Any, batch_first: bool = True) -> tuple[Tensor, Tensor]:
-        levels = check_levels(
-            self._names, given, self.output_proj.weight, self._width, len(self._points), batch_first
-        )
+        levels = check_levels(self._names, given, self.output_proj.weight, self._width, len(self._points), batch_first)
         query, at, *_ = given
         return self._samples(*self._predict(query), at, levels)
 
@@ -227,7 +223,7 @@ class MSDeformAttn(LevelAttention):
         self.n_heads = integer("n_heads", n_heads, 1)
         divisible("d_model", self.d_model, "n_heads", self.n_heads)
         self.n_points: int | tuple[int, ...]
-        if isinstance(n_points, Sequence) and not isinstance(n_points, str):
+        if isinstance(n_points, Sequence):
             points = self.n_points = tuple(integer("n_points", count, 1) for count in n_points)
             if len(points) != self.n_levels:
                 raise ValueError(f"n_points: expected a number for each of {self.n_levels} levels, got {n_points!r}")
@@ -456,5 +452,3 @@ class MMCVMultiScaleDeformableAttention(LevelAttention):
     def extra_repr(self) -> str:
         names = ("embed_dims", "num_heads", "num_levels", "num_points", "batch_first", "value_proj_ratio")
         return describe(self, names)
-
-

@@ -22,8 +22,8 @@ from .samples import Hooks, OffsetRate, Regions, Samples, SamplingHandle, Sampli
 logger = logging.getLogger("dcn_plugin")
 
 # What classes of other packages, which declare nothing, call what predicts where they sample, with its usual rate:
-# convolutions (mmcv's), then attention, and in the models around it what predicts its reference points (Zhu et al. 2021,
-# appendix A.4; mmdet's name is the last).
+# convolutions (mmcv's), then attention, and in the models around it what predicts its reference points (Zhu et al.
+# 2021, appendix A.4; mmdet's name is the last).
 _ELSEWHERE = {"conv_offset": 1.0, "sampling_offsets": 0.1, "reference_points": 0.1, "reference_points_fc": 0.1}
 
 
@@ -247,8 +247,8 @@ def offset_rates(model: nn.Module) -> dict[str, OffsetRate]:
 def offset_parameters(model: nn.Module) -> dict[str, float]:
     """Names of the parameters that predict offsets and masks, with their usual learning rate multiplier.
 
-    1.0 for every `conv_offset`, 0.01 for the fully connected branches of RoI pooling (Dai et al. 2017, section 2.3), 0.1
-    for `sampling_offsets` of attention and `reference_points` of the models around it (Zhu et al. 2021, appendix A.4).
+    1.0 for every `conv_offset`, 0.01 for the fully connected branches of RoI pooling (Dai et al. 2017, section 2.3),
+    0.1 for `sampling_offsets` of attention and `reference_points` of models around it (Zhu et al. 2021, appendix A.4).
     A module class of your own says so with a class attribute: `offset_branches = {"<submodule>": <multiplier>}`.
 
     Args:

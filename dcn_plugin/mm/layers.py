@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..layers import DCNv1, DCNv2
+from ..layers import DCNv1, DCNv2, MMCVMultiScaleDeformableAttention
 
 IntPair = int | tuple[int, int]
 
@@ -79,7 +79,11 @@ def build_dcnv2(
     return DCNv2(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **options)
 
 
-MMCV_LAYERS: dict[str, Callable[..., nn.Module]] = {"DCN": build_dcn, "DCNv2": build_dcnv2}
+MMCV_CONVS: dict[str, Callable[..., nn.Module]] = {"DCN": build_dcn, "DCNv2": build_dcnv2}
+MMCV_LAYERS: dict[str, Callable[..., nn.Module]] = {
+    **MMCV_CONVS, "MultiScaleDeformableAttention": MMCVMultiScaleDeformableAttention,
+}  # fmt: skip
+"""mmcv's names, with what stands in their place where mmcv has no operators."""
 
 
 def build_conv2(
@@ -97,6 +101,6 @@ def build_conv2(
     if dcn is None or fallback:
         return nn.Conv2d(in_channels, out_channels, **geometry)
     name = options.pop("type", None)
-    if name not in MMCV_LAYERS:
-        raise ValueError(f"dcn: expected type out of {list(MMCV_LAYERS)}, got {name!r} in {dict(dcn)!r}")
-    return MMCV_LAYERS[name](in_channels, out_channels, **geometry, **options)
+    if name not in MMCV_CONVS:
+        raise ValueError(f"dcn: expected type out of {list(MMCV_CONVS)}, got {name!r} in {dict(dcn)!r}")
+    return MMCV_CONVS[name](in_channels, out_channels, **geometry, **options)

@@ -353,10 +353,10 @@ def read_by_openvino(unknown):
     openvino._convolution(*given, None, None, [1, 1], [1, 1, 1, 1], [1, 1])
 
 
-def pool_in_openvino():
+def refused_by_openvino(name):
     from dcn_plugin.export import openvino
 
-    openvino._refusal("ps_roi_pool")(None)
+    openvino._refusal(name)(None)
 
 
 OPENVINO = [
@@ -376,8 +376,12 @@ OPENVINO = [
         for name, size in (("input", 1), ("offset", 1), ("weight", 4))
     ),
     Case(
-        pool_in_openvino,
+        lambda: refused_by_openvino("ps_roi_pool"),
         NotImplementedError, "ps_roi_pool:", "expected an operator that OpenVINO has", "got RoI pooling",
+    ),
+    Case(
+        lambda: refused_by_openvino("ms_deform_attn"),
+        NotImplementedError, "ms_deform_attn:", "expected an operator that OpenVINO has", "got attention: give",
     ),
 ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The ways out beside ONNX: ncnn, ExecuTorch, torchvision's module, grid_sample."""
+"""The ways out beside ONNX: ncnn, ExecuTorch, torchvision's module, grid_sample, TensorRT's plugin."""
 
 import importlib
 import sys
@@ -9,7 +9,7 @@ from torch import nn
 
 from dcn_plugin.export.agreement import largest_difference
 from dcn_plugin.layers import DCNv1, DeformConv2d, DeformRoIPool, SamplingConv
-from dcn_plugin.ops import deform_conv2d
+from dcn_plugin.ops import deform_conv2d, ms_deform_attn
 from errors.case import Case
 
 IMAGE = torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -85,6 +85,18 @@ def hooked():
     return layer
 
 
+class Attends(nn.Module):
+    def forward(self, x):
+        return ms_deform_attn(x.flatten(2).transpose(1, 2)[:, :, None], [(6, 6)], x.new_zeros(1, 5, 1, 1, 1, 2))
+
+
+def plugin_nodes(version):
+    from dcn_plugin.export.tensorrt import plugin_nodes
+
+    with plugin_nodes(version):
+        pass
+
+
 class Doubles(SamplingConv):
     def offsets(self, x):
         return x.new_zeros(1, 2, *x.shape[2:]), None
@@ -137,6 +149,8 @@ CASES = [
     Case(ncnn(DCNv1(4, 4, 3), IMAGE.double()), ValueError, "args", "float32", "torch.float64"),
     Case(ncnn(DCNv1(4, 4, 3), IMAGE, other_args=(3,)), ValueError, "other_args", "float32", "got 3"),
     Case(ncnn(Calls(), IMAGE), NotImplementedError, "model", "in its layers alone", "dcn_plugin::deform_conv2d"),
+    Case(ncnn(Attends(), IMAGE), NotImplementedError, "model", "in its layers alone", "dcn_plugin::ms_deform_attn"),
+    Case(lambda: plugin_nodes(3), ValueError, "version", "expected 1 or 2", "got 3"),
     Case(no_file_from_pnnx, NotImplementedError, "model", "that pnnx converts", "no file"),
     Case(ncnn(Knows(), IMAGE), NotImplementedError, "model", "layers that ncnn has", "torch.lgamma"),
     Case(ncnn(DCNv1(4, 4, 3), IMAGE, found=torch.ones(1, 4)), ArithmeticError, "outputs", "[1, 4, 4, 4]", "[1, 4]"),
@@ -171,7 +185,7 @@ CASES = [
     ),
     Case(
         regions_as_grid_sample, NotImplementedError,
-        "grid_sample_decompositions", "deform_conv2d alone", "got deform_roi_pool",
+        "grid_sample_decompositions", "convolution and attention alone", "got deform_roi_pool",
     ),
     Case(executorch, ArithmeticError, "outputs", "within 0.0001 of the largest", "got 1"),
 ]

@@ -1,15 +1,19 @@
-"""Programs of others: the stand-in for mmcv's compiled module, torchvision's operators on our kernels."""
+"""Programs of others: the stand-in for mmcv's compiled module, torchvision's operators, functions of detectors."""
+
+import sys
+from types import ModuleType
 
 import numpy as np
 import torch
 import torchvision
 
 from dcn_plugin import integrations
-from dcn_plugin.integrations import mmcv
+from dcn_plugin.integrations import mmcv, ultralytics
 from dcn_plugin.integrations.mmcv import _readers
 from dcn_plugin.integrations.mmcv._extension import StandIn
 from dcn_plugin.integrations.mmcv.deform import FUNCTIONS
 from dcn_plugin.integrations.torchvision import accelerate
+from dcn_plugin.ops import ms_deform_attn
 from errors.case import Case
 
 
@@ -131,4 +135,42 @@ TORCHVISION = [
     ),
 ]  # fmt: skip
 
-CASES = [*MMCV, *BY_NAME, *TORCHVISION]
+
+def package_with(attention):
+    """A package in memory with this function in the place of ultralytics' own; it leaves sys.modules with the case."""
+
+    def call(monkeypatch):
+        for name in ("utils", "transformer"):
+            module = ModuleType(f"ultralytics.nn.modules.{name}")
+            if attention is not None:
+                module.multi_scale_deformable_attn_pytorch = attention
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+        ultralytics.accelerate()
+
+    return call
+
+
+def other_layout(value, shapes, locations, weights):
+    """Values whose heads come before their pixels."""
+    return ms_deform_attn(value.reshape(1, 2, 14, 3).transpose(1, 2), shapes, locations, weights)
+
+
+def nothing_of_theirs(*_):
+    raise TypeError("other arguments")
+
+
+OF_FUNCTIONS = [
+    Case(
+        package_with(None), RuntimeError, "ultralytics",
+        "expected multi_scale_deformable_attn_pytorch in ultralytics.nn.modules.utils", "without it",
+    ),
+    *(
+        Case(
+            package_with(function), RuntimeError, "ultralytics", "expected a multi_scale_deformable_attn_pytorch that",
+            "which does not",
+        )
+        for function in (other_layout, nothing_of_theirs)
+    ),
+]  # fmt: skip
+
+CASES = [*MMCV, *BY_NAME, *TORCHVISION, *OF_FUNCTIONS]

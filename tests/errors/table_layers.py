@@ -18,7 +18,9 @@ from dcn_plugin.layers import (
     DeformPSRoIPoolPack,
     DeformRoIPool,
     DeformRoIPoolPack,
+    MMCVMultiScaleDeformableAttention,
     ModulatedDeformRoIPoolPack,
+    MSDeformAttn,
     PSRoIPool,
 )
 from errors.case import Case
@@ -383,10 +385,100 @@ CALLS = [
 ]  # fmt: skip
 
 
+ATTENTION = dict(d_model=8, n_levels=2, n_heads=2, n_points=3)
+MMCV_ATTENTION = dict(embed_dims=8, num_heads=2, num_levels=2, num_points=3)
+ATTENDED = dict(query=torch.zeros(2, 5, 8), reference_points=torch.zeros(2, 5, 2, 2))
+LEVELS = [(4, 6), (2, 3)]
+
+
+def attend(**given):
+    good = ATTENDED | dict(input_flatten=torch.zeros(2, 30, 8), input_spatial_shapes=LEVELS)
+    return lambda: MSDeformAttn(**ATTENTION)(**good | given)
+
+
+def attend_as_mmcv(batch_first=True, **given):
+    good = ATTENDED | dict(value=torch.zeros(2, 30, 8), spatial_shapes=LEVELS)
+    return lambda: MMCVMultiScaleDeformableAttention(**MMCV_ATTENTION, batch_first=batch_first)(**good | given)
+
+
+def attention():
+    for layer, good in ((MSDeformAttn, ATTENTION), (MMCVMultiScaleDeformableAttention, MMCV_ATTENTION)):
+        call = of(layer, good)
+        for name in good:
+            yield from integer(call, name)
+        yield from choices(call, ("dtype",))
+    yield Case(of(MSDeformAttn, ATTENTION)(n_heads=3), ValueError, "d_model", "a multiple of n_heads", "got 8 and 3")
+    for value in ([3], [1, 2, 3]):
+        call = of(MSDeformAttn, ATTENTION)(n_points=value)
+        yield Case(call, ValueError, "n_points", "expected a number for each of 2 levels", f"got {value}")
+    yield Case(of(MSDeformAttn, ATTENTION)(n_points=[1, 0]), ValueError, "n_points", "expected at least 1", "got 0")
+    yield Case(of(MSDeformAttn, ATTENTION)(n_points="3"), TypeError, "n_points", "expected an integer", "got '3' (str)")
+    call = of(MMCVMultiScaleDeformableAttention, MMCV_ATTENTION)
+    yield Case(call(num_heads=3), ValueError, "embed_dims", "a multiple of num_heads", "got 8 and 3")
+    yield Case(call(batch_first=1), TypeError, "batch_first", "expected True or False", "got 1")
+    yield from number(call, "value_proj_ratio", True)
+    for value, got in ((0.9, "which gives 7"), (0.01, "which gives 0")):
+        yield Case(call(value_proj_ratio=value), ValueError, "value_proj_ratio", "a multiple of 2 channels", got)
+    yield from number(call, "dropout", False)
+    for value in (-0.1, 1.5):
+        yield Case(call(dropout=value), ValueError, "dropout", "expected a part from 0 to 1", f"got {value}")
+    yield from attended()
+    got = "got [5, 2, 6]"
+    call = attend_as_mmcv(False, query=torch.zeros(5, 2, 6), value=torch.zeros(30, 2, 8))
+    yield Case(call, ValueError, "query", "expected [Q, N, 8]", got)
+    yield Case(attend_as_mmcv(False, query=[0]), TypeError, "query", "expected a tensor [Q, N, 8]", "got list")
+    call = attend_as_mmcv(reference_points=None)
+    yield Case(call, TypeError, "reference_points", "expected a tensor [N, Q, 2, 2 or 4]", "got NoneType")
+    yield Case(attend_as_mmcv(spatial_shapes=None), ValueError, "spatial_shapes", "expected 2 pairs (H, W)", "got None")
+    call = attend_as_mmcv(level_start_index=torch.tensor([0, 20]))
+    yield Case(call, ValueError, "level_start_index", "expected [0, 24]", "got [0, 20]")
+    call = attend_as_mmcv(key_padding_mask=torch.zeros(2, 5, dtype=torch.bool))
+    yield Case(call, ValueError, "key_padding_mask", "expected [2, 30]", "got [2, 5]")
+
+
+def attended():
+    """What a call is given, one thing wrong with it."""
+    zeros, wrong = torch.zeros, ValueError
+    for name, given, error, expected, got in (
+        ("query", [0], TypeError, "expected a tensor [N, Q, 8]", "got list"),
+        ("query", zeros(5, 8), wrong, "expected a 3-D tensor [N, Q, 8]", "got shape (5, 8)"),
+        ("query", zeros(2, 5, 6), wrong, "expected [N, Q, 8]", "got [2, 5, 6]"),
+        ("query", zeros(2, 5, 8).long(), TypeError, "expected float64, float32", "got torch.int64"),
+        ("query", zeros(2, 5, 8).to("meta"), wrong, "expected to be on cpu like the layer's parameters", "got meta"),
+        ("input_flatten", zeros(2, 30, 7), wrong, "expected [N, S, 8]", "got [2, 30, 7]"),
+        ("input_flatten", zeros(1, 30, 8), wrong, "expected 2 images like query", "got 1"),
+        ("input_spatial_shapes", [(4, 6), (2, 4)], wrong, "add up to the 30 pixels of input_flatten", "got 32 from [("),
+        ("input_spatial_shapes", torch.tensor([[4, 6], [6, 4]]), wrong, "add up to the 30 pixels", "got 48 from [("),
+        ("input_spatial_shapes", [(30, 1)], wrong, "expected 2 pairs (H, W)", "got [(30, 1)]"),
+        ("input_spatial_shapes", [24, 6], wrong, "expected 2 pairs (H, W)", "got [24, 6]"),
+        ("input_spatial_shapes", [(4, 6, 1), (2, 3, 1)], wrong, "expected 2 pairs (H, W)", "got [(4, 6, 1)"),
+        ("input_spatial_shapes", [(-4, -6), (2, 3)], wrong, "expected at least 1", "got -4"),
+        ("input_spatial_shapes", [(4.0, 6), (2, 3)], TypeError, "expected an integer", "got 4.0"),
+        ("input_spatial_shapes", zeros(2, 2), wrong, "expected integers [2, 2]", "got torch.float32 [2, 2]"),
+        ("input_spatial_shapes", zeros(3, 2).long(), wrong, "expected integers [2, 2]", "got torch.int64 [3, 2]"),
+        ("input_level_start_index", [0, 6], wrong, "expected [0, 24], where the levels begin", "got [0, 6]"),
+        ("input_level_start_index", torch.tensor([24, 0]), wrong, "expected [0, 24]", "got [24, 0]"),
+        ("input_level_start_index", torch.tensor([0]), wrong, "expected integers [2]", "got torch.int64 [1]"),
+        ("reference_points", zeros(2, 5, 2, 3), wrong, "2 (x, y) or 4 (x, y, w, h)", "got [2, 5, 2, 3]"),
+        ("reference_points", zeros(2, 5, 3, 2), wrong, "expected [2, 5, 2 or 1,", "got [2, 5, 3, 2]"),
+        ("reference_points", zeros(2, 4, 2, 2), wrong, "expected [2, 5, 2 or 1,", "got [2, 4, 2, 2]"),
+        ("reference_points", zeros(2, 5, 2), wrong, "expected a 4-D tensor", "got shape (2, 5, 2)"),
+        ("reference_points", zeros(2, 5, 2, 2).to("meta"), wrong, "on cpu like the layer's parameters", "got meta"),
+        ("input_padding_mask", zeros(2, 30), TypeError, "expected a tensor of torch.bool", "got torch.float32"),
+        ("input_padding_mask", [[True]], TypeError, "expected a tensor of torch.bool", "got list"),
+        ("input_padding_mask", zeros(2, 29).bool(), wrong, "expected [2, 30], one for each pixel", "got [2, 29]"),
+        ("input_padding_mask", zeros(2, 30).bool().to_sparse(), TypeError, "a dense tensor", "torch.sparse_coo"),
+        ("input_padding_mask", zeros(2, 30).bool().to("meta"), wrong, "on cpu like the layer's", "got meta"),
+    ):
+        yield Case(attend(**{name: given}), error, f"{name}:", expected, got)
+    call = attend(input_flatten=zeros(2, 31, 8))
+    yield Case(call, wrong, "input_spatial_shapes:", "add up to the 31 pixels of input_flatten", "got 30 from")
+
+
 def branched_by_flatten():
     layer = layers.DCNv2(4, 8, 3)
     layer.conv_offset = nn.Flatten()
     return layer
 
 
-CASES = [*convolutions(), *FROM_CONV, *pools(), *CALLS]
+CASES = [*convolutions(), *FROM_CONV, *pools(), *attention(), *CALLS]

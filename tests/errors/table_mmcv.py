@@ -170,13 +170,14 @@ CASES = [
     *(
         Case(
             call("ms_deform_attn_forward", **{name: torch.tensor(bad)}),
-            *(ValueError, "value_spatial_shapes", "expected levels within 20 pixels", got),
+            *(ValueError, "value_spatial_shapes", expected, got),
         )
-        for name, bad, got in (
-            ("value_spatial_shapes", [[4, 6]], "got 4 x 6 from pixel 0 on"),
-            ("value_level_start_index", [1], "got 4 x 5 from pixel 1 on"),
-            ("value_level_start_index", [-1], "got 4 x 5 from pixel -1 on"),
-            ("value_spatial_shapes", [[-4, -5]], "got -4 x -5 from pixel 0 on"),
+        for name, bad, expected, got in (
+            ("value_spatial_shapes", [[4, 6]], "expected levels of 20 pixels together", "got 24: [[4, 6]]"),
+            ("value_spatial_shapes", [[3, 5]], "expected levels of 20 pixels together", "got 15: [[3, 5]]"),
+            ("value_level_start_index", [1], "levels one after the other", "got 4 x 5 from pixel 1 on, behind 0"),
+            ("value_level_start_index", [-1], "levels one after the other", "got 4 x 5 from pixel -1 on, behind 0"),
+            ("value_spatial_shapes", [[-4, -5]], "levels one after the other", "got -4 x -5 from pixel 0 on"),
         )
     ),
     refused("masked_im2col_forward", "im", zeros(2, 2, 3, 4)),

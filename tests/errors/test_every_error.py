@@ -24,7 +24,9 @@ PARTS = {
     "visualize": ("visualize/",),
     "finetune": ("finetune/", "_config.py", "export/folder.py", "export/forms.py", "models/build.py"),
     "detection": ("finetune/detection/", "detection/spec.py"),
-    "export": tuple(f"export/{name}.py" for name in ("agreement", "ncnn", "executorch", "grid_sample", "torchvision")),
+    "export": tuple(
+        f"export/{name}.py" for name in ("agreement", "ncnn", "executorch", "grid_sample", "tensorrt", "torchvision")
+    ),
     "integrations": ("integrations/",),
     "mmcv": tuple(
         f"integrations/mmcv/{name}.py"

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from dcn_plugin import layers, ops, reference
 from fuzz.strategies import fuzz, normal, sizes
 
+ATTENTION = (layers.MSDeformAttn, layers.MMCVMultiScaleDeformableAttention)
+
 
 def arguments_of_conv(draw, cls, generator):
     """Arguments of the layer, the input, the shape of the result."""
@@ -92,8 +94,68 @@ def arguments_of_pool(draw, cls, generator):
     return arguments, inputs, (count, outputs, *bins)
 
 
+def arguments_of_attention(draw, cls, generator):
+    heads, levels, n, queries = draw(sizes), draw(sizes), draw(st.integers(0, 2)), draw(st.integers(0, 3))
+    channels, boxes, mmcv = (
+        heads * draw(st.sampled_from([1, 2, 5])),
+        draw(st.booleans()),
+        cls is not layers.MSDeformAttn,
+    )
+    shapes = draw(st.lists(st.tuples(sizes, st.integers(1, 5)), min_size=levels, max_size=levels))
+    pixels = sum(height * width for height, width in shapes)
+    points = draw(sizes) if mmcv or draw(st.booleans()) else [draw(sizes) for _ in shapes]
+    query, x = normal(generator, (n, queries, channels)), normal(generator, (n, pixels, channels))
+    places = (n, queries, draw(st.sampled_from([1, levels])), 4 if boxes else 2)
+    at = torch.rand(places, generator=generator, dtype=torch.float64)
+    mask = torch.rand(n, pixels, generator=generator) < 0.3 if draw(st.booleans()) else None
+    shapes = shapes if draw(st.booleans()) else torch.tensor(shapes)
+    if not mmcv:
+        arguments = dict(d_model=channels, n_levels=levels, n_heads=heads, n_points=points)
+        names = ("query", "reference_points", "input_flatten", "input_spatial_shapes", "input_padding_mask")
+        return arguments, dict(zip(names, (query, at, x, shapes, mask), strict=True)), (n, queries, channels)
+    first = draw(st.booleans())
+    arguments = dict(
+        embed_dims=channels, num_heads=heads, num_levels=levels, num_points=points, dropout=0.0, batch_first=first,
+        value_proj_ratio=draw(st.sampled_from([1.0, 2.0])),
+    )  # fmt: skip
+    query, x = (t if first else t.transpose(0, 1).contiguous() for t in (query, x))
+    inputs = dict(query=query, value=x, reference_points=at, spatial_shapes=shapes, key_padding_mask=mask)
+    for name in ("identity", "query_pos"):
+        if draw(st.booleans()):
+            inputs[name] = normal(generator, tuple(query.shape))
+    return arguments, inputs, tuple(query.shape)
+
+
+def of_attention(package, layer, inputs):
+    """Projections, and the operator on what they give: `[N, Q, C]`, or as mmcv's layer has it."""
+    mmcv = isinstance(layer, layers.MMCVMultiScaleDeformableAttention)
+    given = [v for k, v in inputs.items() if k not in ("query", "identity", "query_pos")]
+    x, at, shapes, mask = given if mmcv else (given[1], given[0], *given[2:])
+    query = inputs["query"] + inputs["query_pos"] if "query_pos" in inputs else inputs["query"]
+    query, x = (t if not mmcv or layer.batch_first else t.transpose(0, 1) for t in (query, x))
+    heads = layer.num_heads if mmcv else layer.n_heads
+    levels, points = (layer.num_levels, layer.num_points) if mmcv else (layer.n_levels, layer.n_points)
+    points = [points] * levels if isinstance(points, int) else list(points)
+    value = layer.value_proj(x)
+    value = value if mask is None else value * ~mask[..., None]
+    shapes = shapes.tolist() if isinstance(shapes, torch.Tensor) else shapes
+    found = layer.output_proj(
+        package.ms_deform_attn(
+            value.reshape(*value.shape[:2], heads, value.shape[2] // heads), shapes,
+            layer.sampling_offsets(query).reshape(*query.shape[:2], heads, sum(points), 2),
+            layer.attention_weights(query).reshape(*query.shape[:2], heads, sum(points)),
+            points=points, softmax=True, reference_points=at,
+        )
+    )  # fmt: skip
+    if not mmcv:
+        return found
+    return (found if layer.batch_first else found.transpose(0, 1)) + inputs.get("identity", inputs["query"])
+
+
 def of_operator(package, layer, inputs):
     """The layer's result, from the operator in `package` and what the layer predicts and holds."""
+    if isinstance(layer, ATTENTION):
+        return of_attention(package, layer, inputs)
     input, *places = (inputs[k] for k in ("input", "rois") if k in inputs)
     offset, mask = inputs.get("offset"), inputs.get("mask")
     if getattr(layer, "offset_branches", {}):
@@ -115,7 +177,9 @@ def of_operator(package, layer, inputs):
 
 
 def gradients(out, layer, inputs):
-    wanted = {k: v for k, v in inputs.items() if k != "rois"} | dict(layer.named_parameters())
+    wanted = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.requires_grad} | dict(
+        layer.named_parameters()
+    )
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=out.dtype)
     found = torch.autograd.grad(out, list(wanted.values()), weights, materialize_grads=True)
     return dict(zip(wanted, found, strict=True))
@@ -125,13 +189,16 @@ def gradients(out, layer, inputs):
 def test_a_layer_is_the_operator_with_its_own_offsets(name):
     cls = layers.LAYERS[name]
     describe = arguments_of_conv if issubclass(cls, layers.DeformConv2d) else arguments_of_pool
+    describe = arguments_of_attention if issubclass(cls, ATTENTION) else describe
 
     @fuzz
     @given(st.data())
     def check(data):
         generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
         arguments, inputs, shape = describe(data.draw, cls, generator)
-        inputs = {k: v if k == "rois" else v.requires_grad_() for k, v in inputs.items()}
+        for k, v in inputs.items():
+            if k != "rois" and isinstance(v, torch.Tensor) and v.is_floating_point():
+                v.requires_grad_()
         layer = cls(**arguments).double()
         for p in layer.parameters():  # branches begin with zeros
             p.data.copy_(normal(generator, p.shape) / 2)

@@ -377,7 +377,6 @@ for image, side, expected, gradient in (
 def test_gradients_of_mmcvs_functions_by_finite_differences(run):
     code = """
 from mmcv.ops import deform_conv2d, deform_roi_pool, modulated_deform_conv2d
-from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction, multi_scale_deformable_attn_pytorch
 torch.manual_seed(0)
 draw = lambda *shape: torch.randn(shape, dtype=torch.float64, requires_grad=True)
 check = lambda f, given: torch.autograd.gradcheck(f, given, fast_mode=True)
@@ -392,28 +391,5 @@ for size in ((3, 8), (4, 9)):  # the output's, and another
 rois = torch.tensor([[0, 1, 1, 14, 17], [1, 0, 3, 20, 12]], dtype=torch.float64)
 assert check(lambda x, o: deform_roi_pool(x, rois, o, (2, 3), 0.25, 2, 0.2), (x, draw(2, 2, 2, 3)))
 assert check(lambda x: deform_roi_pool(x, rois, None, (2, 3), 0.25, 0, 0.2), (x,))
-
-# Attention: the pair of functions that mmcv asks for on CUDA, against what it calls itself on the CPU.
-sizes = torch.tensor([[3, 4], [2, 2]])
-start = torch.tensor([0, 12])
-value, places, weights = draw(2, 16, 2, 4), torch.rand(2, 5, 2, 2, 3, 2).double().requires_grad_(), draw(2, 5, 2, 2, 3)
-attend = lambda v, p, w: MultiScaleDeformableAttnFunction.apply(v, sizes, start, p, w, 64)
-close(attend(value, places, weights), multi_scale_deformable_attn_pytorch(value, sizes, places, weights))
-assert check(attend, (value, places, weights))
-"""
-    assert run(code) == ""
-
-
-def test_attention_on_the_cpu_is_mmcvs_own(run):
-    code = """
-import mmcv.ops.multi_scale_deform_attn as m
-asked = []
-own = m.multi_scale_deformable_attn_pytorch
-m.multi_scale_deformable_attn_pytorch = lambda *given: asked.append(1) or own(*given)
-layer = m.MultiScaleDeformableAttention(8, 2, 1, 2, batch_first=True)
-points = torch.rand(1, 12, 1, 2)
-out = layer(torch.rand(1, 12, 8), spatial_shapes=torch.tensor([[3, 4]]), level_start_index=torch.tensor([0]),
-            reference_points=points)
-assert asked == [1] and out.shape == (1, 12, 8)
 """
     assert run(code) == ""

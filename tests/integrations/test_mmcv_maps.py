@@ -1,4 +1,4 @@
-"""CARAFE, PSA masks, masked convolution, batch norm and multi-scale attention under mmcv's names, against plain loops.
+"""CARAFE, PSA masks, masked convolution and batch norm under mmcv's names, against plain loops.
 
 Gradients are checked by finite differences through mmcv's own functions, in `test_mmcv_ops.py`.
 """
@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dcn_plugin.integrations.mmcv import attention, masks, norms, upsampling
+from dcn_plugin.integrations.mmcv import masks, norms, upsampling
 
 
 def drawn(*shape, seed=0):
@@ -125,48 +125,6 @@ def test_batch_norm_without_parameters_and_running_statistics():
     assert torch.equal(output, input / 2) and torch.equal(norm, output)
 
 
-def test_attention_sums_up_bilinear_samples_of_every_level():
-    sizes, heads, channels, queries, points = [(4, 5), (2, 3)], 2, 3, 4, 2
-    value = drawn(2, 26, heads, channels)
-    locations = drawn(2, queries, heads, 2, points, 2, seed=1) * 0.5 + 0.5  # some of them outside
-    weights = drawn(2, queries, heads, 2, points, seed=2)
-    expected = torch.zeros(2, queries, heads, channels, dtype=torch.float64)
-    for n, q, h, level, point in np.ndindex(2, queries, heads, 2, points):
-        height, width = sizes[level]
-        x, y = (locations[n, q, h, level, point] * torch.tensor([width, height]) - 0.5).tolist()
-        for row, column in np.ndindex(height, width):
-            share = max(0, 1 - abs(y - row)) * max(0, 1 - abs(x - column))
-            pixel = value[n, 20 * level + row * width + column, h]
-            expected[n, q, h] += weights[n, q, h, level, point] * share * pixel
-    shapes, starts = torch.tensor(sizes), torch.tensor([0, 20])
-    found = attention.ms_deform_attn_forward(value, shapes, starts, locations, weights, im2col_step=64)
-    assert torch.allclose(found, expected.flatten(2))
-    half = (each.half() for each in (value, locations, weights))
-    value, *others = half
-    found = attention.ms_deform_attn_forward(value, shapes, starts, *others, im2col_step=64)
-    assert found.dtype == torch.float16
-    assert torch.allclose(found.double(), expected.flatten(2), atol=0.05)
-
-
-def test_attentions_gradients_are_those_of_finite_differences():
-    class Attention(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *given):
-            ctx.save_for_backward(*given)
-            return attention.ms_deform_attn_forward(given[0], *levels, *given[1:], 64)
-
-        @staticmethod
-        def backward(ctx, grad):
-            made = [torch.zeros_like(each) for each in ctx.saved_tensors]
-            value, *others = ctx.saved_tensors
-            attention.ms_deform_attn_backward(value, *levels, *others, grad, *made, 64)
-            return tuple(made)
-
-    levels = torch.tensor([(3, 4), (2, 2)]), torch.tensor([0, 12])
-    given = drawn(1, 16, 2, 2), drawn(1, 3, 2, 2, 2, 2, seed=1).sigmoid(), drawn(1, 3, 2, 2, 2, seed=2)
-    assert torch.autograd.gradcheck(Attention.apply, [each.requires_grad_() for each in given])
-
-
 def test_nothing_is_allowed():
     none = torch.zeros(0, 4, 3, 3)
     upsampling.carafe_naive_forward(none, torch.zeros(0, 9, 6, 6), torch.zeros(0, 4, 6, 6), 3, 1, 2)
@@ -174,6 +132,3 @@ def test_nothing_is_allowed():
     upsampling.carafe_naive_backward(torch.zeros(0, 4, 6, 6), none, made[1], *made, 3, 1, 2)
     masks.psamask_forward(torch.zeros(0, 4, 3, 3), torch.zeros(0, 9, 3, 3), 0, 0, 3, 3, 2, 2, 0, 0)
     masks.psamask_backward(torch.zeros(0, 9, 3, 3), torch.zeros(0, 4, 3, 3), 0, 0, 3, 3, 2, 2, 0, 0)
-    shapes, starts = torch.tensor([(2, 2)]), torch.tensor([0])
-    given = torch.zeros(1, 4, 2, 3), shapes, starts, torch.zeros(1, 0, 2, 1, 2, 2), torch.zeros(1, 0, 2, 1, 2)
-    assert attention.ms_deform_attn_forward(*given, 64).shape == (1, 0, 6)

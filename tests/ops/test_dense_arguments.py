@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 from cases import CASES
+from transforms.parts import AtLevels, MMCVAtLevels
 
 from dcn_plugin import layers, ops, reference
 from dcn_plugin.detection import MultiScaleDeformRoIPool
@@ -79,6 +80,7 @@ def test_the_sampler(function, kind):
 
 
 BOXES = [ROIS[:, 1:]] * 2
+QUERY, POINTS, PIXELS = torch.zeros(2, 5, 8), torch.zeros(2, 5, 2, 2), torch.zeros(2, 30, 8)
 LAYERS = {
     "DeformConv2d": (lambda: layers.DeformConv2d(4, 6, 3, padding=1), dict(
         input=IMAGE, offset=OFFSET, mask=MASK)),
@@ -92,6 +94,10 @@ LAYERS = {
         input=IMAGE, rois=ROIS, offset=SHIFT, mask=FACTOR)),
     "DeformPSRoIPoolPack": (lambda: layers.DeformPSRoIPoolPack(1, 2, 2, deform_fc_channels=4), dict(
         input=IMAGE, rois=ROIS)),
+    "MSDeformAttn": (lambda: AtLevels(8, 2, 2, 3), dict(
+        query=QUERY, reference_points=POINTS, input_flatten=PIXELS)),
+    "MMCVMultiScaleDeformableAttention": (lambda: MMCVAtLevels(8, 2, 2, 3, batch_first=True), dict(
+        query=QUERY, reference_points=POINTS, value=PIXELS)),
 }  # fmt: skip
 MISSING = layers.LAYERS.keys() - LAYERS.keys()
 assert not MISSING, f"add rows to LAYERS of {__file__}: {', '.join(MISSING)}"

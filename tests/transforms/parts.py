@@ -6,7 +6,15 @@ from cases import CASES
 from torch import nn
 
 from dcn_plugin import layers
-from dcn_plugin.layers import DCNv1, DCNv2, DeformPSRoIPoolPack, DeformRoIPoolPack, ModulatedDeformRoIPoolPack
+from dcn_plugin.layers import (
+    DCNv1,
+    DCNv2,
+    DeformPSRoIPoolPack,
+    DeformRoIPoolPack,
+    MMCVMultiScaleDeformableAttention,
+    ModulatedDeformRoIPoolPack,
+    MSDeformAttn,
+)
 
 SAMPLES = 3
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -47,6 +55,25 @@ def _rois() -> torch.Tensor:
     return torch.tensor([[0, 2.0, 3.0, 12.0, 11.0], [1, 0.0, 1.0, 9.5, 15.0], [0, 4.5, 2.5, 6.0, 14.0]])
 
 
+SHAPES = [(4, 6), (2, 3)]
+
+
+class AtLevels(MSDeformAttn):
+    """Called with tensors alone."""
+
+    def forward(self, query, reference_points, input_flatten):
+        return super().forward(query, reference_points, input_flatten, SHAPES, [0, 24])
+
+
+class MMCVAtLevels(MMCVMultiScaleDeformableAttention):
+    def forward(self, query, reference_points, value):
+        return super().forward(query, value=value, reference_points=reference_points, spatial_shapes=SHAPES)
+
+
+def _attended(numbers: int) -> tuple[torch.Tensor, ...]:
+    return torch.randn(2, 5, 8), 0.3 + 0.4 * torch.rand(2, 5, 2, numbers), torch.randn(2, 30, 8)
+
+
 LAYERS = {
     "DCNv1": lambda: (DCNv1(4, 6, 3, padding=1, offset_groups=2), (_image(4),)),
     "DCNv2": lambda: (DCNv2(4, 6, 3, padding=1, groups=2), (_image(4),)),
@@ -54,6 +81,10 @@ LAYERS = {
     "ModulatedDeformRoIPoolPack": lambda: (ModulatedDeformRoIPoolPack((2, 3), 8, 16, 0.5, 2), (_image(8), _rois())),
     "DeformPSRoIPoolPack": lambda: (
         DeformPSRoIPoolPack(2, 2, (2, 3), 0.5, deform_fc_channels=16, modulated=True), (_image(8), _rois())
+    ),
+    "MSDeformAttn": lambda: (AtLevels(8, 2, 2, (1, 3)), _attended(2)),
+    "MMCVMultiScaleDeformableAttention": lambda: (
+        MMCVAtLevels(8, 2, 2, 3, dropout=0.0, batch_first=True, value_proj_ratio=0.5), _attended(4)
     ),
 }  # fmt: skip
 PREDICTING = {name for name, cls in layers.LAYERS.items() if getattr(cls, "offset_branches", {})}

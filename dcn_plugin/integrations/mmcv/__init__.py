@@ -34,7 +34,8 @@ def install() -> str:
     """Let Python find a stand-in for `mmcv._ext` where mmcv has none, so that `mmcv.ops` and what needs it import.
 
     It does not matter what has been imported before, or failed to. While a package that wants an older mmcv is
-    imported, `mmcv.__version__` is the least that it accepts. `torch.load` takes the log history and NumPy numbers in
+    imported, `mmcv.__version__` is the least that it accepts. Attention over levels, which mmcv computes by PyTorch on
+    a CPU, runs on our operator there, too. `torch.load` takes the log history and NumPy numbers in
     MMEngine's checkpoints. An mmcv with compiled operators is left alone. A second call does nothing more. Processes
     that are started, not forked, need a call of their own.
 
@@ -69,7 +70,8 @@ def install() -> str:
             raise
     return (
         f"dcn_plugin stands in for mmcv._ext, the compiled module that {spec.origin} lacks; packages that want an "
-        "older mmcv are shown one while they are imported, torch.load takes MMEngine's checkpoints; "
+        "older mmcv are shown one while they are imported, multi-scale deformable attention on a CPU is ours, "
+        "torch.load takes MMEngine's checkpoints; "
         "dcn_plugin.integrations.mmcv.uninstall() undoes it"
     )
 

@@ -85,6 +85,22 @@ def _give_to_those_that_asked(ops: ModuleType) -> None:
                     _set(module, asked, getattr(ops, asked))
 
 
+_ATTENTION = "mmcv.ops.multi_scale_deform_attn"
+
+
+@contextmanager
+def _with_our_attention(module: ModuleType) -> Iterator[None]:
+    """Let models on a CPU reach our operator: mmcv asks its compiled module on a GPU alone."""
+    yield
+    _give_our_attention(module)
+
+
+def _give_our_attention(module: ModuleType) -> None:
+    from .attention import multi_scale_deformable_attn_pytorch as ours
+
+    _set(module, ours.__name__, ours)
+
+
 def _set(module: ModuleType, name: str, value: Any) -> None:
     had, was = name in vars(module), vars(module).get(name)
 
@@ -100,6 +116,8 @@ def _set(module: ModuleType, name: str, value: Any) -> None:
 def _around(name: str) -> Callable[[ModuleType], AbstractContextManager[None]] | None:
     if name == "mmcv.ops":
         return _given_to_those_that_asked
+    if name == _ATTENTION:
+        return _with_our_attention
     if name == "mmpretrain.utils.dependency":
         return _without_multimodal
     if name.startswith("mm") and "." not in name and name not in ("mmcv", "mmengine"):
@@ -157,12 +175,14 @@ def begin() -> None:
     sys.meta_path.insert(0, _finder)
     if (ops := sys.modules.get("mmcv.ops")) is not None:  # `_registry` has brought it back
         _give_to_those_that_asked(ops)
+    if (attention := sys.modules.get(_ATTENTION)) is not None:
+        _give_our_attention(attention)
     if (dependency := sys.modules.get("mmpretrain.utils.dependency")) is not None:
         _switch_off_multimodal(dependency)
     # mmdet takes the attention from where mmcv.cnn has it, if mmcv.ops could be imported when that was.
-    transformer, attention = sys.modules.get("mmcv.cnn.bricks.transformer"), "MultiScaleDeformableAttention"
-    if transformer is not None and not hasattr(transformer, attention):
-        _set(transformer, attention, getattr(import_module("mmcv.ops"), attention))
+    transformer, layer = sys.modules.get("mmcv.cnn.bricks.transformer"), "MultiScaleDeformableAttention"
+    if transformer is not None and not hasattr(transformer, layer):
+        _set(transformer, layer, getattr(import_module("mmcv.ops"), layer))
 
 
 def end() -> None:

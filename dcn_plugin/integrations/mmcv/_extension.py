@@ -26,7 +26,7 @@ SIBLINGS = (
     "upsampling",  # CARAFE
     "masks",  # psamask: mmseg's PSANet; masked convolution: guided anchoring, when it predicts
     "norms",  # MMSyncBN: simple_copy_paste, strong_baselines
-    "attention",  # on a GPU: Deformable DETR, DINO, DDQ, Grounding DINO, Mask2Former
+    "attention",  # Deformable DETR, DINO, DDQ, Grounding DINO, Mask2Former; on a CPU by a function of mmcv's own
 )
 
 

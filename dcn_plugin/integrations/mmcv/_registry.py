@@ -1,6 +1,6 @@
 """Who has mmcv's names in MMEngine's registry, and mmcv's modules in `sys.modules`, while the stand-in comes and goes.
 
-`dcn_plugin.registry` has our layers under `DCN` and `DCNv2` as long as mmcv's do not come. It is never imported here:
+`dcn_plugin.registry` has our layers under mmcv's names as long as mmcv's do not come. It is never imported here:
 if nobody has, there is nothing of ours in the registry.
 """
 
@@ -27,7 +27,7 @@ def make_room() -> None:
 
 
 def put_away() -> None:
-    """Remove `mmcv.ops` and its layers; ours come back under `DCN` and `DCNv2` where they were."""
+    """Remove `mmcv.ops` and its layers; ours come back under mmcv's names where they were."""
     _modules.update({name: module for name, module in sys.modules.items() if _is_of_ops(name)})
     for name in _modules:
         del sys.modules[name]

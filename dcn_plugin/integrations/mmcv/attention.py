@@ -1,55 +1,51 @@
-"""mmcv's multi-scale deformable attention, by torch's `grid_sample`.
+"""mmcv's multi-scale deformable attention on our operator.
 
-On a CPU mmcv does the same by itself and never comes here; on a GPU it calls its compiled module.
+On a GPU mmcv calls its compiled module, which is `FUNCTIONS` here. On a CPU it calls a function in PyTorch of its own,
+in whose place `_around` puts `multi_scale_deformable_attn_pytorch`.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ... import ops
 from ...ops._check import shape, tensor
-from ._wide import wide
+from ...ops._operator import wanted_bits
+from ._wide import plain
+
+Shapes = Tensor | Sequence[Sequence[int]]
 
 
-def _attend(value: Tensor, sizes: list[list[int]], starts: list[int], locations: Tensor, weights: Tensor) -> Tensor:
-    """Return `[N, Q, heads * C]`, as `ms_deform_attn_forward` says."""
-    count, _, heads, channels = value.shape
-    queries = locations.shape[1]
-    by_head = value.permute(0, 2, 3, 1).flatten(0, 1)  # [N * heads, C, pixels]
-    grid = (2 * locations - 1).transpose(1, 2).flatten(0, 1)  # [N * heads, Q, levels, points, 2]
-    factor = weights.transpose(1, 2).flatten(0, 1)[:, None]  # [N * heads, 1, Q, levels, points]
-    found = value.new_zeros(count * heads, channels, queries)
-    for level, ((height, width), start) in enumerate(zip(sizes, starts, strict=True)):
-        plane = by_head[:, :, start : start + height * width].unflatten(2, (height, width))
-        samples = F.grid_sample(plane, grid[:, :, level], align_corners=False)
-        found = found + (samples * factor[:, :, :, level]).sum(3)
-    return found.unflatten(0, (count, heads)).permute(0, 3, 1, 2).flatten(2)
-
-
-def _check(value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor) -> None:
+def _check(value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor) -> list[list[int]]:
+    """Return the sizes of the levels, if they are what the pixels are cut into."""
     tensor(value, "value", 4, "[N, pixels, heads, C]")
     tensor(locations, "sampling_locations", 6, "[N, Q, heads, levels, points, 2]")
-    count, _, heads, _ = value.shape
+    count, pixels, heads, _ = value.shape
     queries, levels, points = locations.shape[1], *locations.shape[3:5]
     shape(locations, "sampling_locations", (count, queries, heads, levels, points, 2))
     shape(weights, "attention_weights", (count, queries, heads, levels, points))
     shape(shapes, "value_spatial_shapes", (levels, 2))
     shape(starts, "value_level_start_index", (levels,))
-
-
-def _levels(value: Tensor, shapes: Tensor, starts: Tensor) -> tuple[list[list[int]], list[int]]:
-    """Return sizes and first pixels as numbers, within the pixels that there are."""
-    sizes, firsts = shapes.tolist(), starts.tolist()
-    for (height, width), first in zip(sizes, firsts, strict=True):
-        if min(height, width) < 1 or first < 0 or first + height * width > value.shape[1]:
+    sizes, firsts, first = shapes.tolist(), starts.tolist(), 0
+    for (height, width), given in zip(sizes, firsts, strict=True):
+        if min(height, width) < 1 or given != first:
             raise ValueError(
-                f"value_spatial_shapes: expected levels within {value.shape[1]} pixels, got {height} x {width} from "
-                f"pixel {first} on"
+                f"value_spatial_shapes: expected levels one after the other from pixel 0 on, got {height} x {width} "
+                f"from pixel {given} on, behind {first}"
             )
-    return sizes, firsts
+        first += height * width
+    if first != pixels:
+        raise ValueError(f"value_spatial_shapes: expected levels of {pixels} pixels together, got {first}: {sizes}")
+    return sizes
+
+
+def _positions(locations: Tensor) -> Tensor:
+    """mmcv gives them in the type of the values; what half precision has rounded is not rounded any more."""
+    return locations.to(torch.promote_types(locations.dtype, torch.float32))
 
 
 def ms_deform_attn_forward(
@@ -73,11 +69,9 @@ def ms_deform_attn_forward(
     Returns:
         `[N, Q, heads * C]`.
     """
-    _check(value, value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights)
-    levels = _levels(value, value_spatial_shapes, value_level_start_index)
-    given = (wide(each) for each in (value, sampling_locations, attention_weights))
-    first, *others = given
-    return _attend(first, *levels, *others).to(value.dtype)
+    sizes = _check(value, value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights)
+    with plain(value.device):
+        return ops.ms_deform_attn(value, sizes, _positions(sampling_locations), attention_weights)
 
 
 def ms_deform_attn_backward(
@@ -93,15 +87,33 @@ def ms_deform_attn_backward(
     im2col_step: int,
 ) -> None:
     """Add the gradients of `ms_deform_attn_forward` to the three tensors given for them."""
-    _check(value, value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights)
-    levels = _levels(value, value_spatial_shapes, value_level_start_index)
-    with torch.enable_grad():
-        tensors = (value, sampling_locations, attention_weights)
-        given = tuple(wide(each).detach().requires_grad_() for each in tensors)
-        found = _attend(given[0], *levels, *given[1:])
-    gradients = torch.autograd.grad(found, given, wide(grad_output).view_as(found))
-    for into, gradient in zip((grad_value, grad_sampling_loc, grad_attn_weight), gradients, strict=True):
-        into.add_(gradient)
+    sizes = _check(value, value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights)
+    # Levels and points side by side, and no reference points, softmax or part of a box.
+    locations, weights = _positions(sampling_locations).flatten(3, 4), attention_weights.flatten(3, 4)
+    flat, points = [size for pair in sizes for size in pair], [sampling_locations.shape[4]] * len(sizes)
+    wanted = wanted_bits(("value", "sampling_locations", "attention_weights"))
+    found = torch.ops.dcn_plugin.ms_deform_attn_backward(
+        grad_output, value, locations, weights, None, flat, points, False, 0.5, wanted
+    )
+    for into, gradient in zip((grad_value, grad_sampling_loc, grad_attn_weight), found, strict=False):
+        into.add_(gradient.view_as(into))
+
+
+def multi_scale_deformable_attn_pytorch(
+    value: Tensor, value_spatial_shapes: Shapes, sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    """Return what mmcv's function of this name does, which models on a CPU call, from our operator.
+
+    Args:
+        value: `[N, pixels of all levels, heads, C]`.
+        value_spatial_shapes: height and width of each level, as a tensor `[levels, 2]` or pairs.
+        sampling_locations: `[N, Q, heads, levels, points, 2]`, x and y from 0 to 1.
+        attention_weights: `[N, Q, heads, levels, points]`.
+
+    Returns:
+        `[N, Q, heads * C]`.
+    """
+    return ops.ms_deform_attn(value, value_spatial_shapes, _positions(sampling_locations), attention_weights)
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {

@@ -17,7 +17,10 @@ from torch import Tensor
 
 from ... import ops
 from ...ops._check import integer, shape, tensor
-from ...ops._operator import WANTED, wanted_bits
+from ...ops._operator import wanted_bits
+from ._wide import plain
+
+_ALL = ("input", "offset", "weight", "mask")
 
 
 def _backward(name: str, grad_output: Tensor, *arguments: Any, wanted: tuple[str, ...]) -> tuple[Tensor, ...]:
@@ -26,11 +29,6 @@ def _backward(name: str, grad_output: Tensor, *arguments: Any, wanted: tuple[str
     mmcv's gradient functions do not keep what a second call of the forward would; so not through autograd.
     """
     return getattr(torch.ops.dcn_plugin, f"{name}_backward")(grad_output, *arguments, wanted_bits(wanted))
-
-
-def _plain(device: torch.device) -> torch.amp.autocast:
-    """Without autocast: mmcv has brought the types together already, and allocated the result in them."""
-    return torch.amp.autocast(device.type, enabled=False)
 
 
 def _agree(
@@ -51,7 +49,7 @@ def deform_conv_forward(
 ) -> None:  # fmt: skip
     """Write the deformable convolution of `input` to `output`."""
     _agree(input, weight, offset, (kH, kW), group, deformable_group)
-    with _plain(input.device):
+    with plain(input.device):
         output.copy_(ops.deform_conv2d(input, offset, weight, None, (dH, dW), (padH, padW), (dilationH, dilationW)))
 
 
@@ -125,7 +123,7 @@ def modulated_deform_conv_forward(
     _agree(input, weight, offset, (kernel_h, kernel_w), group, deformable_group)
     offset, mask = _positions(offset, mask, output, deformable_group, kernel_h * kernel_w)
     geometry = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w)
-    with _plain(input.device):
+    with plain(input.device):
         output.copy_(ops.deform_conv2d(input, offset, weight, bias if with_bias else None, *geometry, mask))
 
 
@@ -139,7 +137,7 @@ def modulated_deform_conv_backward(
     _agree(input, weight, offset, (kernel_h, kernel_w), group, deformable_group)
     offset, mask = _positions(offset, mask, grad_output, deformable_group, kernel_h * kernel_w)
     geometry = [stride_h, stride_w], [pad_h, pad_w, pad_h, pad_w], [dilation_h, dilation_w]
-    found = _backward("deform_conv2d", grad_output, input, offset, weight, mask, *geometry, wanted=tuple(WANTED))
+    found = _backward("deform_conv2d", grad_output, input, offset, weight, mask, *geometry, wanted=_ALL)
     grad_input.add_(found[0])
     _write_prefix(grad_offset, found[1])
     grad_weight.add_(found[2])
@@ -158,7 +156,7 @@ def deform_roi_pool_forward(
     spatial_scale: float, sampling_ratio: int, gamma: float,
 ) -> None:  # fmt: skip
     """Write the means of the bins of `rois`, moved by `gamma` times `offset`, to `output`."""
-    with _plain(input.device):
+    with plain(input.device):
         output.copy_(
             ops.deform_roi_pool(
                 input, rois, _yx(offset), output_size=(pooled_height, pooled_width), spatial_scale=spatial_scale,

@@ -86,16 +86,15 @@ def found_in(model: nn.Module) -> tuple[dict[nn.Module, tuple[str, ...]], list[s
             continue
         if isinstance(module, Served):
             done.update(module.modules())
-        elif "forward" in vars(module):  # on top of which others put theirs; the class is not asked
-            unknown.append(module)
-        elif _known(type(module).forward) is not None:
+        elif "forward" not in vars(module) and _known(type(module).forward) is not None:
             serve[module] = ("forward",)
             done.update(module.modules())
         elif _known(vars(module).get(_CORE)) is not None:
             serve[module] = (_CORE,)
         else:
             unknown.append(module)
-    # A module with a forward of its own around a sampler that is served needs nothing more.
+    # Around a sampler that is served, modules may have what forward they like: their class's, or put onto them as
+    # device hooks do.
     unknown = [module for module in unknown if not any(m in serve or m in done for m in module.modules())]
     for module in model.modules():
         # Precise centres are of use only where nothing below asks for the values' type.
