@@ -109,6 +109,12 @@ DCN_HOST_DEVICE void prefetch([[maybe_unused]] const void* address) {
   __builtin_prefetch(address);
 #endif
 }
+// Not into the nearest cache, which is too small for all that is fetched before it is read.
+DCN_HOST_DEVICE void prefetch_nearby([[maybe_unused]] const void* address) {
+#if defined(__GNUC__)
+  __builtin_prefetch(address, 0, 2);
+#endif
+}
 
 // Scratch of one thread, kept between calls: fresh pages cost more than small tiles do.
 template <typename A, int Slot>
