@@ -109,7 +109,7 @@ def test_backward_of_pooling(pool, options, wanted):
         assert counted(lambda: pool(X, ROIS, offset, **options).sum().backward()) == 2 * wanted
 
 
-def test_attention_costs_what_the_formula_says():
+def test_attention_layers_cost_what_the_formula_says():
     """Four linears, and four products for each channel of each of 1 + 3 points of 3 heads."""
     shapes, queries, pixels = [(4, 5), (2, 3)], 2 * 5, 2 * 26
     samples = 4 * queries * 12 * 4
@@ -123,6 +123,21 @@ def test_attention_costs_what_the_formula_says():
     half = MMCVMultiScaleDeformableAttention(12, 3, 2, 2, batch_first=True, value_proj_ratio=0.5)
     wanted = samples / 2 + queries * 12 * (3 * 4 * 2 + 3 * 4 + 6) + pixels * 12 * 6
     assert counted(half, query, value=x, reference_points=at, spatial_shapes=shapes) == wanted
+
+
+def test_attention_costs_what_the_formula_says():
+    value, locations, weights = torch.rand(2, 14, 3, 5), torch.rand(2, 7, 3, 2, 4, 2), torch.rand(2, 7, 3, 2, 4)
+    wanted = (2 * 7 * 3) * (2 * 4) * 4 * 5  # queries' heads, points, four products for each channel
+    shapes = [(3, 4), (1, 2)]
+    assert counted(ops.ms_deform_attn, value, shapes, locations, weights) == wanted
+
+    def trained(*asked):
+        for tensor in asked:
+            tensor.requires_grad_()
+        ops.ms_deform_attn(value, shapes, locations, weights).sum().backward()
+
+    assert counted(trained, weights) == 2 * wanted
+    assert counted(trained, value, weights, locations) == 3 * wanted
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)

@@ -128,6 +128,51 @@ def test_the_graph_takes_any_batch_queries_and_sizes(box, points, tmp_path):
         assert run_onnx(path, on_maps(n, queries, [(5, 6), (2, 3)], box, points))[0].shape == (n, queries, 10)
 
 
+class Encoder(nn.Module):
+    """Two layers over two maps, each pixel a query whose reference is itself, as detectors have them."""
+
+    def __init__(self, width=16, heads=2, points=3):
+        super().__init__()
+        self.split = heads, 2, points
+        counts = dict(value=width, offsets=heads * 4 * points, logits=heads * 2 * points, out=width)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(width, count) for name, count in counts.items()}) for _ in range(2)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.eval()
+
+    def forward(self, *maps: Tensor) -> Tensor:
+        shapes, centres = [level.shape[-2:] for level in maps], []
+        for height, width in shapes:
+            y, x = ((torch.arange(size) + 0.5) / size for size in (height, width))
+            centres.append(torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1).flatten(0, 1))
+        x = torch.cat([level.flatten(2).transpose(1, 2) for level in maps], 1)
+        references = torch.cat(centres)[None, :, None].expand(x.shape[0], -1, 2, -1)
+        for layer in self.layers:
+            attended = ops.ms_deform_attn(
+                layer["value"](x).unflatten(2, (self.split[0], -1)), shapes,
+                layer["offsets"](x).unflatten(2, (*self.split, 2)), layer["logits"](x).unflatten(2, self.split),
+                softmax=True, reference_points=references,
+            )  # fmt: skip
+            x = self.norm(x + layer["out"](attended).relu())
+        return x
+
+
+@needs_runtime
+@torch.no_grad()
+def test_a_whole_encoder(tmp_path):
+    model = Encoder()
+    sizes = tuple({0: N, 2: Dim(f"height{i}", min=2), 3: Dim(f"width{i}", min=2)} for i in range(2))
+    given = torch.randn(2, 16, 8, 10), torch.randn(2, 16, 4, 6)
+    path = export_onnx(model, given, tmp_path / "m.onnx", dynamic_shapes=(sizes,))
+    other = torch.randn(1, 16, 5, 12), torch.randn(1, 16, 7, 3)
+    wanted = model(*other)
+    assert_close(run_onnx(path, other)[0], wanted)
+    for layer in model.layers:  # what moves the samples matters, or agreement would say little
+        layer["offsets"].weight.zero_()
+    assert (model(*other) - wanted).abs().max() > 0.01
+
+
 @needs_runtime
 def test_what_lies_outside_is_not_read(tmp_path):
     """Infinite positions, too."""

@@ -14,7 +14,10 @@ SOURCE = Path(__file__).resolve().parents[2] / "csrc/core/wanted.h"
 
 def test_bits_of_wanted_are_those_of_the_source():
     (body,) = re.findall(r"enum Wanted : int64_t \{(.*?)\};", SOURCE.read_text(), re.S)
-    found = {name.lower(): eval(value) for name, value in re.findall(r"k(\w+) = ([\d <]+),", body)}
+    found = {
+        re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower(): eval(value)
+        for name, value in re.findall(r"k(\w+) = ([\d <]+),", body)
+    }
     assert found == {**WANTED, "ordered": ORDERED}
     assert sum(found.values()).bit_count() == len(found), "two names share a bit"
 
