@@ -3,8 +3,8 @@
 // equal bits for any number of threads.
 #pragma once
 
-#include "gradients.h"
 #include "forward.h"
+#include "gradients.h"
 #include "sweep.h"
 
 namespace dcn::tiles::attention {
@@ -112,9 +112,15 @@ void sweep_images(const Tensor& grad_output, const AttentionArguments& a, const 
     const PointFinder<S, true> finder{call, table, *points, reinterpret_cast<int64_t>(zeros.data_ptr())};
     for (int64_t i = begin; i < end; ++i) {
       const int64_t part = i % parts, first = part * g.heads / parts, last = (part + 1) * g.heads / parts;
-      run_vectorised(SweepHeads<S, Dots, Scatter>{finder, visits, view_of_heads<const S>(grad_output, g), results,
-                                                  std::min(heads_at_once(g), last - first), i / parts,
-                                                  {first, last - first}, row, unread});
+      run_vectorised(SweepHeads<S, Dots, Scatter>{finder,
+                                                  visits,
+                                                  view_of_heads<const S>(grad_output, g),
+                                                  results,
+                                                  std::min(heads_at_once(g), last - first),
+                                                  i / parts,
+                                                  {first, last - first},
+                                                  row,
+                                                  unread});
     }
   });
 }
@@ -137,10 +143,17 @@ AttentionGradients backward(const Tensor& grad_output, const AttentionArguments&
                             int64_t wanted) {
   using A = Accumulate<S>;
   // Half types are summed in float.
-  const auto [grad_value, grad_locations, grad_weights, grad_reference] = new_gradients(a, wanted, scalar_type_of<A>());
+  const auto [nothing, grad_locations, grad_weights, grad_reference] =
+      new_gradients(a, wanted & ~static_cast<int64_t>(kValue), scalar_type_of<A>());
+  Tensor grad_value = nothing;
+  if (wanted & kValue) {
+    grad_value = new_contiguous(a.value, {g.batch, g.rows, g.heads, g.channels}, scalar_type_of<A>());
+    prefer_large_pages(grad_value);
+    torch::stable::zero_(grad_value);
+  }
   const auto data = [](const Tensor& t) { return t.numel() > 0 ? t.data_ptr() : nullptr; };
-  const Tensor sums = new_contiguous(
-      a.value, {data(grad_reference) ? g.heads : 0, grad_reference.numel()}, scalar_type_of<A>());
+  const Tensor sums =
+      new_contiguous(a.value, {data(grad_reference) ? g.heads : 0, grad_reference.numel()}, scalar_type_of<A>());
   Results<A> results;
   results.value = static_cast<A*>(data(grad_value));
   results.points = {data(grad_locations), data(grad_weights)};
@@ -152,8 +165,10 @@ AttentionGradients backward(const Tensor& grad_output, const AttentionArguments&
     sweep_images<S, true, false>(grad_output, a, g, results);
   else if (results.value)
     sweep_images<S, false, true>(grad_output, a, g, results);
-  if (results.references && results.points_wide) add_heads(g, results.references, static_cast<A*>(grad_reference.data_ptr()));
-  if (results.references && !results.points_wide) add_heads(g, results.references, static_cast<S*>(grad_reference.data_ptr()));
+  if (results.references && results.points_wide)
+    add_heads(g, results.references, static_cast<A*>(grad_reference.data_ptr()));
+  if (results.references && !results.points_wide)
+    add_heads(g, results.references, static_cast<S*>(grad_reference.data_ptr()));
   return {torch::stable::to(grad_value, scalar_type_of<S>()), grad_locations, grad_weights, grad_reference};
 }
 

@@ -61,8 +61,8 @@ struct Stored {
 template <typename S>
 struct Call {
   AttentionGeometry g;
-  Tensor held;           // what `value` points into: the argument, or a copy whose channels lie together
-  View<const S> value;   // [N, S, M, D]
+  Tensor held;          // what `value` points into: the argument, or a copy whose channels lie together
+  View<const S> value;  // [N, S, M, D]
   Stored locations, weights, reference;
 
   Call(const AttentionArguments& a, const AttentionGeometry& geometry)
@@ -88,7 +88,8 @@ class Visits {
       strip_ = g.queries;
       levels_.push_back({1, g.queries, 0});
     } else {
-      for (int64_t l = 0; l < g.levels; ++l) levels_.push_back({g.level[l].height, g.level[l].width, g.level[l].first_row});
+      for (int64_t l = 0; l < g.levels; ++l)
+        levels_.push_back({g.level[l].height, g.level[l].width, g.level[l].first_row});
     }
   }
 

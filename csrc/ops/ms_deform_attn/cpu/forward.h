@@ -8,7 +8,9 @@
 namespace dcn::tiles::attention {
 
 // How many heads are found at once.
-inline int64_t heads_at_once(const AttentionGeometry& g) { return std::clamp<int64_t>(points_at_once / g.points, 1, g.heads); }
+inline int64_t heads_at_once(const AttentionGeometry& g) {
+  return std::clamp<int64_t>(points_at_once / g.points, 1, g.heads);
+}
 
 // Some visits to the queries of one image.
 template <typename S>

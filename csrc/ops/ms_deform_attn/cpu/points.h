@@ -41,8 +41,8 @@ DCN_HOST_DEVICE void find_points(Points<A>& p, const Index* height, const Index*
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     const A m = p.attention[i];
-    const Sample<A, Index> s = make_sample<A, Index>(p.start_y[i] + p.scaled_y[i], p.start_x[i] + p.scaled_x[i],
-                                                     height[i], width[i]);
+    const Sample<A, Index> s =
+        make_sample<A, Index>(p.start_y[i] + p.scaled_y[i], p.start_x[i] + p.scaled_x[i], height[i], width[i]);
     const A a0 = s.weight(0), a1 = s.weight(1), a2 = s.weight(2), a3 = s.weight(3);
     const Index r0 = s.has(0) & (a0 != 0), r1 = s.has(1) & (a1 != 0), r2 = s.has(2) & (a2 != 0),
                 r3 = s.has(3) & (a3 != 0);
@@ -91,7 +91,8 @@ struct PointFinder {
     for (int64_t i = 0; i < count; ++i) {
       points.given_x[i] = points.given_y[i] = 0;
       points.start_x[i] = points.start_y[i] = A(-0.5);
-      points.unit_x[i] = static_cast<A>(table.width[i]), points.unit_y[i] = static_cast<A>(table.height[i]);
+      points.unit_x[i] = call.reference.data ? A(1) : static_cast<A>(table.width[i]);
+      points.unit_y[i] = call.reference.data ? A(1) : static_cast<A>(table.height[i]);
       points.attention[i] = 1;
     }
   }

@@ -26,19 +26,23 @@ DCN_HOST_DEVICE float exp_below_zero(float x) {
 }
 DCN_HOST_DEVICE double exp_below_zero(double x) { return std::exp(x); }
 
+// In place, of each head's logits. The powers of all heads are found in one loop: those of one would wait for its sums.
 template <typename A>
 DCN_HOST_DEVICE void softmax(A* logits, int64_t heads, int64_t points) {
   for (int64_t m = 0; m < heads; ++m) {
-    A* const row = logits + m * points;
-    A most = row[0];
+    A *row = logits + m * points, most = row[0];
 #pragma omp simd reduction(max : most)
     for (int64_t k = 0; k < points; ++k) most = row[k] > most ? row[k] : most;
-    A sum = 0;
+#pragma omp simd
+    for (int64_t k = 0; k < points; ++k) row[k] -= most;
+  }
+  const int64_t count = heads * points;
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) logits[i] = exp_below_zero(logits[i]);
+  for (int64_t m = 0; m < heads; ++m) {
+    A *row = logits + m * points, sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t k = 0; k < points; ++k) {
-      row[k] = exp_below_zero(row[k] - most);
-      sum += row[k];
-    }
+    for (int64_t k = 0; k < points; ++k) sum += row[k];
     const A inverse = 1 / sum;
 #pragma omp simd
     for (int64_t k = 0; k < points; ++k) row[k] *= inverse;
