@@ -58,7 +58,35 @@ DCN_HOST_DEVICE void transpose_quads(Quad (&q)[4]) {
 }
 #undef DCN_SHUFFLE
 #define DCN_QUADS
+
+template <int64_t Count>
+DCN_HOST_DEVICE Quad sum_quads(const StoredQuad* quads) {
+  if constexpr (Count == 1)
+    return quads[0];
+  else
+    return sum_quads<Count / 2>(quads) + sum_quads<Count / 2>(quads + Count / 2);
+}
 #endif
+
+// sums[c] += sum of part c's lanes, as a tree: the compiler by itself would add one lane after the other.
+template <typename A, int64_t Lanes>
+DCN_HOST_DEVICE void add_lanes(const A (&parts)[4][Lanes], A* sums) {
+#if defined(DCN_QUADS)
+  if constexpr (std::is_same_v<A, float> && (Lanes == 16 || Lanes == 8 || Lanes == 4)) {
+    Quad q[4];
+    for (int c = 0; c < 4; ++c) q[c] = sum_quads<Lanes / 4>(reinterpret_cast<const StoredQuad*>(parts[c]));
+    transpose_quads(q);
+    StoredQuad* const to = reinterpret_cast<StoredQuad*>(sums);
+    *to = *to + ((q[0] + q[1]) + (q[2] + q[3]));
+    return;
+  }
+#endif
+  for (int c = 0; c < 4; ++c) {
+    A sum = 0;
+    for (int64_t i = 0; i < Lanes; ++i) sum += parts[c][i];
+    sums[c] += sum;
+  }
+}
 
 enum class Transpose { kToRows, kFromRows, kAddFromRows };
 

@@ -8,29 +8,6 @@
 
 namespace dcn::tiles {
 
-// sums[c] += sum of part c's lanes, as a tree: the compiler by itself would add one lane after the other.
-template <typename A, int64_t Lanes>
-DCN_HOST_DEVICE void add_lanes(const A (&parts)[4][Lanes], A* sums) {
-#if defined(DCN_QUADS)
-  if constexpr (std::is_same_v<A, float> && Lanes == 16) {
-    Quad q[4];
-    for (int c = 0; c < 4; ++c) {
-      const StoredQuad* const part = reinterpret_cast<const StoredQuad*>(parts[c]);
-      q[c] = (part[0] + part[1]) + (part[2] + part[3]);
-    }
-    transpose_quads(q);
-    StoredQuad* const to = reinterpret_cast<StoredQuad*>(sums);
-    *to = *to + ((q[0] + q[1]) + (q[2] + q[3]));
-    return;
-  }
-#endif
-  for (int c = 0; c < 4; ++c) {
-    A sum = 0;
-    for (int64_t i = 0; i < Lanes; ++i) sum += parts[c][i];
-    sums[c] += sum;
-  }
-}
-
 // Of one tap, for each channel:
 //   Dots:    dot[corner] += gradient of the column * value at the corner
 //   Scatter: gradient of the input at the corner += weight[corner] * gradient of the column

@@ -1,20 +1,37 @@
-// Multi-scale deformable attention on the CPU: the portable path.
+// Multi-scale deformable attention on the CPU: the tuned path where it may run and serves the call, else the portable
+// one.
 #pragma once
 
 #include "../../../runtime/cpu.h"
 #include "../portable.h"
+#include "backward.h"
+#include "forward.h"
 
 namespace dcn {
 
 struct CpuAttention {
   static Tensor forward(const AttentionArguments& a, const AttentionGeometry& g) {
-    ms_deform_attn_log.note("portable");
-    return ms_deform_attn_portable<Cpu>(a, g);
+    const CpuKernels kernels = kernels_for(g);
+    ms_deform_attn_log.note(name_of(kernels));
+    if (kernels == kPortable) return ms_deform_attn_portable<Cpu>(a, g);
+    const Tensor output = new_attended(a, g);
+    if (output.numel() > 0)
+      dispatch_floating(a.value.scalar_type(), [&](auto s) { tiles::attention::forward<decltype(s)>(a, g, output); });
+    return output;
   }
   static AttentionGradients backward(const Tensor& grad_output, const AttentionArguments& a, const AttentionGeometry& g,
                                      int64_t wanted) {
-    ms_deform_attn_backward_log.note("portable");
-    return ms_deform_attn_backward_portable<Cpu>(grad_output, a, g, wanted);
+    const CpuKernels kernels = kernels_for(g);
+    ms_deform_attn_backward_log.note(name_of(kernels));
+    if (kernels == kPortable) return ms_deform_attn_backward_portable<Cpu>(grad_output, a, g, wanted);
+    return dispatch_floating(a.value.scalar_type(), [&](auto s) {
+      return tiles::attention::backward<decltype(s)>(grad_output, a, g, wanted);
+    });
+  }
+
+ private:
+  static CpuKernels kernels_for(const AttentionGeometry& g) {
+    return tiles::attention::is_served(g) ? chosen_kernels() : kPortable;
   }
 };
 

@@ -1,0 +1,116 @@
+// Multi-scale deformable attention on the CPU, a call as its loops see it: pointers and strides, and the order in which
+// queries are visited.
+#pragma once
+
+#include <vector>
+
+#include "../arguments.h"
+#include "values.h"
+
+namespace dcn::tiles::attention {
+
+// Numbers of points as wide as float, so that they become vectors.
+using Index = int32_t;
+
+constexpr int64_t lanes = 16;  // of the widest vectors; loops over points run over a multiple of them
+DCN_HOST_DEVICE int64_t padded(int64_t points) { return (points + lanes - 1) / lanes * lanes; }
+
+// How many points are found at once at most, and room for them: not a power of two, since equal numbers of several
+// arrays would then fall into few sets of the cache.
+constexpr int64_t points_at_once = 1024, points_room = points_at_once + 3 * lanes;
+
+// Whether an Index reaches everywhere on the maps, and the tables of points are small.
+inline bool is_served(const AttentionGeometry& g) {
+  bool served = g.points <= points_at_once && g.heads * g.points <= 64 * points_at_once;
+  for (int64_t l = 0; l < g.levels; ++l) served &= g.level[l].height * g.level[l].width < int64_t{1} << 30;
+  return served;
+}
+
+// Locations, weights or reference points by their strides, as View has them: stored like the value or, where they are
+// `wide`, in the accumulator type.
+struct Stored {
+  const void* data = nullptr;  // null: there are none
+  bool wide = true;
+  int64_t n = 0, q = 0, m = 0, k = 0;
+  int64_t axis = 0;  // from one number of a position to the next
+
+  Stored() = default;
+  Stored(const Tensor& t, ScalarType accumulator)
+      : data(t.data_ptr()),
+        wide(t.scalar_type() == accumulator),
+        n(t.stride(0)),
+        q(t.stride(1)),
+        m(t.stride(2)),
+        k(t.stride(3)),
+        axis(t.dim() == 5 ? t.stride(4) : 0) {}
+
+  template <typename T>
+  DCN_HOST_DEVICE const T* at(int64_t in, int64_t iq, int64_t im) const {
+    return static_cast<const T*>(data) + in * n + iq * q + im * m;
+  }
+  // Calls f with a number of the type that is stored.
+  template <typename S, typename F>
+  DCN_HOST_DEVICE void with_type(const F& f) const {
+    if constexpr (!std::is_same_v<S, Accumulate<S>>) {
+      if (!wide) return f(S());
+    }
+    f(Accumulate<S>());
+  }
+};
+
+template <typename S>
+struct Call {
+  AttentionGeometry g;
+  Tensor held;          // what `value` points into: the argument, or a copy whose channels lie together
+  View<const S> value;  // [N, S, M, D]
+  Stored locations, weights, reference;
+
+  Call(const AttentionArguments& a, const AttentionGeometry& geometry)
+      : g(geometry),
+        held(a.value.stride(3) == 1 || g.channels == 1 ? a.value : torch::stable::contiguous(a.value)),
+        value(view<const S>(held)),
+        locations(a.locations, type) {
+    if (a.weights) weights = Stored(*a.weights, type);
+    if (a.reference) reference = Stored(*a.reference, type);
+  }
+
+ private:
+  static constexpr ScalarType type = scalar_type_of<Accumulate<S>>();
+};
+
+// Visits to queries, numbered: where there is a query for each pixel of the maps, as in an encoder, in strips of some
+// columns from top to bottom, level by level, so that what a row of a strip reads is still in the cache when the next
+// one comes. Elsewhere one after the other. A matter of speed alone.
+class Visits {
+ public:
+  explicit Visits(const AttentionGeometry& g) {
+    if (g.queries != g.rows) {
+      strip_ = g.queries;
+      levels_.push_back({1, g.queries, 0});
+    } else {
+      for (int64_t l = 0; l < g.levels; ++l)
+        levels_.push_back({g.level[l].height, g.level[l].width, g.level[l].first_row});
+    }
+  }
+
+  // Calls f(query) for the visits [first, last).
+  template <typename F>
+  DCN_HOST_DEVICE void for_each(int64_t first, int64_t last, const F& f) const {
+    for (const Map& map : levels_)
+      for (int64_t x = 0; x < map.width; x += strip_) {
+        const int64_t width = map.width - x < strip_ ? map.width - x : strip_;
+        const int64_t begin = map.first + x * map.height, end = begin + width * map.height;
+        for (int64_t i = first > begin ? first : begin; i < (last < end ? last : end); ++i)
+          f(map.first + (i - begin) / width * map.width + x + (i - begin) % width);
+      }
+  }
+
+ private:
+  struct Map {
+    int64_t height, width, first;
+  };
+  std::vector<Map> levels_;
+  int64_t strip_ = 16;
+};
+
+}  // namespace dcn::tiles::attention
