@@ -21,7 +21,7 @@ def cpu(kernels, threads):
 def compare(actual, expected, name, loose=False, cancels=False):
     """Every value that is not finite is the same one; the others differ by no more than the type's tolerance.
 
-    `loose`: what is finite on one side alone is left out. `cancels`: differences of numbers of about 1, as the gradients
+    `loose`: what is finite on one side alone is left out. `cancels`: differences of numbers near 1, as the gradients
     of a softmax are, which may all be 0.
     """
     tolerance = TOLERANCE[actual.dtype]
