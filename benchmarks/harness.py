@@ -26,6 +26,8 @@ import dcn_plugin
 
 OURS = "dcn_plugin"
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+# Which versions a result names, where they are installed.
+PACKAGES = ("torch", "torchvision", "timm", "onnxruntime", "transformers", "torch-ms-deform-attn", "deformops")
 Call = Callable[[], list[Tensor]]
 Contestant = tuple[str, str]
 Times = dict[int, float]
@@ -109,7 +111,7 @@ def rows_for(family: ModuleType, shape: tuple, setting: Setting) -> list[dict]:
     }
     family.verify(shape, setting, made)
     rows = []
-    layouts = [layout for layout in LAYOUTS if (OURS, layout) in made]
+    layouts = [layout for name, layout in made if name == OURS]
     for task in made[OURS, layouts[0]]:
         times = measure({key: calls[task] for key, calls in made.items() if task in calls}, setting)
         for layout in layouts:
@@ -176,10 +178,12 @@ def _peak(
     return memory.peak_mib(call_of, *((family, s, setting, key, task) for s in (small, shape)), setting.device)
 
 
-def peaks(family: str, small: tuple, shape: tuple, setting: Setting, layout: str, task: str) -> dict[str, float | None]:
-    """MiB that ours in this layout, and torchvision, need above their results; `small` is a shape to warm up with."""
-    keys = ((OURS, layout), ("torchvision", "NCHW"))
-    return {key[0]: _peak(family, small, shape, setting, key, task, torch.get_num_threads()) for key in keys}
+def peaks(
+    family: str, small: tuple, shape: tuple, setting: Setting, contestants: Iterable[Contestant], task: str
+) -> dict[str, float | None]:
+    """MiB that these contestants need above their results, by name; `small` is a shape to warm up with."""
+    threads = torch.get_num_threads()
+    return {key[0]: _peak(family, small, shape, setting, key, task, threads) for key in contestants}
 
 
 def best(row: dict, name: str) -> dict[str, float]:
@@ -193,8 +197,8 @@ def times_ours(row: dict, name: str) -> str:
 
 
 def mib(row: dict, name: str) -> str:
-    peak = row["memory"][name]
-    return "-" if peak is None else f"{peak:.1f}"
+    peak = row["memory"].get(name)
+    return "-" if peak is None else f"{round(peak, 1) + 0.0:.1f}"  # noise below zero is no "-0.0"
 
 
 def _describe_cpu() -> dict[str, str]:
@@ -210,7 +214,7 @@ def _describe_cpu() -> dict[str, str]:
 
 def describe(device: str) -> dict[str, str]:
     installed = {dist.name for dist in metadata.distributions()}
-    packages = [p for p in ("torch", "torchvision", "timm", "onnxruntime") if p in installed]
+    packages = [p for p in PACKAGES if p in installed]
     return {
         **(gpu.describe() if device == "cuda" else _describe_cpu()),
         "date": str(date.today()),

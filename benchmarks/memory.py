@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Modules of peers that take seconds to import, where they are installed.
+PEERS = ("transformers.models.deformable_detr.modeling_deformable_detr", "torch_ms_deform_attn", "deformops.registry")
 RESET, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 Make = Callable[..., Callable[[], list[Tensor]]]
 
@@ -32,7 +34,7 @@ def peak_mib(make: Make, small: tuple[Any, ...], arguments: tuple[Any, ...], dev
         return None
     # The server has imported what takes long and has started no thread; each process is a fork of it.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torchvision", "dcn_plugin"])
+    context.set_forkserver_preload(["torch", "torchvision", "dcn_plugin", "timm", *PEERS])
     with ProcessPoolExecutor(1, context) as process:
         return process.submit(_in_fresh_process, make, small, arguments, torch.get_num_threads()).result() / 2**20
 

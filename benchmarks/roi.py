@@ -157,7 +157,11 @@ def verify(shape: Shape, setting: Setting, made: dict[Contestant, dict[str, Call
 
 
 def extras(shape: Shape, setting: Setting, call: Call, layout: str, task: str) -> dict:
-    return {"memory": peaks(__name__, shape._replace(channels=8, regions=8), shape, setting, layout, task)}
+    return {
+        "memory": peaks(
+            __name__, shape._replace(channels=8, regions=8), shape, setting, ((OURS, layout), TORCHVISION), task
+        )
+    }
 
 
 def figures(row: dict) -> dict[str, str]:

@@ -8,9 +8,11 @@
     python benchmarks/run.py --device cuda
 
 Families: deform_conv2d (against conv2d, torchvision and, where it is installed, onnxruntime), half_types (bfloat16 and
-float16 against float32, on the CPU), roi_pool (against torchvision), programs (blocks that call torchvision's operator,
-before and after `accelerate()`, on the CPU) and models (resnet50_dcn against resnet50, and against itself on
-torchvision's operator; needs timm). `pip install '.[benchmark]'` brings the peers.
+float16 against float32, on the CPU), roi_pool (against torchvision), ms_deform_attn (against what transformers falls
+back to, torch-ms-deform-attn and deformops, where they are installed), programs (blocks that call torchvision's
+operator, before and after `accelerate()`, on the CPU), models (resnet50_dcn against resnet50, and against itself on
+torchvision's operator; needs timm) and detectors (transformers' models, before and after `accelerate(model)`, on the
+CPU; needs transformers). `pip install '.[benchmark]'` brings the peers, but for the two that docs/performance.md tells.
 
 Results are compared before anything is timed. Rounds alternate between the contestants, so that a noisy machine
 disturbs them alike; slow ones have fewer rounds, at least three. A time is the median over rounds, a ratio the median
@@ -21,6 +23,7 @@ left out, and the end tells: the exit status is 1, or 70 if the GPU does not wor
 """
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -31,6 +34,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
+import attention
 import conv
 import gpu
 import half
@@ -39,11 +43,12 @@ import roi
 import torch
 from harness import OURS, Setting, describe, rows_for
 
-FAMILIES = {module.NAME: module for module in (conv, half, roi, programs)}
-if find_spec("timm"):
-    import models
-
-    FAMILIES[models.NAME] = models
+FAMILIES = {module.NAME: module for module in (conv, half, roi, attention, programs)}
+# Families of whole models -> the package they come from.
+NEEDS = {"models": "timm", "detectors": "transformers"}
+FAMILIES |= {name: importlib.import_module(name) for name, package in NEEDS.items() if find_spec(package)}
+# Those that are in types of their own, or in float32 whatever the types of the others.
+OWN_TYPES = ("half_types", "programs", "detectors")
 # Operators that no family times (its OPERATORS) -> why.
 NOT_TIMED = {"ps_roi_pool": "torchvision's rounds otherwise, so results could not be compared before they are timed"}
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
@@ -116,6 +121,7 @@ def run(
         **({"ceilings": gpu.ceilings()} if args.device == "cuda" else {}),
         "rows": {},
     }
+    print(f"{family.NAME}: {result['what']}", flush=True)
     status = 0
     for count in counts:
         torch.set_num_threads(count)
@@ -144,9 +150,10 @@ def run(
 
 
 def main() -> int:
+    absent = {name: f"{package} is not installed" for name, package in NEEDS.items() if name not in FAMILIES}
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Not timed: " + "; ".join(f"{name} ({reason})" for name, reason in NOT_TIMED.items()),
+        epilog="Not timed: " + "; ".join(f"{name} ({reason})" for name, reason in (NOT_TIMED | absent).items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--family", choices=FAMILIES, help="one family (default: all)")
@@ -194,8 +201,7 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     status = 0
     for name, family in FAMILIES.items():
-        # half_types has the types of its own, and the programs are in float32, all that their operator takes.
-        if args.family not in (None, name) or (family in (half, programs) and args.dtype and not args.family):
+        if args.family not in (None, name) or (name in OWN_TYPES and args.dtype and not args.family):
             continue
         listed = (family.QUICK if args.quick else family.SHAPES).get(args.device, [])
         shapes = [shape for shape in listed if args.shape in str(shape)]

@@ -70,6 +70,10 @@ def write(model: nn.Module, path: Path, image: Tensor, dynamic: bool, args: argp
 
 def write_checked(args: argparse.Namespace) -> float:
     """Write to a folder beside the target and move from there once the outputs agree; return how well they do."""
+    if args.format == "ncnn" and args.out.suffix != ".param":
+        raise ValueError(f"--out: expected a name that ends in .param with --format ncnn, got {args.out.name}")
+    if args.format == "ncnn" and args.batch not in (None, 1):
+        raise ValueError(f"--batch: expected 1 with --format ncnn, got {args.batch!r}")
     if args.image_size is not None and (len(args.image_size) > 2 or min(args.image_size) < 1):
         raise ValueError(f"--image-size: expected one or two positive numbers, got {args.image_size}")
     if not args.tolerance > 0:
@@ -78,8 +82,6 @@ def write_checked(args: argparse.Namespace) -> float:
         args.batch = 1 if args.format in ONE_IMAGE else "dynamic"
     if args.format in ONE_IMAGE and args.batch == "dynamic":
         raise ValueError(f"--batch: expected a number with --format {args.format}, got 'dynamic'")
-    if args.format == "ncnn" and args.out.suffix != ".param":
-        raise ValueError(f"--out: expected a name that ends in .param with --format ncnn, got {args.out.name}")
     model = load(args.model, args.pretrained)
     shape = image_shape(model, args.image_size)
     dynamic = args.batch == "dynamic"

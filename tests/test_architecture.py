@@ -38,7 +38,10 @@ MAY_IMPORT = {
     "registry": ("mm detection layers flops", "mmengine mmcv"),
     # What stands in for other packages calls them, too.
     # ultralytics and rfdetr are taken by name alone, so they need no word here.
-    "integrations": ("integrations ops layers mm reference _config _version", "torchvision mmcv mmengine numpy"),
+    "integrations": (
+        "integrations ops layers mm reference _config _version",
+        "torchvision transformers mmcv mmengine numpy",
+    ),
     "export": (
         "export models detection convert checkpoint layers ops reference _config",
         "timm torchvision safetensors onnxruntime openvino ncnn pnnx executorch",

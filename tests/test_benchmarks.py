@@ -135,6 +135,82 @@ def test_the_work_of_pooling(benchmark, position_sensitive):
     assert roi.work(shape, "forward+backward", 2) == (operator, 0, 2 * once + size["input"] + size["offset"], 0)
 
 
+def test_the_work_of_attention(benchmark):
+    attention, harness = benchmark("attention"), benchmark("harness")
+    shape = attention.Shape(2, 12, 15, 9)
+    assert shape.levels() == [(12, 15), (6, 8), (3, 4), (2, 2)]
+    setting = harness.Setting("cpu", torch.bfloat16, 1.0, 1, 1.0)
+    tensors = attention.problem(shape, setting, torch.bfloat16)
+    assert tensors["locations"].dtype == torch.float32 and tensors["value"].dtype == torch.bfloat16
+    size = {name: t.numel() * t.element_size() for name, t in tensors.items()}
+    once, gradients = sum(size.values()), size["value"] + size["locations"] + size["weights"]
+    assert attention.work(shape, "forward", 2) == ("ms_deform_attn", 0, once, 0)
+    assert attention.work(shape, "forward+backward", 2) == ("ms_deform_attn", 0, 2 * once + gradients, 0)
+
+
+def test_no_sample_of_attention_lies_at_a_whole_pixel(benchmark):
+    """There rounding, in which the contestants differ, would choose the side of a derivative."""
+    attention, harness = benchmark("attention"), benchmark("harness")
+    shape = attention.Shape(1, 24, 31)
+    found = attention.problem(shape, harness.Setting("cpu", torch.float32, 2.0, 1, 1.0), torch.float32)
+    size = torch.tensor(shape.levels()).flip(1)[:, None]
+    parts = (found["locations"] * size - 0.5).remainder(1)
+    assert 0.04 < parts.min() < 0.06 and 0.94 < parts.max() < 0.96
+
+
+@pytest.mark.parametrize("layer", [False, True])
+def test_attention_is_timed_beside_the_peers_that_are_there(benchmark, monkeypatch, layer):
+    peers, harness = benchmark("attention_peers"), benchmark("harness")
+    attention = benchmark("attention")
+    monkeypatch.setattr(attention, "extras", lambda *_: {"memory": {"dcn_plugin": 0.5}})
+    setting = harness.Setting("cpu", torch.float32, 1.0, rounds=3, seconds=0.01)
+    rows = harness.rows_for(attention, attention.Shape(1, 9, 12, 5, layer), setting)
+    assert [row["task"] for row in rows] == ["forward", "forward+backward"]
+    for name, package in peers.PACKAGES.items():
+        takes_part = find_spec(package) is not None and (name == peers.FALLBACK or not layer)
+        assert all((name in row) == takes_part for row in rows)
+        assert (package in attention.about(setting)) == (find_spec(package) is None)
+    for row in rows:
+        shown = attention.figures(row)
+        assert (shown["bfloat16 /"] == "-") == layer and (shown["/ parts"] == "-") == (not layer)
+        assert shown["MiB"] == "0.5" and shown["fallback MiB"] == "-"
+
+
+def test_a_contestant_on_one_thread_gives_the_threads_back(benchmark):
+    attention = benchmark("attention")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert attention.alone(lambda: [torch.get_num_threads()])() == [1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_detector_is_timed_before_and_after(benchmark):
+    pytest.importorskip("transformers")
+    detectors, harness = benchmark("detectors"), benchmark("harness")
+    setting = harness.Setting("cpu", torch.float32, 1.0, rounds=3, seconds=0.01)
+    backbone = dict(
+        model_type="timm_backbone", backbone="resnet18", features_only=True, use_pretrained_backbone=False,
+        out_indices=[2, 3, 4],
+    )  # fmt: skip
+    small = (*detectors._SMALL, ("backbone_config", backbone), ("d_model", 32), ("num_queries", 10))
+    shape = detectors.QUICK["cpu"][1]._replace(height=64, width=96, options=small)
+    made = {key: detectors.make(shape, setting, *key) for key in detectors.CONTESTANTS["cpu"]}
+    detectors.verify(shape, setting, made)
+    for (name, _), calls in made.items():
+        assert calls.keys() == {"training step"}
+        with torch.profiler.profile() as profile:
+            calls["training step"]()
+        seen = {event.key for event in profile.key_averages()}
+        ours, theirs = {"dcn_plugin::ms_deform_attn", "dcn_plugin::ms_deform_attn_backward"}, "aten::grid_sampler_2d"
+        assert (ours <= seen, theirs in seen) == (name == "dcn_plugin", name != "dcn_plugin")
+    times = {"dcn_plugin": {"NCHW": {"ms": 20, "spread": 0.01}}, "transformers": {"NCHW": {"ms": 50, "ratio": 0.4}}}
+    assert detectors.figures({"layout": "NCHW", **times}) == {
+        "before ms": "50", "ms": "20", "before / after": "2.5x", "spread": "1%",
+    }  # fmt: skip
+
+
 def test_a_table_of_a_gpu(benchmark):
     gpu, run, conv = benchmark("gpu"), benchmark("run"), benchmark("conv")
     tops = {"tflop_s": 800.0, "gb_s": 4000.0}

@@ -10,7 +10,15 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dcn_plugin import DCNv1, DCNv2, DeformConv2d, flops, ops
-from dcn_plugin.layers import DeformPSRoIPool, DeformPSRoIPoolPack, DeformRoIPool, DeformRoIPoolPack, PSRoIPool
+from dcn_plugin.layers import (
+    DeformPSRoIPool,
+    DeformPSRoIPoolPack,
+    DeformRoIPool,
+    DeformRoIPoolPack,
+    MMCVMultiScaleDeformableAttention,
+    MSDeformAttn,
+    PSRoIPool,
+)
 
 X = torch.rand(2, 12, 20, 24)
 # Image, x1, y1, x2, y2: 6 x 8 and 3 x 3 pixels, within the map.
@@ -99,6 +107,22 @@ def test_backward_of_pooling(pool, options, wanted):
         offset = torch.zeros(2, 2, *size, requires_grad=True)
         assert counted(lambda: pool(x, ROIS, offset, **options).sum().backward()) == 3 * wanted
         assert counted(lambda: pool(X, ROIS, offset, **options).sum().backward()) == 2 * wanted
+
+
+def test_attention_layers_cost_what_the_formula_says():
+    """Four linears, and four products for each channel of each of 1 + 3 points of 3 heads."""
+    shapes, queries, pixels = [(4, 5), (2, 3)], 2 * 5, 2 * 26
+    samples = 4 * queries * 12 * 4
+    query, at, x = torch.rand(2, 5, 12), torch.rand(2, 5, 2, 2), torch.rand(2, 26, 12)
+    layer = MSDeformAttn(12, 2, 3, [1, 3])
+    wanted = samples + queries * 12 * (3 * 4 * 2 + 3 * 4 + 12) + pixels * 12 * 12
+    assert counted(layer, query, at, x, shapes) == wanted
+    layer.__flops__ = 0
+    flops.ptflops_hooks()[MSDeformAttn](layer, (query, at, x, shapes), layer(query, at, x, shapes))
+    assert layer.__flops__ == wanted
+    half = MMCVMultiScaleDeformableAttention(12, 3, 2, 2, batch_first=True, value_proj_ratio=0.5)
+    wanted = samples / 2 + queries * 12 * (3 * 4 * 2 + 3 * 4 + 6) + pixels * 12 * 6
+    assert counted(half, query, value=x, reference_points=at, spatial_shapes=shapes) == wanted
 
 
 def test_attention_costs_what_the_formula_says():

@@ -49,8 +49,7 @@ def grid_sample_decompositions() -> dict[Callable, Callable[..., Tensor]]:
     """
     ours = torch.ops.dcn_plugin
     refused = {getattr(ours, name).default: _refusal(name) for name in POOLING}
-    written = {ours.deform_conv2d.default: _deform_conv2d, ours.ms_deform_attn.default: ms_deform_attn}
-    return {**written, **refused}
+    return {ours.deform_conv2d.default: _deform_conv2d, ours.ms_deform_attn.default: ms_deform_attn, **refused}
 
 
 def _deform_conv2d(
@@ -122,7 +121,7 @@ def levels(
     softmax: bool,
     offset_scale: float,
 ) -> Iterator[Level]:
-    """Yield what `ms_deform_attn` with these arguments samples, level by level; levels without points are left out."""
+    """Yield what `ms_deform_attn` with these arguments samples, level by level."""
     acc = torch.promote_types(value.dtype, torch.float32)
     given = sampling_locations.to(acc)
     weights = None if attention_weights is None else attention_weights.to(acc)
@@ -132,16 +131,15 @@ def levels(
     first = first_point = 0
     for level, count in enumerate(points):
         height, width = spatial_shapes[2 * level : 2 * level + 2]
-        if count:
-            locations = given.narrow(3, first_point, count)
-            if reference is not None:
-                own = reference.narrow(3, min(level, reference.shape[3] - 1), 1)
-                if own.shape[-1] == 4:
-                    locations = own[..., :2] + locations * own[..., 2:] * (offset_scale / count)
-                else:  # sizes may be symbols, of which there are no tensors
-                    locations = own + torch.stack([locations[..., 0] / width, locations[..., 1] / height], -1)
-            own_weights = None if weights is None else weights.narrow(3, first_point, count)
-            yield Level(height, width, first, locations, own_weights)
+        locations = given.narrow(3, first_point, count)
+        if reference is not None:
+            own = reference.narrow(3, min(level, reference.shape[3] - 1), 1)
+            if own.shape[-1] == 4:
+                locations = own[..., :2] + locations * own[..., 2:] * (offset_scale / count)
+            else:  # sizes may be symbols, of which there are no tensors
+                locations = own + torch.stack([locations[..., 0] / width, locations[..., 1] / height], -1)
+        own_weights = None if weights is None else weights.narrow(3, first_point, count)
+        yield Level(height, width, first, locations, own_weights)
         first, first_point = first + height * width, first_point + count
 
 

@@ -58,7 +58,7 @@ class OffsetMonitor(pl.Callback):
 
     Every `every_n_steps` training steps, per layer: `offset/<layer>/mean` and `/max` (length |offset|), and for masks
     `/mask_mean` and `/mask_std`. A convolution's lengths are in pixels of its input, and it has a `/dilation` too
-    (effective dilation in pixels); attention's are in pixels of the level that a point lies in. Those of RoI pooling are
+    (effective dilation in pixels); attention's are in pixels of the level a point lies in. Those of RoI pooling are
     shifts of the bins, in sizes of their RoI; R-FCN has `<layer>.scores` and `<layer>.boxes`.
 
     `/max` is the largest over all calls of the layer in the step, the others are over all calls together: a layer may

@@ -169,8 +169,9 @@ def uninstall(model: nn.Module | None = None) -> None:
             asked.undo()
     else:
         for module in model.modules():
-            if type(module).__bases__[0] is Served:
-                setattr(module, "__class__", module._made_of[0])  # noqa: B010 - mypy knows no other class
+            kind: Any = type(module)
+            if kind.__bases__[0] is Served:
+                module.__class__ = kind._made_of[0]
 
 
 # Layers for the `kernels` package.

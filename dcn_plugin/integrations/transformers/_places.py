@@ -40,8 +40,8 @@ class Served:
     _made_of: tuple[type, tuple[str, ...]]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        _, _, *state = super().__reduce_ex__(max(protocol, 2))
-        return _new, type(self)._made_of, *state
+        made: Any = super().__reduce_ex__(max(protocol, 2))
+        return _new, type(self)._made_of, *made[2:]
 
 
 def _ours(kind: Any, name: str) -> Any:
@@ -64,7 +64,7 @@ def _served(kind: type, names: tuple[str, ...]) -> type:
 
 
 def _new(kind: type, names: tuple[str, ...]) -> Any:
-    served = _served(kind, names)
+    served: Any = _served(kind, names)
     return served.__new__(served)
 
 
@@ -129,7 +129,8 @@ class Place(NamedTuple):
 
 def places_in(model: nn.Module, serve: Mapping[nn.Module, tuple[str, ...]]) -> Iterator[Place]:
     for module, names in serve.items():
-        yield Place(module, "__class__", type(module), _served(type(module), names))
+        kind: Any = type(module)
+        yield Place(module, "__class__", kind, _served(kind, names))
 
 
 def _replaceable(module: ModuleType) -> Iterator[tuple[type, str]]:
