@@ -49,8 +49,7 @@ def grid_sample_decompositions() -> dict[Callable, Callable[..., Tensor]]:
     """
     ours = torch.ops.dcn_plugin
     refused = {getattr(ours, name).default: _refusal(name) for name in POOLING}
-    written = {ours.deform_conv2d.default: _deform_conv2d, ours.ms_deform_attn.default: ms_deform_attn}
-    return {**written, **refused}
+    return {ours.deform_conv2d.default: _deform_conv2d, ours.ms_deform_attn.default: ms_deform_attn, **refused}
 
 
 def _deform_conv2d(

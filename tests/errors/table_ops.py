@@ -251,7 +251,7 @@ META = [
     Case(on_meta(points=[6, 0]), ValueError, "points:", "expected at least 1", "got 0"),
     Case(on_meta(spatial_shapes=[3, 4, 2]), ValueError, "spatial_shapes:", "an integer or 4 integers", "got 3: [3,"),
     Case(on_meta(sampling_locations=AT.to("meta")), ValueError, "sampling_locations:", "5-D", "got shape (2, 5, 3, 2"),
-    Case(on_meta(attention_weights=LOGITS.to("meta")), ValueError, "attention_weights:", "4-D", "got shape (2, 5, 3, 2"),
+    Case(on_meta(attention_weights=LOGITS.to("meta")), ValueError, "attention_weights:", "4-D", "(2, 5, 3, 2, 3)"),
 ]  # fmt: skip
 DEFINITIONS = [
     Case(
