@@ -5,6 +5,8 @@ A call that did would be stopped here before it ran.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from dcn_plugin import ops, reference
 from dcn_plugin.export.grid_sample import grid_sample_decompositions
 from dcn_plugin.layers import MMCVMultiScaleDeformableAttention, MSDeformAttn
 
+Call = Callable[[Tensor, Tensor, Tensor], Tensor]  # of queries, pixels and reference points
 HALVES = (torch.bfloat16, torch.float16)
 SHAPES = [(6, 5), (3, 3)]
 PIXELS, QUERIES = 39, 4
@@ -60,19 +63,19 @@ def test_the_operator(function, positions, dtype):
     assert out.dtype == dtype and all(t.grad.isfinite().all() for t in given)
 
 
-def own_layer(dtype: torch.dtype) -> nn.Module:
+def own_layer(dtype: torch.dtype) -> Call:
     layer = MSDeformAttn(16, 2, 2, 3).to(dtype)
     return lambda query, pixels, centres: layer(query, centres, pixels, SHAPES)
 
 
-def layer_of_mmcv(dtype: torch.dtype) -> nn.Module:
+def layer_of_mmcv(dtype: torch.dtype) -> Call:
     layer = MMCVMultiScaleDeformableAttention(16, 2, 2, 3, batch_first=True).to(dtype)
     return lambda query, pixels, centres: layer(
         query, value=pixels, reference_points=centres, spatial_shapes=torch.tensor(SHAPES)
     )
 
 
-def served_by_transformers(dtype: torch.dtype) -> nn.Module:
+def served_by_transformers(dtype: torch.dtype) -> Call:
     transformers = pytest.importorskip("transformers")
     from transformers.models.deformable_detr.modeling_deformable_detr import (
         DeformableDetrMultiscaleDeformableAttention as Theirs,
