@@ -86,13 +86,12 @@ def convert(model: nn.Module | torch.export.ExportedProgram | str | Path, exampl
     """
     options: dict[str, Any] = dict(extension=extensions())
     if isinstance(model, torch.export.ExportedProgram):
-        attention = getattr(torch.ops.dcn_plugin, ATTENTION).default
-        if any(node.target is attention for node in model.graph.nodes):
-            model = model.run_decompositions({attention: grid_sample_decompositions()[attention]})
-        sizes = {node.name: node.meta["val"].shape for node in model.graph.nodes if node.name in _inputs_of(model)}
-        options["input"] = [
-            (name, [size if isinstance(size, int) else -1 for size in sizes[name]]) for name in _inputs_of(model)
-        ]
+        attention, program = getattr(torch.ops.dcn_plugin, ATTENTION).default, model
+        if any(node.target is attention for node in program.graph.nodes):
+            program = program.run_decompositions({attention: grid_sample_decompositions()[attention]})
+        names, model = _inputs_of(program), program
+        sizes = {node.name: node.meta["val"].shape for node in program.graph.nodes if node.name in names}
+        options["input"] = [(name, [size if isinstance(size, int) else -1 for size in sizes[name]]) for name in names]
     elif isinstance(model, nn.Module):
         if example_input is None:
             raise ValueError("example_input: expected the arguments of a module, got None")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
+from ..ops._transforms import is_tracing
 
 logger = logging.getLogger("dcn_plugin")
 
@@ -151,7 +152,7 @@ class ServedFunction:
         @functools.wraps(theirs)
         def served(value: Tensor, *args: Any, **named: Any) -> Tensor:
             # A trace is made to run elsewhere, where there may be no dcn_plugin.
-            if torch.jit.is_tracing() or value.device.type not in ("cpu", "cuda", "meta"):
+            if is_tracing() or value.device.type not in ("cpu", "cuda", "meta"):
                 return theirs(value, *args, **named)
             return ours(value, *args, **named)
 

@@ -68,7 +68,7 @@ def let_inductor_call() -> None:
     It would do so unasked. But where the environment variable CI is set, it takes an operator that stands in torch's
     table of decompositions for a mistake of torch's own and does not compile.
     """
-    lowering = sys.modules.get("torch._inductor.lowering")
+    lowering: Any = sys.modules.get("torch._inductor.lowering")
     while _IN_TABLE and hasattr(lowering, "make_fallback"):
         op = _IN_TABLE.pop()
         if op not in lowering.lowerings:

@@ -42,7 +42,7 @@ def ms_deform_attn(
     first_row = first_point = 0
     for level, count in enumerate(counts):
         height, width = sizes[2 * level : 2 * level + 2]
-        size = value.new_tensor([width, height], dtype=acc)
+        size = torch.tensor([width, height], dtype=acc, device=value.device)
         here = given[:, :, :, first_point : first_point + count].to(acc)
         if reference_points is None:
             position = here * size - 0.5

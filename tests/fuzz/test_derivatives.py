@@ -57,7 +57,7 @@ def test_second_gradients_and_tangents_are_those_of_the_reference(name):
                 actual = compute(case.function, *given_to)
             expected = compute(case.reference, *map(in_double, given_to))
             for k, v in actual.items():
-                compare(v, expected[k], f"{compute.__name__} {k}")
+                compare(v, expected[k], f"{compute.__name__} {k}", cancels=arguments.get("softmax", False))
         # What the compiled backward says of the same directions.
         exact, grad, directions = map(in_double, given_to)
         along = tangent(case.function, exact, grad, directions)["tangent"] * grad

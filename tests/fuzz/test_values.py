@@ -8,7 +8,7 @@ from cases import BY_NAME, CASES, convert, run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fuzz.comparison import both, compare, cpu
+from fuzz.comparison import both, cancels, compare, cpu
 from fuzz.strategies import LAYOUTS, calls, each_name, fuzz, in_memory, paths
 
 
@@ -24,7 +24,7 @@ def test_any_shape_and_layout_gives_the_reference(name):
         grad = grad_layout(torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(arguments[case.image]))
         actual, expected = both(case, arguments, grad, path, threads)
         for k, v in actual.items():
-            compare(v, expected[k], k)
+            compare(v, expected[k], k, cancels=cancels(arguments, k))
 
     check()
 
@@ -72,7 +72,7 @@ def test_hostile_values_do_what_the_reference_does(name):
                 # A factor that is not finite may meet a derivative of 0 (of a sample outside, at a corner of weight 0),
                 # or be left out with it.
                 loose = k != "out" and bool(poisoned - POSITIONS)
-                compare(v, expected[k], k, loose)
+                compare(v, expected[k], k, loose, cancels(arguments, k))
 
     check()
 

@@ -150,6 +150,13 @@ def test_no_weights_is_plain_sampling():
     assert_close(ms_deform_attn(**arguments), ms_deform_attn(**arguments, attention_weights=ones), torch.float64)
 
 
+def test_a_negated_view_is_served_by_the_definition_too(device):
+    arguments = CASE.make("boxes", device=device)
+    negated = arguments | {"value": torch._neg_view(-arguments["value"])}
+    for function in (ms_deform_attn, reference.ms_deform_attn):
+        assert_close(function(**negated), function(**arguments), torch.float64)
+
+
 def test_zero_queries(device):
     arguments = CASE.make("boxes", device=device)
     none = {k: v[:, :0] if k in CASE.float32_beside_half else v for k, v in arguments.items()}
