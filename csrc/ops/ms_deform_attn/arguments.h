@@ -41,7 +41,7 @@ inline AttentionGeometry check_ms_deform_attn(const char* op, const AttentionArg
   AttentionGeometry g{};
   g.batch = a.value.size(0), g.rows = a.value.size(1), g.heads = a.value.size(2), g.channels = a.value.size(3);
   g.queries = a.locations.size(1), g.points = a.locations.size(3);
-  g.softmax = o.softmax, g.offset_scale = o.offset_scale;
+  g.softmax = o.softmax;
   check(g.heads > 0 && g.channels > 0 && g.batch <= limit && g.heads <= limit && g.channels <= limit, "value",
         "1 to ", limit, " heads and channels, got shape ", shape_of(a.value));
   check(a.locations.size(0) == g.batch && a.locations.size(2) == g.heads && a.locations.size(4) == 2 &&
@@ -62,7 +62,7 @@ inline AttentionGeometry check_ms_deform_attn(const char* op, const AttentionArg
     check(height * width <= g.rows - rows, "spatial_shapes", "levels of ", g.rows, " pixels together, got more");
     check(o.points[l] >= 1 && o.points[l] <= g.points - points, "points", "integers from 1 that add up to ", g.points,
           ", got ", o.points[l]);
-    g.level[l] = {height, width, rows, points, o.points[l]};
+    g.level[l] = {height, width, rows, points, o.points[l], o.offset_scale / static_cast<double>(o.points[l])};
     rows += height * width;
     points += o.points[l];
   }
