@@ -73,13 +73,15 @@ def number(name: str, value: Any, positive: bool = False) -> float:
     return found
 
 
-def tensor(value: object, name: str, dim: int, shape: str) -> None:
-    """Check that `value` is a dense floating-point tensor of `dim` dimensions; `shape` is how to say it."""
+def tensor(value: object, name: str, dim: int | tuple[int, ...], shape: str) -> None:
+    """Check that `value` is a dense floating-point tensor of (one of) `dim` dimensions; `shape` is how to say it."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
     require_dense(name, value)
-    if value.dim() != dim:
-        raise ValueError(f"{name}: expected a {dim}-D tensor {shape}, got shape {tuple(value.shape)}")
+    allowed = (dim,) if isinstance(dim, int) else dim
+    if value.dim() not in allowed:
+        dims = " or ".join(f"{d}-D" for d in allowed)
+        raise ValueError(f"{name}: expected a {dims} tensor {shape}, got shape {tuple(value.shape)}")
     if value.dtype not in FLOATING:
         raise TypeError(f"{name}: expected float64, float32, float16 or bfloat16, got {value.dtype}")
 
@@ -101,16 +103,19 @@ def shape(value: Tensor, name: str, expected: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: expected shape {expected}, got {tuple(value.shape)}")
 
 
-def same_device(value: Tensor, name: str, input: Tensor) -> None:
+def same_device(value: Tensor, name: str, input: Tensor, input_name: str = "input") -> None:
     if value.device != input.device:
-        raise ValueError(f"{name}: expected to be on {input.device} like input, got {value.device}")
+        raise ValueError(f"{name}: expected to be on {input.device} like {input_name}, got {value.device}")
 
 
-def same_dtype(value: Tensor, name: str, input: Tensor, or_float32: bool = False) -> None:
+def same_dtype(value: Tensor, name: str, input: Tensor, or_float32: bool = False, input_name: str = "input") -> None:
     """Check the type of `value` against the input's; under autocast types are brought together later."""
     if value.dtype == input.dtype or (or_float32 and value.dtype == torch.float32 and input.dtype != torch.float64):
         return
     if input.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(input.device.type):
         return
     also = " or torch.float32" if or_float32 and input.dtype not in (torch.float32, torch.float64) else ""
-    raise TypeError(f"{name}: expected {input.dtype}{also} beside an input of {input.dtype}, got {value.dtype}")
+    article = "an" if input_name == "input" else "a"
+    raise TypeError(
+        f"{name}: expected {input.dtype}{also} beside {article} {input_name} of {input.dtype}, got {value.dtype}"
+    )

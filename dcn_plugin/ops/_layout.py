@@ -27,3 +27,8 @@ def new_image(like: Tensor, shape: Sequence[int]) -> Tensor:
     """Return an uninitialised tensor of type, device and layout of `like`."""
     layout = torch.channels_last if is_channels_last(like) else torch.contiguous_format
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+def new_contiguous(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return an uninitialised, contiguous tensor of type and device of `like`, which is no image."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device)

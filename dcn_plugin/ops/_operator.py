@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from ._exporters import let_exporters_decompose, let_inductor_call
-from ._layout import new_image
+from ._layout import new_contiguous, new_image
 from ._vmap import Fold, Prepare, register_vmap
 
 _lib = torch.library.Library("dcn_plugin", "IMPL")
 
 # Name of a tensor -> the bit of `wanted` that asks a backward for its gradient, as in csrc/core/wanted.h.
-WANTED = {"input": 1, "offset": 2, "weight": 4, "mask": 8}
+WANTED = {
+    "input": 1, "offset": 2, "weight": 4, "mask": 8,
+    "value": 16, "sampling_locations": 32, "attention_weights": 64, "reference_points": 128,
+}  # fmt: skip
 # The bit beside them, torch's deterministic mode: no sums whose order may vary.
 ORDERED = 1 << 8
 
@@ -42,6 +45,7 @@ def register(
     fold: Fold,
     prepare: Prepare | None = None,
     closed_form: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    images: bool = True,
 ) -> Callable[..., Tensor]:
     """Complete the compiled operator `name` and return it.
 
@@ -56,18 +60,20 @@ def register(
         out_shape: checks arguments given by name and returns the shape of the result.
         fold, prepare: how the samples of a `torch.vmap` become one call (`_vmap.py`).
         closed_form: name of a tensor -> its gradient from that of the output, where no kernel is needed.
+        images: the tensors are maps, whose layout results and gradients take; else these are contiguous.
     """
     op, backward_op = (getattr(torch.ops.dcn_plugin, n) for n in (name, f"{name}_backward"))
     tensors, options = _arguments(op)
     saved = _arguments(backward_op)[0][1:]
     gradients = [result.name.removeprefix("grad_") for result in backward_op.default._schema.returns]
     closed_form = closed_form or {}
+    new_like = new_image if images else new_contiguous
     single = len(gradients) == 1  # the backward operator then returns a tensor, not a tuple
 
     @torch.library.register_fake(f"dcn_plugin::{name}")
     def fake(*args: Any) -> Tensor:
         let_inductor_call()
-        return new_image(args[0], out_shape(**dict(zip((*tensors, *options), args, strict=True))))
+        return new_like(args[0], out_shape(**dict(zip((*tensors, *options), args, strict=True))))
 
     let_exporters_decompose(op.default, fake)
 
@@ -81,7 +87,7 @@ def register(
             if (t := given[g]) is None:
                 found.append(args[0].new_empty(0))
             else:
-                found.append(new_image(t, t.shape) if wanted & WANTED[g] else t.new_empty(0))
+                found.append(new_like(t, t.shape) if wanted & WANTED[g] else t.new_empty(0))
         return found[0] if single else tuple(found)
 
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

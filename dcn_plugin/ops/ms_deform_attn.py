@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
+from . import _check, _transforms
+from ._operator import WANTED, register
+
+# As many as the compiled operator's table holds (csrc/core/attention_geometry.h).
+_MOST_LEVELS = 16
+_LOCATIONS = "[N, Q, M, L, P, 2] or [N, Q, M, K, 2]"
+_WEIGHTS = "[N, Q, M, L, P] or [N, Q, M, K]"
 
 
 def ms_deform_attn(
@@ -32,7 +42,7 @@ def ms_deform_attn(
         value: `[N, S, M, D]`, the pixels of all levels one after the other, S = sum of H_l * W_l; float64, float32,
             float16 or bfloat16.
         spatial_shapes: (H, W) of each of the L levels: pairs, or a tensor `[L, 2]`, whose numbers are read (on CUDA
-            that waits for the device; pairs do not).
+            that waits for the device; pairs do not; where a whole graph is exported, pairs alone).
         sampling_locations: `[N, Q, M, L, P, 2]` in units of each map, (0, 0) its top left corner and (1, 1) its bottom
             right one; or `[N, Q, M, K, 2]` with the K points of all levels side by side. May be float32 beside half
             values. Beside `reference_points` these are raw offsets.
@@ -64,9 +74,187 @@ def ms_deform_attn(
 
     Source: Zhu et al., Deformable DETR (2021), eq. 3.
     """
-    if isinstance(spatial_shapes, Tensor):
-        spatial_shapes = spatial_shapes.tolist()
-    return reference.ms_deform_attn(
-        value, spatial_shapes, sampling_locations, attention_weights,
-        points=points, softmax=softmax, reference_points=reference_points, offset_scale=offset_scale,
+    sizes = _sizes(spatial_shapes)
+    _check_given(value, sampling_locations, attention_weights)
+    each = _points(points, len(sizes) // 2, sampling_locations, attention_weights)
+    if not isinstance(softmax, bool):
+        raise TypeError(f"softmax: expected True or False, got {softmax!r}")
+    given: dict[str, Any] = dict(
+        value=value,
+        sampling_locations=sampling_locations.flatten(3, 4) if sampling_locations.dim() == 6 else sampling_locations,
+        attention_weights=attention_weights.flatten(3) if attention_weights is not None else None,
+        reference_points=reference_points, spatial_shapes=sizes, points=each, softmax=softmax,
+        offset_scale=_check.number("offset_scale", offset_scale),
     )  # fmt: skip
+    _out_shape(**given)
+    if _transforms.need_plain_torch():
+        return reference.ms_deform_attn(**given)
+    return _op(*given.values())
+
+
+@_transforms.unrecorded
+def _sizes(spatial_shapes: Sequence[Sequence[int]] | Tensor) -> list[int]:
+    """Return [H_0, W_0, H_1, W_1, ...], read from pairs or from a tensor."""
+    if isinstance(spatial_shapes, Tensor):
+        pairs: Any = _numbers(spatial_shapes)
+    elif isinstance(spatial_shapes, (str, int)) or not hasattr(spatial_shapes, "__len__"):
+        raise TypeError(f"spatial_shapes: expected a pair (H, W) for each level, got {spatial_shapes!r}")
+    else:
+        pairs = spatial_shapes
+    if not 1 <= len(pairs) <= _MOST_LEVELS:
+        raise ValueError(f"spatial_shapes: expected 1 to {_MOST_LEVELS} levels, got {len(pairs)}")
+    found: list[int] = []
+    for level, pair in enumerate(pairs):
+        if isinstance(pair, (str, int, torch.SymInt)) or not hasattr(pair, "__len__") or len(pair) != 2:
+            raise ValueError(f"spatial_shapes: expected a pair (H, W) for each level, got {pair!r} as number {level}")
+        found += (_check.integer("spatial_shapes", size, 1) for size in pair)
+    return found
+
+
+def _numbers(table: Tensor) -> list[list[int]]:
+    if table.dim() != 2 or table.shape[1] != 2:
+        raise ValueError(f"spatial_shapes: expected shape [L, 2], got {tuple(table.shape)}")
+    if table.is_floating_point() or table.is_complex() or table.dtype == torch.bool:
+        raise TypeError(f"spatial_shapes: expected integers, got {table.dtype}")
+    # torch.compile leaves its graph here, reads them, and goes on with a graph for these levels.
+    found = table.tolist() if type(table) in (Tensor, torch.nn.Parameter) and not table.is_meta else None
+    if found is None or any(isinstance(size, torch.SymInt) for pair in found for size in pair):
+        raise ValueError(
+            "spatial_shapes: expected pairs (H, W) of integers where a whole graph is made of tensors without values, "
+            f"got a tensor {tuple(table.shape)}, whose numbers are not known then"
+        )
+    return found
+
+
+@_transforms.unrecorded
+def _check_given(value: Tensor, sampling_locations: Tensor, attention_weights: Tensor | None) -> None:
+    """Check that arguments are tensors with the dimensions that their layout is read from."""
+    _check.tensor(value, "value", 4, "[N, S, M, D]")
+    _check.tensor(sampling_locations, "sampling_locations", (6, 5), _LOCATIONS)
+    if attention_weights is not None:
+        _check.tensor(attention_weights, "attention_weights", (5, 4), _WEIGHTS)
+
+
+@_transforms.unrecorded
+def _points(
+    points: Sequence[int] | None, levels: int, sampling_locations: Tensor, attention_weights: Tensor | None
+) -> list[int]:
+    """Return how many points each level has."""
+    by_level = [
+        ("sampling_locations", sampling_locations, _LOCATIONS, 6),
+        ("attention_weights", attention_weights, _WEIGHTS, 5),
+    ]
+    for name, value, text, dim in by_level:
+        if value is not None and value.dim() == dim and value.shape[3] != levels:
+            raise ValueError(f"{name}: expected {text} with L = {levels}, got shape {tuple(value.shape)}")
+    if points is not None:
+        found = list(_check.integers("points", points, 1, (levels,)))
+        if sampling_locations.dim() == 6 and any(p != sampling_locations.shape[4] for p in found):
+            raise ValueError(
+                f"points: expected {sampling_locations.shape[4]} for each level, as sampling_locations "
+                f"{tuple(sampling_locations.shape)} have them, got {found}"
+            )
+        return found
+    if sampling_locations.dim() == 6:
+        return [sampling_locations.shape[4]] * levels
+    count = sampling_locations.shape[3]
+    if count % levels:
+        raise ValueError(
+            f"sampling_locations: expected a multiple of {levels} points, the same for each level, or the argument "
+            f"points, got shape {tuple(sampling_locations.shape)}"
+        )
+    return [count // levels] * levels
+
+
+@_transforms.unrecorded
+def _out_shape(
+    value: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor | None,
+    reference_points: Tensor | None,
+    spatial_shapes: list[int],
+    points: list[int],
+    softmax: bool,
+    offset_scale: float,
+) -> list[int]:
+    """Check arguments as the compiled operator takes them, and return the shape of the result."""
+    _check.tensor(value, "value", 4, "[N, S, M, D]")
+    n, rows, heads, channels = value.shape
+    if 0 in (heads, channels):
+        raise ValueError(f"value: expected heads and channels, got shape {tuple(value.shape)}")
+    levels = len(points)
+    if len(spatial_shapes) != 2 * levels or not 1 <= levels <= _MOST_LEVELS:
+        raise ValueError(
+            f"spatial_shapes: expected 2 sizes for each of the {levels} entries of points, 1 to {_MOST_LEVELS}, got "
+            f"{len(spatial_shapes)}"
+        )
+    pixels = sum(h * w for h, w in zip(spatial_shapes[::2], spatial_shapes[1::2], strict=True))
+    if pixels != rows:
+        raise ValueError(
+            f"spatial_shapes: expected levels with the S = {rows} pixels of value together, got {pixels} in "
+            f"{list(zip(spatial_shapes[::2], spatial_shapes[1::2], strict=True))}"
+        )
+    _check.tensor(sampling_locations, "sampling_locations", 5, "[N, Q, M, K, 2]")
+    queries, count = sampling_locations.shape[1], sampling_locations.shape[3]
+    if any(p < 1 for p in points):
+        raise ValueError(f"points: expected at least 1 for each level, got {list(points)}")
+    if sum(points) != count:
+        raise ValueError(f"points: expected {count} together, as sampling_locations have, got {list(points)}")
+    shapes: list[tuple[str, Tensor | None, str, tuple[Any, ...]]] = [
+        ("sampling_locations", sampling_locations, "[N, Q, M, K, 2]", (n, queries, heads, count, 2)),
+        ("attention_weights", attention_weights, "[N, Q, M, K]", (n, queries, heads, count)),
+    ]
+    if reference_points is not None:
+        _check.tensor(reference_points, "reference_points", 4, "[N, Q, L or 1, 2 or 4]")
+        of_levels, numbers = reference_points.shape[2:]
+        if of_levels not in (levels, 1) or numbers not in (2, 4):
+            raise ValueError(
+                f"reference_points: expected [N, Q, {levels} or 1, 2 or 4], got shape {tuple(reference_points.shape)}"
+            )
+        shapes.append(("reference_points", reference_points, "", (n, queries, of_levels, numbers)))
+    for name, tensor, text, shape in shapes:
+        if tensor is not None:
+            _check.tensor(tensor, name, len(shape), text)
+            _check.shape(tensor, name, shape)
+            _check.same_dtype(tensor, name, value, or_float32=True, input_name="value")
+            _check.same_device(tensor, name, value, input_name="value")
+    if softmax and attention_weights is None:
+        raise ValueError("attention_weights: expected logits for softmax=True, got None")
+    return [n, queries, heads * channels]
+
+
+def _fold(own: set[str]) -> dict[str, int]:
+    """Samples are queries beside each other where all of them have the same value, else images."""
+    dim = 0 if "value" in own else 1
+    queries = dict.fromkeys(("sampling_locations", "attention_weights", "reference_points", "out"), dim)
+    return {"value": 0, **queries} if dim == 0 else queries
+
+
+_op = register(
+    "ms_deform_attn",
+    positions=("sampling_locations", "attention_weights", "reference_points"),
+    reference=reference.ms_deform_attn,
+    out_shape=_out_shape,
+    fold=_fold,
+    images=False,
+)
+
+
+def _multiply_adds(value_shape: Sequence[int], locations_shape: Sequence[int]) -> int:
+    """Four products of each bilinear sample."""
+    n, queries, heads, points, _ = locations_shape
+    return 4 * n * queries * heads * points * value_shape[3]
+
+
+@register_flop_formula(torch.ops.dcn_plugin.ms_deform_attn)
+def _(value_shape, locations_shape, *args, out_shape=None, **kwargs):
+    """Count a product and a sum as two."""
+    return 2 * _multiply_adds(value_shape, locations_shape)
+
+
+@register_flop_formula(torch.ops.dcn_plugin.ms_deform_attn_backward)
+def _(grad_shape, value_shape, locations_shape, *args, out_shape=None, **kwargs):
+    """As many for the gradient of the value, and for those of points and weights together."""
+    wanted = args[-1]
+    others = WANTED["sampling_locations"] | WANTED["attention_weights"] | WANTED["reference_points"]
+    return 2 * _multiply_adds(value_shape, locations_shape) * (bool(wanted & WANTED["value"]) + bool(wanted & others))

@@ -42,8 +42,8 @@ inline AttentionGeometry check_ms_deform_attn(const char* op, const AttentionArg
   g.batch = a.value.size(0), g.rows = a.value.size(1), g.heads = a.value.size(2), g.channels = a.value.size(3);
   g.queries = a.locations.size(1), g.points = a.locations.size(3);
   g.softmax = o.softmax;
-  check(g.heads > 0 && g.channels > 0 && g.batch <= limit && g.heads <= limit && g.channels <= limit, "value",
-        "1 to ", limit, " heads and channels, got shape ", shape_of(a.value));
+  check(g.heads > 0 && g.channels > 0 && g.batch <= limit && g.heads <= limit && g.channels <= limit, "value", "1 to ",
+        limit, " heads and channels, got shape ", shape_of(a.value));
   check(a.locations.size(0) == g.batch && a.locations.size(2) == g.heads && a.locations.size(4) == 2 &&
             g.queries <= limit && g.points <= limit,
         "sampling_locations", "shape [", g.batch, ", Q, ", g.heads, ", K, 2], got ", shape_of(a.locations));
@@ -73,19 +73,18 @@ inline AttentionGeometry check_ms_deform_attn(const char* op, const AttentionArg
   check_like(op, "sampling_locations", a.locations, "value", a.value, true);
   if (a.weights) {
     const Tensor& t = *a.weights;
-    check(t.dim() == 4 && t.size(0) == g.batch && t.size(1) == g.queries && t.size(2) == g.heads &&
-              t.size(3) == g.points,
-          "attention_weights", "shape [", g.batch, ", ", g.queries, ", ", g.heads, ", ", g.points, "], got ",
-          shape_of(t));
+    check(
+        t.dim() == 4 && t.size(0) == g.batch && t.size(1) == g.queries && t.size(2) == g.heads && t.size(3) == g.points,
+        "attention_weights", "shape [", g.batch, ", ", g.queries, ", ", g.heads, ", ", g.points, "], got ",
+        shape_of(t));
     check_like(op, "attention_weights", t, "value", a.value, true);
   }
   check(a.weights || !o.softmax, "attention_weights", "logits for softmax, got none");
   if (a.reference) {
     const Tensor& t = *a.reference;
-    check(t.dim() == 4 && t.size(0) == g.batch && t.size(1) == g.queries &&
-              (t.size(2) == g.levels || t.size(2) == 1) && (t.size(3) == 2 || t.size(3) == 4),
-          "reference_points", "shape [", g.batch, ", ", g.queries, ", ", g.levels, " or 1, 2 or 4], got ",
-          shape_of(t));
+    check(t.dim() == 4 && t.size(0) == g.batch && t.size(1) == g.queries && (t.size(2) == g.levels || t.size(2) == 1) &&
+              (t.size(3) == 2 || t.size(3) == 4),
+          "reference_points", "shape [", g.batch, ", ", g.queries, ", ", g.levels, " or 1, 2 or 4], got ", shape_of(t));
     check_like(op, "reference_points", t, "value", a.value, true);
     g.reference_levels = t.size(2), g.reference_numbers = t.size(3);
   }

@@ -1,5 +1,5 @@
-// Multi-scale deformable attention, element by element: the arithmetic that CPU and CUDA share. Each struct is one task;
-// index i runs over its elements in any order. No torch here: host and device compile the same source. `A` is the
+// Multi-scale deformable attention, element by element: the arithmetic that CPU and CUDA share. Each struct is one
+// task; index i runs over its elements in any order. No torch here: host and device compile the same source. `A` is the
 // accumulator type, `S` the type that values are stored in, `F` that of locations, weights and reference points.
 #pragma once
 
@@ -191,7 +191,8 @@ struct ReferenceGradient {
           }
       }
     }
-    for (int64_t j = 0; j < g.reference_numbers; ++j) grad_reference[i * g.reference_numbers + j] = static_cast<F>(sums[j]);
+    for (int64_t j = 0; j < g.reference_numbers; ++j)
+      grad_reference[i * g.reference_numbers + j] = static_cast<F>(sums[j]);
   }
 };
 

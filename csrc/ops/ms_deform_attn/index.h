@@ -18,9 +18,7 @@ struct GatherValueGradient {
 
   static constexpr int together = 8;  // channels that share one walk over the entries
   DCN_HOST_DEVICE int64_t blocks() const { return (positions.all.g.channels + together - 1) / together; }
-  DCN_HOST_DEVICE int64_t size() const {
-    return positions.maps() * positions.height() * positions.width() * blocks();
-  }
+  DCN_HOST_DEVICE int64_t size() const { return positions.maps() * positions.height() * positions.width() * blocks(); }
   DCN_HOST_DEVICE void operator()(int64_t i) const {
     const AttentionGeometry& g = positions.all.g;
     const int64_t first = i % blocks() * together, pixel = i / blocks() % (positions.height() * positions.width());

@@ -13,7 +13,8 @@ Tensor ms_deform_attn(Tensor value, Tensor sampling_locations, std::optional<Ten
                       std::optional<Tensor> reference_points, std::vector<int64_t> spatial_shapes,
                       std::vector<int64_t> points, bool softmax, double offset_scale) {
   AttentionArguments a{value, sampling_locations, attention_weights, reference_points};
-  const AttentionGeometry g = check_ms_deform_attn("ms_deform_attn", a, {spatial_shapes, points, softmax, offset_scale});
+  const AttentionGeometry g =
+      check_ms_deform_attn("ms_deform_attn", a, {spatial_shapes, points, softmax, offset_scale});
   unify_point_types(a);
   return Implementation::forward(a, g);
 }

@@ -68,9 +68,9 @@ void gather_values(const Tensor& grad_output, const AttentionPoints<A, F>& point
       range.count = std::min(step, left);
       const LevelPositions<A, F> positions{points, l, range};
       const BuiltIndex<A> built = build_input_index<Device>(positions, sums);
-      Device::for_each(GatherValueGradient<A, S, F>{positions, built.index, view_of_heads<const S>(grad_output, g),
-                                                    view<A>(sums)},
-                       sums);
+      Device::for_each(
+          GatherValueGradient<A, S, F>{positions, built.index, view_of_heads<const S>(grad_output, g), view<A>(sums)},
+          sums);
     }
   }
 }
