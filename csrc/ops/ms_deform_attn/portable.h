@@ -61,6 +61,7 @@ template <typename Device, typename S, typename F, typename A>
 void gather_values(const Tensor& grad_output, const AttentionPoints<A, F>& points, const Tensor& sums) {
   const AttentionGeometry& g = points.g;
   const int64_t total = g.batch * g.queries;
+  if (total == 0) return;
   for (int64_t l = 0; l < g.levels; ++l) {
     const int64_t step = query_range_size<A, Device>(g, g.level[l]);
     for (QueryRange range{0, 0}; range.first < total; range.first += range.count) {
