@@ -55,7 +55,9 @@ class OpCase:
     mixed: str  # the one with groups and classes, in which no two sizes are equal
     sizes: tuple[Callable[[], dict[str, Any]], ...]  # one in several sizes; no two numbers equal, 2 for (y, x) included
     per_result: tuple[str, ...]  # arguments whose first dimension is the result's
-    image: str = "input"  # the argument whose layout the result takes
+    image: str = "input"  # the argument whose type and layout the result takes
+    of_images: bool = True  # else results are contiguous, whatever the layout of that argument
+    dynamic: tuple[tuple[int, ...], ...] = ((0, 2, 3),)  # dimensions of the first arguments that differ in `sizes`
     float32_beside_half: tuple[str, ...] = ()  # arguments that may be float32 beside a half-precision image
 
     def make(
@@ -97,7 +99,14 @@ class OpCase:
             self.function(**{k: without_memory(v) for k, v in arguments.items()})
         (found,) = calls.found
         given = dict(zip([a.name for a in self.op._schema.arguments], found, strict=True))
-        return {k: arguments.get(k) if v is None or isinstance(v, Tensor) else v for k, v in given.items()}
+
+        def own(name: str, handed_on: Any) -> Any:
+            value = arguments.get(name)
+            # Some functions merge dimensions.
+            merged = isinstance(value, Tensor) and value.dim() != handed_on.dim()
+            return value.reshape(handed_on.shape) if merged else value
+
+        return {k: own(k, v) if v is None or isinstance(v, Tensor) else v for k, v in given.items()}
 
     def to_backward(self, grad_output: Tensor, wanted: int, **arguments: Any) -> dict[str, Any]:
         """The same for the compiled backward."""
@@ -230,7 +239,45 @@ def ps_roi_pool_arguments(
     return make
 
 
+def ms_deform_attn_arguments(
+    shape=(2, 3, 5), levels=((6, 8), (3, 4)), queries=7, points=2, reference=0, one_reference=False, weights=True,
+    softmax=False, merged=False, strided=False, spread=0.2,
+) -> Callable[[], dict[str, Any]]:  # fmt: skip
+    """`shape` is (images, heads, channels); `points` of each level; `reference` how many numbers one has."""
+
+    def make() -> dict[str, Any]:
+        (n, heads, channels), double = shape, dict(dtype=torch.float64)
+        each = [points] * len(levels) if isinstance(points, int) else list(points)
+        near = torch.rand(n, queries, 1 if one_reference else len(levels), max(reference, 2), **double)
+        given = []
+        for level, (size, count) in enumerate(zip(levels, each, strict=True)):
+            extent = torch.tensor(size[::-1], **double)
+            at = (torch.rand(n, queries, heads, count, 2, **double) * (1 + 2 * spread) - spread) * extent
+            at = at.floor() + 0.1 + 0.8 * (at - at.floor())  # in pixels, away from kinks
+            own = near[:, :, min(level, near.shape[2] - 1), None, None]
+            unit = extent if not reference else own[..., 2:] * extent * (0.5 / count) if reference == 4 else 1
+            given.append((at + 0.5 - (own[..., :2] * extent if reference else 0)) / unit)
+        locations, logits = torch.cat(given, 3), torch.randn(n, queries, heads, sum(each), **double)
+        if not merged:
+            locations, logits = (t.unflatten(3, (len(levels), -1)) for t in (locations, logits))
+        value = torch.randn(n, sum(h * w for h, w in levels), heads, channels, **double)
+        if strided:
+            value, locations = value.transpose(1, 2).contiguous().transpose(1, 2), locations.mT.contiguous().mT
+        arguments: dict[str, Any] = {
+            "value": value, "spatial_shapes": [list(size) for size in levels], "sampling_locations": locations,
+        }  # fmt: skip
+        if weights:
+            arguments["attention_weights"] = logits
+        if reference:
+            arguments["reference_points"] = near
+        return arguments | {"softmax": softmax, "points": each if merged else None, "offset_scale": 0.5}
+
+    return make
+
+
 _make = deform_conv2d_arguments
+_attend = ms_deform_attn_arguments
+_PYRAMID = ((13, 17), (7, 9), (4, 5), (2, 3))
 _align, _part, _pixels = deform_roi_pool_arguments, deform_ps_roi_pool_arguments, ps_roi_pool_arguments
 CASES = [
     OpCase(
@@ -370,6 +417,51 @@ CASES = [
         ),
         per_result=("rois",),
         float32_beside_half=("rois",),
+    ),
+    OpCase(
+        "ms_deform_attn",
+        {
+            "boxes": _attend(points=(3, 1, 2), levels=((6, 8), (3, 4), (2, 2)), reference=4, softmax=True, merged=True),
+            "locations": _attend(weights=False),
+            "ragged": _attend((2, 3, 5), queries=4, points=(3, 1), reference=2, softmax=True, merged=True),
+            "weights": _attend((2, 2, 8), points=4),
+            "softmax": _attend((1, 2, 16), points=3, softmax=True),
+            "references": _attend((2, 2, 6), points=4, reference=2),
+            "one_reference": _attend((2, 2, 4), points=2, reference=2, one_reference=True, softmax=True),
+            "one_box": _attend((1, 3, 9), points=(2, 3), reference=4, one_reference=True, merged=True),
+            "one_level": _attend((2, 4, 33), levels=((5, 7),), points=9, weights=False),
+            "one_point": _attend((3, 2, 7), levels=((4, 6),), points=1),
+            "eight_points": _attend((1, 2, 40), levels=((9, 8),), points=8, merged=True),
+            "twelve_points": _attend((1, 2, 32), levels=((9, 8), (5, 4), (3, 2)), points=4, softmax=True),
+            "one_channel": _attend((2, 3, 1), points=2),
+            "one_pixel": _attend((2, 2, 3), levels=((1, 1), (1, 2)), points=2, spread=1.0),
+            "far": _attend((2, 2, 6), spread=20.0),
+            "strided": _attend((2, 3, 8), points=3, strided=True),
+            "many_channels": _attend((1, 2, 150), queries=3, points=2),
+            "many_queries": _attend((2, 4, 16), levels=_PYRAMID, queries=90, points=4, reference=2, softmax=True),
+        },
+        real={
+            "decoder": _attend(
+                (2, 8, 32), ((50, 76), (25, 38), (13, 19), (7, 10)), 300, 4, reference=4, softmax=True
+            ),
+            "encoder": _attend((1, 8, 32), ((25, 38), (13, 19), (7, 10)), 1267, 4, reference=2, softmax=True),
+            "ragged-attention": _attend((2, 4, 20), ((20, 24), (9, 8)), 60, (5, 3), merged=True),
+            "small-attention": _attend((2, 3, 7), queries=9),
+        },
+        threaded={
+            "attend": _attend((2, 4, 24), _PYRAMID, 150, 4, reference=2, softmax=True),
+            "attend_few": _attend((4, 8, 32), ((9, 11), (5, 6)), 20, (3, 5), reference=4, merged=True),
+        },
+        full="boxes",
+        bare="locations",
+        mixed="ragged",
+        # The levels are in the graph as numbers.
+        sizes=tuple(_attend((n, 4, 6), ((13, 11), (7, 9)), q, 3, reference=4) for n, q in ((8, 19), (5, 12), (3, 16))),
+        per_result=("value", "sampling_locations", "attention_weights", "reference_points"),
+        image="value",
+        of_images=False,
+        dynamic=((0,), (0, 1), (0, 1), (0, 1)),
+        float32_beside_half=("sampling_locations", "attention_weights", "reference_points"),
     ),
 ]
 BY_NAME = {case.name: case for case in CASES}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES, OpCase, assert_close, convert, leaves, run, tensors
+from cases import CASES, CONSTANT, OpCase, assert_close, convert, leaves, run, tensors
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
@@ -134,6 +134,11 @@ def test_backward_keeps_nothing_but_inputs(case: OpCase, device):
 def test_layout_of_the_image_is_kept(case: OpCase, config, dtype, device):
     arguments = case.make(config, dtype, device)
     image = arguments[case.image]
+    if not case.of_images:
+        # What lies like an image by accident makes no image of the results.
+        for given in (arguments, channels_last(arguments, (case.image,))):
+            assert all(value.is_contiguous() for value in run(case.function, given).values())
+        return
     if image.is_contiguous() and image.is_contiguous(memory_format=torch.channels_last):
         return  # one channel, or one pixel: both layouts are the same memory
     out = run(case.function, arguments)
@@ -165,7 +170,8 @@ def test_expanded_arguments(case: OpCase, device):
     arguments = case.make(case.full, device=device)
     one = {k: v[:1].contiguous() if k in case.per_result else v for k, v in arguments.items()}
     many = {k: v.expand(3, *v.shape[1:]) if k in case.per_result else v for k, v in one.items()}
-    assert_close(case.function(**many), case.function(**one).expand(3, -1, -1, -1), torch.float64)
+    out = case.function(**one)
+    assert_close(case.function(**many), out.expand(3, *[-1] * (out.dim() - 1)), torch.float64)
 
 
 @each_case
@@ -179,12 +185,19 @@ def test_empty_batch(case: OpCase, device):
         assert not result[f"grad_{name}"].any()
 
 
-@each_case
+def some_wide(case: OpCase) -> list[tuple[str, ...]]:
+    """Each argument that may be float32 beside half values alone, and all of them."""
+    names = [name for name in case.float32_beside_half if name not in CONSTANT]
+    return [*((name,) for name in names), tuple(names)]
+
+
+@pytest.mark.parametrize(
+    ("case", "wide"), [(c, w) for c in CASES for w in some_wide(c)], ids=lambda v: getattr(v, "name", None) or "+".join(v)
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("wide", [("offset",), ("mask",), ("offset", "mask")], ids="+".join)
 def test_float32_positions_beside_half_values(case: OpCase, dtype, wide, device):
     arguments = case.make(case.mixed, dtype, device)
-    wide_names = tuple(k for k in wide if k in case.float32_beside_half)
+    wide_names = wide
     mixed = {k: v.float() if k in wide_names else v for k, v in arguments.items()}
     expected = run(case.reference, convert(mixed, dtype=torch.float64, device="cpu"))
     for name, value in run(case.function, mixed).items():

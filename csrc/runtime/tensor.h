@@ -78,8 +78,9 @@ inline void check_like(const char* op, const char* name, const Tensor& t, const 
                        bool or_float) {
   const ScalarType type = first.scalar_type();
   const bool may_be_float = or_float && type != ScalarType::Double && type != ScalarType::Float;
+  const char* const also = may_be_float ? " or Float" : "";
   check(t.scalar_type() == type || (may_be_float && t.scalar_type() == ScalarType::Float), op, ": ", name,
-        ": expected ", type, " like ", first_name, may_be_float ? " or Float" : "", ", got ", t.scalar_type());
+        ": expected ", type, " like ", first_name, also, ", got ", t.scalar_type());
   check(t.device() == first.device(), op, ": ", name, ": expected a tensor on ", device_of(first), " like ", first_name,
         ", got ", device_of(t));
 }

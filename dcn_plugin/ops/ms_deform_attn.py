@@ -74,27 +74,28 @@ def ms_deform_attn(
 
     Source: Zhu et al., Deformable DETR (2021), eq. 3.
     """
-    sizes = _sizes(spatial_shapes)
-    _check_given(value, sampling_locations, attention_weights)
+    sizes = _sizes(spatial_shapes, value)
     each = _points(points, len(sizes) // 2, sampling_locations, attention_weights)
     if not isinstance(softmax, bool):
         raise TypeError(f"softmax: expected True or False, got {softmax!r}")
-    given: dict[str, Any] = dict(
-        value=value,
-        sampling_locations=sampling_locations.flatten(3, 4) if sampling_locations.dim() == 6 else sampling_locations,
-        attention_weights=attention_weights.flatten(3) if attention_weights is not None else None,
-        reference_points=reference_points, spatial_shapes=sizes, points=each, softmax=softmax,
-        offset_scale=_check.number("offset_scale", offset_scale),
-    )  # fmt: skip
-    _out_shape(**given)
+    scale = _check.number("offset_scale", offset_scale)
+    if sampling_locations.dim() == 6:
+        sampling_locations = sampling_locations.flatten(3, 4)
+    if attention_weights is not None and attention_weights.dim() == 5:
+        attention_weights = attention_weights.flatten(3)
+    tensors = value, sampling_locations, attention_weights, reference_points
+    _check_tensors(*tensors, each, softmax)
     if _transforms.need_plain_torch():
-        return reference.ms_deform_attn(**given)
-    return _op(*given.values())
+        return reference.ms_deform_attn(
+            value, sizes, sampling_locations, attention_weights,
+            points=each, softmax=softmax, reference_points=reference_points, offset_scale=scale,
+        )  # fmt: skip
+    return _op(*tensors, sizes, each, softmax, scale)
 
 
 @_transforms.unrecorded
-def _sizes(spatial_shapes: Sequence[Sequence[int]] | Tensor) -> list[int]:
-    """Return [H_0, W_0, H_1, W_1, ...], read from pairs or from a tensor."""
+def _sizes(spatial_shapes: Sequence[Sequence[int]] | Tensor, value: Tensor) -> list[int]:
+    """Return [H_0, W_0, H_1, W_1, ...], read from pairs or from a tensor, if these are the levels of `value`."""
     if isinstance(spatial_shapes, Tensor):
         pairs: Any = _numbers(spatial_shapes)
     elif isinstance(spatial_shapes, (str, int)) or not hasattr(spatial_shapes, "__len__"):
@@ -108,7 +109,20 @@ def _sizes(spatial_shapes: Sequence[Sequence[int]] | Tensor) -> list[int]:
         if isinstance(pair, (str, int, torch.SymInt)) or not hasattr(pair, "__len__") or len(pair) != 2:
             raise ValueError(f"spatial_shapes: expected a pair (H, W) for each level, got {pair!r} as number {level}")
         found += (_check.integer("spatial_shapes", size, 1) for size in pair)
+    _check_levels(found, value)
     return found
+
+
+def _check_levels(sizes: Sequence[int], value: Tensor) -> None:
+    """Check that the levels are those of `value`, whatever the device: nothing behind this looks at them again."""
+    _check.tensor(value, "value", 4, "[N, S, M, D]")
+    pairs = list(zip(sizes[::2], sizes[1::2], strict=True))
+    pixels = sum(h * w for h, w in pairs)
+    if pixels != value.shape[1]:
+        raise ValueError(
+            f"spatial_shapes: expected levels with the S = {value.shape[1]} pixels of value together, got {pixels} in "
+            f"{pairs}"
+        )
 
 
 def _numbers(table: Tensor) -> list[list[int]]:
@@ -127,26 +141,21 @@ def _numbers(table: Tensor) -> list[list[int]]:
 
 
 @_transforms.unrecorded
-def _check_given(value: Tensor, sampling_locations: Tensor, attention_weights: Tensor | None) -> None:
-    """Check that arguments are tensors with the dimensions that their layout is read from."""
-    _check.tensor(value, "value", 4, "[N, S, M, D]")
-    _check.tensor(sampling_locations, "sampling_locations", (6, 5), _LOCATIONS)
-    if attention_weights is not None:
-        _check.tensor(attention_weights, "attention_weights", (5, 4), _WEIGHTS)
-
-
-@_transforms.unrecorded
 def _points(
     points: Sequence[int] | None, levels: int, sampling_locations: Tensor, attention_weights: Tensor | None
 ) -> list[int]:
     """Return how many points each level has."""
-    by_level = [
-        ("sampling_locations", sampling_locations, _LOCATIONS, 6),
-        ("attention_weights", attention_weights, _WEIGHTS, 5),
-    ]
-    for name, value, text, dim in by_level:
-        if value is not None and value.dim() == dim and value.shape[3] != levels:
-            raise ValueError(f"{name}: expected {text} with L = {levels}, got shape {tuple(value.shape)}")
+    _check.tensor(sampling_locations, "sampling_locations", (6, 5), _LOCATIONS)
+    if sampling_locations.dim() == 6 and sampling_locations.shape[3] != levels:
+        raise ValueError(
+            f"sampling_locations: expected {_LOCATIONS} with L = {levels}, got shape {tuple(sampling_locations.shape)}"
+        )
+    if attention_weights is not None:
+        _check.tensor(attention_weights, "attention_weights", (5, 4), _WEIGHTS)
+        if attention_weights.dim() == 5 and attention_weights.shape[3] != levels:
+            raise ValueError(
+                f"attention_weights: expected {_WEIGHTS} with L = {levels}, got shape {tuple(attention_weights.shape)}"
+            )
     if points is not None:
         found = list(_check.integers("points", points, 1, (levels,)))
         if sampling_locations.dim() == 6 and any(p != sampling_locations.shape[4] for p in found):
@@ -167,6 +176,46 @@ def _points(
 
 
 @_transforms.unrecorded
+def _check_tensors(
+    value: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor | None,
+    reference_points: Tensor | None,
+    points: Sequence[int],
+    softmax: bool,
+) -> None:
+    """Check the tensors as the compiled operator takes them."""
+    n, _, heads, channels = value.shape
+    if 0 in (heads, channels):
+        raise ValueError(f"value: expected heads and channels, got shape {tuple(value.shape)}")
+    _check.tensor(sampling_locations, "sampling_locations", 5, "[N, Q, M, K, 2]")
+    queries, count = sampling_locations.shape[1], sampling_locations.shape[3]
+    if sum(points) != count:
+        raise ValueError(f"points: expected {count} together, as sampling_locations have, got {list(points)}")
+    expected: list[tuple[str, Tensor, str, tuple[Any, ...]]] = [
+        ("sampling_locations", sampling_locations, "[N, Q, M, K, 2]", (n, queries, heads, count, 2))
+    ]
+    if attention_weights is not None:
+        expected.append(("attention_weights", attention_weights, "[N, Q, M, K]", (n, queries, heads, count)))
+    elif softmax:
+        raise ValueError("attention_weights: expected logits for softmax=True, got None")
+    if reference_points is not None:
+        text = "[N, Q, L or 1, 2 or 4]"
+        _check.tensor(reference_points, "reference_points", 4, text)
+        levels, numbers = reference_points.shape[2:]
+        if levels not in (len(points), 1) or numbers not in (2, 4):
+            raise ValueError(
+                f"reference_points: expected {text} with L = {len(points)}, got shape {tuple(reference_points.shape)}"
+            )
+        expected.append(("reference_points", reference_points, text, (n, queries, levels, numbers)))
+    for name, tensor, text, shape in expected:
+        _check.tensor(tensor, name, len(shape), text)
+        _check.shape(tensor, name, shape)
+        _check.same_dtype(tensor, name, value, or_float32=True, input_name="value")
+        _check.same_device(tensor, name, value, input_name="value")
+
+
+@_transforms.unrecorded
 def _out_shape(
     value: Tensor,
     sampling_locations: Tensor,
@@ -177,50 +226,12 @@ def _out_shape(
     softmax: bool,
     offset_scale: float,
 ) -> list[int]:
-    """Check arguments as the compiled operator takes them, and return the shape of the result."""
-    _check.tensor(value, "value", 4, "[N, S, M, D]")
-    n, rows, heads, channels = value.shape
-    if 0 in (heads, channels):
-        raise ValueError(f"value: expected heads and channels, got shape {tuple(value.shape)}")
-    levels = len(points)
-    if len(spatial_shapes) != 2 * levels or not 1 <= levels <= _MOST_LEVELS:
-        raise ValueError(
-            f"spatial_shapes: expected 2 sizes for each of the {levels} entries of points, 1 to {_MOST_LEVELS}, got "
-            f"{len(spatial_shapes)}"
-        )
-    pixels = sum(h * w for h, w in zip(spatial_shapes[::2], spatial_shapes[1::2], strict=True))
-    if pixels != rows:
-        raise ValueError(
-            f"spatial_shapes: expected levels with the S = {rows} pixels of value together, got {pixels} in "
-            f"{list(zip(spatial_shapes[::2], spatial_shapes[1::2], strict=True))}"
-        )
-    _check.tensor(sampling_locations, "sampling_locations", 5, "[N, Q, M, K, 2]")
-    queries, count = sampling_locations.shape[1], sampling_locations.shape[3]
-    if any(p < 1 for p in points):
-        raise ValueError(f"points: expected at least 1 for each level, got {list(points)}")
-    if sum(points) != count:
-        raise ValueError(f"points: expected {count} together, as sampling_locations have, got {list(points)}")
-    shapes: list[tuple[str, Tensor | None, str, tuple[Any, ...]]] = [
-        ("sampling_locations", sampling_locations, "[N, Q, M, K, 2]", (n, queries, heads, count, 2)),
-        ("attention_weights", attention_weights, "[N, Q, M, K]", (n, queries, heads, count)),
-    ]
-    if reference_points is not None:
-        _check.tensor(reference_points, "reference_points", 4, "[N, Q, L or 1, 2 or 4]")
-        of_levels, numbers = reference_points.shape[2:]
-        if of_levels not in (levels, 1) or numbers not in (2, 4):
-            raise ValueError(
-                f"reference_points: expected [N, Q, {levels} or 1, 2 or 4], got shape {tuple(reference_points.shape)}"
-            )
-        shapes.append(("reference_points", reference_points, "", (n, queries, of_levels, numbers)))
-    for name, tensor, text, shape in shapes:
-        if tensor is not None:
-            _check.tensor(tensor, name, len(shape), text)
-            _check.shape(tensor, name, shape)
-            _check.same_dtype(tensor, name, value, or_float32=True, input_name="value")
-            _check.same_device(tensor, name, value, input_name="value")
-    if softmax and attention_weights is None:
-        raise ValueError("attention_weights: expected logits for softmax=True, got None")
-    return [n, queries, heads * channels]
+    if not 1 <= len(points) <= _MOST_LEVELS:
+        raise ValueError(f"points: expected 1 to {_MOST_LEVELS} levels, got {len(points)}")
+    _check.integers("points", points, 1, (len(points),))
+    _check_levels(_check.integers("spatial_shapes", spatial_shapes, 1, (2 * len(points),)), value)
+    _check_tensors(value, sampling_locations, attention_weights, reference_points, points, softmax)
+    return [value.shape[0], sampling_locations.shape[1], value.shape[2] * value.shape[3]]
 
 
 def _fold(own: set[str]) -> dict[str, int]:

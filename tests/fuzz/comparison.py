@@ -41,6 +41,6 @@ def both(case, arguments, grad, path, threads, function=None):
     with cpu(path, threads):
         actual = run(function or case.function, arguments, grad)
     for k, v in actual.items():
-        assert v.dtype == arguments[k.removeprefix("grad_") if k != "out" else "input"].dtype, k
+        assert v.dtype == arguments[k.removeprefix("grad_") if k != "out" else case.image].dtype, k
     exact = {k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
     return actual, run(case.reference, convert(exact, dtype=torch.float64), grad)

@@ -50,7 +50,7 @@ def test_second_gradients_and_tangents_are_those_of_the_reference(name):
     def check(data, arguments, path):
         arguments = data.draw(in_memory(arguments, case))
         out = case.reference(**in_double(arguments))
-        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(arguments["input"])
+        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(arguments[case.image])
         given_to = arguments, grad, like(arguments, 1)
         for compute in (second_gradients, tangent):
             with cpu(path, 1):

@@ -21,7 +21,7 @@ def test_any_shape_and_layout_gives_the_reference(name):
     def check(data, arguments, grad_layout, path, threads):
         arguments = data.draw(in_memory(arguments, case))
         out = case.reference(**convert(arguments, dtype=torch.float64))
-        grad = grad_layout(torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(arguments["input"]))
+        grad = grad_layout(torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(arguments[case.image]))
         actual, expected = both(case, arguments, grad, path, threads)
         for k, v in actual.items():
             compare(v, expected[k], k)
@@ -35,6 +35,7 @@ def hostile_values(dtype):
     return [math.nan, math.inf, -math.inf, info.max**0.2, -(info.max**0.2), info.smallest_normal / 4, -0.0]
 
 
+POSITIONS = {"offset", "sampling_locations"}
 FAR = [2.0**24, -(2.0**24), 2.0**31, -(2.0**31), 2.0**63, -(2.0**63), 1e19, 1e38, -1e38]
 
 
@@ -47,13 +48,13 @@ def test_hostile_values_do_what_the_reference_does(name):
     def check(data, arguments, path):
         arguments = data.draw(in_memory(arguments, case))
         out = case.reference(**convert(arguments, dtype=torch.float64))
-        arguments["grad"] = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(arguments["input"])
+        arguments["grad"] = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(arguments[case.image])
         tensors = [k for k, v in arguments.items() if isinstance(v, torch.Tensor) and v.numel() and k != "rois"]
         unbounded = False
         for k in data.draw(st.lists(st.sampled_from(tensors), max_size=2, unique=True)) if tensors else []:
             t = arguments[k].clone()
-            values = hostile_values(t.dtype) + ([*FAR, torch.finfo(t.dtype).max] if k == "offset" else [])
-            if k != "offset" and data.draw(st.booleans()):
+            values = hostile_values(t.dtype) + ([*FAR, torch.finfo(t.dtype).max] if k in POSITIONS else [])
+            if k not in POSITIONS and data.draw(st.booleans()):
                 values, unbounded = [torch.finfo(t.dtype).max, -torch.finfo(t.dtype).max, 1e38], True
             for value in data.draw(st.lists(st.sampled_from(values), min_size=1, max_size=3)):
                 # By its indices: the clone may have any layout.
@@ -70,7 +71,7 @@ def test_hostile_values_do_what_the_reference_does(name):
             else:
                 # A factor that is not finite may meet a derivative of 0 (of a sample outside, at a corner of weight 0),
                 # or be left out with it.
-                loose = k != "out" and bool(poisoned - {"offset"})
+                loose = k != "out" and bool(poisoned - POSITIONS)
                 compare(v, expected[k], k, loose)
 
     check()

@@ -50,7 +50,7 @@ def problems() -> dict[str, Problem]:
     for (case, name, make), (dtype, layout) in itertools.product(threaded, memory):
         torch.manual_seed(0)
         arguments = convert(make(), dtype=dtype)
-        arguments["input"] = arguments["input"].contiguous(memory_format=layout)
+        arguments[case.image] = arguments[case.image].contiguous(memory_format=layout)
         how = f"{name}-{str(dtype).removeprefix('torch.')}-{str(layout).removeprefix('torch.')}"
         found[f"{how}-tuned"] = Problem(case, arguments, TUNED, False)
         found[f"{how}-portable"] = Problem(case, arguments, PORTABLE, False)

@@ -150,7 +150,8 @@ def test_vmap_in_half_precision(case: OpCase, half, device):
     names = names_of(arguments)
     samples = 300 if half == torch.bfloat16 else 1500
     batch = {n: v.expand(samples, *v.shape[1:]) for n, v in batch_of(arguments, names, 1).items()}
-    batch["input"] = batch["input"] * torch.linspace(0.5, 2, samples).to(half).view(-1, 1, 1, 1, 1).to(device)
+    scale = torch.linspace(0.5, 2, samples).to(half).view(-1, 1, 1, 1, 1).to(device)
+    batch[case.image] = batch[case.image] * scale
     found = mapped(case.function, arguments, names)(*batch.values())
     assert found.dtype == half
     for i in (0, samples // 2 + 1, samples - 1):

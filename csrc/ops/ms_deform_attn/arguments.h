@@ -53,21 +53,23 @@ inline AttentionGeometry check_ms_deform_attn(const char* op, const AttentionArg
         " levels, got ", g.levels);
   check(o.spatial_shapes.size() == 2 * o.points.size(), "spatial_shapes", 2 * g.levels, " integers, got ",
         o.spatial_shapes.size());
+  const auto check_integers = [&](const std::vector<int64_t>& v, const char* name) {
+    for (int64_t value : v) check(value >= 1 && value <= limit, name, "integers from 1 to ", limit, ", got ", value);
+  };
+  check_integers(o.spatial_shapes, "spatial_shapes");
+  check_integers(o.points, "points");
   int64_t rows = 0, points = 0;
   for (int64_t l = 0; l < g.levels; ++l) {
     const int64_t height = o.spatial_shapes[2 * l], width = o.spatial_shapes[2 * l + 1];
-    check(height >= 1 && height <= limit && width >= 1 && width <= limit, "spatial_shapes", "integers from 1 to ",
-          limit, ", got ", height, " and ", width);
-    // Compared with what is left: the sum may overflow.
-    check(height * width <= g.rows - rows, "spatial_shapes", "levels of ", g.rows, " pixels together, got more");
-    check(o.points[l] >= 1 && o.points[l] <= g.points - points, "points", "integers from 1 that add up to ", g.points,
-          ", got ", o.points[l]);
     g.level[l] = {height, width, rows, points, o.points[l], o.offset_scale / static_cast<double>(o.points[l])};
-    rows += height * width;
     points += o.points[l];
+    // Compared with what is left: the sum may overflow.
+    check(height * width <= g.rows - rows, "spatial_shapes", "levels with the ", g.rows,
+          " pixels of value together, got more");
+    rows += height * width;
   }
-  check(rows == g.rows, "spatial_shapes", "levels of ", g.rows, " pixels together, got ", rows);
-  check(points == g.points, "points", "a sum of ", g.points, ", got ", points);
+  check(rows == g.rows, "spatial_shapes", "levels with the ", g.rows, " pixels of value together, got ", rows);
+  check(points == g.points, "points", g.points, " together, as sampling_locations have, got ", points);
 
   check_type(op, "value", a.value);
   check_like(op, "sampling_locations", a.locations, "value", a.value, true);
