@@ -15,7 +15,7 @@ struct FusedAttendGradient {
   PointGradient<float>* found;       // [N, Q, M, K]; null: not wanted
   float* grad_value;                 // [N, S, M, D], zeros, densely stored; null: not wanted here
 
-  static constexpr int kThreads = AttentionLanes::kThreads, kBlocksPerMultiprocessor = 2;
+  static constexpr int kThreads = AttentionLanes::kThreads, kBlocksPerMultiprocessor = 5;
   static constexpr int kPointsOfLane = AttentionLanes::kPointsOfLane;
   // Records and, beside them, the four products of each.
   static constexpr int kSharedBytes =

@@ -12,7 +12,7 @@ struct FusedAttend {
   View<const S> value;  // [N, S, M, D], whose rows are aligned vectors
   S* output;            // [N, Q, M, D], densely stored
 
-  static constexpr int kThreads = AttentionLanes::kThreads, kBlocksPerMultiprocessor = 4;
+  static constexpr int kThreads = AttentionLanes::kThreads, kBlocksPerMultiprocessor = 8;
   static constexpr int kSharedBytes = kThreads * AttentionLanes::kPointsOfLane * static_cast<int>(sizeof(PointRecord));
   static constexpr int kWidth = kVectorValues<S>;
 

@@ -31,7 +31,7 @@ struct FoundPoint {
 // How the lanes of warps are dealt out: `lanes`, a power of two up to a warp, for each query and head. Where 32 lanes do
 // not hold all channels, they go over the channels in several turns.
 struct AttentionLanes {
-  static constexpr int kThreads = 256, kPointsOfLane = 2, kPointsOfWarp = 32 * kPointsOfLane;
+  static constexpr int kThreads = 128, kPointsOfLane = 2, kPointsOfWarp = 32 * kPointsOfLane;
 
   int64_t query_heads;
   int lanes, vectors;  // 16 bytes of channels each
