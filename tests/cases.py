@@ -441,9 +441,7 @@ CASES = [
             "many_queries": _attend((2, 4, 16), levels=_PYRAMID, queries=90, points=4, reference=2, softmax=True),
         },
         real={
-            "decoder": _attend(
-                (2, 8, 32), ((50, 76), (25, 38), (13, 19), (7, 10)), 300, 4, reference=4, softmax=True
-            ),
+            "decoder": _attend((2, 8, 32), ((50, 76), (25, 38), (13, 19), (7, 10)), 300, 4, reference=4, softmax=True),
             "encoder": _attend((1, 8, 32), ((25, 38), (13, 19), (7, 10)), 1267, 4, reference=2, softmax=True),
             "ragged-attention": _attend((2, 4, 20), ((20, 24), (9, 8)), 60, (5, 3), merged=True),
             "small-attention": _attend((2, 3, 7), queries=9),

@@ -192,7 +192,9 @@ def some_wide(case: OpCase) -> list[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize(
-    ("case", "wide"), [(c, w) for c in CASES for w in some_wide(c)], ids=lambda v: getattr(v, "name", None) or "+".join(v)
+    ("case", "wide"),
+    [(c, w) for c in CASES for w in some_wide(c)],
+    ids=lambda v: getattr(v, "name", None) or "+".join(v),
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_float32_positions_beside_half_values(case: OpCase, dtype, wide, device):

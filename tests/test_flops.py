@@ -101,6 +101,21 @@ def test_backward_of_pooling(pool, options, wanted):
         assert counted(lambda: pool(X, ROIS, offset, **options).sum().backward()) == 2 * wanted
 
 
+def test_attention_costs_what_the_formula_says():
+    value, locations, weights = torch.rand(2, 14, 3, 5), torch.rand(2, 7, 3, 2, 4, 2), torch.rand(2, 7, 3, 2, 4)
+    wanted = (2 * 7 * 3) * (2 * 4) * 4 * 5  # queries' heads, points, four products for each channel
+    shapes = [(3, 4), (1, 2)]
+    assert counted(ops.ms_deform_attn, value, shapes, locations, weights) == wanted
+
+    def trained(*asked):
+        for tensor in asked:
+            tensor.requires_grad_()
+        ops.ms_deform_attn(value, shapes, locations, weights).sum().backward()
+
+    assert counted(trained, weights) == 2 * wanted
+    assert counted(trained, value, weights, locations) == 3 * wanted
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_every_operator_is_counted_by_all_who_count(case):
     arguments = case.make(case.full, torch.float32)

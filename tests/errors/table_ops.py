@@ -34,7 +34,7 @@ def pixels(**given):
     return lambda: ops.ps_roi_pool(**PS | given)
 
 
-def spoilt(call, name, good, shape, text, double="expected torch.float32"):
+def spoilt(call, name, good, shape, text, double="expected torch.float32", image="input"):
     """A tensor that is none, has another shape, another type and is elsewhere."""
     return [
         Case(call(**{name: [1]}), TypeError, f"{name}:", f"expected a tensor {text}", "got list"),
@@ -43,7 +43,7 @@ def spoilt(call, name, good, shape, text, double="expected torch.float32"):
         Case(call(**{name: good.long()}), TypeError, f"{name}:", "expected float64, float32", "got torch.int64"),
         Case(call(**{name: good[1:]}), ValueError, f"{name}:", f"expected shape {shape}", f"got ({shape[0] - 1},"),
         Case(call(**{name: good.double()}), TypeError, f"{name}:", double, "got torch.float64"),
-        Case(call(**{name: good.to("meta")}), ValueError, f"{name}:", "on cpu like input", "got meta"),
+        Case(call(**{name: good.to("meta")}), ValueError, f"{name}:", f"on cpu like {image}", "got meta"),
     ]
 
 
@@ -155,6 +155,76 @@ POOLS += [
     Case(part(offset=torch.zeros(2, 3, 2, 2)), ValueError, "offset:", "2 * classes channels", "shape (2, 3, 2, 2)"),
     Case(part(mask=torch.zeros(2, 3, 2, 2)), ValueError, "mask:", "dividing output_dim = 1", "shape (2, 3, 2, 2)"),
 ]
+VALUE, AT = torch.zeros(2, 16, 3, 4), torch.zeros(2, 5, 3, 2, 3, 2)
+LOGITS, BOXES = torch.zeros(2, 5, 3, 2, 3), torch.zeros(2, 5, 2, 4)
+ATTEND = dict(
+    value=VALUE, spatial_shapes=[(3, 4), (2, 2)], sampling_locations=AT, attention_weights=LOGITS,
+    reference_points=BOXES, softmax=True,
+)  # fmt: skip
+
+
+def attend(**given):
+    return lambda: ops.ms_deform_attn(**ATTEND | given)
+
+
+def merged(**given):
+    """Points of all levels side by side."""
+    return attend(**{"sampling_locations": AT.flatten(3, 4), "attention_weights": LOGITS.flatten(3)} | given)
+
+
+_BOXES = "[N, Q, L or 1, 2 or 4]"
+_AT, _LOGITS = "[N, Q, M, L, P, 2] or [N, Q, M, K, 2]", "[N, Q, M, L, P] or [N, Q, M, K]"
+ATTENTION = [
+    *spoilt(merged, "attention_weights", LOGITS.flatten(3), (2, 5, 3, 6), _LOGITS, image="value")[:2],
+    *spoilt(merged, "attention_weights", LOGITS.flatten(3), (2, 5, 3, 6), _LOGITS, image="value")[3:],
+    *spoilt(attend, "reference_points", BOXES, (2, 5, 2, 4), _BOXES, image="value"),
+    Case(attend(value=3), TypeError, "value:", "expected a tensor [N, S, M, D]", "got int"),
+    Case(attend(value=VALUE[0]), ValueError, "value:", "a 4-D tensor [N, S, M, D]", "got shape (16, 3, 4)"),
+    Case(attend(value=VALUE.int()), TypeError, "value:", "expected float64, float32", "got torch.int32"),
+    Case(attend(value=VALUE.to_sparse()), TypeError, "value:", "expected a dense tensor", "torch.sparse_coo"),
+    Case(attend(value=VALUE[..., :0]), ValueError, "value:", "heads and channels", "got shape (2, 16, 3, 0)"),
+    Case(attend(value=VALUE[:, :, :2]), ValueError, "sampling_locations:", "shape (2, 5, 2, 6, 2)", "got (2, 5, 3,"),
+    Case(attend(value=VALUE[:1]), ValueError, "sampling_locations:", "shape (1, 5, 3, 6, 2)", "got (2, 5, 3, 6, 2)"),
+    Case(attend(sampling_locations=None), TypeError, "sampling_locations:", f"a tensor {_AT}", "got NoneType"),
+    Case(attend(sampling_locations=AT[..., 0, 0]), ValueError, "sampling_locations:", f"5-D tensor {_AT}", "(2, 5, 3"),
+    Case(attend(sampling_locations=AT[..., :1]), ValueError, "sampling_locations:", "(2, 5, 3, 6, 2)", "3, 6, 1)"),
+    Case(attend(sampling_locations=AT[:, :, :, :1]), ValueError, "sampling_locations:", "with L = 2", "3, 1, 3, 2)"),
+    Case(attend(sampling_locations=AT.double()), TypeError, "sampling_locations:", "a value of torch.float32", "64"),
+    Case(attend(sampling_locations=AT.to("meta")), ValueError, "sampling_locations:", "cpu like value", "got meta"),
+    Case(attend(sampling_locations=AT.to_sparse()), TypeError, "sampling_locations:", "a dense tensor", "sparse_coo"),
+    Case(merged(sampling_locations=AT.flatten(3, 4)[:, :, :, :5]), ValueError, "sampling_locations:",
+         "a multiple of 2 points", "got shape (2, 5, 3, 5, 2)"),
+    Case(attend(attention_weights=LOGITS[:, :, :, :1]), ValueError, "attention_weights:", "with L = 2", "3, 1, 3)"),
+    Case(attend(attention_weights=LOGITS[:, :4]), ValueError, "attention_weights:", "(2, 5, 3, 6)", "(2, 4, 3, 6)"),
+    Case(attend(attention_weights=None), ValueError, "attention_weights:", "logits for softmax=True", "got None"),
+    Case(attend(reference_points=BOXES[..., :3]), ValueError, "reference_points:", f"{_BOXES} with L = 2", "5, 2, 3)"),
+    Case(attend(reference_points=torch.zeros(2, 5, 3, 2)), ValueError, "reference_points:", "with L = 2", "5, 3, 2)"),
+    Case(attend(points=[3, 2]), ValueError, "points:", "expected 3 for each level", "got [3, 2]"),
+    Case(merged(points=[3, 2]), ValueError, "points:", "expected 6 together", "got [3, 2]"),
+    Case(merged(points=[3, 2, 1]), ValueError, "points:", "an integer or 2 integers", "got 3: [3, 2, 1]"),
+    Case(merged(points=[6, 0]), ValueError, "points:", "expected at least 1", "got 0"),
+    Case(merged(points=[3.0, 3]), TypeError, "points:", "expected an integer", "got 3.0 (float)"),
+    Case(attend(softmax=1), TypeError, "softmax:", "expected True or False", "got 1"),
+    *number(attend, "offset_scale", False),
+    *(
+        Case(attend(spatial_shapes=table), error, "spatial_shapes:", expected, got)
+        for table, error, expected, got in (
+            (None, TypeError, "a pair (H, W) for each level", "got None"),
+            (16, TypeError, "a pair (H, W) for each level", "got 16"),
+            ([], ValueError, "1 to 16 levels", "got 0"),
+            ([(1, 1)] * 17, ValueError, "1 to 16 levels", "got 17"),
+            ([3, 4, 2, 2], ValueError, "a pair (H, W) for each level", "got 3 as number 0"),
+            ([(3, 4), (2, 2, 1)], ValueError, "a pair (H, W)", "got (2, 2, 1) as number 1"),
+            ([(3, 4), (2, 2.0)], TypeError, "expected an integer", "got 2.0 (float)"),
+            ([(3, 4), (4, 0)], ValueError, "expected at least 1", "got 0"),
+            ([(3, 4), (2, 3)], ValueError, "the S = 16 pixels of value together", "got 18 in [(3, 4), (2, 3)]"),
+            (torch.tensor([[3.0, 4], [2, 2]]), TypeError, "expected integers", "got torch.float32"),
+            (torch.tensor([3, 4, 2, 2]), ValueError, "expected shape [L, 2]", "got (4,)"),
+            (torch.tensor([[3, 4], [2, 1]]), ValueError, "the S = 16 pixels", "got 14 in [(3, 4), (2, 1)]"),
+            (torch.zeros(2, 2, dtype=torch.long, device="meta"), ValueError, "pairs (H, W)", "numbers are not known"),
+        )
+    ),
+]  # fmt: skip
 # Without memory there is only the rule for the shape of the result, which tracing asks as well.
 META = [
     Case(
@@ -168,6 +238,12 @@ META = [
         ),
         ValueError, "stride", "an integer or 2 integers", "got 0: []",
     ),
+    Case(
+        lambda: torch.ops.dcn_plugin.ms_deform_attn(
+            VALUE.to("meta"), AT.flatten(3, 4).to("meta"), None, None, [], [], False, 0.5
+        ),
+        ValueError, "points:", "1 to 16 levels", "got 0",
+    ),
 ]  # fmt: skip
 DEFINITIONS = [
     Case(
@@ -177,4 +253,4 @@ DEFINITIONS = [
 KERNELS = [
     Case(lambda: ops.kernels_used("gpu"), ValueError, "device:", "expected 'cpu', 'cuda' or None", "got 'gpu'"),
 ]
-CASES = CONV + POOLS + META + DEFINITIONS + KERNELS
+CASES = CONV + POOLS + ATTENTION + META + DEFINITIONS + KERNELS

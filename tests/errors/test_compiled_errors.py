@@ -89,6 +89,32 @@ def align_backward(grad_output):
     return on_cpu(OPS.deform_roi_pool_backward, [grad_output, *ALIGN.values(), 15])
 
 
+ATTEND = dict(
+    value=torch.zeros(2, 16, 3, 4), sampling_locations=torch.zeros(2, 5, 3, 6, 2),
+    attention_weights=torch.zeros(2, 5, 3, 6), reference_points=torch.zeros(2, 5, 2, 4), spatial_shapes=[3, 4, 2, 2],
+    points=[4, 2], softmax=True, offset_scale=0.5,
+)  # fmt: skip
+
+
+def attend(**changes):
+    return on_cpu(OPS.ms_deform_attn, (ATTEND | changes).values())
+
+
+def attend_backward(grad_output):
+    return on_cpu(OPS.ms_deform_attn_backward, [grad_output, *ATTEND.values(), 240])
+
+
+def too_many_points():
+    """2^31 points of a query, all of which are one value."""
+    one = torch.zeros(1)
+    arguments = ATTEND | dict(
+        value=one.expand(1, 1, 2, 1), sampling_locations=one.expand(1, 1, 2, 2**30, 2), attention_weights=None,
+        reference_points=None, spatial_shapes=[1, 1], points=[2**30], softmax=False,
+    )  # fmt: skip
+    with cpu_kernels(PORTABLE):
+        on_cpu(OPS.ms_deform_attn_backward, [torch.zeros(1, 1, 2), *arguments.values(), 16])
+
+
 def too_many_samples():
     """A kernel of 2^31 taps, all of which are one value."""
     one = torch.zeros(1, 1, 1, 1)
@@ -104,6 +130,7 @@ def huge():
 T = "runtime/tensor.h"
 C, CO, P = (f"ops/deform_conv2d/{name}.h" for name in ("arguments", "operator", "portable"))
 R, RO = (f"ops/roi_pool/{name}.h" for name in ("arguments", "operator"))
+A, AO, AP = (f"ops/ms_deform_attn/{name}.h" for name in ("arguments", "operator", "portable"))
 # File, how the condition begins, a call, what the message names.
 CASES = [
     (C, "t.dim() == 4", lambda: conv(input=torch.zeros(4, 6, 6)), "input"),
@@ -128,19 +155,19 @@ CASES = [
     (C, "t.size(0) == g.batch", lambda: conv(offset=torch.zeros(1, 18, 4, 4)), "offset"),
     (C, "t.size(0) == g.batch", lambda: conv(mask=torch.zeros(2, 9, 4, 3)), "mask"),
     (C, "a.bias->dim() == 1", lambda: conv(bias=torch.zeros(5)), "bias"),
-    (T, "is_supported(input", lambda: conv(input=torch.zeros(2, 4, 6, 6).long()), "input"),
+    (T, "is_supported(t.", lambda: conv(input=torch.zeros(2, 4, 6, 6).long()), "input"),
     *(
         (T, "t.scalar_type() == type", lambda name=name: conv(**{name: CONV[name].double()}), name)
         for name in ("weight", "bias", "offset", "mask")
     ),
     *(
-        (T, "t.device() == input.device()", lambda name=name: conv(**{name: CONV[name].to("meta")}), name)
+        (T, "t.device() == first.device()", lambda name=name: conv(**{name: CONV[name].to("meta")}), name)
         for name in ("weight", "bias", "offset", "mask")
     ),
     (P, "countable > 0", too_many_samples, "offset"),
     (CO, "grad_output.dim() == 4", lambda: conv_backward(torch.zeros(2, 6, 4, 3)), "grad_output"),
     (T, "t.scalar_type() == type", lambda: conv_backward(torch.zeros(2, 6, 4, 4).half()), "grad_output"),
-    (T, "t.device() == input.device()", lambda: conv_backward(torch.zeros(2, 6, 4, 4, device="meta")), "grad_output"),
+    (T, "t.device() == first.device()", lambda: conv_backward(torch.zeros(2, 6, 4, 4, device="meta")), "grad_output"),
     (R, "a.input.dim() == 4", lambda: align(input=torch.zeros(4, 6, 6)), "input"),
     (R, "a.rois.dim() == 2", lambda: align(rois=torch.zeros(3, 4)), "rois"),
     (R, "g.channels > 0", lambda: align(input=torch.zeros(2, 4, 0, 6)), "input"),
@@ -153,22 +180,66 @@ CASES = [
     (R, "g.outputs > 0", lambda: part(output_dim=2), "input"),
     (R, "g.classes > 0", lambda: part(offset=torch.zeros(3, 4, 2, 2)), "offset"),
     (R, "g.classes > 0", lambda: part(offset=None, mask=torch.zeros(3, 2, 2, 2)), "mask"),
-    (T, "is_supported(input", lambda: align(input=torch.zeros(2, 4, 6, 6).long()), "input"),
+    (T, "is_supported(t.", lambda: align(input=torch.zeros(2, 4, 6, 6).long()), "input"),
     *(
         (T, "t.scalar_type() == type", lambda name=name: align(**{name: ALIGN[name].double()}), name)
         for name in ("rois", "offset", "mask")
     ),
     *(
-        (T, "t.device() == input.device()", lambda name=name: align(**{name: ALIGN[name].to("meta")}), name)
+        (T, "t.device() == first.device()", lambda name=name: align(**{name: ALIGN[name].to("meta")}), name)
         for name in ("rois", "offset", "mask")
     ),
     (R, "t.dim() == 4 &&", lambda: align(offset=torch.zeros(2, 2, 2, 2)), "offset"),
     (R, "t.dim() == 4 &&", lambda: align(mask=torch.zeros(3, 2, 2, 2)), "mask"),
     (RO, "grad_output.dim() == 4", lambda: align_backward(torch.zeros(3, 4, 2, 3)), "grad_output"),
     (T, "t.scalar_type() == type", lambda: align_backward(torch.zeros(3, 4, 2, 2).half()), "grad_output"),
-    (T, "t.device() == input.device()", lambda: align_backward(torch.zeros(3, 4, 2, 2, device="meta")), "grad_output"),
+    (T, "t.device() == first.device()", lambda: align_backward(torch.zeros(3, 4, 2, 2, device="meta")), "grad_output"),
     (R, "output_size.size() == 2", lambda: align(output_size=[2]), "output_size"),
     (R, "part_size.size() == 2", lambda: part(part_size=[2, 2, 2]), "part_size"),
+    (A, "t.dim() == count", lambda: attend(value=torch.zeros(16, 3, 4)), "value"),
+    (A, "t.dim() == count", lambda: attend(sampling_locations=torch.zeros(2, 5, 3, 2, 3, 2)), "sampling_locations"),
+    (A, "g.heads > 0", lambda: attend(value=torch.zeros(2, 16, 3, 0)), "value"),
+    (A, "g.heads > 0", lambda: attend(value=torch.zeros(1).expand(2, 16, 3, 2**30 + 1)), "value"),
+    (A, "a.locations.size(0)", lambda: attend(sampling_locations=torch.zeros(2, 5, 4, 6, 2)), "sampling_locations"),
+    (A, "a.locations.size(0)", lambda: attend(sampling_locations=torch.zeros(2, 5, 3, 6, 3)), "sampling_locations"),
+    (A, "g.levels >= 1", lambda: attend(points=[]), "points"),
+    (A, "g.levels >= 1", lambda: attend(points=[1] * 17), "points"),
+    (A, "o.spatial_shapes.size()", lambda: attend(spatial_shapes=[3, 4, 2]), "spatial_shapes"),
+    (A, "value >= 1 && value <= limit", lambda: attend(spatial_shapes=[-3, -4, 2, 2]), "spatial_shapes"),
+    (A, "value >= 1 && value <= limit", lambda: attend(points=[6, 0]), "points"),
+    (A, "height * width <= g.rows - rows", lambda: attend(spatial_shapes=[2**30, 2**30] * 2), "spatial_shapes"),
+    (A, "height * width <= g.rows - rows", lambda: attend(spatial_shapes=[3, 4, 2, 3]), "spatial_shapes"),
+    (A, "rows == g.rows", lambda: attend(spatial_shapes=[3, 4, 1, 2]), "spatial_shapes"),
+    (A, "points == g.points", lambda: attend(points=[4, 3]), "points"),
+    (A, "points == g.points", lambda: attend(points=[4, 1]), "points"),
+    (
+        A,
+        "t.dim() == 4 && t.size(0) == g.batch && t.size(1) == g.queries && t.size(2) == g.heads",
+        lambda: attend(attention_weights=torch.zeros(2, 5, 3, 5)),
+        "attention_weights",
+    ),
+    (A, "a.weights || !o.softmax", lambda: attend(attention_weights=None), "attention_weights"),
+    *(
+        (
+            A,
+            "t.dim() == 4 && t.size(0) == g.batch && t.size(1) == g.queries && (t.size(2)",
+            lambda shape=shape: attend(reference_points=torch.zeros(shape)),
+            "reference_points",
+        )
+        for shape in ((2, 5, 2, 3), (2, 5, 3, 2), (2, 4, 2, 2))
+    ),
+    (T, "is_supported(t.", lambda: attend(value=torch.zeros(2, 16, 3, 4).int()), "value"),
+    *(
+        (T, "t.scalar_type() == type", lambda name=name: attend(**{name: ATTEND[name].double()}), name)
+        for name in ("sampling_locations", "attention_weights", "reference_points")
+    ),
+    *(
+        (T, "t.device() == first.device()", lambda name=name: attend(**{name: ATTEND[name].to("meta")}), name)
+        for name in ("sampling_locations", "attention_weights", "reference_points")
+    ),
+    (AO, "grad_output.dim() == 3", lambda: attend_backward(torch.zeros(2, 5, 13)), "grad_output"),
+    (T, "t.scalar_type() == type", lambda: attend_backward(torch.zeros(2, 5, 12).half()), "grad_output"),
+    (AP, "countable > 0", too_many_points, "points"),
 ]
 
 

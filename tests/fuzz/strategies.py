@@ -159,8 +159,45 @@ def roi_pool(draw, name):
     return without(draw, arguments, "offset", "mask")
 
 
+@st.composite
+def ms_deform_attn(draw):
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    n, heads, queries, numbers = draw(st.integers(0, 3)), draw(sizes), draw(st.integers(0, 9)), draw(NUMBERS)
+    # Locations are divided by the size of the map, boxes by the number of points: powers of two, then nothing is
+    # rounded.
+    side = st.sampled_from([1, 2, 4, 8, 16]) if numbers != 2 else st.integers(1, 12)
+    levels = draw(st.lists(st.tuples(side, side).map(list), min_size=1, max_size=3))
+    points = draw(
+        st.lists(st.sampled_from([1, 2, 4]) if numbers == 4 else st.integers(1, 5), min_size=len(levels),
+                 max_size=len(levels))
+    )  # fmt: skip
+    spread, softmax = draw(st.sampled_from([0, 1, 4, 20])), draw(st.booleans())
+    of_levels = draw(st.sampled_from([1, len(levels)]))
+    near = torch.randint(0, 9, (n, queries, of_levels, max(numbers, 2)), generator=generator).double() / 8
+    if numbers == 4:
+        near[..., 2:] = 2.0 ** torch.randint(-2, 2, near[..., 2:].shape, generator=generator)
+    given = []
+    for size, count in zip(levels, points, strict=True):
+        at = eighths(generator, (n, queries, heads, count, 2), spread)
+        given.append(at if numbers else (at + 0.5) / torch.tensor(size[::-1]))
+    shape = (n, queries, heads, sum(points))
+    arguments = {
+        "value": normal(generator, (n, sum(h * w for h, w in levels), heads, draw(st.sampled_from([1, 2, 8, 17, 40])))),
+        "spatial_shapes": levels, "sampling_locations": torch.cat(given, 3), "points": points,
+        "attention_weights": normal(generator, shape), "softmax": softmax, "offset_scale": 0.5,
+    }  # fmt: skip
+    if numbers:
+        arguments["reference_points"] = near
+    return arguments if softmax else without(draw, arguments, "attention_weights")
+
+
+NUMBERS = st.sampled_from([0, 2, 4])
 POOLS = ("deform_roi_pool", "deform_ps_roi_pool", "ps_roi_pool")
-CALLS = {"deform_conv2d": deform_conv2d(), **{name: roi_pool(name) for name in POOLS}}
+CALLS = {
+    "deform_conv2d": deform_conv2d(),
+    "ms_deform_attn": ms_deform_attn(),
+    **{name: roi_pool(name) for name in POOLS},
+}
 
 
 def calls(name):

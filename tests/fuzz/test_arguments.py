@@ -10,6 +10,7 @@ from cases import BY_NAME, CASES, convert
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dcn_plugin.ops._operator import WANTED
 from fuzz.comparison import compare
 from fuzz.strategies import calls, each_name, fuzz
 
@@ -72,7 +73,7 @@ def test_wrong_arguments_are_refused_by_name(name):
             spoiled[chosen] = data.draw(wrong_integers | WRONG_TYPES)
         endless = any(ENDLESS in v.shape for v in spoiled.values() if isinstance(v, torch.Tensor))
         own = not isinstance(value, torch.Tensor) and spoiled[chosen] != value and chosen not in FREE
-        own = own and not (chosen == "part_size" and spoiled[chosen] is None)
+        own = own and not (chosen in ("part_size", "points") and spoiled[chosen] is None)
         try:
             out = case.function(**spoiled)
         except (ValueError, TypeError) as error:
@@ -100,7 +101,7 @@ def test_the_compiled_operators_refuse_wrong_arguments(name):
         arguments = convert(arguments, dtype=torch.float32)
         given, op = list(case.to_op(**arguments).values()), case.op
         if gradients:
-            grad, wanted = torch.ones_like(case.op(*given)), data.draw(st.integers(0, 15))
+            grad, wanted = torch.ones_like(case.op(*given)), data.draw(st.integers(0, sum(WANTED.values())))
             given, op = list(case.to_backward(grad, wanted, **arguments).values()), case.backward_op
         for i in data.draw(st.lists(st.integers(0, len(given) - 1), min_size=1, max_size=2, unique=True)):
             if isinstance(given[i], torch.Tensor):
@@ -148,8 +149,9 @@ def limits():
 def test_integers_too_large_for_the_compiled_operators_are_refused_by_name(name, argument, most, more):
     case = BY_NAME[name]
     arguments = case.make(case.full)
+    value: object = [[most + more, 1], *arguments[argument][1:]] if argument == "spatial_shapes" else most + more
     with pytest.raises(ValueError, match=f"^{argument}: expected at most {most}, got {most + more}$"):
-        case.function(**arguments | {argument: most + more})
+        case.function(**arguments | {argument: value})
     if more == 1:  # the limit is the compiled operator's own
         given = case.to_op(**arguments)
         one = given[argument]

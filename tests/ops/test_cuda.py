@@ -24,6 +24,7 @@ from cases import (
     deform_ps_roi_pool_arguments,
     deform_roi_pool_arguments,
     leaves,
+    ms_deform_attn_arguments,
     ps_roi_pool_arguments,
     run,
 )
@@ -363,6 +364,18 @@ def of_regions(make: Callable, image: torch.Tensor, outputs: int) -> tuple[dict,
     return {**made, "input": image, "rois": far}, {**made, "input": image[..., -CORNER:, -CORNER:], "rois": near}
 
 
+def of_levels(image: torch.Tensor, outputs: int) -> tuple[dict, dict]:
+    """The image's pixels as rows, with heads of 64 channels, read in the last corner."""
+    side, heads = image.shape[-1], image.shape[1] // 64
+    made = ms_deform_attn_arguments((1, heads, 64), ((CORNER, CORNER),), 50, 4, spread=0)()
+    made = convert(made, dtype=torch.float32, device=image.device)
+    pixels = made["sampling_locations"] * CORNER + (side - CORNER)
+    value = image.permute(0, 2, 3, 1)
+    far = {**made, "value": value.flatten(1, 2).unflatten(2, (heads, 64)), "spatial_shapes": [(side, side)]}
+    corner = value[:, -CORNER:, -CORNER:].flatten(1, 2).unflatten(2, (heads, 64))
+    return {**far, "sampling_locations": pixels / side}, {**made, "value": corner}
+
+
 # Name of an operator -> arguments for a large image, and those for its corner alone, from the image and outputs.
 LARGE = {
     "deform_conv2d": of_maps,
@@ -371,6 +384,7 @@ LARGE = {
         of_regions, partial(deform_ps_roi_pool_arguments, spread=0.5, output_dim=64, group_size=2)
     ),
     "ps_roi_pool": partial(of_regions, partial(ps_roi_pool_arguments, output_dim=64, group_size=2)),
+    "ms_deform_attn": of_levels,
 }
 
 
@@ -392,18 +406,21 @@ def check_far_corner(what: str, layout: str, device: str, side: int) -> None:
     truth = leaves(convert(corner, dtype=torch.float64, device="cpu"))
     expected = case.function(**truth)
     on = {
-        k: v.detach().requires_grad_(k == "input") if isinstance(v, torch.Tensor) else v for k, v in arguments.items()
+        k: v.detach().requires_grad_(k == case.image) if isinstance(v, torch.Tensor) else v
+        for k, v in arguments.items()
     }
     out = case.function(**on)
     grad = torch.zeros_like(out)
     # Of a map only what does not reach over the corner's inner edges.
-    last = (...,) if case.of_regions else (..., slice(-CORNER // 2, None), slice(-CORNER // 2, None))
+    last = (...,) if case is not CONV else (..., slice(-CORNER // 2, None), slice(-CORNER // 2, None))
     grad[last] = torch.randn(expected[last].shape).to(grad)
     assert_close(out[last], expected[last], torch.bfloat16, "out")
-    (found,) = torch.autograd.grad(out, [on["input"]], grad)
+    (found,) = torch.autograd.grad(out, [on[case.image]], grad)
     del out
     probe = torch.zeros_like(expected)
     probe[last] = grad[last].double().cpu()
-    (wanted,) = torch.autograd.grad(expected, [truth["input"]], probe)
+    (wanted,) = torch.autograd.grad(expected, [truth[case.image]], probe)
+    if not case.of_images:  # rows of pixels: as a map again
+        found, wanted = (g.unflatten(1, (s, s)).flatten(3).movedim(3, 1) for g, s in ((found, side), (wanted, CORNER)))
     assert_close(found[..., -CORNER:, -CORNER:], wanted, torch.bfloat16, "grad_input")
     assert not found[..., :-CORNER, :].any() and not found[..., :-CORNER].any()

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from cases import CASES
+from cases import BY_NAME, CASES
 
 from dcn_plugin import layers, ops, reference
 from dcn_plugin.detection import MultiScaleDeformRoIPool
@@ -123,21 +123,23 @@ def test_pooling_from_a_pyramid(kind):
 def test_dense_tensors_that_are_stored_unusually_are_served():
     """Strides of 0, negated views, zeros without memory, views of a larger one."""
     for name, call in CALLS.items():
-        n, c, h, w = shape = call["input"].shape
+        first = BY_NAME[name].image
+        n, c, h, w = shape = call[first].shape
         negated = torch.complex(torch.zeros(shape), torch.rand(shape)).conj().imag
         assert negated.is_neg()
         expanded, zeros = torch.rand(1, c, 1, 1).expand(shape), torch._efficientzerotensor(shape)
         for image in (expanded, negated, zeros, torch.rand(n, 2 * c, 2 * h, w)[:, ::2, ::2]):
             dense = torch.empty(shape).copy_(image)
-            call = call | dict(input=image)
-            torch.testing.assert_close(getattr(ops, name)(**call), getattr(ops, name)(**call | dict(input=dense)))
+            call = call | {first: image}
+            torch.testing.assert_close(getattr(ops, name)(**call), getattr(ops, name)(**call | {first: dense}))
 
 
 def test_arguments_on_another_device_are_named():
     for name, call in CALLS.items():
         for argument, value in call.items():
-            if isinstance(value, torch.Tensor) and argument != "input":
-                with pytest.raises(ValueError, match=rf"{argument}: expected to be on cpu like input, got meta"):
+            first = BY_NAME[name].image
+            if isinstance(value, torch.Tensor) and argument != first:
+                with pytest.raises(ValueError, match=rf"{argument}: expected to be on cpu like {first}, got meta"):
                     getattr(ops, name)(**call | {argument: value.to("meta")})
     meta = IMAGE.to("meta")
     for layer, rest in (

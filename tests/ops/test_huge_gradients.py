@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import TUNED, cpu_kernels
 
-from dcn_plugin.ops import deform_conv2d, deform_ps_roi_pool, deform_roi_pool, ps_roi_pool
+from dcn_plugin.ops import deform_conv2d, deform_ps_roi_pool, deform_roi_pool, ms_deform_attn, ps_roi_pool
 
 # 4 GiB for the gradient in bfloat16; the image beside it is read at its end alone, and untouched pages cost nothing.
 IMAGES, CHANNELS, SIDE = 1025, 2, 1024
@@ -22,7 +22,16 @@ def _convolve(image):
     return deform_conv2d(image, offset, torch.randn(2, CHANNELS, 3, 3, dtype=image.dtype), stride=300)
 
 
+def _attend(image):
+    """Images are heads' channels beside each other; the last one is looked at, by the points of one query."""
+    value = image.flatten(2).mT[:, :, None]
+    torch.manual_seed(0)
+    locations = torch.rand(1, 1, 1, 1, 4, 2).expand(len(image), -1, -1, -1, -1, -1)
+    return ms_deform_attn(value, [(SIDE, SIDE)], locations)
+
+
 CALLS = {
+    "ms_deform_attn": _attend,
     "deform_conv2d": _convolve,
     "deform_roi_pool": lambda x: deform_roi_pool(x, _region(x), output_size=2, sampling_ratio=2),
     "deform_ps_roi_pool": lambda x: deform_ps_roi_pool(
