@@ -105,6 +105,7 @@ check() {
         if ((status == 70)) && benchmark deform_conv2d 80 --kernels portable; then
             rm -f "$out/deform_conv2d-cuda.md"
         fi
+        benchmark ms_deform_attn 60
         benchmark models 80
         benchmark roi_pool 50
     fi

@@ -10,6 +10,7 @@ struct AttentionLevel {
   int64_t height, width;
   int64_t first_row;            // of its pixels among the S rows of the value
   int64_t first_point, points;  // of K
+  double box_unit;              // offset_scale / points, divided on the host: a GPU divides doubles slowly
 };
 
 // Small enough to go to a kernel by value: no table in a device's memory that would have to be trusted.
@@ -22,7 +23,6 @@ struct AttentionGeometry {
   int64_t reference_levels;              // L or 1
   int64_t reference_numbers;             // 0: locations are given; 2: (x, y) and 4: (x, y, w, h) beside raw offsets
   bool softmax;                          // weights are logits
-  double offset_scale;
   AttentionLevel level[kMaxLevels];
 
   // Heads of all queries: each has K points, one sum of weights, and a result of D channels. Ordered (n, q, m).

@@ -50,7 +50,7 @@ struct AttentionPoints {
   }
   // The part of a box's side that an offset of 1 on this level reaches.
   DCN_HOST_DEVICE A box_unit(int64_t l) const {
-    return static_cast<A>(g.offset_scale / static_cast<double>(g.level[l].points));
+    return static_cast<A>(g.level[l].box_unit);
   }
   DCN_HOST_DEVICE AttentionFrame<A> frame(int64_t n, int64_t q, int64_t l) const {
     AttentionFrame<A> f;
@@ -68,10 +68,11 @@ struct AttentionPoints {
     }
     return f;
   }
-  // Point p of level l, and its number k among all.
-  DCN_HOST_DEVICE Sample<A> sample(const AttentionFrame<A>& f, const QueryHead& h, int64_t l, int64_t k) const {
-    return make_sample<A>(f.start[1] + given(h, k, 1) * f.unit[1], f.start[0] + given(h, k, 0) * f.unit[0],
-                          g.level[l].height, g.level[l].width);
+  // Point p of level l, and its number k among all. `I` holds rows and columns, as in sampling.h.
+  template <typename I = int64_t>
+  DCN_HOST_DEVICE Sample<A, I> sample(const AttentionFrame<A>& f, const QueryHead& h, int64_t l, int64_t k) const {
+    return make_sample<A, I>(f.start[1] + given(h, k, 1) * f.unit[1], f.start[0] + given(h, k, 0) * f.unit[0],
+                             static_cast<I>(g.level[l].height), static_cast<I>(g.level[l].width));
   }
 };
 

@@ -29,6 +29,24 @@ class CudaBlock {
   // The value of the lane below within eight lanes; the first one's own.
   DCN_DEVICE int from_lane_below(int value) { return __shfl_up_sync(~0u, value, 1, 8); }
 
+  // The value of the lane whose number differs in the bits of `distance`.
+  DCN_DEVICE float from_lane_across(float value, int distance) { return __shfl_xor_sync(~0u, value, distance); }
+
+  // Whether four neighbours are added to memory in one operation, which other blocks may do at the same time.
+#if __CUDA_ARCH__ >= 900
+  static constexpr bool adds_vectors() { return true; }
+#else
+  static constexpr bool adds_vectors() { return false; }
+#endif
+  DCN_DEVICE void add(float* to, float value) { atomicAdd(to, value); }
+  DCN_DEVICE void add_vector([[maybe_unused]] float* to, [[maybe_unused]] const float* four) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(four[0]), "f"(four[1]), "f"(four[2]),
+                 "f"(four[3])
+                 : "memory");
+#endif
+  }
+
 #if __CUDA_ARCH__ >= 800
   // Starts a copy of 16 bytes into shared memory, zeros where it is not `wanted`; the source is then not read.
   DCN_DEVICE void copy_async(void* to, const void* from, bool wanted) {

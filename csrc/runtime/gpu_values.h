@@ -61,6 +61,29 @@ DCN_HOST_DEVICE void add_scaled(float (&sums)[8], float weight, Vector8<S> value
   }
 }
 
+// The same 16 bytes of float values.
+struct alignas(16) Vector4 {
+  float values[4];
+};
+
+// 16 bytes of values of type S, and how many these are.
+template <typename S>
+using ChannelVector = std::conditional_t<std::is_same_v<S, float>, Vector4, Vector8<S>>;
+template <typename S>
+constexpr int kVectorValues = 16 / sizeof(S);
+
+DCN_HOST_DEVICE void add_scaled(float (&sums)[4], float weight, const Vector4& values) {
+  DCN_UNROLL
+  for (int i = 0; i < 4; ++i) sums[i] += weight * values.values[i];
+}
+
+DCN_HOST_DEVICE float dot(const float (&a)[4], const Vector4& b) {
+  float sum = 0;
+  DCN_UNROLL
+  for (int i = 0; i < 4; ++i) sum += a[i] * b.values[i];
+  return sum;
+}
+
 template <typename S>
 DCN_HOST_DEVICE float dot(const float (&a)[8], Vector8<S> b) {
   float sum = 0;
@@ -88,6 +111,11 @@ DCN_HOST_DEVICE uint32_t pack(float low, float high) {
   std::memcpy(&both, pair, sizeof(both));
 #endif
   return both;
+}
+
+template <typename S>
+DCN_HOST_DEVICE Vector4 pack(const float (&sums)[4]) {
+  return {{sums[0], sums[1], sums[2], sums[3]}};
 }
 
 template <typename S>

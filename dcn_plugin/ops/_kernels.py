@@ -11,8 +11,9 @@ def kernels_used(device: str | None = None) -> dict[str, str]:
     """Return which kernels served each operator last, in any thread.
 
     The paths have three names. `portable` kernels serve every call. On the CPU the `tuned` ones serve nearly all, with
-    the widest vectors of the processor. On CUDA the `fused` ones, on tensor cores, serve half types where the
-    environment variable `DCN_PLUGIN_CUDA_KERNELS` is `fused` (default `portable`), which every call looks at.
+    the widest vectors of the processor. On CUDA there are `fused` ones of `deform_conv2d` (tensor cores, half types)
+    and of `ms_deform_attn`, which serve where the environment variable `DCN_PLUGIN_CUDA_KERNELS` is `fused` (default
+    `portable`), which every call looks at.
 
     Args:
         device: `"cpu"` or `"cuda"`: the calls on that alone; None: the last one on any.

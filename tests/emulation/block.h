@@ -17,6 +17,7 @@ struct Schedule {
   bool late_copies = false;
   bool blocks_backwards = false;
   unsigned seed = 1;
+  bool adds_vectors = true;
 };
 
 struct Copy {
@@ -99,6 +100,24 @@ class Block {
   }
   int from_lane_below(int value) {
     return static_cast<int>(exchange(static_cast<uint32_t>(value), thread_ % 8 ? -1 : 0));
+  }
+
+  float from_lane_across(float value, int distance) {
+    uint32_t word;
+    std::memcpy(&word, &value, 4);
+    word = exchange(word, (thread_ % 32 ^ distance) - thread_ % 32);
+    std::memcpy(&value, &word, 4);
+    return value;
+  }
+
+  bool adds_vectors() const { return s_.schedule.adds_vectors; }
+  void add(float* to, float value) { *to += value; }
+  void add_vector(float* to, const float* four) {
+    if (reinterpret_cast<uintptr_t>(to) % 16) {
+      std::fprintf(stderr, "emulated block: a vector that is added to is not aligned\n");
+      std::abort();
+    }
+    for (int i = 0; i < 4; ++i) to[i] += four[i];
   }
 
   void copy_async(void* to, const void* from, bool wanted) {

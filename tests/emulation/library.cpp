@@ -3,6 +3,8 @@
 #include "block.h"
 #include "ops/deform_conv2d/cuda/paths.h"
 #include "ops/deform_conv2d/operator.h"
+#include "ops/ms_deform_attn/cuda/paths.h"
+#include "ops/ms_deform_attn/operator.h"
 #include "runtime/cpu.h"
 
 namespace emulation {
@@ -35,8 +37,9 @@ struct Device : dcn::Cpu {
   }
 };
 
-int64_t set_schedule(int64_t order, bool late_copies, bool blocks_backwards, int64_t multiprocessors) {
-  settings() = {multiprocessors, {static_cast<Order>(order), late_copies, blocks_backwards, 1}};
+int64_t set_schedule(int64_t order, bool late_copies, bool blocks_backwards, int64_t multiprocessors,
+                     bool adds_vectors) {
+  settings() = {multiprocessors, {static_cast<Order>(order), late_copies, blocks_backwards, 1, adds_vectors}};
   return order;
 }
 
@@ -52,13 +55,24 @@ STABLE_TORCH_LIBRARY(dcn_plugin_emulated, m) {
       "deform_conv2d_backward(Tensor grad_output, Tensor input, Tensor offset, Tensor weight, Tensor? mask, "
       "SymInt[] stride, SymInt[] padding, SymInt[] dilation, int wanted) "
       "-> (Tensor grad_input, Tensor grad_offset, Tensor grad_weight, Tensor grad_mask)");
-  m.def("set_schedule(int order, bool late_copies, bool blocks_backwards, int multiprocessors) -> int");
+  m.def(
+      "ms_deform_attn(Tensor value, Tensor sampling_locations, Tensor? attention_weights, Tensor? reference_points, "
+      "SymInt[] spatial_shapes, SymInt[] points, bool softmax, float offset_scale) -> Tensor");
+  m.def(
+      "ms_deform_attn_backward(Tensor grad_output, Tensor value, Tensor sampling_locations, Tensor? attention_weights, "
+      "Tensor? reference_points, SymInt[] spatial_shapes, SymInt[] points, bool softmax, float offset_scale, "
+      "int wanted) -> (Tensor grad_value, Tensor grad_sampling_locations, Tensor grad_attention_weights, "
+      "Tensor grad_reference_points)");
+  m.def(
+      "set_schedule(int order, bool late_copies, bool blocks_backwards, int multiprocessors, bool adds_vectors=True) "
+      "-> int");
   m.def("kernels_used() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dcn_plugin_emulated, CPU, m) {
   m.impl("deform_conv2d", TORCH_BOX(&dcn::deform_conv2d<dcn::GpuDeformConv2d<emulation::Device>>));
   m.impl("deform_conv2d_backward", TORCH_BOX(&dcn::deform_conv2d_backward<dcn::GpuDeformConv2d<emulation::Device>>));
+  dcn::implement_ms_deform_attn<dcn::GpuAttention<emulation::Device>>(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dcn_plugin_emulated, CompositeExplicitAutograd, m) {

@@ -183,6 +183,15 @@ def test_the_setting_decides_which_kernels_run(kernels):
         assert used[operator].startswith("fused") == fused, used
 
 
+@pytest.mark.parametrize("types", [name for name in TYPES if name != "float64"])
+def test_the_setting_decides_for_attention_too(types, kernels):
+    check_against_cpu("decoder", types, "NCHW", "cuda")
+    used = ops.kernels_used("cuda")
+    fused = kernels == "fused" and torch.cuda.get_device_capability() >= (8, 0)
+    for operator in ("ms_deform_attn", "ms_deform_attn_backward"):
+        assert used[operator] == ("fused" if fused else "portable"), used
+
+
 @pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0), reason="the fused kernels need 8.0"
 )

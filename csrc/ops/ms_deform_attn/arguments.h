@@ -41,7 +41,7 @@ inline AttentionGeometry check_ms_deform_attn(const char* op, const AttentionArg
   AttentionGeometry g{};
   g.batch = a.value.size(0), g.rows = a.value.size(1), g.heads = a.value.size(2), g.channels = a.value.size(3);
   g.queries = a.locations.size(1), g.points = a.locations.size(3);
-  g.softmax = o.softmax, g.offset_scale = o.offset_scale;
+  g.softmax = o.softmax;
   check(g.heads > 0 && g.channels > 0 && g.batch <= limit && g.heads <= limit && g.channels <= limit, "value", "1 to ",
         limit, " heads and channels, got shape ", shape_of(a.value));
   check(a.locations.size(0) == g.batch && a.locations.size(2) == g.heads && a.locations.size(4) == 2 &&
@@ -61,7 +61,7 @@ inline AttentionGeometry check_ms_deform_attn(const char* op, const AttentionArg
   int64_t rows = 0, points = 0;
   for (int64_t l = 0; l < g.levels; ++l) {
     const int64_t height = o.spatial_shapes[2 * l], width = o.spatial_shapes[2 * l + 1];
-    g.level[l] = {height, width, rows, points, o.points[l]};
+    g.level[l] = {height, width, rows, points, o.points[l], o.offset_scale / static_cast<double>(o.points[l])};
     points += o.points[l];
     // Compared with what is left: the sum may overflow.
     check(height * width <= g.rows - rows, "spatial_shapes", "levels with the ", g.rows,

@@ -76,6 +76,36 @@ void gather_values(const Tensor& grad_output, const AttentionPoints<A, F>& point
   }
 }
 
+// What the gradients of locations, weights and reference points are made of, with its memory; none if none is wanted.
+template <typename A>
+class PointGradients {
+ public:
+  PointGradients(const AttentionArguments& a, const AttentionGeometry& g, int64_t wanted)
+      : wanted_(wanted & (kSamplingLocations | kAttentionWeights | kReferencePoints)),
+        memory_(torch::stable::new_empty(a.value,
+                                         {wanted_ ? g.query_heads() * g.points : 0,
+                                          static_cast<int64_t>(sizeof(PointGradient<A>) / sizeof(A))},
+                                         scalar_type_of<A>())) {}
+  PointGradient<A>* data() const { return wanted_ ? static_cast<PointGradient<A>*>(memory_.data_ptr()) : nullptr; }
+
+ private:
+  bool wanted_;
+  Tensor memory_;
+};
+
+template <typename Device, typename A, typename F>
+void finish_gradients(const AttentionPoints<A, F>& points, const PointGradients<A>& found, int64_t wanted,
+                      const AttentionGradients& gradients, const Tensor& on) {
+  const auto& [grad_value, grad_locations, grad_weights, grad_reference] = gradients;
+  const auto data = [](const Tensor& t) { return static_cast<F*>(t.data_ptr()); };
+  if (wanted & kSamplingLocations)
+    Device::for_each(LocationGradient<A, F>{points, found.data(), data(grad_locations)}, on);
+  if (wanted & kAttentionWeights)
+    Device::for_each(WeightGradient<A, F>{points, found.data(), data(grad_weights)}, on);
+  if (wanted & kReferencePoints)
+    Device::for_each(ReferenceGradient<A, F>{points, found.data(), data(grad_reference)}, on);
+}
+
 template <typename Device>
 AttentionGradients ms_deform_attn_backward_portable(const Tensor& grad_output, const AttentionArguments& a,
                                                     const AttentionGeometry& g, int64_t wanted) {
@@ -83,32 +113,21 @@ AttentionGradients ms_deform_attn_backward_portable(const Tensor& grad_output, c
     using S = decltype(s);
     using F = decltype(f);
     using A = Accumulate<S>;
-    const auto [grad_value, grad_locations, grad_weights, grad_reference] =
-        new_gradients(a, wanted, scalar_type_of<A>());
+    const AttentionGradients gradients = new_gradients(a, wanted, scalar_type_of<A>());
+    const auto& [grad_value, grad_locations, grad_weights, grad_reference] = gradients;
     const ScaledPoints<Device, A, F> scaled(a, g);
-    const AttentionPoints<A, F>& points = scaled.points;
     const View<const S> grad = view_of_heads<const S>(grad_output, g);
     if (wanted & kValue) {
       // On the CPU always: atomic additions of many threads would not be quicker there.
       if ((wanted & kOrdered) || a.value.is_cpu())
-        gather_values<Device, S>(grad_output, points, grad_value);
+        gather_values<Device, S>(grad_output, scaled.points, grad_value);
       else
-        Device::for_each(ScatterValues<A, S, F>{points, grad, view<A>(grad_value)}, a.value);
+        Device::for_each(ScatterValues<A, S, F>{scaled.points, grad, view<A>(grad_value)}, a.value);
     }
-    if (wanted & (kSamplingLocations | kAttentionWeights | kReferencePoints)) {
-      const Tensor memory = torch::stable::new_empty(
-          a.value, {g.query_heads() * g.points, static_cast<int64_t>(sizeof(PointGradient<A>) / sizeof(A))},
-          scalar_type_of<A>());
-      PointGradient<A>* const found = static_cast<PointGradient<A>*>(memory.data_ptr());
-      const auto data = [](const Tensor& t) { return static_cast<F*>(t.data_ptr()); };
-      Device::for_each(FindPointGradients<A, S, F>{points, view<const S>(a.value), grad, found}, a.value);
-      if (wanted & kSamplingLocations)
-        Device::for_each(LocationGradient<A, F>{points, found, data(grad_locations)}, a.value);
-      if (wanted & kAttentionWeights)
-        Device::for_each(WeightGradient<A, F>{points, found, data(grad_weights)}, a.value);
-      if (wanted & kReferencePoints)
-        Device::for_each(ReferenceGradient<A, F>{points, found, data(grad_reference)}, a.value);
-    }
+    const PointGradients<A> found(a, g, wanted);
+    if (found.data())
+      Device::for_each(FindPointGradients<A, S, F>{scaled.points, view<const S>(a.value), grad, found.data()}, a.value);
+    finish_gradients<Device>(scaled.points, found, wanted, gradients, a.value);
     return {torch::stable::to(grad_value, scalar_type_of<S>()), grad_locations, grad_weights, grad_reference};
   });
 }
