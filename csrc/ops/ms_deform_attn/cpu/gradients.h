@@ -70,7 +70,7 @@ DCN_HOST_DEVICE void sum_references(const AttentionGeometry& g, HeadRange heads,
     for (int64_t l = 0; l < g.levels; ++l) {
       const AttentionLevel& level = g.level[l];
       const A width = static_cast<A>(level.width), height = static_cast<A>(level.height);
-      const A part = static_cast<A>(g.offset_scale / static_cast<double>(level.points));
+      const A part = static_cast<A>(level.box_unit);
       A* const sum = sums + m * each + g.reference_level(l) * numbers;
       const int64_t first = m * g.points + level.first_point;
       for (int64_t i = first; i < first + level.points; ++i) {
