@@ -28,11 +28,12 @@ class Names(NamedTuple):
 
 @unrecorded
 def check_levels(
-    names: Names, given: Any, parameter: Tensor, width: int, levels: int, batch_first: bool = True
+    names: Names, given: Any, parameter: Any, width: int, levels: int, batch_first: bool = True
 ) -> Levels:
     """Return (height, width) of each level if the arguments of a call fit together.
 
-    `given` are the arguments in the order of `names`, batch first; `parameter` is one of the layer's.
+    `given` are the arguments in the order of `names`, batch first; `parameter` is one of the layer's (a
+    quantised layer's is no tensor, and then no device is known to compare with).
     """
     query, reference, value, shapes, starts, mask = given
     for name, each, what in ((names.query, query, "Q"), (names.value, value, "S")):
@@ -72,8 +73,8 @@ def _said(value: Tensor, batch_first: bool) -> list[int]:
     return list(value.shape if batch_first else value.transpose(0, 1).shape)
 
 
-def _on(value: Tensor, name: str, parameter: Tensor) -> None:
-    if value.device != parameter.device:
+def _on(value: Tensor, name: str, parameter: Any) -> None:
+    if isinstance(parameter, Tensor) and value.device != parameter.device:
         raise ValueError(
             f"{name}: expected to be on {parameter.device} like the layer's parameters, got {value.device}"
         )
@@ -113,7 +114,7 @@ def _check_starts(name: str, given: Any, sizes: Levels, waited: bool) -> None:
         raise ValueError(f"{name}: expected {wanted}, where the levels begin, got {list(given)}")
 
 
-def _check_mask(name: str, mask: Any, images: int, pixels: int, parameter: Tensor) -> None:
+def _check_mask(name: str, mask: Any, images: int, pixels: int, parameter: Any) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"{name}: expected a tensor of torch.bool, True where there is padding, or None, got {got}")

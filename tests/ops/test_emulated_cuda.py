@@ -45,8 +45,10 @@ def schedule(name="up", multiprocessors=FEW):
     emulation.load().set_schedule(*SCHEDULES[name], multiprocessors)
 
 
-def used() -> dict[str, str]:
-    return latest(emulation.load().kernels_used())
+def used(operator: str = "deform_conv2d") -> dict[str, str]:
+    """What served the last calls of one operator; other tests of the process may have called others."""
+    kernels = latest(emulation.load().kernels_used())
+    return {name: path for name, path in kernels.items() if name.startswith(operator)}
 
 
 class Problem:
