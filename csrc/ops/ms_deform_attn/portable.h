@@ -82,10 +82,10 @@ class PointGradients {
  public:
   PointGradients(const AttentionArguments& a, const AttentionGeometry& g, int64_t wanted)
       : wanted_(wanted & (kSamplingLocations | kAttentionWeights | kReferencePoints)),
-        memory_(torch::stable::new_empty(a.value,
-                                         {wanted_ ? g.query_heads() * g.points : 0,
-                                          static_cast<int64_t>(sizeof(PointGradient<A>) / sizeof(A))},
-                                         scalar_type_of<A>())) {}
+        memory_(torch::stable::new_empty(
+            a.value,
+            {wanted_ ? g.query_heads() * g.points : 0, static_cast<int64_t>(sizeof(PointGradient<A>) / sizeof(A))},
+            scalar_type_of<A>())) {}
   PointGradient<A>* data() const { return wanted_ ? static_cast<PointGradient<A>*>(memory_.data_ptr()) : nullptr; }
 
  private:
@@ -100,8 +100,7 @@ void finish_gradients(const AttentionPoints<A, F>& points, const PointGradients<
   const auto data = [](const Tensor& t) { return static_cast<F*>(t.data_ptr()); };
   if (wanted & kSamplingLocations)
     Device::for_each(LocationGradient<A, F>{points, found.data(), data(grad_locations)}, on);
-  if (wanted & kAttentionWeights)
-    Device::for_each(WeightGradient<A, F>{points, found.data(), data(grad_weights)}, on);
+  if (wanted & kAttentionWeights) Device::for_each(WeightGradient<A, F>{points, found.data(), data(grad_weights)}, on);
   if (wanted & kReferencePoints)
     Device::for_each(ReferenceGradient<A, F>{points, found.data(), data(grad_reference)}, on);
 }
