@@ -79,6 +79,11 @@ class OpCase:
         return "rois" in self.per_result
 
     @property
+    def adds_atomically(self) -> bool:
+        """Whether the portable backward adds in any order, but in torch's deterministic mode."""
+        return self.of_regions or self.name == "ms_deform_attn"
+
+    @property
     def op(self) -> Any:
         return getattr(torch.ops.dcn_plugin, self.name).default
 

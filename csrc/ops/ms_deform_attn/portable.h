@@ -117,8 +117,7 @@ AttentionGradients ms_deform_attn_backward_portable(const Tensor& grad_output, c
     const ScaledPoints<Device, A, F> scaled(a, g);
     const View<const S> grad = view_of_heads<const S>(grad_output, g);
     if (wanted & kValue) {
-      // On the CPU always: atomic additions of many threads would not be quicker there.
-      if ((wanted & kOrdered) || a.value.is_cpu())
+      if (wanted & kOrdered)
         gather_values<Device, S>(grad_output, scaled.points, grad_value);
       else
         Device::for_each(ScatterValues<A, S, F>{scaled.points, grad, view<A>(grad_value)}, a.value);
