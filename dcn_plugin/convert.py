@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ._config import did_you_mean
 from ._folding import find_folded
-from .layers import LAYERS, SamplingConv, accept_sibling_offset_keys, drop_ins
+from .layers import LAYERS, SamplingConv, SamplingModule, accept_sibling_offset_keys, drop_ins
 
 logger = logging.getLogger("dcn_plugin")
 
@@ -197,7 +197,7 @@ def convert(
     return ConversionReport(replacements, measured_size, note)
 
 
-def _named(layer: SamplingConv) -> str:
+def _named(layer: Any) -> str:
     values = {key: getattr(layer, key) for key in layer.option_names()}
     options = [f"{key}={value!r}" for key, value in values.items() if value is not None]
     return f"{type(layer).__name__}({', '.join(options)})"
@@ -217,7 +217,7 @@ class _Rule:
     label: str
     match: list[re.Pattern[str]]
     exclude: list[re.Pattern[str]]
-    layer: type[SamplingConv]
+    layer: type[Any]  # with `from_conv`, `option_names` and `predictor_multiply_adds`
     options: dict[str, Any]
     conditions: dict[str, Any]
 
@@ -288,12 +288,12 @@ def _patterns(value: Any, label: str) -> list[re.Pattern[str]]:
         raise ValueError(f"{label}: expected regular expressions after re:, got {value!r} ({error})") from None
 
 
-def _parse_layer(config: Any, label: str) -> tuple[type[SamplingConv], dict[str, Any]]:
+def _parse_layer(config: Any, label: str) -> tuple[type[Any], dict[str, Any]]:
     if not isinstance(config, Mapping) or "type" not in config:
         raise TypeError(f"{label}: layer: expected a dict with a 'type', got {config!r}")
     kind, known = config["type"], drop_ins()
     named = known.get(kind, LAYERS.get(kind)) if isinstance(kind, str) else kind
-    if not (isinstance(named, type) and issubclass(named, SamplingConv) and named.drop_in):
+    if not (isinstance(named, type) and issubclass(named, SamplingModule) and named.drop_in):
         known_kind = isinstance(named, type)
         why = ", which cannot stand in for a convolution" if known_kind else did_you_mean(kind, known)
         raise ValueError(f"{label}: layer: expected a type out of {', '.join(known)}, got {kind!r}{why}")
@@ -331,10 +331,10 @@ def _checked_input_size(value: Any) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def _plan(model: nn.Module, rules: list[_Rule], names: dict[nn.Module, list[str]]) -> dict[nn.Module, SamplingConv]:
+def _plan(model: nn.Module, rules: list[_Rule], names: dict[nn.Module, list[str]]) -> dict[nn.Module, Any]:
     """Build every new layer, leaving the model alone; the order is the model's."""
     chosen: dict[nn.Module, _Rule] = {}
-    deformable = [name for module, own in names.items() if isinstance(module, SamplingConv) for name in own]
+    deformable = [name for module, own in names.items() if isinstance(module, SamplingModule) for name in own]
     for rule in rules:
         selected = [m for m, own in names.items() if rule.selects(own)]
         admitted = [m for m in selected if rule.admits(m)]
@@ -360,13 +360,13 @@ def _plan(model: nn.Module, rules: list[_Rule], names: dict[nn.Module, list[str]
                 )
             chosen[module] = rule
 
-    plan: dict[nn.Module, SamplingConv] = {}
+    plan: dict[nn.Module, Any] = {}
     for module, own in names.items():
         if module not in chosen:
             continue
         rule = chosen[module]
         try:
-            layer = rule.layer.from_conv(module, **rule.options)  # type: ignore[arg-type]
+            layer = rule.layer.from_conv(module, **rule.options)
         except (TypeError, ValueError) as error:
             hint = ""
             if not isinstance(module, nn.Conv2d) and not rule.conditions:
