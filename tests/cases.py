@@ -275,7 +275,47 @@ def ms_deform_attn_arguments(
     return make
 
 
+def deform_aggregate2d_arguments(
+    shape=(2, 6, 7, 12), groups=3, kernel=(3, 3), stride=1, padding=1, dilation=1, offset_scale=1.0,
+    remove_center=False, softmax=False, official_order=False, weight=True, packed=False, strided=False, spread=1.5,
+) -> Callable[[], dict[str, Any]]:  # fmt: skip
+    """`shape` is [N, H, W, C]; `packed`: a slice of a wider tensor, as the layer has it."""
+
+    def make() -> dict[str, Any]:
+        double = dict(dtype=torch.float64)
+        pairs = [(v, v) if isinstance(v, int) else v for v in (stride, padding, dilation)]
+        pads = pairs[1] if len(pairs[1]) == 4 else pairs[1] * 2
+        size = [
+            (s + pads[i] + pads[i + 2] - pairs[2][i] * (kernel[i] - 1) - 1) // pairs[0][i] + 1
+            for i, s in enumerate(shape[1:3])
+        ]
+        taps = kernel[0] * kernel[1] - remove_center
+        given = spread * torch.randn(shape[0], *size, groups, taps, 2, **double)
+        # Away from kinks, scaled by 1/2, 1 or 2.
+        given = given.floor() + 0.1 + 0.3 * (given - given.floor())
+        weights = torch.randn(shape[0], *size, groups, taps, **double)
+        value = torch.randn(shape, **double)
+        if strided:
+            value = value.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+            given, weights = given.mT.contiguous().mT, weights.transpose(3, 4).contiguous().transpose(3, 4)
+        arguments: dict[str, Any] = {"value": value, "offset": given}
+        if packed:
+            wide = torch.cat([given.flatten(4), weights], 4).flatten(3)
+            wide = torch.nn.functional.pad(wide, (0, 5))
+            arguments["offset"] = wide[..., :-5].unflatten(3, (groups, 3 * taps))
+        elif weight:
+            arguments["weight"] = weights
+        return arguments | {
+            "kernel_size": kernel, "stride": stride, "padding": padding, "dilation": dilation,
+            "offset_scale": offset_scale, "remove_center": remove_center, "softmax": softmax,
+            "official_order": official_order,
+        }  # fmt: skip
+
+    return make
+
+
 _make = deform_conv2d_arguments
+_gather = deform_aggregate2d_arguments
 _attend = ms_deform_attn_arguments
 _PYRAMID = ((13, 17), (7, 9), (4, 5), (2, 3))
 _align, _part, _pixels = deform_roi_pool_arguments, deform_ps_roi_pool_arguments, ps_roi_pool_arguments
@@ -329,6 +369,51 @@ CASES = [
         sizes=tuple(_make(shape) for shape in ((2, 4, 13, 11), (3, 4, 8, 19), (5, 4, 12, 6))),
         per_result=("input", "offset", "mask"),
         float32_beside_half=("offset", "mask"),
+    ),
+    OpCase(
+        "deform_aggregate2d",
+        {
+            "weights": _gather(),
+            "packed": _gather(packed=True, official_order=True),
+            "plain": _gather(weight=False),
+            "softmax": _gather((1, 5, 6, 32), groups=2, softmax=True, official_order=True),
+            "packed_softmax": _gather((2, 5, 4, 8), groups=2, packed=True, softmax=True, remove_center=True),
+            "no_centre": _gather((1, 6, 5, 48), groups=3, remove_center=True, official_order=True),
+            "rectangular": _gather((2, 8, 9, 15), 5, (3, 2), (2, 1), (1, 2), (1, 2), official_order=True),
+            "rows": _gather((2, 8, 9, 15), 5, (2, 4), (2, 1), (1, 2), (3, 2)),
+            "four_sided": _gather(padding=(0, 1, 2, 3)),
+            "scaled": _gather((1, 7, 6, 16), groups=1, offset_scale=0.5, dilation=2, padding=2),
+            "stretched": _gather((1, 7, 6, 32), groups=2, kernel=(5, 5), padding=2, offset_scale=2.0, softmax=True),
+            "pointwise": _gather(kernel=(1, 1), padding=0, groups=12),
+            "one_channel": _gather((3, 8, 8, 1), groups=1),
+            "far": _gather(spread=20.0),
+            "strided": _gather((2, 5, 7, 16), groups=2, strided=True),
+            "wide_groups": _gather((1, 5, 4, 150), groups=2),
+            "larger_than_value": _gather((1, 2, 3, 8), 2, (5, 5), padding=3),
+            "one_pixel": _gather((2, 1, 1, 6), groups=2),
+            "many_pixels": _gather((3, 19, 17, 64), groups=4, packed=True, softmax=True),
+        },
+        real={
+            "internimage": _gather((2, 28, 28, 128), groups=8, softmax=True, official_order=True),
+            "dcnv4": _gather((2, 14, 15, 256), groups=16, packed=True, official_order=True),
+            "aggregate-scaled": _gather((1, 19, 22, 80), groups=5, offset_scale=2.0),
+            "aggregate-5x5": _gather((1, 12, 11, 64), groups=2, kernel=(5, 5), padding=2, softmax=True),
+            "small-aggregate": _gather((1, 9, 7, 24), groups=3),
+        },
+        threaded={
+            "aggregate": _gather((2, 17, 18, 64), groups=4, softmax=True),
+            "aggregate_packed": _gather((1, 14, 13, 96), groups=6, packed=True),
+            "aggregate_images": _gather((5, 9, 8, 10), groups=2),
+        },
+        full="weights",
+        bare="plain",
+        mixed="rows",
+        sizes=tuple(_gather(shape) for shape in ((2, 13, 11, 12), (3, 8, 19, 12), (5, 12, 7, 12))),
+        per_result=("value", "offset", "weight"),
+        image="value",
+        of_images=False,
+        dynamic=((0, 1, 2), (0, 1, 2), (0, 1, 2)),
+        float32_beside_half=("offset", "weight"),
     ),
     OpCase(
         "deform_roi_pool",

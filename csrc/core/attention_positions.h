@@ -26,6 +26,9 @@ struct AttentionFrame {
 // in A, the type of coordinates.
 template <typename A, typename F>
 struct AttentionPoints {
+  using Accumulator = A;
+  using Given = F;
+
   AttentionGeometry g;
   View<const F> locations;         // [N, Q, M, K], each a pair
   int64_t axis;                    // from x to y of a pair
@@ -44,6 +47,12 @@ struct AttentionPoints {
     const A stored = stored_weight(h, k);
     return softmax ? softmax[(h.n * g.queries + h.q) * g.heads + h.m].weight(stored) : stored;
   }
+
+  // Where the gradients of point k of a query's head are stored: densely.
+  DCN_HOST_DEVICE int64_t location_at(int64_t head, int64_t k, int along) const {
+    return 2 * (head * g.points + k) + along;
+  }
+  DCN_HOST_DEVICE int64_t weight_at(int64_t head, int64_t k) const { return head * g.points + k; }
 
   DCN_HOST_DEVICE A size(int64_t l, int along) const {
     return static_cast<A>(along ? g.level[l].height : g.level[l].width);
@@ -87,10 +96,13 @@ struct QueryRange {
 };
 
 // The samples of a range of queries on one level, ordered by query, then head, then point: positions on several maps
-// (positions.h). A map is what a head reads of an image; maps are ordered by image, then head.
-template <typename A, typename F>
+// (positions.h). A map is what a head reads of an image; maps are ordered by image, then head. P is AttentionPoints, or
+// what takes their place (tap_positions.h).
+template <typename P>
 struct LevelPositions {
-  AttentionPoints<A, F> all;
+  using A = typename P::Accumulator;
+
+  P all;
   int64_t l;
   QueryRange range;
 
@@ -116,6 +128,6 @@ struct LevelPositions {
   DCN_HOST_DEVICE int64_t point(int64_t i) const { return level().first_point + i % level().points; }
 };
 
-static_assert(IsMapPositions<LevelPositions<float, float>>::value, "see positions.h");
+static_assert(IsMapPositions<LevelPositions<AttentionPoints<float, float>>>::value, "see positions.h");
 
 }  // namespace dcn

@@ -6,6 +6,7 @@
 
 #include "../../core/attention_positions.h"
 #include "../../core/wanted.h"
+#include "../../runtime/attention.h"
 #include "../../runtime/kernels.h"
 #include "../../runtime/tensor.h"
 
@@ -112,28 +113,22 @@ auto dispatch_ms_deform_attn(const AttentionArguments& a, const F& f) {
   });
 }
 
-// `softmax` is null where weights are used as they are.
-template <typename A, typename F>
-AttentionPoints<A, F> points_of(const AttentionArguments& a, const AttentionGeometry& g,
-                                const SoftmaxScale<A>* softmax) {
+// Without the softmax, which is found first.
+template <typename P>
+P points_of(const AttentionArguments& a, const AttentionGeometry& g) {
+  using F = typename P::Given;
   return {g,
           view<const F>(a.locations),
           a.locations.stride(4),
           a.weights ? view<const F>(*a.weights) : View<const F>{},
           a.reference ? view<const F>(*a.reference) : View<const F>{},
-          softmax};
+          nullptr};
 }
 
 // [N, Q, M * D], result or its gradient, as [N, Q, M, D].
 template <typename S>
 View<S> view_of_heads(const Tensor& t, const AttentionGeometry& g) {
   return {static_cast<S*>(t.data_ptr()), t.stride(0), t.stride(1), t.stride(2) * g.channels, t.stride(2)};
-}
-
-// Results and gradients are contiguous: nothing here is an image, even if its strides look like channels_last.
-inline Tensor new_contiguous(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
-  return torch::stable::empty(sizes, type, std::nullopt, like.device(), std::nullopt,
-                              torch::headeronly::MemoryFormat::Contiguous);
 }
 
 inline Tensor new_attended(const AttentionArguments& a, const AttentionGeometry& g) {
@@ -146,17 +141,12 @@ using AttentionGradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 // Those of locations, weights and reference points are of the types that these are read in, and not initialised; that
 // of the value are zeros of type `accumulator`.
 inline AttentionGradients new_gradients(const AttentionArguments& a, int64_t wanted, ScalarType accumulator) {
-  const auto like = [&](const std::optional<Tensor>& t, bool is_wanted, ScalarType type) {
-    if (!t || !is_wanted) return new_contiguous(a.value, {0}, type);
-    std::vector<int64_t> sizes;
-    for (int64_t d = 0; d < t->dim(); ++d) sizes.push_back(t->size(d));
-    return new_contiguous(*t, sizes, type);
-  };
   const ScalarType type = a.locations.scalar_type();
-  Tensor grad_value = like(a.value, wanted & kValue, accumulator);
+  Tensor grad_value = new_gradient(a.value, wanted & kValue, accumulator, a.value);
   torch::stable::zero_(grad_value);
-  return {grad_value, like(a.locations, wanted & kSamplingLocations, type),
-          like(a.weights, wanted & kAttentionWeights, type), like(a.reference, wanted & kReferencePoints, type)};
+  return {grad_value, new_gradient(a.locations, wanted & kSamplingLocations, type, a.value),
+          new_gradient(a.weights, wanted & kAttentionWeights, type, a.value),
+          new_gradient(a.reference, wanted & kReferencePoints, type, a.value)};
 }
 
 }  // namespace dcn

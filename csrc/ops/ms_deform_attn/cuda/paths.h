@@ -40,7 +40,7 @@ struct GpuAttention {
         const View<const S> value = view<const S>(a.value);
         if (!can_fuse_attention(value, g)) return std::nullopt;
         const Tensor output = new_attended(a, g);
-        const FusedAttend<S, F> kernel{points_of<float, F>(a, g, nullptr), lanes_of<S>(g), value,
+        const FusedAttend<S, F> kernel{points_of<AttentionPoints<float, F>>(a, g), lanes_of<S>(g), value,
                                        static_cast<S*>(output.data_ptr())};
         if (!Device::launch(kernel, kernel.lanes.blocks(), a.value)) return std::nullopt;
         ms_deform_attn_log.note("fused");
@@ -63,15 +63,18 @@ struct GpuAttention {
         if (!has_aligned_rows(view_of_heads<const S>(from, g), {g.batch, g.queries, g.heads})) from = new_copy(from);
         const View<const S> grad = view_of_heads<const S>(from, g);
         AttentionGradients gradients = new_gradients(a, wanted, ScalarType::Float);
-        const ScaledPoints<Device, float, F> scaled(a, g);
+        using P = AttentionPoints<float, F>;
+        const ScaledPoints<Device, P> scaled(points_of<P>(a, g), a.value);
         const bool adds = (wanted & kValue) && !(wanted & kOrdered);
-        const PointGradients<float> found(a, g, wanted);
+        const PointGradients<float> found(g, asks_for_points(wanted), a.value);
         const FusedAttendGradient<S, F> kernel{
             scaled.points, lanes_of<S>(g), value, grad, found.data(),
             adds ? static_cast<float*>(std::get<0>(gradients).data_ptr()) : nullptr};
         if ((adds || found.data()) && !Device::launch(kernel, kernel.lanes.blocks(), a.value)) return std::nullopt;
-        if ((wanted & kValue) && !adds) gather_values<Device, S>(from, scaled.points, std::get<0>(gradients));
-        finish_gradients<Device>(scaled.points, found, wanted, gradients, a.value);
+        if ((wanted & kValue) && !adds)
+          gather_values<Device, S>(kTooManyPoints, grad, scaled.points, view<float>(std::get<0>(gradients)), a.value);
+        finish_gradients<Device>(scaled.points, found.data(), results_of<P>(gradients), a.value);
+        finish_references<Device>(scaled.points, found, gradients, a.value);
         ms_deform_attn_backward_log.note(wanted & kOrdered ? "fused ordered" : "fused");
         std::get<0>(gradients) = torch::stable::to(std::get<0>(gradients), scalar_type_of<S>());
         return gradients;

@@ -1,17 +1,19 @@
-// The gradient of the value, gathered through the index of each level's samples (core/input_index.h): the adjoint of
+// The gradient of attention's value, gathered through the index of each level's samples (input_index.h): the adjoint of
 // Attend, always in the same order.
 #pragma once
 
-#include "../../core/input_index.h"
-#include "bodies.h"
+#include "attention_bodies.h"
+#include "input_index.h"
 
 namespace dcn {
 
 // grad_value[n, pixel, m, d] += sum of corner weight * weight * grad_output over the samples that read the pixel. One
 // element: a pixel of the level, in some channels of one head.
-template <typename A, typename S, typename F>
+template <typename P, typename S>
 struct GatherValueGradient {
-  LevelPositions<A, F> positions;
+  using A = typename P::Accumulator;
+
+  LevelPositions<P> positions;
   InputIndex<A> index;
   View<const S> grad_output;
   View<A> grad_value;
