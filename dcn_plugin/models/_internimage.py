@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from timm.layers import create_classifier
-from timm.models import feature_take_indices
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..layers import DCNv3, DCNv4

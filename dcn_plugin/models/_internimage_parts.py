@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath
-from timm.models import checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ..layers import DCNv4
 from ..layers._channels import named_activation, named_norm
@@ -131,7 +131,8 @@ class Level(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.blocks):
-            x = checkpoint(block, x) if self.grad_checkpointing and self.training else block(x)
+            again = self.grad_checkpointing and self.training
+            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
             if i in self.post_norm_block_ids:
                 x = self.post_norms[self.post_norm_block_ids.index(i)](x)
         if self.norm is not None:
