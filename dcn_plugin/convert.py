@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import translate
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -298,7 +298,7 @@ def _parse_layer(config: Any, label: str) -> tuple[type[Any], dict[str, Any]]:
         why = ", which cannot stand in for a convolution" if known_kind else did_you_mean(kind, known)
         raise ValueError(f"{label}: layer: expected a type out of {', '.join(known)}, got {kind!r}{why}")
     options = {key: value for key, value in config.items() if key != "type"}
-    own = named.option_names()
+    own = cast(Any, named).option_names()
     for key in options:
         if key not in own:
             hint = f" (it is called {_SYNONYMS[key]!r} here)" if key in _SYNONYMS else did_you_mean(key, own)

@@ -207,9 +207,11 @@ class GroupAggregation(SamplingModule):
                 f"channels in {conv.groups} groups"
             )
         kernel, stride, dilation = (pair("conv", v, 1) for v in (conv.kernel_size, conv.stride, conv.dilation))
-        sides = conv.padding
-        if isinstance(sides, str):
-            sides = tuple(d * (k - 1) / 2 * (sides == "same") for d, k in zip(dilation, kernel, strict=True))
+        sides: tuple[float, ...] = ()
+        if isinstance(conv.padding, str):
+            sides = tuple(d * (k - 1) / 2 * (conv.padding == "same") for d, k in zip(dilation, kernel, strict=True))
+        else:
+            sides = conv.padding
         if any(len(set(given)) > 1 for given in (kernel, stride, dilation, sides)) or sides[0] != int(sides[0]):
             raise ValueError(f"conv: expected kernel, stride, padding and dilation alike on all sides, got {conv}")
         layer = cls(

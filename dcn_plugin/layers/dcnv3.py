@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ._aggregation import GroupAggregation, check_pixels, sides_of
-from ._channels import named_activation, named_norm
 from ._start import ZeroLinear, warn_if_redrawn
 from .arguments import factory_arguments, flag
+from .channels import named_activation, named_norm
 
 
 class DCNv3(GroupAggregation):

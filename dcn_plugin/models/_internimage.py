@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import create_classifier
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..layers import DCNv3, DCNv4
-from ..layers._channels import named_activation, named_norm
+from ..layers import DCNv3, DCNv4, SamplingModule
+from ..layers.channels import named_activation, named_norm
 from ._internimage_parts import AttentionPool, Level, Stem
 
 _CORES = {"DCNv3": DCNv3, "DCNv4": DCNv4}
@@ -103,8 +103,8 @@ class InternImage(nn.Module):
         self.pos_drop = nn.Dropout(proj_drop_rate)
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
         block: dict[str, Any] = dict(
-            mlp_ratio=mlp_ratio, act_layer=act_layer, drop=proj_drop_rate, layer_scale=layer_scale,
-            post_norm=post_norm, res_post_norm=res_post_norm, fc2_bias=mlp_fc2_bias,
+            rows=core_op == "DCNv4", mlp_ratio=mlp_ratio, act_layer=act_layer, drop=proj_drop_rate,
+            layer_scale=layer_scale, post_norm=post_norm, res_post_norm=res_post_norm, fc2_bias=mlp_fc2_bias,
         )  # fmt: skip
         levels = []
         for i, (width, own_rates) in enumerate(zip(widths, rates, strict=True)):
@@ -166,8 +166,8 @@ class InternImage(nn.Module):
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
         for module in self.modules():
-            if isinstance(module, (DCNv3, DCNv4)):
-                module.reset_parameters()
+            if isinstance(module, SamplingModule):
+                cast(Any, module).reset_parameters()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -194,7 +194,7 @@ class InternImage(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Let each block run again in the backward pass, in place of keeping what it computes."""
         for level in self.levels:
-            level.grad_checkpointing = enable
+            cast(Level, level).grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -242,7 +242,7 @@ class InternImage(nn.Module):
         cut = last < len(self.levels) - 1
         self.levels = self.levels[: last + 1]
         if cut:
-            self.levels[-1].downsample = None
+            cast(Level, self.levels[-1]).downsample = None
         if prune_head or cut:
             for name in HEAD[:-1]:
                 if hasattr(self, name):
@@ -255,7 +255,7 @@ class InternImage(nn.Module):
     def _maps(self, x: Tensor, levels: int) -> list[Tensor]:
         x = self.pos_drop(self.patch_embed(x))
         maps: list[Tensor] = []
-        for level in self.levels[:levels]:
+        for level in cast(list[Level], self.levels[:levels]):
             maps.append(level(x))
             if level.downsample is not None and len(maps) < levels:
                 x = level.downsample(maps[-1])

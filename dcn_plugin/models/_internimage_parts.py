@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..layers import DCNv4
-from ..layers._channels import named_activation, named_norm
+from ..layers.channels import named_activation, named_norm
 
 Factory = dict[str, Any]
 
@@ -57,7 +56,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Deformable aggregation, then an MLP, each as a branch beside the identity."""
+    """Deformable aggregation, then an MLP, each as a branch beside the identity; `rows` is how DCNv4 takes pixels."""
 
     def __init__(
         self,
@@ -65,6 +64,7 @@ class Block(nn.Module):
         channels: int,
         factory: Factory,
         *,
+        rows: bool,
         mlp_ratio: float,
         act_layer: str,
         drop: float,
@@ -75,7 +75,7 @@ class Block(nn.Module):
         fc2_bias: bool,
     ) -> None:
         super().__init__()
-        self.post_norm = post_norm
+        self.rows, self.post_norm = rows, post_norm
         self.norm1 = named_norm("LN", channels, factory)
         self.dcn = core()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
@@ -98,7 +98,7 @@ class Block(nn.Module):
         return x + self.drop_path(out if gamma is None else gamma * out)
 
     def _aggregate(self, x: Tensor) -> Tensor:
-        if isinstance(self.dcn, DCNv4):  # it takes rows of pixels
+        if self.rows:
             return self.dcn(x.flatten(1, 2), x.shape[1:3]).view_as(x)
         return self.dcn(x)
 

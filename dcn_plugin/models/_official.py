@@ -7,8 +7,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from .._weight_files import find_weights
-from ..checkpoint import match_wrappers
+from ..checkpoint import find_weights, match_wrappers
 
 
 def official_weights(
