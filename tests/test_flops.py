@@ -140,6 +140,23 @@ def test_attention_costs_what_the_formula_says():
     assert counted(trained, value, weights, locations) == 3 * wanted
 
 
+def test_aggregation_costs_what_the_formula_says():
+    value, packed = torch.rand(2, 5, 6, 8), torch.rand(2, 5, 6, 4, 24)
+    offset, weight = torch.rand(2, 3, 3, 4, 9, 2), torch.rand(2, 3, 3, 4, 9)
+    wanted = (2 * 3 * 3) * 9 * 4 * 8  # output pixels, taps, four products for each channel
+    assert counted(ops.deform_aggregate2d, value, offset, weight, stride=2) == wanted
+    without_middle = (2 * 5 * 6) * 8 * 4 * 8
+    assert counted(ops.deform_aggregate2d, value, packed, remove_center=True) == without_middle
+
+    def trained(*asked):
+        for tensor in asked:
+            tensor.requires_grad_()
+        ops.deform_aggregate2d(value, offset, weight, stride=2).sum().backward()
+
+    assert counted(trained, weight) == 2 * wanted
+    assert counted(trained, value, weight, offset) == 3 * wanted
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_every_operator_is_counted_by_all_who_count(case):
     arguments = case.make(case.full, torch.float32)

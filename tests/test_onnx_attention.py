@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from cases import BY_NAME, convert
 from torch import Tensor, nn
 
 from dcn_plugin import ops, reference
@@ -221,6 +222,26 @@ def test_a_program_of_grid_sample_has_core_operators_alone():
     assert_close(program.module()(*other), model(*other))
 
 
+# -- aggregation, which is attention over the taps of a kernel ----------------------------------------------------------
+
+AGGREGATIONS = {
+    name: BY_NAME["deform_aggregate2d"].configs[name]
+    for name in ("weights", "plain", "packed_softmax", "rectangular", "rows", "stretched", "no_centre", "far")
+}
+
+
+@pytest.mark.parametrize("name", AGGREGATIONS)
+def test_the_form_of_aggregation_is_the_definition(name):
+    case = BY_NAME["deform_aggregate2d"]
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.float16, 4e-3)):
+        arguments = convert(case.make(name), dtype=dtype)
+        if dtype == torch.float16:
+            arguments["offset"] = arguments["offset"].float()
+        found = WRITTEN["deform_aggregate2d"](*case.to_op(**arguments).values())
+        assert found.dtype == dtype
+        assert_close(found.double(), case.reference(**convert(arguments, dtype=torch.float64)), tolerance)
+
+
 # -- TensorRT's plugin -------------------------------------------------------------------------------------------------
 
 
@@ -267,6 +288,18 @@ def test_the_plugin_is_given_what_nvidia_says(version, box, points, tmp_path):
     for n, queries, sizes in OTHERS[:2]:
         other = on_maps(n, queries, sizes, box, points)
         assert_close(by_plugin(path, other), model(*other))
+
+
+def test_the_plugin_serves_aggregation(tmp_path):
+    class Packed(nn.Module):
+        def forward(self, value: Tensor, packed: Tensor) -> Tensor:
+            return ops.deform_aggregate2d(value, packed, remove_center=True)
+
+    given = torch.randn(2, 5, 6, 8), torch.randn(2, 5, 6, 2, 24)
+    with plugin_nodes():
+        path = export_onnx(Packed().eval(), given, tmp_path / "m.onnx")
+    assert domains(path) == {"", "trt.plugins"}
+    assert_close(by_plugin(path, given), Packed()(*given))
 
 
 def test_the_plugin_without_weights_and_with_half_values(tmp_path):

@@ -202,6 +202,43 @@ def test_torch_itself_writes_attention(earlier, tmp_path):
     assert_close(run_onnx(tmp_path / "m.onnx", given)[0], model(*given))
 
 
+class Aggregation(nn.Module):
+    """Any form of the call; sizes are those of the tensors."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+        self.eval()
+
+    def forward(self, *tensors):
+        return ops.deform_aggregate2d(*tensors, **self.options)
+
+
+@needs_runtime
+@pytest.mark.parametrize("packed", [False, True])
+def test_torch_itself_writes_aggregation(packed, tmp_path):
+    """At an opset without DeformConv, too; one graph for all batches and sizes."""
+    model = Aggregation(stride=2, dilation=2, padding=2, softmax=True, official_order=True, offset_scale=0.5)
+
+    def given(n, height, width):
+        out = (n, (height + 1) // 2, (width + 1) // 2, 3)
+        tensors = (torch.randn(n, height, width, 12), 2 * torch.randn(*out, 9, 2), torch.randn(*out, 9))
+        return (tensors[0], torch.cat([tensors[1].flatten(4), tensors[2]], 4)) if packed else tensors
+
+    free = {i: torch.export.Dim.AUTO for i in range(3)}
+    first = given(2, 8, 10)
+    shapes = ((free,) * len(first),)
+    source = torch.export.export(model, first, dynamic_shapes=shapes)
+    program = torch.onnx.export(source, first, opset_version=18, verbose=False)
+    onnx.checker.check_model(program.model_proto, full_check=True)
+    nodes = [node.op_type for node in program.model_proto.graph.node]
+    assert nodes.count("GridSample") == 1 and "DeformConv" not in nodes
+    program.save(tmp_path / "m.onnx")
+    for sizes in ((2, 8, 10), (1, 13, 7), (3, 5, 6)):
+        tensors = given(*sizes)
+        assert_close(run_onnx(tmp_path / "m.onnx", tensors)[0], model(*tensors))
+
+
 class Pool(nn.Module):
     def __init__(self, operator: str, **options):
         super().__init__()

@@ -112,6 +112,27 @@ def test_attention(tmp_path):
         openvino.convert_model(program, extension=extensions())
 
 
+class Aggregates(nn.Module):
+    """Offsets and weights in one tensor, as DCNv4 has them."""
+
+    def forward(self, value: Tensor, packed: Tensor) -> Tensor:
+        return ops.deform_aggregate2d(value, packed, official_order=True)
+
+
+def test_aggregation(tmp_path):
+    def given(n, *size):
+        return torch.randn(n, *size, 8), torch.randn(n, *size, 2, 27)
+
+    free = {i: torch.export.Dim.AUTO for i in range(3)}
+    program = torch.export.export(Aggregates(), given(2, 5, 6), dynamic_shapes=(free, free))
+    torch.onnx.export(program, (), tmp_path / "m.onnx", verbose=False)
+    other = given(3, 7, 4)
+    for way in (convert(tmp_path / "m.onnx"), convert(program)):
+        assert_close(run(way, *other), Aggregates()(*other))
+    with pytest.raises(Exception, match="deform_aggregate2d: expected an operator that OpenVINO has, got aggregation"):
+        openvino.convert_model(program, extension=extensions())
+
+
 def test_what_cannot_be_read_is_named():
     x = torch.randn(1, 6, 9, 8)
     with pytest.raises(Exception, match="input: expected fixed channels and a fixed kernel, got shape"):

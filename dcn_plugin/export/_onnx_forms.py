@@ -1,7 +1,7 @@
 """What torch's exporter writes into an ONNX graph in the place of our operators; imported when it does.
 
-`deform_conv2d` becomes DeformConv, `ms_deform_attn` GridSample and a sum or TensorRT's plugin, RoI pooling a Scan over
-the regions, each among other standard operators. torch alone is needed: operators of torch's `onnx` namespace are nodes
+`deform_conv2d` becomes DeformConv, `ms_deform_attn` and `deform_aggregate2d` GridSample and a sum or TensorRT's plugin,
+RoI pooling a Scan over the regions, each among other standard operators. torch alone is needed: operators of torch's `onnx` namespace are nodes
 of the graph, their keyword arguments its attributes.
 """
 
@@ -133,6 +133,11 @@ def _ms_deform_attn(*args: Any) -> Tensor:
     return grid_sample.ms_deform_attn(*args)
 
 
+def _deform_aggregate2d(*args: Any) -> Tensor:
+    """Attention over the taps of a kernel, and so what that becomes."""
+    return grid_sample.deform_aggregate2d(*args, attend=_ms_deform_attn)
+
+
 def _roi_pooling(name: str) -> Callable[..., Tensor]:
     """The definition in plain PyTorch, with its samples summed up along each axis first.
 
@@ -239,6 +244,7 @@ def _sum_windows(maps: Tensor, window: Tensor, weights_y: Tensor, weights_x: Ten
 
 
 FORMS: dict[str, Callable[..., Tensor]] = {
+    "deform_aggregate2d": _deform_aggregate2d,
     "deform_conv2d": _deform_conv2d,
     "ms_deform_attn": _ms_deform_attn,
     **{name: _roi_pooling(name) for name in POOLING},

@@ -1,4 +1,4 @@
-"""Convolution and attention as operators that nearly every tool knows: `grid_sample`, products, a 1x1 convolution.
+"""Convolution, attention and aggregation as operators that nearly every tool knows: `grid_sample`, products, a 1x1 convolution.
 
 For converters and runtimes that take neither our operators nor ONNX's DeformConv, such as ExecuTorch. torch alone is
 needed.
@@ -28,6 +28,9 @@ def grid_sample_decompositions() -> dict[Callable, Callable[..., Tensor]]:
     `ms_deform_attn`: `out = sum over levels of sum over points of weight * grid_sample(level, locations)`, for every
     option and dynamic sizes. The samples of one level are in memory at once: P times the result.
 
+    `deform_aggregate2d`: the same with its map as the only level, output pixels as queries and groups as heads. The
+    samples of a call are in memory at once: K times the result.
+
     All of it is ATen's core operators. float16 and bfloat16 are computed in float32. `grid_sample` takes positions in
     parts of the map, so samples move by up to 1e-7 of its size: outputs differ by some 1e-6 of the largest, by 1e-5 for
     noise on maps of 200 pixels.
@@ -49,7 +52,12 @@ def grid_sample_decompositions() -> dict[Callable, Callable[..., Tensor]]:
     """
     ours = torch.ops.dcn_plugin
     refused = {getattr(ours, name).default: _refusal(name) for name in POOLING}
-    return {ours.deform_conv2d.default: _deform_conv2d, ours.ms_deform_attn.default: ms_deform_attn, **refused}
+    return {
+        ours.deform_conv2d.default: _deform_conv2d,
+        ours.ms_deform_attn.default: ms_deform_attn,
+        ours.deform_aggregate2d.default: deform_aggregate2d,
+        **refused,
+    }
 
 
 def _deform_conv2d(
@@ -166,10 +174,60 @@ def ms_deform_attn(value: Tensor, sampling_locations: Tensor, *arguments: Any) -
     return out.reshape(n, heads * channels, queries).transpose(1, 2).to(value.dtype)
 
 
+def deform_aggregate2d(
+    value: Tensor,
+    offset: Tensor,
+    weight: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    offset_scale: float,
+    remove_center: bool,
+    softmax: bool,
+    official_order: bool,
+    attend: Callable[..., Tensor] = ms_deform_attn,
+) -> Tensor:
+    """The operator as `attend`, attention with the map as its only level; arguments otherwise as it has."""
+    n, height, width, channels = value.shape
+    out_h, out_w, groups = offset.shape[1:4]
+    taps = kernel_size[0] * kernel_size[1]
+    acc = torch.promote_types(value.dtype, torch.float32)
+
+    def axis(i: int, outputs: int) -> tuple[Tensor, Tensor]:
+        """Where the kernel's centre lies for each output, and the taps from there, in numbers of the map."""
+        centre = dilation[i] * (kernel_size[i] - 1) // 2
+        middle, inside = (torch.arange(size, dtype=acc, device=value.device) for size in (outputs, kernel_size[i]))
+        at = middle * float(stride[i]) + float(centre - padding[i])
+        placed = (inside * float(dilation[i]) - float(centre)) * offset_scale
+        of_taps = (placed[:, None] if i == 0 else placed).expand(*kernel_size)
+        placed = (of_taps.transpose(0, 1) if official_order else of_taps).reshape(taps)
+        if remove_center:
+            placed = torch.cat([placed[: taps // 2], placed[taps // 2 + 1 :]])
+        return at, placed
+
+    (rows, tap_rows), (columns, tap_columns) = axis(0, out_h), axis(1, out_w)
+    taps -= int(remove_center)
+    if weight is None and offset.dim() == 5:  # packed
+        offset, weight = offset[..., : 2 * taps].unflatten(-1, (taps, 2)), offset[..., 2 * taps :]
+    first, second = (t * offset_scale for t in offset.to(acc).unbind(-1))  # [N, H', W', G, K]
+    y, x = (second, first) if official_order else (first, second)
+    y = y + tap_rows + rows[:, None, None, None]
+    x = x + tap_columns + columns[:, None, None]
+    locations = torch.stack([(x + 0.5) / width, (y + 0.5) / height], -1)
+    out = attend(
+        value.reshape(n, height * width, groups, channels // groups),
+        locations.reshape(n, out_h * out_w, groups, taps, 2),
+        None if weight is None else weight.reshape(n, out_h * out_w, groups, taps),
+        None, [height, width], [taps], softmax, 1.0,
+    )  # fmt: skip
+    return out.reshape(n, out_h, out_w, channels)
+
+
 def _refusal(name: str) -> Callable[..., Tensor]:
     def refuse(*_: object, **__: object) -> Tensor:
         raise NotImplementedError(
-            f"grid_sample_decompositions: expected convolution and attention alone, got {name}, which no graph of "
+            f"grid_sample_decompositions: expected convolution, attention and aggregation alone, got {name}, which no graph of "
             "grid_sample computes: dcn_plugin.export.onnx.export_onnx writes it for ONNX runtimes"
         )
 

@@ -1,6 +1,6 @@
 """Models for OpenVINO: its readers learn deform_conv2d, which becomes OpenVINO's own DeformableConvolution.
 
-`ms_deform_attn` comes as the GridSample and the sum that it is in ONNX, of an ONNX file or a `torch.export` program.
+`ms_deform_attn` and `deform_aggregate2d` come as the GridSample and the sum that they are in ONNX, of an ONNX file or a `torch.export` program.
 
 Needs OpenVINO: `pip install openvino`. Its CPU plugin computes in bfloat16 by default where the processor has
 instructions for it; `compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})` asks for float32.
@@ -29,14 +29,15 @@ except ModuleNotFoundError as error:
 
 __all__ = ["convert", "extensions"]
 
-ATTENTION = "ms_deform_attn"
+# What becomes grid_sample and a sum, and what it is.
+SAMPLED = {"ms_deform_attn": "attention", "deform_aggregate2d": "aggregation"}
 
 
 def extensions() -> list[Any]:
     """Return what lets OpenVINO read our operators: `DeformConv` of ONNX, `torch.export` programs, traced modules.
 
-    For `openvino.convert_model(..., extension=extensions())`, or each for `openvino.Core().add_extension`. RoI pooling
-    and attention of programs and traced modules raise an error that says what to do instead.
+    For `openvino.convert_model(..., extension=extensions())`, or each for `openvino.Core().add_extension`. RoI pooling,
+    attention and aggregation of programs and traced modules raise an error that says what to do instead.
 
     Example:
         >>> import openvino, torch
@@ -51,7 +52,7 @@ def extensions() -> list[Any]:
     # torch.export and torch.jit write the name of an operator in their own ways.
     for spelling in ("dcn_plugin.{}.default", "dcn_plugin::{}"):
         made.append(pytorch_frontend.ConversionExtension(spelling.format("deform_conv2d"), _from_torch))
-        for name in (*POOLING, ATTENTION):
+        for name in (*POOLING, *SAMPLED):
             made.append(pytorch_frontend.ConversionExtension(spelling.format(name), _refusal(name)))
     return made
 
@@ -86,9 +87,10 @@ def convert(model: nn.Module | torch.export.ExportedProgram | str | Path, exampl
     """
     options: dict[str, Any] = dict(extension=extensions())
     if isinstance(model, torch.export.ExportedProgram):
-        attention, program = getattr(torch.ops.dcn_plugin, ATTENTION).default, model
-        if any(node.target is attention for node in program.graph.nodes):
-            program = program.run_decompositions({attention: grid_sample_decompositions()[attention]})
+        program, written = model, grid_sample_decompositions()
+        sampled = {op: written[op] for op in (getattr(torch.ops.dcn_plugin, name).default for name in SAMPLED)}
+        if any(node.target in sampled for node in program.graph.nodes):
+            program = program.run_decompositions(sampled)
         names, model = _inputs_of(program), program
         sizes = {node.name: node.meta["val"].shape for node in program.graph.nodes if node.name in names}
         options["input"] = [(name, [size if isinstance(size, int) else -1 for size in sizes[name]]) for name in names]
@@ -165,8 +167,9 @@ def _fixed(name: str, value: Any, *axes: int) -> list[int]:
 
 
 def _refusal(name: str) -> Any:
-    if name == ATTENTION:
-        got = "attention: give dcn_plugin.export.openvino.convert an ONNX file, or what torch.export.export makes"
+    if name in SAMPLED:
+        way = "give dcn_plugin.export.openvino.convert an ONNX file, or what torch.export.export makes"
+        got = f"{SAMPLED[name]}: {way}"
     else:
         got = "RoI pooling: torch.onnx.export it for onnxruntime"
 

@@ -185,7 +185,7 @@ CASES = [
     ),
     Case(
         regions_as_grid_sample, NotImplementedError,
-        "grid_sample_decompositions", "convolution and attention alone", "got deform_roi_pool",
+        "grid_sample_decompositions", "convolution, attention and aggregation alone", "got deform_roi_pool",
     ),
     Case(executorch, ArithmeticError, "outputs", "within 0.0001 of the largest", "got 1"),
 ]

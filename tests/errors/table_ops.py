@@ -234,6 +234,57 @@ ATTENTION = [
         )
     ),
 ]  # fmt: skip
+NHWC, SHIFTS, FACTORS = torch.zeros(2, 4, 5, 6), torch.zeros(2, 4, 5, 3, 9, 2), torch.zeros(2, 4, 5, 3, 9)
+
+
+def gather(**given):
+    return lambda: ops.deform_aggregate2d(**dict(value=NHWC, offset=SHIFTS, weight=FACTORS) | given)
+
+
+def packed(**given):
+    return gather(**dict(offset=torch.zeros(2, 4, 5, 3, 27), weight=None) | given)
+
+
+def gather_on_meta(**given):
+    """The compiled operator's rule for shapes."""
+    arguments = dict(
+        value=NHWC.to("meta"), offset=SHIFTS.to("meta"), weight=None, kernel_size=[3, 3], stride=[1, 1],
+        padding=[1] * 4, dilation=[1, 1], offset_scale=1.0, remove_center=False, softmax=False, official_order=False,
+    )  # fmt: skip
+    return lambda: torch.ops.dcn_plugin.deform_aggregate2d(*(arguments | given).values())
+
+
+_SHIFTS = "[N, H', W', G, K, 2], or [N, H', W', G, 3K] without weight"
+AGGREGATION = [
+    *integers(gather, "kernel_size"),
+    *integers(gather, "stride"),
+    *integers(gather, "padding", 0, "2 or 4"),
+    *integers(gather, "dilation"),
+    *number(gather, "offset_scale", False),
+    *(
+        Case(gather(**{name: 1}), TypeError, f"{name}:", "expected True or False", "got 1")
+        for name in ("remove_center", "softmax", "official_order")
+    ),
+    *spoilt(gather, "offset", SHIFTS, (2, 4, 5, 3, 9, 2), _SHIFTS, image="value"),
+    *spoilt(gather, "weight", FACTORS, (2, 4, 5, 3, 9), "[N, H', W', G, K]", image="value"),
+    Case(gather(value=3), TypeError, "value:", "expected a tensor [N, H, W, C]", "got int"),
+    Case(gather(value=NHWC[0]), ValueError, "value:", "a 4-D tensor [N, H, W, C]", "got shape (4, 5, 6)"),
+    Case(gather(value=NHWC.int()), TypeError, "value:", "expected float64, float32", "got torch.int32"),
+    Case(gather(value=NHWC[:, :0]), ValueError, "value:", "pixels and channels", "got shape (2, 0, 5, 6)"),
+    Case(gather(value=NHWC[..., :5]), ValueError, "offset:", "groups dividing C = 5", "got shape (2, 4, 5, 3, 9, 2)"),
+    Case(gather(offset=SHIFTS[:, :, :, :0]), ValueError, "offset:", "dividing C = 6", "got shape (2, 4, 5, 0, 9, 2)"),
+    Case(gather(offset=SHIFTS[..., 0]), ValueError, "offset:", "expected a 6-D tensor", "got shape (2, 4, 5, 3, 9)"),
+    Case(gather(padding=0), ValueError, "offset:", "shape (2, 2, 3, 3, 9, 2)", "got (2, 4, 5, 3, 9, 2)"),
+    Case(gather(padding=0, dilation=3), ValueError, "value:", "at least one output pixel", "size (-2, -1)"),
+    Case(gather(weight=None, softmax=True), ValueError, "weight:", "logits for softmax=True", "got None"),
+    *(
+        Case(gather(kernel_size=size, remove_center=True), ValueError, "remove_center:", "odd square kernel", f"{size}")
+        for size in ((3, 5), (4, 4), (1, 1))
+    ),
+    Case(gather(remove_center=True), ValueError, "offset:", "shape (2, 4, 5, 3, 8, 2)", "got (2, 4, 5, 3, 9, 2)"),
+    Case(packed(kernel_size=5, padding=2), ValueError, "offset:", "shape (2, 4, 5, 3, 75)", "got (2, 4, 5, 3, 27)"),
+    Case(packed(softmax=True, offset=SHIFTS.flatten(4)), ValueError, "offset:", "(2, 4, 5, 3, 27)", "(2, 4, 5, 3, 18)"),
+]
 # Without memory there is only the rule for the shape of the result, which tracing asks as well.
 META = [
     Case(
@@ -246,6 +297,10 @@ META = [
             [1] * 4, [1, 1],
         ),
         ValueError, "stride", "an integer or 2 integers", "got 0: []",
+    ),
+    *(
+        Case(gather_on_meta(**{name: [1]}), ValueError, name, f"an integer or {count} integers", "got 1: [1]")
+        for name, count in (("kernel_size", 2), ("stride", 2), ("padding", 4), ("dilation", 2))
     ),
     Case(on_meta(points=[]), ValueError, "points:", "1 to 16 levels", "got 0"),
     Case(on_meta(points=[6, 0]), ValueError, "points:", "expected at least 1", "got 0"),
@@ -261,4 +316,4 @@ DEFINITIONS = [
 KERNELS = [
     Case(lambda: ops.kernels_used("gpu"), ValueError, "device:", "expected 'cpu', 'cuda' or None", "got 'gpu'"),
 ]
-CASES = CONV + POOLS + ATTENTION + META + DEFINITIONS + KERNELS
+CASES = CONV + POOLS + ATTENTION + AGGREGATION + META + DEFINITIONS + KERNELS

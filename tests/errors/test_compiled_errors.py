@@ -123,6 +123,41 @@ def too_many_samples():
         conv_backward(one, input=large, weight=large, offset=one.expand(1, 2**32, 1, 1), mask=None)
 
 
+GATHER = dict(
+    value=torch.zeros(2, 4, 5, 6), offset=torch.zeros(2, 4, 5, 3, 9, 2), weight=torch.zeros(2, 4, 5, 3, 9),
+    kernel_size=[3, 3], stride=[1, 1], padding=[1] * 4, dilation=[1, 1], offset_scale=1.0, remove_center=False,
+    softmax=True, official_order=False,
+)  # fmt: skip
+
+
+def gather(**changes):
+    return on_cpu(OPS.deform_aggregate2d, (GATHER | changes).values())
+
+
+def gather_backward(grad_output):
+    return on_cpu(OPS.deform_aggregate2d_backward, [grad_output, *GATHER.values(), 22])
+
+
+def too_many_taps():
+    """A kernel of 2^31 taps, all of which are one value."""
+    one = torch.zeros(1)
+    arguments = GATHER | dict(
+        value=one.expand(1, 2**16, 2**15, 1), offset=one.expand(1, 1, 1, 1, 2**31, 2), weight=None,
+        kernel_size=[2**16, 2**15], padding=[0] * 4, softmax=False,
+    )  # fmt: skip
+    with cpu_kernels(PORTABLE):
+        on_cpu(OPS.deform_aggregate2d_backward, [torch.zeros(1, 1, 1, 1), *arguments.values(), 16])
+
+
+def too_many_pixels():
+    """2^60 pixels, all of which are one value."""
+    one, side = torch.zeros(1), 2**30
+    return gather(
+        value=one.expand(1, side, side, 1), offset=one.expand(1, side, side, 1, 1, 2), weight=None,
+        kernel_size=[1, 1], padding=[0] * 4, softmax=False,
+    )  # fmt: skip
+
+
 def huge():
     return torch.zeros(1).expand(1, 4, 2**30 + 1, 6)
 
@@ -130,7 +165,9 @@ def huge():
 T = "runtime/tensor.h"
 C, CO, P = (f"ops/deform_conv2d/{name}.h" for name in ("arguments", "operator", "portable"))
 R, RO = (f"ops/roi_pool/{name}.h" for name in ("arguments", "operator"))
-A, AO, AP = (f"ops/ms_deform_attn/{name}.h" for name in ("arguments", "operator", "portable"))
+A, AO = (f"ops/ms_deform_attn/{name}.h" for name in ("arguments", "operator"))
+G, GO = (f"ops/deform_aggregate2d/{name}.h" for name in ("arguments", "operator"))
+RA = "runtime/attention.h"
 # File, how the condition begins, a call, what the message names.
 CASES = [
     (C, "t.dim() == 4", lambda: conv(input=torch.zeros(4, 6, 6)), "input"),
@@ -239,7 +276,43 @@ CASES = [
     ),
     (AO, "grad_output.dim() == 3", lambda: attend_backward(torch.zeros(2, 5, 13)), "grad_output"),
     (T, "t.scalar_type() == type", lambda: attend_backward(torch.zeros(2, 5, 12).half()), "grad_output"),
-    (AP, "countable > 0", too_many_points, "points"),
+    (RA, "countable > 0", too_many_points, "points"),
+    (RA, "countable > 0", too_many_taps, "offset"),
+    (G, "v.size() == count", lambda: gather(kernel_size=[3]), "kernel_size"),
+    (G, "v.size() == count", lambda: gather(stride=[1]), "stride"),
+    (G, "v.size() == count", lambda: gather(padding=[1, 1]), "padding"),
+    (G, "v.size() == count", lambda: gather(dilation=[1, 1, 1]), "dilation"),
+    (G, "value >= smallest", lambda: gather(kernel_size=[3, 0]), "kernel_size"),
+    (G, "value >= smallest", lambda: gather(stride=[0, 1]), "stride"),
+    (G, "value >= smallest", lambda: gather(padding=[0, 0, 0, -1]), "padding"),
+    (G, "value >= smallest", lambda: gather(dilation=[1, 2**30 + 1]), "dilation"),
+    (G, "a.value.dim() == 4", lambda: gather(value=torch.zeros(4, 5, 6)), "value"),
+    (G, "a.value.size(d) > 0", lambda: gather(value=torch.zeros(2, 0, 5, 6)), "value"),
+    (G, "a.value.size(d) > 0", lambda: gather(value=torch.zeros(1).expand(2, 2**30 + 1, 5, 6)), "value"),
+    (G, "!o.remove_center", lambda: gather(remove_center=True, kernel_size=[3, 5]), "remove_center"),
+    (G, "!o.remove_center", lambda: gather(remove_center=True, kernel_size=[1, 1]), "remove_center"),
+    (G, "last >= 0", lambda: gather(padding=[0] * 4, dilation=[3, 1]), "value"),
+    (G, "a.offset.dim() == 6", lambda: gather(offset=torch.zeros(2, 4, 5, 3, 27)), "offset"),
+    (G, "a.offset.dim() == 6", lambda: gather(offset=torch.zeros(2, 4, 5, 81), weight=None), "offset"),
+    (G, "is_of_pixels(a.offset)", lambda: gather(offset=torch.zeros(2, 4, 4, 3, 9, 2)), "offset"),
+    (G, "is_of_pixels(a.offset)", lambda: gather(offset=torch.zeros(2, 4, 5, 3, 8, 2)), "offset"),
+    (G, "is_of_pixels(a.offset)", lambda: gather(offset=torch.zeros(2, 4, 5, 3, 26), weight=None), "offset"),
+    (G, "g.heads > 0", lambda: gather(offset=torch.zeros(2, 4, 5, 4, 9, 2)), "value"),
+    (G, "g.heads > 0", lambda: gather(offset=torch.zeros(2, 4, 5, 0, 9, 2)), "value"),
+    (G, "g.batch <= limit", too_many_pixels, "value"),
+    (G, "t.dim() == 5 && is_of_pixels(t)", lambda: gather(weight=torch.zeros(2, 4, 5, 3, 8)), "weight"),
+    (G, "found.has_weights(a)", lambda: gather(weight=None), "weight"),
+    (T, "is_supported(t.", lambda: gather(value=torch.zeros(2, 4, 5, 6).int()), "value"),
+    *(
+        (T, "t.scalar_type() == type", lambda name=name: gather(**{name: GATHER[name].double()}), name)
+        for name in ("offset", "weight")
+    ),
+    *(
+        (T, "t.device() == first.device()", lambda name=name: gather(**{name: GATHER[name].to("meta")}), name)
+        for name in ("offset", "weight")
+    ),
+    (GO, "grad_output.dim() == 4", lambda: gather_backward(torch.zeros(2, 4, 5, 5)), "grad_output"),
+    (T, "t.scalar_type() == type", lambda: gather_backward(torch.zeros(2, 4, 5, 6).half()), "grad_output"),
 ]
 
 

@@ -191,9 +191,40 @@ def ms_deform_attn(draw):
     return arguments if softmax else without(draw, arguments, "attention_weights")
 
 
+@st.composite
+def deform_aggregate2d(draw):
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    n, groups = draw(st.integers(0, 3)), draw(sizes)
+    remove = draw(st.booleans())
+    kernel = [3, 3] if remove else [draw(sizes), draw(sizes)]
+    stride, dilation = ([draw(sizes), draw(sizes)] for _ in range(2))
+    padding = draw(st.lists(st.integers(0, 3), min_size=4, max_size=4))
+    spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    pads = [padding[i] + padding[2 + i] for i in (0, 1)]
+    size = [max(1, spans[i] - pads[i]) + draw(st.integers(0, 9)) for i in (0, 1)]
+    out_size = [(size[i] + pads[i] - spans[i]) // stride[i] + 1 for i in (0, 1)]
+    taps, spread = kernel[0] * kernel[1] - remove, draw(st.sampled_from([0, 1, 4, 30]))
+    value = normal(generator, (n, *size, groups * draw(st.sampled_from([1, 2, 8, 16, 17, 32, 40]))))
+    offset = eighths(generator, (n, *out_size, groups, taps, 2), spread)
+    weight = normal(generator, (n, *out_size, groups, taps))
+    options = {
+        "kernel_size": kernel, "stride": stride, "padding": padding, "dilation": dilation,
+        "offset_scale": draw(st.sampled_from([1.0, 0.5, 2.0])), "remove_center": remove,
+        "official_order": draw(st.booleans()),
+    }  # fmt: skip
+    if draw(st.booleans()):
+        packed = torch.cat([offset.flatten(4), weight], 4)
+        return {"value": value, "offset": packed, **options, "softmax": draw(st.booleans())}
+    arguments = {"value": value, "offset": offset, "weight": weight, **options}
+    if draw(st.booleans()):
+        return arguments | {"softmax": True}
+    return without(draw, arguments, "weight")
+
+
 NUMBERS = st.sampled_from([0, 2, 4])
 POOLS = ("deform_roi_pool", "deform_ps_roi_pool", "ps_roi_pool")
 CALLS = {
+    "deform_aggregate2d": deform_aggregate2d(),
     "deform_conv2d": deform_conv2d(),
     "ms_deform_attn": ms_deform_attn(),
     **{name: roi_pool(name) for name in POOLS},

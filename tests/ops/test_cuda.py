@@ -385,8 +385,17 @@ def of_levels(image: torch.Tensor, outputs: int) -> tuple[dict, dict]:
     return {**far, "sampling_locations": pixels / side}, {**made, "value": corner}
 
 
+def of_pixels(image: torch.Tensor, outputs: int) -> tuple[dict, dict]:
+    """The image channels-last, in groups of 64 channels."""
+    value, groups = image.permute(0, 2, 3, 1), image.shape[1] // 64
+    offset = away_from_pixels(torch.rand(*value.shape[:3], groups, 9, 2, device=image.device) * 2 - 1).bfloat16()
+    arguments = {"value": value, "offset": offset}
+    return arguments, {k: v[:, -CORNER:, -CORNER:] for k, v in arguments.items()}
+
+
 # Name of an operator -> arguments for a large image, and those for its corner alone, from the image and outputs.
 LARGE = {
+    "deform_aggregate2d": of_pixels,
     "deform_conv2d": of_maps,
     "deform_roi_pool": partial(of_regions, partial(deform_roi_pool_arguments, spread=0.5)),
     "deform_ps_roi_pool": partial(
@@ -421,7 +430,12 @@ def check_far_corner(what: str, layout: str, device: str, side: int) -> None:
     out = case.function(**on)
     grad = torch.zeros_like(out)
     # Of a map only what does not reach over the corner's inner edges.
-    last = (...,) if case is not CONV else (..., slice(-CORNER // 2, None), slice(-CORNER // 2, None))
+    inner = slice(-CORNER // 2, None)
+    last = {
+        "deform_conv2d": (..., inner, inner),
+        "output": (..., inner, inner),
+        "deform_aggregate2d": (..., inner, inner, slice(None)),
+    }.get(what, (...,))
     grad[last] = torch.randn(expected[last].shape).to(grad)
     assert_close(out[last], expected[last], torch.bfloat16, "out")
     (found,) = torch.autograd.grad(out, [on[case.image]], grad)
@@ -429,7 +443,9 @@ def check_far_corner(what: str, layout: str, device: str, side: int) -> None:
     probe = torch.zeros_like(expected)
     probe[last] = grad[last].double().cpu()
     (wanted,) = torch.autograd.grad(expected, [truth[case.image]], probe)
-    if not case.of_images:  # rows of pixels: as a map again
-        found, wanted = (g.unflatten(1, (s, s)).flatten(3).movedim(3, 1) for g, s in ((found, side), (wanted, CORNER)))
+    if what == "ms_deform_attn":  # rows of pixels: as a map again
+        found, wanted = (g.unflatten(1, (s, s)).flatten(3) for g, s in ((found, side), (wanted, CORNER)))
+    if not case.of_images:
+        found, wanted = found.movedim(3, 1), wanted.movedim(3, 1)
     assert_close(found[..., -CORNER:, -CORNER:], wanted, torch.bfloat16, "grad_input")
     assert not found[..., :-CORNER, :].any() and not found[..., :-CORNER].any()

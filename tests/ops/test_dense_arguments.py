@@ -45,6 +45,8 @@ def refused(kind, argument):
 def test_operators_and_their_definitions(module, name, argument, kind):
     make, message = refused(kind, argument)
     call = CALLS[name]
+    if kind == "onednn" and call[argument].dim() > 5:
+        return  # there is none
     with pytest.raises(TypeError, match=message):
         getattr(module, name)(**call | {argument: make(call[argument])})
     parameters = list(inspect.signature(getattr(module, name)).parameters)

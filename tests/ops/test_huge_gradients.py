@@ -4,7 +4,14 @@ import pytest
 import torch
 from conftest import TUNED, cpu_kernels
 
-from dcn_plugin.ops import deform_conv2d, deform_ps_roi_pool, deform_roi_pool, ms_deform_attn, ps_roi_pool
+from dcn_plugin.ops import (
+    deform_aggregate2d,
+    deform_conv2d,
+    deform_ps_roi_pool,
+    deform_roi_pool,
+    ms_deform_attn,
+    ps_roi_pool,
+)
 
 # 4 GiB for the gradient in bfloat16; the image beside it is read at its end alone, and untouched pages cost nothing.
 IMAGES, CHANNELS, SIDE = 1025, 2, 1024
@@ -30,7 +37,14 @@ def _attend(image):
     return ms_deform_attn(value, [(SIDE, SIDE)], locations)
 
 
+def _aggregate(image):
+    torch.manual_seed(0)
+    offset = torch.randn(1, 4, 4, 1, 9, 2).expand(len(image), -1, -1, -1, -1, -1)
+    return deform_aggregate2d(image.permute(0, 2, 3, 1), offset, stride=300)
+
+
 CALLS = {
+    "deform_aggregate2d": _aggregate,
     "ms_deform_attn": _attend,
     "deform_conv2d": _convolve,
     "deform_roi_pool": lambda x: deform_roi_pool(x, _region(x), output_size=2, sampling_ratio=2),
