@@ -1,12 +1,10 @@
 """DCNv3, DCNv4 and InternImage against formulas written again, and against the official lists of names and shapes."""
 
-import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from dcn_plugin.layers import DCNv3, DCNv4
@@ -19,7 +17,7 @@ def drawn(layer, seed=0):
     generator = torch.Generator().manual_seed(seed)
     layer = layer.double()
     with torch.no_grad():
-        for name, p in layer.named_parameters():
+        for p in layer.parameters():
             scale = 0.3 if p.dim() > 1 else 0.7
             p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * scale)
     return layer.eval()

@@ -206,7 +206,7 @@ class GroupAggregation(SamplingModule):
                 f"conv: expected a depthwise convolution, got one of {conv.in_channels} to {conv.out_channels} "
                 f"channels in {conv.groups} groups"
             )
-        kernel, stride, dilation = (pair("conv", v, 1) for v in (conv.kernel_size, conv.stride, conv.dilation))
+        kernel, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
         sides: tuple[float, ...] = ()
         if isinstance(conv.padding, str):
             sides = tuple(d * (k - 1) / 2 * (conv.padding == "same") for d, k in zip(dilation, kernel, strict=True))

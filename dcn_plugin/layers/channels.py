@@ -29,24 +29,24 @@ class ToChannelsLast(nn.Module):
         return x.permute(0, 2, 3, 1)
 
 
-def named_activation(name: Any, argument: str = "act_layer") -> nn.Module:
-    """Return a new module of this name; `argument` is what the caller calls it."""
-    if not isinstance(name, str) or name not in _ACTIVATIONS:
-        raise ValueError(f"{argument}: expected {' or '.join(map(repr, _ACTIVATIONS))}, got {name!r}")
-    return _ACTIVATIONS[name]()
+def named_activation(kind: Any) -> nn.Module:
+    """Return a new module of this kind."""
+    if not isinstance(kind, str) or kind not in _ACTIVATIONS:
+        raise ValueError(f"act_layer: expected {' or '.join(map(repr, _ACTIVATIONS))}, got {kind!r}")
+    return _ACTIVATIONS[kind]()
 
 
 def named_norm(
-    name: Any, channels: int, factory: dict[str, Any], first: tuple[bool, bool] = (False, False)
+    kind: Any, channels: int, factory: dict[str, Any], first: tuple[bool, bool] = (False, False)
 ) -> nn.Sequential:
     """Return a norm over the channels; `first` tells whether they come, and leave, as the second axis.
 
     Its place in the sequence is part of the official names: a `LayerNorm` stands behind the permutation that it needs.
     """
-    if name not in _NORMS:
-        raise ValueError(f"norm_layer: expected {' or '.join(map(repr, _NORMS))}, got {name!r}")
+    if kind not in _NORMS:
+        raise ValueError(f"norm_layer: expected {' or '.join(map(repr, _NORMS))}, got {kind!r}")
     given, left = first
-    as_second = name == "BN"
+    as_second = kind == "BN"
     norm = nn.BatchNorm2d(channels, **factory) if as_second else nn.LayerNorm(channels, eps=1e-6, **factory)
     before = [] if given == as_second else [ToChannelsLast() if given else ToChannelsFirst()]
     after = [] if left == as_second else [ToChannelsFirst() if left else ToChannelsLast()]
