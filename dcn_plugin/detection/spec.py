@@ -30,8 +30,10 @@ def layer_order(model: nn.Module) -> Callable[..., Callable[[str], int]]:
     """Return what timm calls `group_matcher`: from a parameter's name to its place, by stages of the backbone."""
     info = cast(Any, model).backbone.body.feature_info.info
     stages = [stage["module"] for stage in info]
-    # Where the features come from a flattened model, its names have underscores.
-    places = {f"backbone.body.{name}.": i for i, n in enumerate(stages, 1) for name in (n, n.replace(".", "_"))}
+    # Where the features come from a flattened model, its names have underscores; where it is asked for them, a prefix.
+    places = {
+        f"backbone.body.{name}.": i for i, n in enumerate(stages, 1) for name in (n, n.replace(".", "_"), f"model.{n}")
+    }
 
     def place(name: str) -> int:
         if not name.startswith("backbone.body."):
