@@ -118,7 +118,7 @@ class InternImage(nn.Module):
             )  # fmt: skip
         self.levels = nn.ModuleList(levels)
         self.feature_info = [
-            dict(num_chs=width, reduction=4 * 2**i, module=f"levels.{i}") for i, width in enumerate(widths)
+            dict(num_chs=width, reduction=4 * 2**i, module=f"levels.{i}.map") for i, width in enumerate(widths)
         ]
         if use_clip_projector:
             self.num_features, self.head_hidden_size = 1024, 768

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..layers.channels import named_activation, named_norm
+from ..layers.channels import ToChannelsFirst, named_activation, named_norm
 
 Factory = dict[str, Any]
 
@@ -127,6 +127,8 @@ class Level(nn.Module):
         if post_norms:
             self.post_norms = nn.ModuleList(named_norm("LN", channels, factory) for _ in post_norms)
         self.norm = named_norm("LN", channels, factory) if norm else None
+        # A module of its own, and before the next one, so that extractors of features find the map by its name.
+        self.map = ToChannelsFirst()
         self.downsample = Downsample(channels, norm_layer, factory) if downsample else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -137,7 +139,7 @@ class Level(nn.Module):
                 x = self.post_norms[self.post_norm_block_ids.index(i)](x)
         if self.norm is not None:
             x = self.norm(x)
-        return x.permute(0, 3, 1, 2)
+        return self.map(x)
 
 
 class _CrossAttention(nn.Module):
