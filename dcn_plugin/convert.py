@@ -38,8 +38,9 @@ class Replacement:
         name: dotted name in the model.
         before: the convolution as text: type, channels, taps, and whatever differs from 1 of the rest.
         after: the layer as text: type and options; its geometry is the convolution's.
-        params_added: new parameters (those that predict offsets, `conv_offset`).
-        macs_added: their multiply-adds for one image; None where the feature size is not known.
+        params_added: parameters of the layer (those that predict offsets, `conv_offset`, and what else it has) less
+            those of the convolution.
+        macs_added: multiply-adds of the new ones for one image; None where the feature size is not known.
         aliases: other names under which the model holds the same layer.
     """
 
@@ -118,8 +119,9 @@ def convert(
 ) -> ConversionReport:
     """Replace convolutions of `model` by deformable layers, in place.
 
-    A fresh replacement computes what the convolution computed and shares its `weight` and `bias`. Everything is
-    checked before anything is changed: after an error the model is as it was.
+    A fresh `DCNv1` or `DCNv2` computes what the convolution computed and shares its `weight` and `bias`. A `DCNv3` or
+    `DCNv4`, in a depthwise one's place, does neither: a fresh one is a mean over the window between two linear layers,
+    or 0. Everything is checked before anything is changed: after an error the model is as it was.
 
     A rule is a dict:
 
@@ -127,7 +129,7 @@ def convert(
       and `[2-4]` one of a set (the rules of `fnmatch`); a name starting with `re:` is a regular expression
       that must match the whole name.
     - `layer`: `dict(type='DCNv2', offset_groups=1, ...)`; type is a name in `dcn_plugin.layers.LAYERS` or a class (of
-      your own: a `dcn_plugin.layers.SamplingConv` with `drop_in = True`), the rest are that layer's options beyond
+      your own: a `dcn_plugin.layers.SamplingModule` with `drop_in = True`), the rest are that layer's options beyond
       `nn.Conv2d`'s arguments.
     - `exclude` (optional): like `match`; takes names out again.
     - conditions (optional): `kernel_size`, `stride`, `dilation` (integer or (y, x) pair), `groups` (integer, or
@@ -143,7 +145,8 @@ def convert(
             maps. Default: what a timm model says about itself (`pretrained_cfg`), else multiply-adds are unknown.
 
     Returns:
-        A printable `ConversionReport`. Multiply-adds are those of `conv_offset`; bilinear sampling, about four
+        A printable `ConversionReport`. Multiply-adds are those of `conv_offset`, and of all linear and depthwise parts
+        of a `DCNv3` or `DCNv4`; bilinear sampling, about four
         per tap and input channel and output position, is not among them.
 
     Raises:
