@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import translate
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ._config import did_you_mean
 from ._folding import find_folded
-from .layers import LAYERS, SamplingConv, accept_sibling_offset_keys, drop_ins
+from .layers import LAYERS, SamplingConv, SamplingModule, accept_sibling_offset_keys, drop_ins
 
 logger = logging.getLogger("dcn_plugin")
 
@@ -38,8 +38,9 @@ class Replacement:
         name: dotted name in the model.
         before: the convolution as text: type, channels, taps, and whatever differs from 1 of the rest.
         after: the layer as text: type and options; its geometry is the convolution's.
-        params_added: new parameters (those that predict offsets, `conv_offset`).
-        macs_added: their multiply-adds for one image; None where the feature size is not known.
+        params_added: parameters of the layer (those that predict offsets, `conv_offset`, and what else it has) less
+            those of the convolution.
+        macs_added: multiply-adds of the new ones for one image; None where the feature size is not known.
         aliases: other names under which the model holds the same layer.
     """
 
@@ -118,8 +119,9 @@ def convert(
 ) -> ConversionReport:
     """Replace convolutions of `model` by deformable layers, in place.
 
-    A fresh replacement computes what the convolution computed and shares its `weight` and `bias`. Everything is
-    checked before anything is changed: after an error the model is as it was.
+    A fresh `DCNv1` or `DCNv2` computes what the convolution computed and shares its `weight` and `bias`. A `DCNv3` or
+    `DCNv4`, in a depthwise one's place, does neither: a fresh one is a mean over the window between two linear layers,
+    or 0. Everything is checked before anything is changed: after an error the model is as it was.
 
     A rule is a dict:
 
@@ -127,7 +129,7 @@ def convert(
       and `[2-4]` one of a set (the rules of `fnmatch`); a name starting with `re:` is a regular expression
       that must match the whole name.
     - `layer`: `dict(type='DCNv2', offset_groups=1, ...)`; type is a name in `dcn_plugin.layers.LAYERS` or a class (of
-      your own: a `dcn_plugin.layers.SamplingConv` with `drop_in = True`), the rest are that layer's options beyond
+      your own: a `dcn_plugin.layers.SamplingModule` with `drop_in = True`), the rest are that layer's options beyond
       `nn.Conv2d`'s arguments.
     - `exclude` (optional): like `match`; takes names out again.
     - conditions (optional): `kernel_size`, `stride`, `dilation` (integer or (y, x) pair), `groups` (integer, or
@@ -143,7 +145,8 @@ def convert(
             maps. Default: what a timm model says about itself (`pretrained_cfg`), else multiply-adds are unknown.
 
     Returns:
-        A printable `ConversionReport`. Multiply-adds are those of `conv_offset`; bilinear sampling, about four
+        A printable `ConversionReport`. Multiply-adds are those of `conv_offset`, and of all linear and depthwise parts
+        of a `DCNv3` or `DCNv4`; bilinear sampling, about four
         per tap and input channel and output position, is not among them.
 
     Raises:
@@ -197,7 +200,7 @@ def convert(
     return ConversionReport(replacements, measured_size, note)
 
 
-def _named(layer: SamplingConv) -> str:
+def _named(layer: Any) -> str:
     values = {key: getattr(layer, key) for key in layer.option_names()}
     options = [f"{key}={value!r}" for key, value in values.items() if value is not None]
     return f"{type(layer).__name__}({', '.join(options)})"
@@ -217,7 +220,7 @@ class _Rule:
     label: str
     match: list[re.Pattern[str]]
     exclude: list[re.Pattern[str]]
-    layer: type[SamplingConv]
+    layer: type[Any]  # with `from_conv`, `option_names` and `predictor_multiply_adds`
     options: dict[str, Any]
     conditions: dict[str, Any]
 
@@ -288,17 +291,17 @@ def _patterns(value: Any, label: str) -> list[re.Pattern[str]]:
         raise ValueError(f"{label}: expected regular expressions after re:, got {value!r} ({error})") from None
 
 
-def _parse_layer(config: Any, label: str) -> tuple[type[SamplingConv], dict[str, Any]]:
+def _parse_layer(config: Any, label: str) -> tuple[type[Any], dict[str, Any]]:
     if not isinstance(config, Mapping) or "type" not in config:
         raise TypeError(f"{label}: layer: expected a dict with a 'type', got {config!r}")
     kind, known = config["type"], drop_ins()
     named = known.get(kind, LAYERS.get(kind)) if isinstance(kind, str) else kind
-    if not (isinstance(named, type) and issubclass(named, SamplingConv) and named.drop_in):
+    if not (isinstance(named, type) and issubclass(named, SamplingModule) and named.drop_in):
         known_kind = isinstance(named, type)
         why = ", which cannot stand in for a convolution" if known_kind else did_you_mean(kind, known)
         raise ValueError(f"{label}: layer: expected a type out of {', '.join(known)}, got {kind!r}{why}")
     options = {key: value for key, value in config.items() if key != "type"}
-    own = named.option_names()
+    own = cast(Any, named).option_names()
     for key in options:
         if key not in own:
             hint = f" (it is called {_SYNONYMS[key]!r} here)" if key in _SYNONYMS else did_you_mean(key, own)
@@ -331,10 +334,10 @@ def _checked_input_size(value: Any) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def _plan(model: nn.Module, rules: list[_Rule], names: dict[nn.Module, list[str]]) -> dict[nn.Module, SamplingConv]:
+def _plan(model: nn.Module, rules: list[_Rule], names: dict[nn.Module, list[str]]) -> dict[nn.Module, Any]:
     """Build every new layer, leaving the model alone; the order is the model's."""
     chosen: dict[nn.Module, _Rule] = {}
-    deformable = [name for module, own in names.items() if isinstance(module, SamplingConv) for name in own]
+    deformable = [name for module, own in names.items() if isinstance(module, SamplingModule) for name in own]
     for rule in rules:
         selected = [m for m, own in names.items() if rule.selects(own)]
         admitted = [m for m in selected if rule.admits(m)]
@@ -360,13 +363,13 @@ def _plan(model: nn.Module, rules: list[_Rule], names: dict[nn.Module, list[str]
                 )
             chosen[module] = rule
 
-    plan: dict[nn.Module, SamplingConv] = {}
+    plan: dict[nn.Module, Any] = {}
     for module, own in names.items():
         if module not in chosen:
             continue
         rule = chosen[module]
         try:
-            layer = rule.layer.from_conv(module, **rule.options)  # type: ignore[arg-type]
+            layer = rule.layer.from_conv(module, **rule.options)
         except (TypeError, ValueError) as error:
             hint = ""
             if not isinstance(module, nn.Conv2d) and not rule.conditions:

@@ -11,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dcn_plugin import DCNv1, DCNv2, DeformConv2d, flops, ops
 from dcn_plugin.layers import (
+    DCNv3,
+    DCNv4,
     DeformPSRoIPool,
     DeformPSRoIPoolPack,
     DeformRoIPool,
@@ -123,6 +125,22 @@ def test_attention_layers_cost_what_the_formula_says():
     half = MMCVMultiScaleDeformableAttention(12, 3, 2, 2, batch_first=True, value_proj_ratio=0.5)
     wanted = samples / 2 + queries * 12 * (3 * 4 * 2 + 3 * 4 + 6) + pixels * 12 * 6
     assert counted(half, query, value=x, reference_points=at, spatial_shapes=shapes) == wanted
+
+
+def test_aggregation_layers_cost_what_the_formula_says():
+    """Linears, a depthwise convolution, and four products for each channel of each tap; a stride leaves out outputs."""
+    pixels, outputs, taps = 2 * 6 * 8, 2 * 3 * 4, 9
+    layer, x = DCNv3(12, group=3, stride=2, dw_kernel_size=5), torch.rand(2, 6, 8, 12)
+    before = pixels * 12 * (12 + 25)  # input_proj and dw_conv run on all pixels
+    after = outputs * 12 * (3 * taps * 2 + 3 * taps + 12)
+    wanted = before + after + outputs * 4 * taps * 12
+    assert counted(layer, x) == wanted
+    layer.__flops__ = 0
+    flops.ptflops_hooks()[DCNv3](layer, (x,), layer(x))
+    assert layer.__flops__ == wanted
+    fourth = DCNv4(12, group=3, remove_center=True, center_feature_scale=True)
+    wanted = pixels * 12 * (12 + 72 + 12 + 3) + pixels * 4 * 8 * 12  # 3 * 3 * 8 numbers are a multiple of 8
+    assert counted(fourth, x.flatten(1, 2), (6, 8)) == wanted
 
 
 def test_attention_costs_what_the_formula_says():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import runpy
 import sys
 from collections.abc import Callable
@@ -339,8 +340,12 @@ def test_whole_models(make, tmp_path):
     path = export_onnx(model, (torch.randn(2, 3, 64, 64),), tmp_path / "m.onnx", dynamic_shapes=({0: Dim("n")},))
     x = torch.randn(1, 3, 64, 64)
     wanted = tree_leaves(model(x))
-    for found, expected in zip(run_onnx(path, (x,)), wanted, strict=True):
-        assert_close(found, expected)
+    exact = tree_leaves(copy.deepcopy(model).double()(x.double()))
+    for found, expected, right in zip(run_onnx(path, (x,)), wanted, exact, strict=True):
+        # Deep networks of drawn samples let float32's own rounding grow.
+        rounding = float((expected - right).abs().max() / right.abs().max())
+        assert rounding < 1e-3
+        assert_close(found, expected, max(1e-5, 4 * rounding))
     for name in offset_parameters(model):
         model.get_parameter(name).zero_()
     # A hundred times what agreement leaves open: a small network without norms is moved little by its offsets.

@@ -28,10 +28,24 @@ def detector_spec(model: Mapping[str, Any], num_classes: int | None) -> dict[str
 
 def layer_order(model: nn.Module) -> Callable[..., Callable[[str], int]]:
     """Return what timm calls `group_matcher`: from a parameter's name to its place, by stages of the backbone."""
-    info = cast(Any, model).backbone.body.feature_info.info
-    stages = [stage["module"] for stage in info]
-    # Where the features come from a flattened model, its names have underscores.
-    places = {f"backbone.body.{name}.": i for i, n in enumerate(stages, 1) for name in (n, n.replace(".", "_"))}
+    body = cast(Any, model).backbone.body
+    stages = [stage["module"] for stage in body.feature_info.info]
+    parameters = [name for name, _ in body.named_parameters()]
+    places: dict[str, int] = {}
+    for i, stage in enumerate(stages, 1):
+        # What makes a map may be the last step of its stage, without parameters.
+        holder = stage.rpartition(".")[0]
+        alone = holder and sum(other.startswith(f"{holder}.") for other in stages) == 1
+        # Where the features come from a flattened model, its names have underscores; where it is asked for them, a
+        # prefix.
+        names = [
+            f"{kind}."
+            for name in (stage, *([holder] if alone else []))
+            for kind in (name, name.replace(".", "_"), f"model.{name}")
+        ]
+        found = next((name for name in names if any(parameter.startswith(name) for parameter in parameters)), None)
+        if found is not None:
+            places[f"backbone.body.{found}"] = i
 
     def place(name: str) -> int:
         if not name.startswith("backbone.body."):

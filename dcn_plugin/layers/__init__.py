@@ -8,6 +8,7 @@ from ._start import OffsetPredictor, ZeroLinear, warn_if_redrawn
 from .attention import MMCVMultiScaleDeformableAttention, MSDeformAttn
 from .branch import regions_of
 from .conv import DCNv1, DCNv2, DeformConv2d, OffsetConv, accept_sibling_offset_keys
+from .dcnv3 import DCNv3, DCNv4
 from .ps_roi import DeformPSRoIPool, DeformPSRoIPoolPack, PSRoIPool
 from .roi import DeformRoIPool, DeformRoIPoolPack, ModulatedDeformRoIPoolPack
 from .samples import OffsetRate, Regions, Samples, SamplingHandle, Window
@@ -36,6 +37,8 @@ LAYERS: dict[str, type] = {
         DeformPSRoIPoolPack,
         MSDeformAttn,
         MMCVMultiScaleDeformableAttention,
+        DCNv3,
+        DCNv4,
     )
 }
 """The one list of layers, by name: converter, registries and documents walk it."""
@@ -44,6 +47,8 @@ __all__ = [
     "LAYERS",
     "DCNv1",
     "DCNv2",
+    "DCNv3",
+    "DCNv4",
     "DeformConv2d",
     "DeformPSRoIPool",
     "DeformPSRoIPoolPack",
@@ -77,6 +82,6 @@ __all__ = [
 ]
 
 
-def drop_ins() -> dict[str, type[SamplingConv]]:
+def drop_ins() -> dict[str, type[SamplingModule]]:
     """Return the layers of `LAYERS` that may take a convolution's place, by name."""
-    return {name: layer for name, layer in LAYERS.items() if issubclass(layer, SamplingConv) and layer.drop_in}
+    return {name: layer for name, layer in LAYERS.items() if issubclass(layer, SamplingModule) and layer.drop_in}

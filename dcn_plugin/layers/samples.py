@@ -41,25 +41,33 @@ class Samples(NamedTuple):
 
 
 class Window(NamedTuple):
-    """How a layer moves over its input like a convolution: all (y, x), `padding` (top, left, bottom, right)."""
+    """How a layer moves over its input like a convolution: all (y, x), `padding` (top, left, bottom, right).
+
+    Padding and dilation are no whole pixels where a layer stretches its grid by some other factor.
+    """
 
     kernel_size: tuple[int, int]
     stride: tuple[int, int]
-    padding: tuple[int, int, int, int]
-    dilation: tuple[int, int]
+    padding: tuple[float, float, float, float]
+    dilation: tuple[float, float]
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Return (H', W') for an input of this size."""
         (kh, kw), (sy, sx), (top, left, bottom, right), (dy, dx) = self
-        return (height + top + bottom - dy * (kh - 1) - 1) // sy + 1, (
-            width + left + right - dx * (kw - 1) - 1
-        ) // sx + 1
+        return _whole((height + top + bottom - dy * (kh - 1) - 1) // sy + 1), _whole(
+            (width + left + right - dx * (kw - 1) - 1) // sx + 1
+        )
 
     def taps(self) -> Tensor:
         """Return where the taps of output pixel (0, 0) lie without offsets, `[K, 2]`."""
         (kh, kw), (dy, dx), (top, left, *_) = self.kernel_size, self.dilation, self.padding
         ys, xs = torch.arange(kh) * dy - top, torch.arange(kw) * dx - left
         return torch.stack(torch.meshgrid(ys, xs, indexing="ij"), dim=-1).reshape(-1, 2).float()
+
+
+def _whole(value: Any) -> int:
+    """Sizes that are symbols while tracing stay symbols."""
+    return int(value) if isinstance(value, float) else value
 
 
 class Regions(NamedTuple):

@@ -43,7 +43,8 @@ class SamplingModule(NotScriptable, nn.Module):
     - `offset_unit` and `displacement_scale`: an offset of 1 moves a sample by `displacement_scale` pixels of the
       input, or by that many sizes of its region.
     - `drop_in`: True where `forward(x)` alone suffices, so that `convert` may put it in a convolution's place. It
-      then has `from_conv` and `option_names`, as `SamplingConv` writes them. A single layer may say otherwise.
+      then has `from_conv`, `option_names` and `predictor_multiply_adds`, as `SamplingConv` writes them. A single layer
+      may say otherwise.
 
     and overrides `offsets`, and whichever of the other methods has something to say about it. What `forward` takes
     beside its input, such as another map that predicts the offsets, `offsets` takes in the same order. Regions are the

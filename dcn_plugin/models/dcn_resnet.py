@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 from ..layers import (
     LAYERS,
+    SamplingConv,
     SamplingModule,
     accept_sibling_offset_keys,
     drop_ins,
@@ -113,7 +114,7 @@ def _resolve_layer(dcn_layer: str | Mapping[str, Any], offset_groups: int) -> Ca
         raise TypeError(f"dcn_layer: expected a layer name or dict(type=..., ...), got {dcn_layer!r}")
     options: dict[str, Any] = {"type": dcn_layer} if isinstance(dcn_layer, str) else dict(dcn_layer)
     name = options.pop("type", None)
-    known = drop_ins()
+    known = {kind: layer for kind, layer in drop_ins().items() if issubclass(layer, SamplingConv)}
     if name not in known:
         raise ValueError(f"dcn_layer: expected type out of {list(known)}, got {name!r} in {dcn_layer!r}")
     if options.setdefault("offset_groups", offset_groups) != offset_groups and offset_groups != 1:

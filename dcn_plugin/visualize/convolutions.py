@@ -58,7 +58,7 @@ class LayerRecord:
         return torch.tensor([y, x]) * stride + self.taps() + self.offset[sample, group, :, :, y, x]
 
 
-def effective_dilation(offset: Tensor, kernel_size: Sequence[int], dilation: Sequence[int] = (1, 1)) -> Tensor:
+def effective_dilation(offset: Tensor, kernel_size: Sequence[int], dilation: Sequence[float] = (1, 1)) -> Tensor:
     """Return the mean distance between adjacent sampling points of a filter, [N, G, H', W'] in pixels.
 
     `mean over neighbouring taps k, l of |k*dilation + offset_k - l*dilation - offset_l|`; equals the dilation where the
@@ -98,7 +98,7 @@ def effective_dilation(offset: Tensor, kernel_size: Sequence[int], dilation: Seq
     return distances.mean(dim=2) if distances.shape[2] else offset.new_zeros(n, taps.shape[1], h, w)
 
 
-def _spatial(module: nn.Module) -> tuple[list[int], list[int], list[int], list[int]] | None:
+def _spatial(module: nn.Module) -> tuple[list[int], list[int], list[float], list[float]] | None:
     """Return kernel, stride, top-left padding and dilation of a layer that moves over the image, else None."""
     if isinstance(module, SamplingModule):
         window = module.window
@@ -118,7 +118,8 @@ def _spatial(module: nn.Module) -> tuple[list[int], list[int], list[int], list[i
         padding = [d * (k - 1) // 2 for d, k in zip(dilation, pair(kernel), strict=True)]
     elif isinstance(padding, str):
         padding = 0
-    return pair(kernel), pair(getattr(module, "stride", None) or kernel), pair(padding), dilation
+    sides: list[float] = [*pair(padding)]
+    return pair(kernel), pair(getattr(module, "stride", None) or kernel), sides, [*dilation]
 
 
 def _size(tensor: Tensor) -> tuple[int, int]:

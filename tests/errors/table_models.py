@@ -54,6 +54,63 @@ TIMM = [
 ]  # fmt: skip
 
 
+SMALL = dict(channels=8, depths=(1, 1, 1, 1), groups=(1, 1, 1, 1))
+
+
+def internimage(**given):
+    return lambda: timm.create_model("internimage_tiny", device="meta", **given)
+
+
+def official(tmp_path, spoil):
+    state = timm.create_model("internimage_tiny", **SMALL).state_dict()
+    spoil(state)
+    torch.save({"model": state}, tmp_path / "x.pth")
+    overlay = dict(file=str(tmp_path / "x.pth"))
+    timm.create_model("internimage_tiny", pretrained=True, num_classes=7, pretrained_cfg_overlay=overlay, **SMALL)
+
+
+INTERNIMAGE = [
+    Case(internimage(core_op="DCNv2"), ValueError, "core_op:", "expected 'DCNv3' or 'DCNv4'", "got 'DCNv2'"),
+    *(
+        Case(
+            internimage(res_post_norm=True, **other),
+            ValueError, "res_post_norm:", "expected False with post_norm or layer_scale", "got True",
+        )
+        for other in (dict(post_norm=True), dict(layer_scale=1.0))
+    ),
+    *(
+        Case(
+            internimage(depths=(1,) * depths, groups=groups),
+            ValueError, "groups:", "expected a number for each of the levels", f"got {groups}",
+        )
+        for depths, groups in ((4, (4, 8, 16)), (2, (4, 8)))
+    ),
+    Case(internimage(groups=(4, 8, 16, 30)), ValueError, "channels:", "a multiple of group", "got 512 and 30"),
+    Case(
+        internimage(global_pool=""), ValueError, "global_pool:", "expected some pooling in front of 1000 classes",
+        "got ''",
+    ),
+    Case(
+        internimage(use_clip_projector=True, global_pool="avg"),
+        ValueError, "global_pool:", "expected 'map' or '' with use_clip_projector", "got 'avg'",
+    ),
+    Case(
+        lambda: timm.create_model("internimage_tiny", **SMALL).forward_intermediates(
+            torch.zeros(1, 3, 32, 32), output_fmt="NLC"
+        ),
+        ValueError, "output_fmt:", "expected 'NCHW' or 'NHWC'", "got 'NLC'",
+    ),
+    Case(
+        lambda tmp_path: official(tmp_path, lambda state: state.pop("conv_head.0.weight")),
+        RuntimeError, "pretrained:", "the weights of internimage_tiny", "missing keys ['conv_head.0.weight']",
+    ),
+    Case(
+        lambda tmp_path: official(tmp_path, lambda state: state.update({"levels.0.blocks.0.gamma1": torch.ones(8)})),
+        RuntimeError, "pretrained:", "with these arguments", "unexpected keys ['levels.0.blocks.0.gamma1']",
+    ),
+]  # fmt: skip
+
+
 def mmdet(**given):
     return lambda: DCNResNet(**dict(depth=18, base_channels=8) | given)
 
@@ -206,4 +263,4 @@ DETECTION = [
         ValueError, "offsets:", "that was built with deformable=True", "got a plain one",
     ),
 ]  # fmt: skip
-CASES = TIMM + MMDET + BACKBONE + DETECTION
+CASES = TIMM + INTERNIMAGE + MMDET + BACKBONE + DETECTION

@@ -21,6 +21,7 @@ for _name in _NEEDED.split():
 PARTS = {
     "ops": ("ops/", "reference/"),
     "layers": ("layers/", "detection/roi_pool.py"),
+    "aggregation": ("layers/_aggregation.py", "layers/channels.py", "layers/dcnv3.py"),
     "models": ("models/", "mm/", "detection/"),
     "visualize": ("visualize/",),
     "finetune": ("finetune/", "_config.py", "export/folder.py", "export/forms.py", "models/build.py"),

@@ -9,6 +9,8 @@ from dcn_plugin import layers
 from dcn_plugin.layers import (
     DCNv1,
     DCNv2,
+    DCNv3,
+    DCNv4,
     DeformPSRoIPoolPack,
     DeformRoIPoolPack,
     MMCVMultiScaleDeformableAttention,
@@ -86,6 +88,8 @@ LAYERS = {
     "MMCVMultiScaleDeformableAttention": lambda: (
         MMCVAtLevels(8, 2, 2, 3, dropout=0.0, batch_first=True, value_proj_ratio=0.5), _attended(4)
     ),
+    "DCNv3": lambda: (DCNv3(6, group=2, stride=2, center_feature_scale=True), (torch.randn(2, 7, 8, 6),)),
+    "DCNv4": lambda: (DCNv4(6, group=2, dw_kernel_size=3, remove_center=True), (torch.randn(2, 49, 6),)),
 }  # fmt: skip
 PREDICTING = {name for name, cls in layers.LAYERS.items() if getattr(cls, "offset_branches", {})}
 assert LAYERS.keys() == PREDICTING, f"add rows to LAYERS of {__file__}: {', '.join(PREDICTING - LAYERS.keys())}"

@@ -45,8 +45,8 @@ each_way = pytest.mark.parametrize("way", WAYS)
 
 
 def weighted(layer: nn.Module) -> list[nn.Module]:
-    """The layer, if it has a weight, and every part of its branches that has one."""
-    return [m for m in layer.modules() if isinstance(getattr(m, "weight", None), torch.Tensor)]
+    """The layer, if it has a weight, and every part of it that has one; not norms, whose weight is a row."""
+    return [m for m in layer.modules() if isinstance(w := getattr(m, "weight", None), torch.Tensor) and w.dim() > 1]
 
 
 def reparametrised(name: str, way: str, dtype: torch.dtype = torch.float64):
@@ -69,6 +69,9 @@ def plain_twin(layer: nn.Module, name: str, dtype: torch.dtype = torch.float64) 
     with torch.no_grad():
         for module, source in zip(weighted(twin), weighted(layer), strict=True):
             module.weight.copy_(source.weight)
+        as_they_are = dict(layer.named_parameters())
+        for key, parameter in twin.named_parameters():
+            parameter.copy_(as_they_are.get(key, parameter))
     return twin.eval()
 
 
@@ -106,7 +109,7 @@ def test_gradients_reach_what_the_weights_are_computed_from(name, way):
         if module.bias is not None:
             assert_close(module.bias.grad, plain.bias.grad, torch.float64)
     # Optimizers still find the branches that predict offsets.
-    names = ("conv_offset", "offset_fc", "mask_fc", "sampling_offsets")
+    names = ("conv_offset", "offset", "mask_fc", "sampling_offsets", "center_feature_scale_proj")
     branches = [k for k, _ in layer.named_parameters() if k.startswith(names)]
     assert list(offset_parameters(layer)) == branches and branches
 
