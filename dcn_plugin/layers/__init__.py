@@ -8,6 +8,7 @@ from ._start import OffsetPredictor, ZeroLinear, warn_if_redrawn
 from .attention import MMCVMultiScaleDeformableAttention, MSDeformAttn
 from .branch import regions_of
 from .conv import DCNv1, DCNv2, DeformConv2d, OffsetConv, accept_sibling_offset_keys
+from .dat import DAttention
 from .ps_roi import DeformPSRoIPool, DeformPSRoIPoolPack, PSRoIPool
 from .roi import DeformRoIPool, DeformRoIPoolPack, ModulatedDeformRoIPoolPack
 from .samples import OffsetRate, Regions, Samples, SamplingHandle, Window
@@ -36,6 +37,7 @@ LAYERS: dict[str, type] = {
         DeformPSRoIPoolPack,
         MSDeformAttn,
         MMCVMultiScaleDeformableAttention,
+        DAttention,
     )
 }
 """The one list of layers, by name: converter, registries and documents walk it."""
@@ -44,6 +46,7 @@ __all__ = [
     "LAYERS",
     "DCNv1",
     "DCNv2",
+    "DAttention",
     "DeformConv2d",
     "DeformPSRoIPool",
     "DeformPSRoIPoolPack",
