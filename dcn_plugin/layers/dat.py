@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..ops import ms_deform_attn
 from ..ops._check import integer, number
+from ..ops._transforms import unrecorded
 from ._start import OffsetPredictor
 from .arguments import check_input, describe, divisible, factory_arguments, flag, pair
 from .samples import Samples, recorded
@@ -32,88 +33,97 @@ class ChannelNorm(nn.Module):
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def _line(count: int, half_pixel: bool, whole: int, like: Tensor) -> Tensor:
-    """Return `count` positions along an axis, `[count]`: (2i + 1) / whole - 1, or without the half pixel from -1 to 1."""
-    i = torch.arange(count, device=like.device, dtype=like.dtype)
-    return (2 * i + 1) / whole - 1 if half_pixel else (2 * i - (count - 1)) / whole
+@unrecorded
+def _size(x: Tensor) -> tuple[int, int]:
+    """Return height and width, as plain numbers also where `torch.jit.trace` records."""
+    return x.shape[2], x.shape[3]
 
 
-def _grid(height: int, width: int, plus: bool, like: Tensor, queries: bool = False) -> Tensor:
+@unrecorded
+def _pair(y: float, x: float, like: Tensor) -> Tensor:
+    return torch.tensor([y, x], device=like.device, dtype=like.dtype)
+
+
+@unrecorded
+def _grid(size: tuple[int, int], plus: bool, like: Tensor, queries: bool = False) -> Tensor:
     """Return where samples lie at first, or where queries do, `[height, width, 2]`."""
-    # One sample or query has no distance to divide by, and lies in the middle.
-    whole = [max(count - 1, 1) if plus else count for count in (height, width)]
-    half = not (plus and queries)
-    lines = [_line(count, half, size, like) for count, size in zip((height, width), whole, strict=True)]
+    lines = []
+    for count in size:
+        i = torch.arange(count, device=like.device, dtype=like.dtype)
+        if plus and queries:
+            lines.append((2 * i - (count - 1)) / max(count - 1, 1))
+        else:
+            lines.append((2 * i + 1) / _distances(count, plus) - 1)
     return torch.stack(torch.meshgrid(*lines, indexing="ij"), -1)
 
 
+def _distances(count: int, plus: bool) -> int:
+    """Return into how many parts the way from -1 to 1 is cut; one sample of DAT++ lies in the middle of one."""
+    return max(count - 1, 1) if plus else count
+
+
 def _in_groups(query: Tensor, groups: int) -> Tensor:
-    n, c, h, w = query.shape
-    return query.reshape(n * groups, c // groups, h, w)
+    return query.unflatten(1, (groups, -1)).flatten(0, 1)
 
 
 def _positions(raw: Tensor, groups: int, factor: float, plus: bool) -> Tensor:
     """Return positions `[N, G, H_k, W_k, 2]`, in float32 at least, from what `conv_offset` predicted."""
-    height, width = raw.shape[-2:]
+    height, width = _size(raw)
     raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
-    raw = raw.reshape(raw.shape[0] // groups, groups, 2, height, width).permute(0, 1, 3, 4, 2)
-    start = _grid(height, width, plus, raw)
+    raw = raw.unflatten(0, (-1, groups)).permute(0, 1, 3, 4, 2)
+    start = _grid((height, width), plus, raw)
     if factor < 0:
         return (raw + start).clamp(-1, 1)
-    reach = [factor / (max(count - 1, 1) if plus else count) for count in (height, width)]
-    return start + raw.tanh() * torch.tensor(reach, device=raw.device, dtype=raw.dtype)
+    return start + raw.tanh() * _pair(factor / _distances(height, plus), factor / _distances(width, plus), raw)
 
 
 def _moves(position: Tensor, x: Tensor, factor: float, plus: bool) -> Tensor:
     """Return how far samples lie from where they do at first, `[N, 2*G, H_k, W_k]` in pixels."""
-    start = _grid(*position.shape[2:4], plus, position)
+    start = _grid(_size(position), plus, position)
     start = start.clamp(-1, 1) if factor < 0 else start
-    half = torch.tensor([(size - 1) / 2 for size in x.shape[-2:]], device=x.device, dtype=position.dtype)
-    return ((position - start) * half).permute(0, 1, 4, 2, 3).flatten(1, 2)
+    height, width = _size(x)
+    moved = (position - start) * _pair((height - 1) / 2, (width - 1) / 2, position)
+    return moved.permute(0, 1, 4, 2, 3).flatten(1, 2)
 
 
 def _sample(x: Tensor, position: Tensor) -> Tensor:
     """Return `[N, C, H_k, W_k]`, each group's channels at its own positions."""
-    n, c, h, w = x.shape
-    groups, rows, columns = position.shape[1:4]
-    value = x.flatten(2).transpose(1, 2).reshape(n, h * w, groups, c // groups)
-    size = torch.tensor([w, h], device=x.device, dtype=position.dtype)
-    # From pixel centres at -1 and 1 to borders at 0 and 1.
-    location = ((position.flip(-1) + 1) * (0.5 * (size - 1)) + 0.5) / size
-    location = location.reshape(n, groups, rows * columns, 1, 1, 2).transpose(1, 2)
-    return ms_deform_attn(value, [(h, w)], location).transpose(1, 2).reshape(n, c, rows, columns)
+    height, width = _size(x)
+    value = x.flatten(2).transpose(1, 2).unflatten(2, (position.shape[1], -1))
+    # From pixel centres at -1 and 1 to borders at 0 and 1; the operator takes (x, y).
+    part = _pair((height - 1) / (2 * height), (width - 1) / (2 * width), position)
+    location = (position * part + 0.5).flip(-1).flatten(2, 3).transpose(1, 2)
+    sampled = ms_deform_attn(value, [(height, width)], location[:, :, :, None, None])
+    return sampled.transpose(1, 2).unflatten(2, _size(position))
 
 
 def _bias(table: Tensor, position: Tensor, query: Tensor, plus: bool) -> Tensor:
     """Return what the table holds for the way from each sample to each query, `[N, M, H * W, H_k * W_k]`."""
-    heads, height, width = table.shape
-    n, groups, rows, columns = position.shape[:4]
-    queries, samples = query.shape[2] * query.shape[3], rows * columns
+    height, width = _size(table[None])
     # The way (query - sample) / 2 runs over the table as positions do over a map.
-    size = torch.tensor([width, height], device=table.device, dtype=position.dtype)
-    step = (size - 1) / (4 * size)
-    to = _grid(query.shape[2], query.shape[3], plus, position, queries=True).flip(-1) * step + 0.5
-    of = (position.flip(-1) * step).reshape(n, groups, samples, 2).transpose(1, 2)
-    location = to.reshape(1, queries, 1, 1, 2) - of[:, None]
-    # One table for all images, so all images' ways are its queries.
-    value = table.reshape(groups, heads // groups, height * width).permute(2, 0, 1)[None]
-    found = ms_deform_attn(value, [(height, width)], location.reshape(1, n * queries * samples, groups, 1, 1, 2))
-    return found.reshape(n, queries, samples, heads).permute(0, 3, 1, 2)
+    part = _pair((height - 1) / (4 * height), (width - 1) / (4 * width), position)
+    to = (_grid(_size(query), plus, position, queries=True) * part + 0.5).flip(-1).flatten(0, 1)
+    of = (position * part).flip(-1).flatten(2, 3).transpose(1, 2)
+    location = to[:, None, None] - of[:, None]  # [N, queries, samples, G, 2]
+    # One table for all images, so the ways of all of them are its queries.
+    value = table.flatten(1).unflatten(0, (position.shape[1], -1)).permute(2, 0, 1)[None]
+    found = ms_deform_attn(value, [(height, width)], location.flatten(0, 2)[None, :, :, None, None])
+    return found[0].unflatten(0, (-1, to.shape[0], of.shape[1])).permute(0, 3, 1, 2)
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
-    n, c, h, w = x.shape
-    return x.reshape(n, heads, c // heads, h * w)
+    return x.flatten(2).unflatten(1, (heads, -1))
 
 
 def _weights(query: Tensor, key: Tensor, bias: Tensor, heads: int) -> Tensor:
     """Return `[N, M, H * W, H_k * W_k]`, which sum to 1 over the samples."""
-    scale = (query.shape[1] // heads) ** -0.5
-    return (_heads(query, heads).transpose(2, 3) * scale @ _heads(key, heads) + bias).softmax(-1)
+    query = _heads(query, heads).transpose(2, 3)
+    return (query * query.shape[3] ** -0.5 @ _heads(key, heads) + bias).softmax(-1)
 
 
-def _mixed(weights: Tensor, value: Tensor, like: Tensor) -> Tensor:
-    return (_heads(value, weights.shape[1]) @ weights.transpose(2, 3)).reshape(like.shape)
+def _mixed(weights: Tensor, value: Tensor, query: Tensor) -> Tensor:
+    mixed = _heads(value, weights.shape[1]) @ weights.transpose(2, 3)
+    return mixed.flatten(1, 2).unflatten(2, _size(query))
 
 
 # Symbolic tracing records these as calls: they look at shapes.
@@ -255,10 +265,10 @@ class DAttention(SamplingModule):
     def places(self, samples: Samples) -> Tensor:
         """Return where the samples of one call lie without offsets, `[H_k, W_k, 2]` in pixels, (y, x)."""
         assert isinstance(samples.input, Tensor) and samples.offset is not None
-        start = _grid(*samples.offset.shape[-2:], self.plus, samples.offset.new_empty(0))
+        height, width = _size(samples.input)
+        start = _grid(_size(samples.offset), self.plus, samples.offset)
         start = start.clamp(-1, 1) if self.offset_range_factor < 0 else start
-        size = torch.tensor(samples.input.shape[-2:], device=start.device)
-        return (start + 1) * (0.5 * (size - 1))
+        return (start + 1) * _pair((height - 1) / 2, (width - 1) / 2, start)
 
     def extra_repr(self) -> str:
         names = ("dim", "n_heads", "n_groups", "q_size", "ksize", "stride", "offset_range_factor", "plus")

@@ -98,6 +98,7 @@ LAYERS = {
         query=QUERY, reference_points=POINTS, input_flatten=PIXELS)),
     "MMCVMultiScaleDeformableAttention": (lambda: MMCVAtLevels(8, 2, 2, 3, batch_first=True), dict(
         query=QUERY, reference_points=POINTS, value=PIXELS)),
+    "DAttention": (lambda: layers.DAttention(4, 2, 1, 6), dict(input=IMAGE)),
 }  # fmt: skip
 MISSING = layers.LAYERS.keys() - LAYERS.keys()
 assert not MISSING, f"add rows to LAYERS of {__file__}: {', '.join(MISSING)}"

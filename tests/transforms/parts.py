@@ -7,6 +7,7 @@ from torch import nn
 
 from dcn_plugin import layers
 from dcn_plugin.layers import (
+    DAttention,
     DCNv1,
     DCNv2,
     DeformPSRoIPoolPack,
@@ -86,6 +87,7 @@ LAYERS = {
     "MMCVMultiScaleDeformableAttention": lambda: (
         MMCVAtLevels(8, 2, 2, 3, dropout=0.0, batch_first=True, value_proj_ratio=0.5), _attended(4)
     ),
+    "DAttention": lambda: (DAttention(8, 4, 2, (8, 9), stride=2, offset_range_factor=0.5), (_image(8),)),
 }  # fmt: skip
 PREDICTING = {name for name, cls in layers.LAYERS.items() if getattr(cls, "offset_branches", {})}
 assert LAYERS.keys() == PREDICTING, f"add rows to LAYERS of {__file__}: {', '.join(PREDICTING - LAYERS.keys())}"

@@ -45,8 +45,9 @@ each_way = pytest.mark.parametrize("way", WAYS)
 
 
 def weighted(layer: nn.Module) -> list[nn.Module]:
-    """The layer, if it has a weight, and every part of its branches that has one."""
-    return [m for m in layer.modules() if isinstance(getattr(m, "weight", None), torch.Tensor)]
+    """The layer, if it has a weight, and every part of it that has one, but for norms'."""
+    weights = {m: getattr(m, "weight", None) for m in layer.modules()}
+    return [m for m, weight in weights.items() if isinstance(weight, torch.Tensor) and weight.dim() > 1]
 
 
 def reparametrised(name: str, way: str, dtype: torch.dtype = torch.float64):
@@ -66,7 +67,10 @@ def reparametrised(name: str, way: str, dtype: torch.dtype = torch.float64):
 def plain_twin(layer: nn.Module, name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     """A layer that has the present weights as plain parameters."""
     twin, _ = make_layer(name, dtype)
+    own = dict(layer.named_parameters())
     with torch.no_grad():
+        for key, parameter in twin.named_parameters():
+            parameter.copy_(own.get(key, parameter))
         for module, source in zip(weighted(twin), weighted(layer), strict=True):
             module.weight.copy_(source.weight)
     return twin.eval()
