@@ -27,9 +27,7 @@ class Names(NamedTuple):
 
 
 @unrecorded
-def check_levels(
-    names: Names, given: Any, parameter: Any, width: int, levels: int, batch_first: bool = True
-) -> Levels:
+def check_levels(names: Names, given: Any, parameter: Any, width: int, levels: int, batch_first: bool = True) -> Levels:
     """Return (height, width) of each level if the arguments of a call fit together.
 
     `given` are the arguments in the order of `names`, batch first; `parameter` is one of the layer's (a

@@ -185,8 +185,19 @@ class DAT(nn.Module):
             size = (height // 2**i, width // 2**i)
             stages.append(
                 _Stage(
-                    kind, dims[i], heads[i], groups[i], size, window_size, plus, i, mlp_ratio, proj_drop_rate,
-                    attn_drop_rate, own, factory,
+                    kind,
+                    dims[i],
+                    heads[i],
+                    groups[i],
+                    size,
+                    window_size,
+                    plus,
+                    i,
+                    mlp_ratio,
+                    proj_drop_rate,
+                    attn_drop_rate,
+                    own,
+                    factory,
                 )  # fmt: skip
             )
         self.stages = nn.ModuleList(stages)

@@ -233,8 +233,8 @@ def test_a_layer_is_the_operator_with_its_own_offsets(name):
         assert_close(out, expected, torch.float64)
         found, right = gradients(out, layer, inputs), gradients(expected, layer, inputs)
         for k, v in found.items():
-            if k == "proj_k.bias":  # which a softmax does not see
-                assert v.abs().max() < 1e-9
+            if isinstance(layer, layers.DAttention):  # where gradients cancel, what is left is rounding
+                torch.testing.assert_close(v, right[k], rtol=1e-9, atol=1e-9)
                 continue
             assert_close(v, right[k], torch.float64, k)
         loaded = cls(**arguments).double()
