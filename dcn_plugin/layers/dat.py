@@ -229,8 +229,9 @@ class DAttention(SamplingModule):
         """Initialise as published, but for the offsets, which start at zero."""
         nn.init.trunc_normal_(self.rpe_table, std=0.01)
         for module in self.modules():
-            if module is not self and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset: Any = getattr(module, "reset_parameters", None)
+            if module is not self and reset is not None:
+                reset()
 
     def forward(self, input: Tensor) -> Tensor:
         """Attend from every pixel of `input`, `[N, C, H, W]`, to samples of it; returns the same shape."""

@@ -1,4 +1,4 @@
-"""Attention within windows in plain PyTorch, with the state dicts of DAT: local, shifted, and of each pixel's neighbours.
+"""Attention within windows in plain PyTorch, with DAT's state dicts: local, shifted, and of each pixel's neighbours.
 
 Symbols: N batch, C channels, H x W the map, M heads. Input and output are `[N, C, H, W]`, of any size: where windows do
 not fit, the map gets zeros on the right and at the bottom, which take part as in DAT's detectors.

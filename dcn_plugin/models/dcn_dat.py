@@ -98,10 +98,11 @@ class _Stage(nn.Module):
 
     def __init__(
         self, kinds: str, dim: int, heads: int, groups: int, size: tuple[int, int], window: int, plus: bool,
-        index: int, mlp_ratio: float, drop: float, attn_drop: float, drop_path: Sequence[float], factory: dict[str, Any],
+        index: int, mlp_ratio: float, drop: float, attn_drop: float, drop_path: Sequence[float],
+        factory: dict[str, Any],
     ) -> None:  # fmt: skip
         super().__init__()
-        drops = dict(attn_drop=attn_drop, proj_drop=drop)
+        drops: dict[str, Any] = dict(attn_drop=attn_drop, proj_drop=drop)
         make: dict[str, Any] = {
             "L": partial(LocalAttention, dim, heads, window, **drops, **factory),
             "S": partial(ShiftWindowAttention, dim, heads, window, size, **drops, **factory),
@@ -130,7 +131,7 @@ class _Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for d in range(len(self.attns)):
-            if self.grad_checkpointing and not torch.jit.is_scripting():
+            if self.grad_checkpointing:
                 x = checkpoint(self._block, d, x)
             else:
                 x = self._block(d, x)
@@ -217,8 +218,9 @@ class DAT(nn.Module):
     def init_weights(self) -> None:
         """Draw fresh weights: torch's for linear layers and convolutions, small biases, and offsets of zero."""
         for module in self.modules():
-            if module is not self and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset: Any = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -234,13 +236,15 @@ class DAT(nn.Module):
             if coarse:
                 blocks.append((rf"^stages\.{i}\.", (i,)))
                 continue
-            for d in range(len(stage.attns)):
-                blocks.append((rf"^stages\.{i}\.layer_norms\.({2 * d}|{2 * d + 1})\.".replace("(", "(?:"), (i, d)))
+            attentions: Any = stage.attns
+            for d in range(len(attentions)):
+                blocks.append((rf"^stages\.{i}\.layer_norms\.(?:{2 * d}|{2 * d + 1})\.", (i, d)))
                 blocks.append((rf"^stages\.{i}\.(?!layer_norms)\w+\.{d}\.", (i, d)))
         return dict(stem=r"^patch_proj", blocks=[*blocks, (r"^cls_norm", (99999,))])
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        stage: Any
         for stage in self.stages:
             stage.grad_checkpointing = enable
 

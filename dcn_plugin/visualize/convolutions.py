@@ -414,8 +414,8 @@ def offset_field(
     h, w = arrows.shape[-2:]
     cells = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), dim=-1).reshape(-1, 2)
     # Of attention the output's pixels are its queries: arrows start where samples do.
-    placed = item.places is not None
-    start = _to_image(item.places.reshape(-1, 2), item.grid) if placed else _to_image(cells.float(), item.out_grid)
+    first, grid_of_first = (cells.float(), item.out_grid) if item.places is None else (item.places, item.grid)
+    start = _to_image(first.reshape(-1, 2), grid_of_first)
     longest = arrows.norm(dim=1).max().clamp(min=1e-6).item()
     height, width = image.shape[-2:]
     figure, grid = new_figure(2, width=4.0, height=3.8)
