@@ -18,8 +18,8 @@ from ._weight_files import State, find_weights, read_file, refuse_others
 from .layers import SamplingModule, prefix_note, rename_former_keys
 
 __all__ = [
-    "LoadReport", "extract_weights", "load_checkpoint", "match_wrappers", "read_checkpoint", "read_file",
-    "refuse_others",
+    "LoadReport", "extract_weights", "find_weights", "load_checkpoint", "match_wrappers", "read_checkpoint",
+    "read_file", "refuse_others",
 ]  # fmt: skip
 
 logger = logging.getLogger("dcn_plugin")

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "checkpoint": ("_unpickling _weight_files layers", ""),
     "flops": ("layers ops", "mmengine"),
     "visualize": ("visualize layers", "numpy matplotlib"),
-    "models": ("models convert layers _config registry", "timm mmengine"),
+    "models": ("models convert checkpoint layers _config registry", "timm mmengine"),
     "mm": ("mm checkpoint layers", "timm mmengine numpy"),
     # Detectors are torchvision's; they alone import it.
     "detection": ("detection mm layers ops reference _config", "torchvision"),

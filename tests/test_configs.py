@@ -16,7 +16,7 @@ from test_data import write_shards  # noqa: E402
 from dcn_plugin._config import arguments, build_object  # noqa: E402
 from dcn_plugin.finetune import load_config  # noqa: E402
 from dcn_plugin.finetune.run import RUN_KEYS, STRATEGIES, TASKS, build  # noqa: E402
-from dcn_plugin.layers import OffsetConv  # noqa: E402
+from dcn_plugin.layers import sampling_layers  # noqa: E402
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 LEAVES = sorted(path for path in CONFIGS.rglob("*.py") if "_base_" not in path.parts)
@@ -75,13 +75,13 @@ def test_config_builds_and_trains_a_step(path, tmp_path):
                 for k in range(3):
                     Image.new("RGB", (80, 70), (90 * i, 40 * k, 9)).save(tmp_path / split / name / f"{k}.png")
     trainer, module, data = build(load_config(path, options), tmp_path / "work")
-    assert any("fc" in name for name in train_a_step(path, trainer, module, data))
+    assert any("fc" in name or "head" in name for name in train_a_step(path, trainer, module, data))
 
 
 def train_a_step(path, trainer, module, data):
     """Train; return the names of the parameters that moved."""
-    deformable = [m for m in module.modules() if isinstance(m, OffsetConv)]
-    assert bool(deformable) == ("dcn" in path.stem)
+    deformable = [m for m in sampling_layers(module.model).values() if m.offset_unit == "pixels"]
+    assert bool(deformable) == ("dcn" in path.stem or path.stem.startswith("dat"))
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
     trainer.fit(module, data)
     assert trainer.global_step == 1

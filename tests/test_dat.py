@@ -225,6 +225,19 @@ def test_files_load_in_the_official_nestings(plus, nesting, tmp_path):
 
 
 @each_generation
+def test_weights_that_do_not_fit_are_refused_by_name(plus, tmp_path):
+    """timm itself drops its check as soon as the number of classes differs."""
+    source = small(plus, torch.float32).state_dict()
+    source["elsewhere"] = source.pop("stages.2.attns.1.proj_q.bias")
+    torch.save({"model": source}, tmp_path / "weights.pth")
+    for options in ({}, dict(num_classes=3), dict(features_only=True)):
+        with pytest.raises(
+            RuntimeError, match=r"pretrained: .*keys \['stages.2.attns.1.proj_q.bias'\].*\['elsewhere'\]"
+        ):
+            loaded(tmp_path / "weights.pth", plus, **options)
+
+
+@each_generation
 def test_tables_are_resized_for_other_sizes(plus, tmp_path):
     source = small(plus, torch.float32)
     save_file(source.state_dict(), tmp_path / "weights.safetensors")

@@ -37,9 +37,11 @@ from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs,
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from ..checkpoint import find_weights, match_wrappers
 from ..layers import DAttention
 from ..layers.arguments import pair
 from ..layers.dat import ChannelNorm
+from ._official import official_weights
 from ._windows import LocalAttention, NeighborhoodAttention, ShiftWindowAttention
 
 __all__ = ["DAT"]
@@ -58,6 +60,8 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "dat_plus_small": dict(_PLUS, groups=(1, 2, 3, 6)),
     "dat_plus_base": dict(_PLUS, dim=128, heads=(4, 8, 16, 32), groups=(2, 4, 8, 16)),
 }  # fmt: skip
+_TABLES = ("rpe_table", "rpb", "relative_position_bias_table")  # position biases, whose size follows the image's
+_COMPUTED = ("relative_position_index", "attn_mask")
 _KERNELS = (9, 7, 5, 3)  # of what predicts the offsets, by stage
 _STRIDES = (8, 4, 2, 1)  # of the same, in DAT++
 
@@ -224,8 +228,7 @@ class DAT(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        tables = ("rpe_table", "rpb", "relative_position_bias_table")
-        return {name for name, _ in self.named_parameters() if name.endswith(tables)}
+        return {name for name, _ in self.named_parameters() if name.endswith(_TABLES)}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -354,24 +357,22 @@ def _resized(table: Tensor, shape: torch.Size) -> Tensor:
     return F.interpolate(table[None].float(), size, mode="bicubic")[0].to(table.dtype)
 
 
-def _for_this_size(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def _for_this_size(content: Mapping[str, Any], model: nn.Module, features_only: bool) -> dict[str, Any]:
     """Fit weights to the model's size of images and windows: tables are resized, what is computed is the model's."""
-    own = model.state_dict()
-    fitted = dict(state)
-    for key, value in own.items():
+    state = match_wrappers(model, find_weights(content, None, "pretrained", []))
+    for key, value in model.state_dict().items():
         kind = key.rpartition(".")[2]
-        if kind in ("relative_position_index", "attn_mask"):
-            if key not in state or state[key].shape != value.shape:
-                fitted[key] = value
-        elif kind in ("rpe_table", "rpb", "relative_position_bias_table") and key in state:
-            if state[key].shape != value.shape:
-                fitted[key] = _resized(state[key], value.shape)
-    return fitted
+        if kind in _COMPUTED:
+            state[key] = value
+        elif kind in _TABLES and key in state and state[key].shape != value.shape:
+            state[key] = _resized(state[key], value.shape)
+    return official_weights(state, model, ("cls_norm", "cls_head"), features_only)
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> DAT:
+    fit = partial(_for_this_size, features_only=bool(kwargs.get("features_only")))
     return build_model_with_cfg(
-        DAT, variant, pretrained, pretrained_filter_fn=_for_this_size,
+        DAT, variant, pretrained, pretrained_filter_fn=fit,
         feature_cfg=dict(out_indices=kwargs.pop("out_indices", (0, 1, 2, 3)), feature_cls="getter"),
         **dict(_VARIANTS[variant], **kwargs),
     )  # fmt: skip

@@ -7,7 +7,7 @@ state and so work without a display. Positions are (y, x) everywhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -195,8 +195,9 @@ def record(
     def look(name: str, layer: SamplingModule, samples: Samples) -> None:
         offset, mask, input, window = samples.offset, samples.mask, samples.input, layer.window
         places = layer.places(samples)
-        if window is None and places is None or not isinstance(input, Tensor):
-            got = "several maps" if isinstance(input, Mapping) else "no window in this call"
+        still = window is None and places is None
+        if still or not isinstance(input, Tensor):
+            got = "no window in this call" if still else "several maps"
             raise TypeError(f"model: expected layers with a window that read one map, got {name!r}, which has {got}")
         before = after = _size(input)
         taps = 1 if window is None else math.prod(window.kernel_size)

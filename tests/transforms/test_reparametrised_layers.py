@@ -45,9 +45,8 @@ each_way = pytest.mark.parametrize("way", WAYS)
 
 
 def weighted(layer: nn.Module) -> list[nn.Module]:
-    """The layer, if it has a weight, and every part of it that has one, but for norms'."""
-    weights = {m: getattr(m, "weight", None) for m in layer.modules()}
-    return [m for m, weight in weights.items() if isinstance(weight, torch.Tensor) and weight.dim() > 1]
+    """The layer, if it has a weight, and every part of it that has one; not norms, whose weight is a row."""
+    return [m for m in layer.modules() if isinstance(w := getattr(m, "weight", None), torch.Tensor) and w.dim() > 1]
 
 
 def reparametrised(name: str, way: str, dtype: torch.dtype = torch.float64):
@@ -67,12 +66,12 @@ def reparametrised(name: str, way: str, dtype: torch.dtype = torch.float64):
 def plain_twin(layer: nn.Module, name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     """A layer that has the present weights as plain parameters."""
     twin, _ = make_layer(name, dtype)
-    own = dict(layer.named_parameters())
     with torch.no_grad():
-        for key, parameter in twin.named_parameters():
-            parameter.copy_(own.get(key, parameter))
         for module, source in zip(weighted(twin), weighted(layer), strict=True):
             module.weight.copy_(source.weight)
+        as_they_are = dict(layer.named_parameters())
+        for key, parameter in twin.named_parameters():
+            parameter.copy_(as_they_are.get(key, parameter))
     return twin.eval()
 
 
@@ -110,7 +109,7 @@ def test_gradients_reach_what_the_weights_are_computed_from(name, way):
         if module.bias is not None:
             assert_close(module.bias.grad, plain.bias.grad, torch.float64)
     # Optimizers still find the branches that predict offsets.
-    names = ("conv_offset", "offset_fc", "mask_fc", "sampling_offsets")
+    names = ("conv_offset", "offset", "mask_fc", "sampling_offsets", "center_feature_scale_proj")
     branches = [k for k, _ in layer.named_parameters() if k.startswith(names)]
     assert list(offset_parameters(layer)) == branches and branches
 
