@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dcn_plugin import DCNv1, DCNv2, DeformConv2d, flops, ops
 from dcn_plugin.layers import (
+    DAttention,
     DeformPSRoIPool,
     DeformPSRoIPoolPack,
     DeformRoIPool,
@@ -123,6 +124,17 @@ def test_attention_layers_cost_what_the_formula_says():
     half = MMCVMultiScaleDeformableAttention(12, 3, 2, 2, batch_first=True, value_proj_ratio=0.5)
     wanted = samples / 2 + queries * 12 * (3 * 4 * 2 + 3 * 4 + 6) + pixels * 12 * 6
     assert counted(half, query, value=x, reference_points=at, spatial_shapes=shapes) == wanted
+
+
+def test_attention_to_a_grid_costs_what_the_formula_says():
+    """Projections of queries and samples, offsets for each group, samples of map and table, and two products."""
+    layer, x = DAttention(12, 3, 1, (6, 8), 3, 2, -1, True), torch.rand(2, 12, 6, 8)
+    queries, samples = 2 * 6 * 8, 2 * 3 * 4
+    projections = (2 * queries + 2 * samples) * 12 * 12
+    predicted = samples * (12 * 9 + 12 * 2)
+    sampled = samples * 12 * 4 + queries * 3 * 4 * 3 * 4
+    products = 2 * queries * 3 * 4 * 12
+    assert counted(layer, x) == projections + predicted + sampled + products
 
 
 def test_attention_costs_what_the_formula_says():
