@@ -82,10 +82,10 @@ class PointGradients {
  public:
   PointGradients(const AttentionArguments& a, const AttentionGeometry& g, int64_t wanted)
       : wanted_(wanted & (kSamplingLocations | kAttentionWeights | kReferencePoints)),
-        memory_(torch::stable::new_empty(a.value,
-                                         {wanted_ ? g.query_heads() * g.points : 0,
-                                          static_cast<int64_t>(sizeof(PointGradient<A>) / sizeof(A))},
-                                         scalar_type_of<A>())) {}
+        memory_(torch::stable::new_empty(
+            a.value,
+            {wanted_ ? g.query_heads() * g.points : 0, static_cast<int64_t>(sizeof(PointGradient<A>) / sizeof(A))},
+            scalar_type_of<A>())) {}
   PointGradient<A>* data() const { return wanted_ ? static_cast<PointGradient<A>*>(memory_.data_ptr()) : nullptr; }
 
  private:
@@ -100,8 +100,7 @@ void finish_gradients(const AttentionPoints<A, F>& points, const PointGradients<
   const auto data = [](const Tensor& t) { return static_cast<F*>(t.data_ptr()); };
   if (wanted & kSamplingLocations)
     Device::for_each(LocationGradient<A, F>{points, found.data(), data(grad_locations)}, on);
-  if (wanted & kAttentionWeights)
-    Device::for_each(WeightGradient<A, F>{points, found.data(), data(grad_weights)}, on);
+  if (wanted & kAttentionWeights) Device::for_each(WeightGradient<A, F>{points, found.data(), data(grad_weights)}, on);
   if (wanted & kReferencePoints)
     Device::for_each(ReferenceGradient<A, F>{points, found.data(), data(grad_reference)}, on);
 }
@@ -118,8 +117,7 @@ AttentionGradients ms_deform_attn_backward_portable(const Tensor& grad_output, c
     const ScaledPoints<Device, A, F> scaled(a, g);
     const View<const S> grad = view_of_heads<const S>(grad_output, g);
     if (wanted & kValue) {
-      // On the CPU always: atomic additions of many threads would not be quicker there.
-      if ((wanted & kOrdered) || a.value.is_cpu())
+      if (wanted & kOrdered)
         gather_values<Device, S>(grad_output, scaled.points, grad_value);
       else
         Device::for_each(ScatterValues<A, S, F>{scaled.points, grad, view<A>(grad_value)}, a.value);

@@ -67,8 +67,8 @@ struct GpuAttention {
         const bool adds = (wanted & kValue) && !(wanted & kOrdered);
         const PointGradients<float> found(a, g, wanted);
         const FusedAttendGradient<S, F> kernel{
-            scaled.points, lanes_of<S>(g), value, grad, found.data(),
-            adds ? static_cast<float*>(std::get<0>(gradients).data_ptr()) : nullptr};
+            scaled.points, lanes_of<S>(g), value,
+            grad,          found.data(),   adds ? static_cast<float*>(std::get<0>(gradients).data_ptr()) : nullptr};
         if ((adds || found.data()) && !Device::launch(kernel, kernel.lanes.blocks(), a.value)) return std::nullopt;
         if ((wanted & kValue) && !adds) gather_values<Device, S>(from, scaled.points, std::get<0>(gradients));
         finish_gradients<Device>(scaled.points, found, wanted, gradients, a.value);
