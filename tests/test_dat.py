@@ -307,6 +307,8 @@ def test_feature_extraction(plus):
     assert torch.equal(last, model.forward_features(x))
     early, (first,) = model.forward_intermediates(x, indices=[0], stop_early=True)
     assert torch.equal(early, first) and torch.equal(first, every[0])
+    whole = small(plus, num_classes=0, global_pool="")
+    assert whole(x).shape == (2, 64, 3, 3)
     assert model.prune_intermediate_layers([2], prune_norm=True) == [2] and model.num_features == 32
     assert torch.equal(model(x), every[2].mean((2, 3)))
 

@@ -214,7 +214,7 @@ class DAT(nn.Module):
             for before, after in zip(dims, dims[1:], strict=False)
         )
         self.cls_norm: nn.Module = ChannelNorm(dims[-1], **factory)
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True)
+        self.global_pool = _pool(global_pool, num_classes)
         self.head_drop = nn.Dropout(drop_rate)
         self.cls_head = nn.Linear(dims[-1], num_classes, **factory) if num_classes > 0 else nn.Identity()
 
@@ -259,7 +259,7 @@ class DAT(nn.Module):
         """Put a fresh classifier in place of the head; 0 classes: none."""
         self.num_classes = num_classes
         if global_pool is not None:
-            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+            self.global_pool = _pool(global_pool, num_classes)
         like = next(self.parameters())
         head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype) if num_classes else None
         self.cls_head = head or nn.Identity()
@@ -329,6 +329,12 @@ class DAT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+def _pool(kind: str, classes: int) -> SelectAdaptivePool2d:
+    if not kind and classes:
+        raise ValueError(f"global_pool: expected some pooling in front of {classes} classes, got {kind!r}")
+    return SelectAdaptivePool2d(pool_type=kind, flatten=bool(kind))
 
 
 def _cut(kinds: str, depth: int) -> str:

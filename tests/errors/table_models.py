@@ -90,6 +90,9 @@ DATS = [
         dat(window_size=6, spec=("NN", "LS", "LD" * 3, "LD")),
         ValueError, "window_size:", "expected an odd number for neighbourhoods", "got 6",
     ),
+    Case(
+        dat(global_pool=""), ValueError, "global_pool:", "expected some pooling in front of 1000 classes", "got ''",
+    ),
     Case(dat(img_size=16), ValueError, "img_size:", "expected at least 32", "got 16"),
     Case(
         dat_weights,
