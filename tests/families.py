@@ -27,6 +27,16 @@ def smallest(family):
     return min(MODELS[family], key=size)
 
 
+def short(name):
+    """Arguments that leave two blocks a stage: those that follow repeat them, and take longest to trace."""
+    if name in MODELS["dcn_resnet"]:
+        return dict(layers=(2, 2, 2, 2))
+    if name in MODELS["dcn_dat"]:
+        kinds = ("ND", "ND", "ND", "DD") if "plus" in name else ("LS", "LS", "LD", "LD")
+        return dict(depths=(2, 2, 2, 2), spec=kinds)
+    return {}
+
+
 def without_weights(name):
     """A model whose tensors have shapes and no values."""
     with torch.device("meta"):

@@ -13,6 +13,7 @@ from dcn_plugin import DCNv1, DCNv2, DeformConv2d, flops, ops
 from dcn_plugin.layers import (
     DCNv3,
     DCNv4,
+    DAttention,
     DeformPSRoIPool,
     DeformPSRoIPoolPack,
     DeformRoIPool,
@@ -141,6 +142,17 @@ def test_aggregation_layers_cost_what_the_formula_says():
     fourth = DCNv4(12, group=3, remove_center=True, center_feature_scale=True)
     wanted = pixels * 12 * (12 + 72 + 12 + 3) + pixels * 4 * 8 * 12  # 3 * 3 * 8 numbers are a multiple of 8
     assert counted(fourth, x.flatten(1, 2), (6, 8)) == wanted
+
+
+def test_attention_to_a_grid_costs_what_the_formula_says():
+    """Projections of queries and samples, offsets for each group, samples of map and table, and two products."""
+    layer, x = DAttention(12, 3, 1, (6, 8), 3, 2, -1, True), torch.rand(2, 12, 6, 8)
+    queries, samples = 2 * 6 * 8, 2 * 3 * 4
+    projections = (2 * queries + 2 * samples) * 12 * 12
+    predicted = samples * (12 * 9 + 12 * 2)
+    sampled = samples * 12 * 4 + queries * 3 * 4 * 3 * 4
+    products = 2 * queries * 3 * 4 * 12
+    assert counted(layer, x) == projections + predicted + sampled + products
 
 
 def test_attention_costs_what_the_formula_says():

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("timm")
 import timm  # noqa: E402
-from families import FAMILIES, MODELS, NAMES, images, smallest, without_weights  # noqa: E402
+from families import FAMILIES, MODELS, NAMES, images, short, smallest, without_weights  # noqa: E402
 from timm.models import group_parameters  # noqa: E402
 from timm.optim import param_groups_layer_decay  # noqa: E402
 
@@ -20,11 +20,12 @@ each_model = pytest.mark.parametrize("name", NAMES)
 
 @pytest.fixture
 def make(family):
-    """Builds the smallest model of a family, as after training: offsets are drawn, and nothing else is 0 any more."""
+    """Builds the smallest model of a family, shortened, as after training: offsets are drawn, and nothing else is 0."""
 
     def build(**options):
         torch.manual_seed(0)
-        model = timm.create_model(smallest(family), num_classes=options.pop("num_classes", 5), **options)
+        options = short(smallest(family)) | dict(num_classes=5) | options
+        model = timm.create_model(smallest(family), **options)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name in offset_parameters(model) or not parameter.any():

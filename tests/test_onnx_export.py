@@ -18,7 +18,7 @@ from dcn_plugin import ops, reference
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 timm = pytest.importorskip("timm")
-from families import FAMILIES, smallest  # noqa: E402
+from families import FAMILIES, short, smallest  # noqa: E402
 from onnx_checks import HAS_RUNTIME, assert_close, by_definition, needs_runtime  # noqa: E402
 
 from dcn_plugin.export.onnx import export_onnx, run_onnx  # noqa: E402
@@ -320,7 +320,7 @@ def move_offsets(model: nn.Module) -> nn.Module:
 
 def smallest_of(family: str) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
-        return timm.create_model(smallest(family), num_classes=5)
+        return timm.create_model(smallest(family), num_classes=5, **short(smallest(family)))
 
     return make
 

@@ -9,6 +9,7 @@ from .attention import MMCVMultiScaleDeformableAttention, MSDeformAttn
 from .branch import regions_of
 from .conv import DCNv1, DCNv2, DeformConv2d, OffsetConv, accept_sibling_offset_keys
 from .dcnv3 import DCNv3, DCNv4
+from .dat import DAttention
 from .ps_roi import DeformPSRoIPool, DeformPSRoIPoolPack, PSRoIPool
 from .roi import DeformRoIPool, DeformRoIPoolPack, ModulatedDeformRoIPoolPack
 from .samples import OffsetRate, Regions, Samples, SamplingHandle, Window
@@ -39,6 +40,7 @@ LAYERS: dict[str, type] = {
         MMCVMultiScaleDeformableAttention,
         DCNv3,
         DCNv4,
+        DAttention,
     )
 }
 """The one list of layers, by name: converter, registries and documents walk it."""
@@ -49,6 +51,7 @@ __all__ = [
     "DCNv2",
     "DCNv3",
     "DCNv4",
+    "DAttention",
     "DeformConv2d",
     "DeformPSRoIPool",
     "DeformPSRoIPoolPack",

@@ -23,7 +23,7 @@ class Samples(NamedTuple):
         input: `[N, C, H, W]`, or feature maps by name where the layer takes several.
         offset: in **(y, x)**, after a bound: `[N, 2*G*K, H', W']` (unit pixels) or `[R, 2 * classes, P_h, P_w]`
             (unit region), in `scale` of them; of attention `[N, 2*M*K, Q]`, from the reference point, in pixels of
-            the point's level; None: undeformed.
+            the point's level; of attention to a grid `[N, 2*G, H', W']`, from the layer's `places`; None: undeformed.
         mask: after its activation, one for each pair of `offset`; None: all ones.
         rois: what the layer was given, `[R, 5]` or boxes for each image; None for a convolution.
         image_sizes: (height, width) of each image, where the layer is told.

@@ -81,6 +81,13 @@ class SamplingModule(NotScriptable, nn.Module):
         """Return where the bins of one call lie; only layers with `offset_unit = "region"` can."""
         raise NotImplementedError(f"regions: expected a layer that pools regions, got {type(self).__name__}")
 
+    def places(self, samples: Samples) -> Tensor | None:
+        """Return where one call samples without offsets, `[H', W', 2]` in pixels of its input, (y, x).
+
+        Only of a layer whose every output reads all samples of its group, as attention to a grid does; others: None.
+        """
+        return None
+
     def multiply_adds(self, output: Tensor) -> int | None:
         """Return the multiply-adds of the call that made `output`; None where its size does not say."""
         return None

@@ -1,4 +1,4 @@
-"""Look inside deformable convolutions: sampling points, offset fields and effective dilation of any model.
+"""Look inside deformable convolutions and attention to deformed grids: sampling points, offsets, effective dilation.
 
 The functions that return tensors need torch alone; those that return a figure need matplotlib, touch none of its global
 state and so work without a display. Positions are (y, x) everywhere.
@@ -28,7 +28,8 @@ Unit = tuple[float, float]
 class LayerRecord:
     """What one call of a deformable layer did to one batch: what its `forward` sampled with.
 
-    `offset` [N, G, K, 2, H', W'] in pixels of the layer's input, (y, x); `mask` [N, G, K, H', W'] or None.
+    `offset` [N, G, K, 2, H', W'] in pixels of the layer's input, (y, x); `mask` [N, G, K, H', W'] or None. `places`
+    [H', W', 2] is where samples lie at first, where all outputs share them (attention to a grid, K = 1), else None.
     `grid` maps a pixel p of the layer's input to image pixels, per axis `p * scale + shift`, as
     ((scale_y, shift_y), (scale_x, shift_x)); `out_grid` does the same for the layer's output. `call` counts the calls
     of the layer from 0.
@@ -42,6 +43,7 @@ class LayerRecord:
     grid: tuple[tuple[float, float], tuple[float, float]]
     out_grid: tuple[tuple[float, float], tuple[float, float]]
     call: int = 0
+    places: Tensor | None = None
 
     @property
     def window(self) -> Window:
@@ -49,11 +51,13 @@ class LayerRecord:
         return cast(Window, self.layer.window)
 
     def taps(self) -> Tensor:
-        """Return where the taps of output pixel (0, 0) lie without offsets, [K, 2]."""
-        return self.window.taps()
+        """Return where the taps of output pixel (0, 0) lie without offsets, [K, 2]; of a grid's sample from itself."""
+        return self.window.taps() if self.places is None else torch.zeros(1, 2)
 
     def positions(self, y: int, x: int, group: int = 0, sample: int = 0) -> Tensor:
-        """Return where output pixel (y, x) samples the layer's input, [K, 2]."""
+        """Return where output pixel (y, x) samples the layer's input, [K, 2]; of a grid all of its [H' * W', 2]."""
+        if self.places is not None:
+            return (self.places + self.offset[sample, group, 0].permute(1, 2, 0)).reshape(-1, 2)
         stride = torch.tensor(self.window.stride, dtype=torch.float32)
         return torch.tensor([y, x]) * stride + self.taps() + self.offset[sample, group, :, :, y, x]
 
@@ -135,8 +139,8 @@ def record(
     between a feature map and the image is followed through every strided or unpadded layer with a kernel.
 
     Args:
-        model: any module with deformable convolutions (layers that have a `window`) inside; its training mode is left
-            as it was.
+        model: any module with deformable convolutions (layers that have a `window`) or attention to deformed grids
+            (layers that have `places`) inside; its training mode is left as it was.
         images: [N, C, H, W] as the model takes them (or [C, H, W] for one).
         layers: names of layers to keep, as in `model.named_modules()`; None keeps all.
         call: which call of each layer to keep, where one runs several times (shared over the levels of a pyramid): 0
@@ -154,7 +158,11 @@ def record(
         torch.Size([1, 1, 9, 2, 8, 8])
     """
     images = _batch(images)
-    found = {name: layer for name, layer in sampling_layers(model).items() if layer.window is not None}
+    found = {
+        name: layer
+        for name, layer in sampling_layers(model).items()
+        if layer.window is not None or type(layer).places is not SamplingModule.places
+    }
     if not found:
         raise ValueError(f"model: expected deformable convolutions inside, got {type(model).__name__} without any")
     for name in layers or ():
@@ -187,15 +195,19 @@ def record(
 
     def look(name: str, layer: SamplingModule, samples: Samples) -> None:
         offset, mask, input, window = samples.offset, samples.mask, samples.input, layer.window
-        if window is None or not isinstance(input, Tensor):
-            got = "no window in this call" if window is None else "several maps"
+        places = layer.places(samples)
+        still = window is None and places is None
+        if still or not isinstance(input, Tensor):
+            got = "no window in this call" if still else "several maps"
             raise TypeError(f"model: expected layers with a window that read one map, got {name!r}, which has {got}")
-        taps = math.prod(window.kernel_size)
-        before = _size(input)
-        if offset is None:  # undeformed
+        before = after = _size(input)
+        taps = 1 if window is None else math.prod(window.kernel_size)
+        if offset is None and window is not None:  # undeformed
             offset = torch.zeros(input.shape[0], 2 * taps, *window.output_size(*before))
-        after = _size(offset)
-        advance(layer, before, after)
+        assert offset is not None
+        if window is not None:
+            after = _size(offset)
+            advance(layer, before, after)
         item = LayerRecord(
             name,
             layer,
@@ -205,6 +217,7 @@ def record(
             grid_of(before),
             grid_of(after),
             calls[name],
+            None if places is None else places.float().cpu(),
         )
         calls[name] += 1
         records.append(item)
@@ -258,6 +271,7 @@ def trace(records: Sequence[LayerRecord], unit: Unit, sample: int = 0, group: in
     The unit is the output pixel of the last record that is nearest to `unit`. Its K sampling points are carried to the
     output of the layer before, rounded to the nearest pixel there, and each is replaced by that pixel's own K points,
     down to the first record: K^L points for L layers. Points outside a map read zeros and are followed no further.
+    Attention to a grid has the same points for all units: all of its samples, once.
     Taps of ordinary convolutions in between are not drawn.
 
     Args:
@@ -270,7 +284,7 @@ def trace(records: Sequence[LayerRecord], unit: Unit, sample: int = 0, group: in
         raise ValueError("records: expected at least one layer, got none")
     points = torch.tensor([unit], dtype=torch.float32)
     for index, item in enumerate(reversed(records)):
-        height, width = item.offset.shape[-2:]
+        height, width = item.offset.shape[-2:] if item.places is None else item.input_size
         cells = _to_map(points, item.out_grid).round().long()
         inside = (cells >= 0).all(dim=1) & (cells < torch.tensor([height, width])).all(dim=1)
         if index == 0 and not inside.all():
@@ -278,6 +292,9 @@ def trace(records: Sequence[LayerRecord], unit: Unit, sample: int = 0, group: in
         cells = cells[inside]
         if not len(cells):
             return torch.empty(0, 2)
+        if item.places is not None:
+            points = _to_image(item.positions(0, 0, group % item.offset.shape[1], sample), item.grid)
+            continue
         stride = torch.tensor(item.layer.stride, dtype=torch.float32)
         offsets = item.offset[sample, group % item.offset.shape[1]][:, :, cells[:, 0], cells[:, 1]]
         sampled = (cells * stride)[:, None] + item.taps() + offsets.permute(2, 0, 1)
@@ -294,7 +311,9 @@ def dilation_by_layer(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 
 def _dilations(model: nn.Module, images: Tensor) -> list[tuple[str, Window, Tensor]]:
-    records = record(model, images)
+    records = [item for item in record(model, images) if item.places is None]
+    if not records:
+        raise ValueError(f"model: expected deformable convolutions inside, got {type(model).__name__} without any")
     several = {item.name for item in records if item.call}
     return [
         (
@@ -396,7 +415,9 @@ def offset_field(
     arrows = offset * scale
     h, w = arrows.shape[-2:]
     cells = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), dim=-1).reshape(-1, 2)
-    start = _to_image(cells.float(), item.out_grid)
+    # Of attention the output's pixels are its queries: arrows start where samples do.
+    first, grid_of_first = (cells.float(), item.out_grid) if item.places is None else (item.places, item.grid)
+    start = _to_image(first.reshape(-1, 2), grid_of_first)
     longest = arrows.norm(dim=1).max().clamp(min=1e-6).item()
     height, width = image.shape[-2:]
     figure, grid = new_figure(2, width=4.0, height=3.8)

@@ -498,10 +498,39 @@ def attended():
     yield Case(call, wrong, "input_spatial_shapes:", "add up to the 31 pixels of input_flatten", "got 30 from")
 
 
+def grids():
+    """Attention to a deformed grid."""
+    call = of(layers.DAttention, dict(dim=4, n_heads=2, n_groups=1, q_size=8))
+    for name in ("dim", "n_heads", "n_groups", "ksize", "stride"):
+        yield from integer(call, name)
+    yield from integers(call, "q_size")
+    yield from choices(call, ("dtype",))
+    yield Case(call(n_heads=3), ValueError, "dim", "a multiple of n_heads", "got 4 and 3")
+    yield Case(call(n_groups=4), ValueError, "n_heads", "a multiple of n_groups", "got 2 and 4")
+    yield Case(call(plus=1), TypeError, "plus", "expected True or False", "got 1")
+    yield from number(call, "offset_range_factor", False)
+    for given in (dict(offset_range_factor=0), dict(offset_range_factor=-1)):
+        wanted = "expected a positive number, or with plus=True a negative one"
+        yield Case(call(**given), ValueError, "offset_range_factor", wanted, f"got {given['offset_range_factor']}")
+    for name in ("attn_drop", "proj_drop"):
+        yield from number(call, name, False)
+        for value in (-0.1, 1.5):
+            yield Case(call(**{name: value}), ValueError, name, "expected a part from 0 to 1", f"got {value}")
+    layer = layers.DAttention(4, 2, 1, 8)
+    for given, error, expected, got in (
+        ([0], TypeError, "a tensor [N, 4, H, W]", "got list"),
+        (torch.zeros(1, 3, 8, 8), ValueError, "expected [N, 4, H, W]", "got [1, 3, 8, 8]"),
+        (IMAGE.long(), TypeError, "a real floating-point tensor", "got torch.int64"),
+        (IMAGE.to("meta"), ValueError, "expected to be on cpu like the layer's parameters", "got meta"),
+    ):
+        for call in (layer, layer.offsets):
+            yield Case(partial(call, given), error, "input", expected, got)
+
+
 def branched_by_flatten():
     layer = layers.DCNv2(4, 8, 3)
     layer.conv_offset = nn.Flatten()
     return layer
 
 
-CASES = [*convolutions(), *FROM_CONV, *pools(), *attention(), *CALLS]
+CASES = [*convolutions(), *FROM_CONV, *pools(), *attention(), *grids(), *CALLS]

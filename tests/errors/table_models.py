@@ -111,6 +111,54 @@ INTERNIMAGE = [
 ]  # fmt: skip
 
 
+def dat(**given):
+    return lambda: timm.create_model("dat_tiny", device="meta", **given)
+
+
+def dat_features():
+    model = timm.create_model("dat_tiny", dim=12, depths=(1,) * 4, spec=("L",) * 4, num_classes=0)
+    model.forward_intermediates(torch.zeros(1, 3, 32, 32), output_fmt="NHWC")
+
+
+def dat_weights(tmp_path):
+    small = dict(dim=12, depths=(1,) * 4, spec=("L",) * 4)
+    state = timm.create_model("dat_tiny", **small).state_dict()
+    state.pop("cls_norm.norm.bias")
+    torch.save({"model": state}, tmp_path / "x.pth")
+    overlay = dict(file=str(tmp_path / "x.pth"))
+    timm.create_model("dat_tiny", pretrained=True, num_classes=7, pretrained_cfg_overlay=overlay, **small)
+
+
+FOUR = "expected one for each of 4 stages"
+DATS = [
+    Case(dat(depths=(2, 2)), ValueError, "depths:", FOUR, "got (2, 2)"),
+    Case(dat(heads=(3,)), ValueError, "heads:", FOUR, "got (3,)"),
+    Case(dat(groups=(3,)), ValueError, "groups:", FOUR, "got (3,)"),
+    Case(dat(depths=(3, 2, 6, 2)), ValueError, "spec:", "expected 3 of L, S, N and D for a stage", "got 'LS'"),
+    Case(dat(spec=("LX", "LS", "LD" * 3, "LD")), ValueError, "spec:", "expected 2 of L, S, N and D", "got 'LX'"),
+    Case(dat(heads=(5, 6, 12, 24)), ValueError, "dims:", "expected a multiple of heads", "got 96 and 5"),
+    Case(
+        dat(heads=(5, 6, 12, 24), spec=("NN", "LS", "LD" * 3, "LD")),
+        ValueError, "dims:", "expected a multiple of heads", "got 96 and 5",
+    ),
+    Case(dat(groups=(0, 0, 5, 6)), ValueError, "n_heads:", "expected a multiple of n_groups", "got 12 and 5"),
+    Case(dat(window_size=1), ValueError, "window_size:", "expected at least 2 for windows that shift", "got 1"),
+    Case(
+        dat(window_size=6, spec=("NN", "LS", "LD" * 3, "LD")),
+        ValueError, "window_size:", "expected an odd number for neighbourhoods", "got 6",
+    ),
+    Case(
+        dat(global_pool=""), ValueError, "global_pool:", "expected some pooling in front of 1000 classes", "got ''",
+    ),
+    Case(dat(img_size=16), ValueError, "img_size:", "expected at least 32", "got 16"),
+    Case(
+        dat_weights,
+        RuntimeError, "pretrained:", "the weights of dat_tiny", "missing keys ['cls_norm.norm.bias']",
+    ),
+    Case(dat_features, ValueError, "output_fmt:", "expected 'NCHW'", "got 'NHWC'"),
+]  # fmt: skip
+
+
 def mmdet(**given):
     return lambda: DCNResNet(**dict(depth=18, base_channels=8) | given)
 
@@ -263,4 +311,4 @@ DETECTION = [
         ValueError, "offsets:", "that was built with deformable=True", "got a plain one",
     ),
 ]  # fmt: skip
-CASES = TIMM + INTERNIMAGE + MMDET + BACKBONE + DETECTION
+CASES = TIMM + INTERNIMAGE + DATS + MMDET + BACKBONE + DETECTION

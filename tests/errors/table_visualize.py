@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dcn_plugin import visualize
-from dcn_plugin.layers import DCNv2, DeformRoIPool, DeformRoIPoolPack, SamplingModule
+from dcn_plugin.layers import DAttention, DCNv2, DeformRoIPool, DeformRoIPoolPack, SamplingModule
 from dcn_plugin.visualize.regions import bin_shifts, draw_detections, record_bins
 from errors.case import Case
 from errors.table_models import faster, rfcn
@@ -73,6 +73,10 @@ LAYERS = [
     Case(
         lambda: visualize.record(nn.Conv2d(1, 1, 1), BATCH),
         ValueError, "model:", "expected deformable convolutions inside", "got Conv2d without any",
+    ),
+    Case(
+        lambda: visualize.dilation_by_layer(nn.Sequential(DAttention(1, 1, 1, 24)), BATCH),
+        ValueError, "model:", "expected deformable convolutions inside", "got Sequential without any",
     ),
     Case(
         lambda: visualize.record(nn.Sequential(Several()), BATCH),

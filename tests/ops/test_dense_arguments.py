@@ -102,6 +102,7 @@ LAYERS = {
         query=QUERY, reference_points=POINTS, value=PIXELS)),
     "DCNv3": (lambda: layers.DCNv3(6, group=2), dict(input=IMAGE)),
     "DCNv4": (lambda: layers.DCNv4(6, group=2, channels_first=True), dict(input=IMAGE.permute(0, 3, 1, 2))),
+    "DAttention": (lambda: layers.DAttention(4, 2, 1, 6), dict(input=IMAGE)),
 }  # fmt: skip
 MISSING = layers.LAYERS.keys() - LAYERS.keys()
 assert not MISSING, f"add rows to LAYERS of {__file__}: {', '.join(MISSING)}"

@@ -7,6 +7,7 @@ from torch import nn
 
 from dcn_plugin import layers
 from dcn_plugin.layers import (
+    DAttention,
     DCNv1,
     DCNv2,
     DCNv3,
@@ -90,6 +91,7 @@ LAYERS = {
     ),
     "DCNv3": lambda: (DCNv3(6, group=2, stride=2, center_feature_scale=True), (torch.randn(2, 7, 8, 6),)),
     "DCNv4": lambda: (DCNv4(6, group=2, dw_kernel_size=3, remove_center=True), (torch.randn(2, 49, 6),)),
+    "DAttention": lambda: (DAttention(8, 4, 2, (8, 9), stride=2, offset_range_factor=0.5), (_image(8),)),
 }  # fmt: skip
 PREDICTING = {name for name, cls in layers.LAYERS.items() if getattr(cls, "offset_branches", {})}
 assert LAYERS.keys() == PREDICTING, f"add rows to LAYERS of {__file__}: {', '.join(PREDICTING - LAYERS.keys())}"

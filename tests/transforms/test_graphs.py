@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from cases import OpCase, assert_close, convert, run
-from families import MODELS, NAMES
+from families import NAMES, short
 from torch import Tensor, nn
 
 from dcn_plugin import ops, registry
@@ -119,11 +119,9 @@ def test_ahead_of_time_package_of_a_model(tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_model_is_one_graph(name):
-    """ResNets with two blocks a stage: those that follow repeat the second, and take longest to trace."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    short = dict(layers=(2, 2, 2, 2)) if name in MODELS["dcn_resnet"] else {}
-    model = timm.create_model(name, num_classes=5, **short).eval()
+    model = timm.create_model(name, num_classes=5, **short(name)).eval()
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="eager")
