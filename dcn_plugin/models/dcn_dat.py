@@ -92,7 +92,9 @@ class DAT(nn.Module):
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = dict(device=device, dtype=dtype)
-        for name, given in (("depths", depths), ("spec", spec), ("heads", heads), ("groups", groups)):
+        if not 1 <= len(spec) <= 4:
+            raise ValueError(f"spec: expected 1 to 4 stages, got {spec!r}")
+        for name, given in (("depths", depths), ("heads", heads), ("groups", groups)):
             if len(given) != len(spec):
                 raise ValueError(f"{name}: expected one for each of {len(spec)} stages, got {given!r}")
         kinds = [cut(stage, depth) for stage, depth in zip(spec, depths, strict=True)]
