@@ -32,17 +32,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, SelectAdaptivePool2d
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.layers import SelectAdaptivePool2d
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..checkpoint import find_weights, match_wrappers
-from ..layers import DAttention
 from ..layers.arguments import pair
 from ..layers.dat import ChannelNorm
+from ._dat_parts import Stage, cut, stem
 from ._official import official_weights
-from ._windows import LocalAttention, NeighborhoodAttention, ShiftWindowAttention
 
 __all__ = ["DAT"]
 
@@ -62,84 +61,6 @@ _VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _TABLES = ("rpe_table", "rpb", "relative_position_bias_table")  # position biases, whose size follows the image's
 _COMPUTED = ("relative_position_index", "attn_mask")
-_KERNELS = (9, 7, 5, 3)  # of what predicts the offsets, by stage
-_STRIDES = (8, 4, 2, 1)  # of the same, in DAT++
-
-
-class _MLP(nn.Module):
-    """Two linear layers at each pixel."""
-
-    def __init__(self, dim: int, hidden: int, drop: float, **factory: Any) -> None:
-        super().__init__()
-        self.chunk = nn.Sequential()
-        self.chunk.add_module("linear1", nn.Linear(dim, hidden, **factory))
-        self.chunk.add_module("act", nn.GELU())
-        self.chunk.add_module("drop1", nn.Dropout(drop))
-        self.chunk.add_module("linear2", nn.Linear(hidden, dim, **factory))
-        self.chunk.add_module("drop2", nn.Dropout(drop))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.chunk(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-class _ConvMLP(nn.Module):
-    """Two 1x1 convolutions with a depthwise 3x3 one added between them."""
-
-    def __init__(self, dim: int, hidden: int, drop: float, **factory: Any) -> None:
-        super().__init__()
-        self.linear1 = nn.Sequential(nn.Conv2d(dim, hidden, 1, **factory))
-        self.dwc = nn.Conv2d(hidden, hidden, 3, 1, 1, groups=hidden, **factory)
-        self.act, self.drop1 = nn.GELU(), nn.Dropout(drop)
-        self.linear2, self.drop2 = nn.Sequential(nn.Conv2d(hidden, dim, 1, **factory)), nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.drop1(self.linear1(x))
-        return self.drop2(self.linear2(self.act(x + self.dwc(x))))
-
-
-class _Stage(nn.Module):
-    """Blocks of one size: x + attention(norm x), x + mlp(norm x); in DAT++ x + depthwise 3x3 (x) before each."""
-
-    def __init__(
-        self, kinds: str, dim: int, heads: int, groups: int, size: tuple[int, int], window: int, plus: bool,
-        index: int, mlp_ratio: float, drop: float, attn_drop: float, drop_path: Sequence[float],
-        factory: dict[str, Any],
-    ) -> None:  # fmt: skip
-        super().__init__()
-        drops: dict[str, Any] = dict(attn_drop=attn_drop, proj_drop=drop)
-        make: dict[str, Any] = {
-            "L": partial(LocalAttention, dim, heads, window, **drops, **factory),
-            "S": partial(ShiftWindowAttention, dim, heads, window, size, **drops, **factory),
-            "N": partial(NeighborhoodAttention, dim, heads, window, **drops, **factory),
-            "D": partial(
-                DAttention, dim, heads, groups, size, _KERNELS[index], _STRIDES[index] if plus else 1,
-                -1.0 if plus else 2.0, plus, **drops, **factory,
-            ),
-        }  # fmt: skip
-        depth, hidden = len(kinds), int(dim * mlp_ratio)
-        self.layer_norms = nn.ModuleList(ChannelNorm(dim, **factory) for _ in range(2 * depth))
-        mlp = _ConvMLP if plus else _MLP
-        self.mlps = nn.ModuleList(mlp(dim, hidden, drop, **factory) for _ in kinds)
-        self.attns = nn.ModuleList(make[kind]() for kind in kinds)
-        self.drop_path = nn.ModuleList(DropPath(rate) if rate > 0 else nn.Identity() for rate in drop_path)
-        self.local_perception_units = nn.ModuleList(
-            nn.Conv2d(dim, dim, 3, 1, 1, groups=dim, **factory) for _ in (kinds if plus else ())
-        )
-        self.grad_checkpointing = False
-
-    def _block(self, d: int, x: Tensor) -> Tensor:
-        if len(self.local_perception_units):
-            x = x + self.local_perception_units[d](x)
-        x = x + self.drop_path[d](self.attns[d](self.layer_norms[2 * d](x)))
-        return x + self.drop_path[d](self.mlps[d](self.layer_norms[2 * d + 1](x)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for d in range(len(self.attns)):
-            if self.grad_checkpointing:
-                x = checkpoint(self._block, d, x)
-            else:
-                x = self._block(d, x)
-        return x
 
 
 class DAT(nn.Module):
@@ -171,17 +92,19 @@ class DAT(nn.Module):
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = dict(device=device, dtype=dtype)
-        for name, given in (("depths", depths), ("spec", spec), ("heads", heads), ("groups", groups)):
+        if not 1 <= len(spec) <= 4:
+            raise ValueError(f"spec: expected 1 to 4 stages, got {spec!r}")
+        for name, given in (("depths", depths), ("heads", heads), ("groups", groups)):
             if len(given) != len(spec):
                 raise ValueError(f"{name}: expected one for each of {len(spec)} stages, got {given!r}")
-        kinds = [_cut(stage, depth) for stage, depth in zip(spec, depths, strict=True)]
+        kinds = [cut(stage, depth) for stage, depth in zip(spec, depths, strict=True)]
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         dims = [dim * 2**i for i in range(len(kinds))]
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = [
             dict(num_chs=width, reduction=4 * 2**i, module=f"stages.{i}") for i, width in enumerate(dims)
         ]
-        self.patch_proj = _stem(in_chans, dim, plus, factory)
+        self.patch_proj = stem(in_chans, dim, plus, factory)
         rates = torch.linspace(0, drop_path_rate, sum(map(len, kinds)), device="cpu").tolist()
         height, width = (side // 4 for side in pair("img_size", img_size, 4 * 2 ** (len(kinds) - 1)))
         stages = []
@@ -189,7 +112,7 @@ class DAT(nn.Module):
             own, rates = rates[: len(kind)], rates[len(kind) :]
             size = (height // 2**i, width // 2**i)
             stages.append(
-                _Stage(
+                Stage(
                     kind,
                     dims[i],
                     heads[i],
@@ -335,22 +258,6 @@ def _pool(kind: str, classes: int) -> SelectAdaptivePool2d:
     if not kind and classes:
         raise ValueError(f"global_pool: expected some pooling in front of {classes} classes, got {kind!r}")
     return SelectAdaptivePool2d(pool_type=kind, flatten=bool(kind))
-
-
-def _cut(kinds: str, depth: int) -> str:
-    if set(kinds) - set("LSND") or len(kinds) != depth:
-        raise ValueError(f"spec: expected {depth} of L, S, N and D for a stage of {depth} blocks, got {kinds!r}")
-    return kinds
-
-
-def _stem(inputs: int, dim: int, plus: bool, factory: dict[str, Any]) -> nn.Sequential:
-    if not plus:
-        return nn.Sequential(nn.Conv2d(inputs, dim, 4, 4, **factory), ChannelNorm(dim, **factory))
-    half = dim // 2
-    return nn.Sequential(
-        nn.Conv2d(inputs, half, 3, 2, 1, **factory), ChannelNorm(half, **factory), nn.GELU(),
-        nn.Conv2d(half, dim, 3, 2, 1, **factory), ChannelNorm(dim, **factory),
-    )  # fmt: skip
 
 
 def _resized(table: Tensor, shape: torch.Size) -> Tensor:

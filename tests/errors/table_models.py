@@ -134,6 +134,7 @@ DATS = [
     Case(dat(depths=(2, 2)), ValueError, "depths:", FOUR, "got (2, 2)"),
     Case(dat(heads=(3,)), ValueError, "heads:", FOUR, "got (3,)"),
     Case(dat(groups=(3,)), ValueError, "groups:", FOUR, "got (3,)"),
+    Case(dat(spec=("LS",) * 5), ValueError, "spec:", "expected 1 to 4 stages", "got ('LS', 'LS', 'LS', 'LS', 'LS')"),
     Case(dat(depths=(3, 2, 6, 2)), ValueError, "spec:", "expected 3 of L, S, N and D for a stage", "got 'LS'"),
     Case(dat(spec=("LX", "LS", "LD" * 3, "LD")), ValueError, "spec:", "expected 2 of L, S, N and D", "got 'LX'"),
     Case(dat(heads=(5, 6, 12, 24)), ValueError, "dims:", "expected a multiple of heads", "got 96 and 5"),
