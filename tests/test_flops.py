@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dcn_plugin import DCNv1, DCNv2, DeformConv2d, flops, ops
 from dcn_plugin.layers import (
+    DAttention,
     DCNv3,
     DCNv4,
-    DAttention,
     DeformPSRoIPool,
     DeformPSRoIPoolPack,
     DeformRoIPool,

@@ -8,8 +8,8 @@ from ._start import OffsetPredictor, ZeroLinear, warn_if_redrawn
 from .attention import MMCVMultiScaleDeformableAttention, MSDeformAttn
 from .branch import regions_of
 from .conv import DCNv1, DCNv2, DeformConv2d, OffsetConv, accept_sibling_offset_keys
-from .dcnv3 import DCNv3, DCNv4
 from .dat import DAttention
+from .dcnv3 import DCNv3, DCNv4
 from .ps_roi import DeformPSRoIPool, DeformPSRoIPoolPack, PSRoIPool
 from .roi import DeformRoIPool, DeformRoIPoolPack, ModulatedDeformRoIPoolPack
 from .samples import OffsetRate, Regions, Samples, SamplingHandle, Window
