@@ -82,8 +82,9 @@ def about(setting: Setting) -> str:
 
 
 def work(shape: Shape, task: str, itemsize: int) -> Work:
-    """No product is counted."""
-    numbers = {name: itemsize * math.prod(size) for name, size in shape.sizes().items()}
+    """No product is counted; offsets and weights are float32."""
+    bytes_of = {"offset": torch.float32.itemsize, "weight": torch.float32.itemsize}
+    numbers = {name: bytes_of.get(name, itemsize) * math.prod(size) for name, size in shape.sizes().items()}
     result = numbers.pop("grad")
     forward = Work(NAME, traffic=sum(numbers.values()) + result)
     return forward if task == "forward" else forward.with_backward(sum(numbers.values()))

@@ -76,7 +76,8 @@ struct SweepGroups {
     const int64_t heads = pixels * some.count, count = heads * g.points,
                   head = (n * g.queries + q) * g.heads + some.first;
     attention::find_gradients(p, padded(count));
-    const bool dense = taps.offset_row == 2 * g.points;  // else packed
+    // Side by side, unless they are packed, or there are several pixels and not all groups.
+    const bool dense = taps.offset_row == 2 * g.points && (some.count == g.heads || pixels == 1);
     if (to.offset) {
       T* const own = to.offset + head * taps.offset_row;
       T* const out = dense ? own : finder.room;
@@ -87,7 +88,7 @@ struct SweepGroups {
         out[2 * i] = narrow<T>(first[i] * scale);
         out[2 * i + 1] = narrow<T>(second[i] * scale);
       }
-      if (!dense) spread(out, heads, 2 * g.points, taps.offset_row, own);
+      if (!dense) spread_pixels(out, pixels, some.count, 2 * g.points, taps.offset_row, own);
     }
     if (!to.weight) return;
     if (g.softmax) attention::through_softmax(p, heads, g.points);
@@ -95,7 +96,14 @@ struct SweepGroups {
     T* const out = dense ? own : finder.room;
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) out[i] = narrow<T>(p.by_weight[i]);
-    if (!dense) spread(out, heads, g.points, taps.weight_row, own);
+    if (!dense) spread_pixels(out, pixels, some.count, g.points, taps.weight_row, own);
+  }
+
+  // `size` numbers of each group, which are `row` apart where they are stored.
+  DCN_HOST_DEVICE void spread_pixels(const T* from, int64_t pixels, int64_t groups_here, int64_t size, int64_t row,
+                                     T* to) const {
+    for (int64_t p = 0; p < pixels; ++p)
+      spread(from + p * groups_here * size, groups_here, size, row, to + p * finder.call.g.heads * row);
   }
 };
 
