@@ -135,7 +135,7 @@ def _ms_deform_attn(*args: Any) -> Tensor:
 
 def _deform_aggregate2d(*args: Any) -> Tensor:
     """Attention over the taps of a kernel, and so what that becomes."""
-    return grid_sample.deform_aggregate2d(*args, _ms_deform_attn)
+    return grid_sample.deform_aggregate2d(*args, attend=_ms_deform_attn)
 
 
 def _roi_pooling(name: str) -> Callable[..., Tensor]:

@@ -186,6 +186,7 @@ def deform_aggregate2d(
     remove_center: bool,
     softmax: bool,
     official_order: bool,
+    *,
     attend: Callable[..., Tensor] = ms_deform_attn,
 ) -> Tensor:
     """The operator as `attend`, attention with the map as its only level; arguments otherwise as it has."""

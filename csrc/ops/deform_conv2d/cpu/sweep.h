@@ -152,7 +152,8 @@ struct FinishDots {
       A *to_y = offset + 2 * at, *to_x = to_y + taps.stride, *to_value = mask + at;
 #pragma omp simd
       for (int64_t q = 0; q < count; ++q) {
-        const Sample<A, Index> s{0, 0, ly[q], lx[q], static_cast<unsigned>(corners[q])};
+        Sample<A, Index> s{};
+        s.ly = ly[q], s.lx = lx[q], s.corners = static_cast<unsigned>(corners[q]);
         const A m = modulation[q], none = s.origin();
         const Index bits = corners[q];
         const A f0 = bits & 16 ? s.weight(0) * dots[4 * q + 0] : A(0),
