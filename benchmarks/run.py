@@ -9,7 +9,8 @@
 
 Families: deform_conv2d (against conv2d, torchvision and, where it is installed, onnxruntime), half_types (bfloat16 and
 float16 against float32, on the CPU), roi_pool (against torchvision), ms_deform_attn (against what transformers falls
-back to, torch-ms-deform-attn and deformops, where they are installed), programs (blocks that call torchvision's
+back to, torch-ms-deform-attn and deformops, where they are installed), deform_aggregate2d (against a depthwise
+convolution, deform_conv2d and a plain fallback), programs (blocks that call torchvision's
 operator, before and after `accelerate()`, on the CPU), models (resnet50_dcn against resnet50, and against itself on
 torchvision's operator; needs timm) and detectors (transformers' models, before and after `accelerate(model)`, on the
 CPU; needs transformers). `pip install '.[benchmark]'` brings the peers, but for the two that docs/performance.md tells.
@@ -34,6 +35,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
+import aggregation
 import attention
 import conv
 import gpu
@@ -43,7 +45,7 @@ import roi
 import torch
 from harness import OURS, Setting, describe, rows_for
 
-FAMILIES = {module.NAME: module for module in (conv, half, roi, attention, programs)}
+FAMILIES = {module.NAME: module for module in (conv, half, roi, attention, aggregation, programs)}
 # Families of whole models -> the package they come from.
 NEEDS = {"models": "timm", "detectors": "transformers"}
 FAMILIES |= {name: importlib.import_module(name) for name, package in NEEDS.items() if find_spec(package)}

@@ -148,6 +148,21 @@ def test_the_work_of_attention(benchmark):
     assert attention.work(shape, "forward+backward", 2) == ("ms_deform_attn", 0, 2 * once + gradients, 0)
 
 
+def test_aggregation_is_compared_with_all_its_peers(benchmark):
+    """What `verify` compares is the same sum by other ways; the work is the bytes of arguments and result."""
+    aggregation, harness = benchmark("aggregation"), benchmark("harness")
+    setting = harness.Setting("cpu", torch.float32, 1.0, 1, 1.0)
+    shape = aggregation.Shape(2, 32, 5)
+    made = {key: aggregation.make(shape, setting, *key) for key in aggregation.CONTESTANTS["cpu"]}
+    aggregation.verify(shape, setting, made)
+    wrong = {**made, (aggregation.FALLBACK, aggregation.LAYOUT): made[aggregation.CONV, "NCHW"]}
+    with pytest.raises((SystemExit, RuntimeError)):
+        aggregation.verify(shape, setting, wrong)
+    pixels = 2 * 5 * 5
+    taps = 4 * pixels * 2 * 9 * 3  # float32 whatever the values are
+    assert aggregation.work(shape, "forward", 2) == ("deform_aggregate2d", 0, 2 * pixels * 2 * 32 + taps, 0)
+
+
 def test_no_sample_of_attention_lies_at_a_whole_pixel(benchmark):
     """There rounding, in which the contestants differ, would choose the side of a derivative."""
     attention, harness = benchmark("attention"), benchmark("harness")

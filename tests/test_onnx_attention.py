@@ -222,7 +222,7 @@ def test_a_program_of_grid_sample_has_core_operators_alone():
     assert_close(program.module()(*other), model(*other))
 
 
-# -- aggregation, which is attention over the taps of a kernel ----------------------------------------------------------
+# -- aggregation, which is attention over the taps of a kernel --------------------------------------------------------
 
 AGGREGATIONS = {
     name: BY_NAME["deform_aggregate2d"].configs[name]

@@ -1,7 +1,7 @@
 // Weighted sums of samples, element by element: the arithmetic of multi-scale attention, and of what is one in other
-// words (tap_positions.h), that CPU and CUDA share. Each struct is one task; index i runs over its elements in any order.
-// No torch here: host and device compile the same source. `P` is AttentionPoints or what takes their place, `S` the type
-// that values are stored in.
+// words (tap_positions.h), that CPU and CUDA share. Each struct is one task; index i runs over its elements in any
+// order. No torch here: host and device compile the same source. `P` is AttentionPoints or what takes their place, `S`
+// the type that values are stored in.
 #pragma once
 
 #include "accumulate.h"
@@ -173,7 +173,8 @@ struct WeightGradient {
       for (int64_t k = 0; k < points.g.points; ++k) mean += points.weight(h, k) * found[first + k].by_weight;
     for (int64_t k = 0; k < points.g.points; ++k) {
       const A grad = found[first + k].by_weight;
-      grad_weights[points.weight_at(i, k)] = static_cast<F>(points.softmax ? points.weight(h, k) * (grad - mean) : grad);
+      grad_weights[points.weight_at(i, k)] =
+          static_cast<F>(points.softmax ? points.weight(h, k) * (grad - mean) : grad);
     }
   }
 };

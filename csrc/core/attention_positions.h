@@ -58,9 +58,7 @@ struct AttentionPoints {
     return static_cast<A>(along ? g.level[l].height : g.level[l].width);
   }
   // The part of a box's side that an offset of 1 on this level reaches.
-  DCN_HOST_DEVICE A box_unit(int64_t l) const {
-    return static_cast<A>(g.level[l].box_unit);
-  }
+  DCN_HOST_DEVICE A box_unit(int64_t l) const { return static_cast<A>(g.level[l].box_unit); }
   DCN_HOST_DEVICE AttentionFrame<A> frame(int64_t n, int64_t q, int64_t l) const {
     AttentionFrame<A> f;
     for (int along = 0; along < 2; ++along) {

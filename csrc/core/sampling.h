@@ -29,6 +29,7 @@ struct Sample {
   I y0, x0;          // top left corner; may be -1
   A ly, lx;          // fraction towards y0 + 1 and x0 + 1; NaN for a NaN position, 0 outside
   unsigned corners;  // bit c: corner c lies on the map
+  I inside;          // 1: some do, else 0
 
   DCN_HOST_DEVICE bool has(int corner) const { return (corners >> corner) & 1u; }
   DCN_HOST_DEVICE I row(int corner) const { return y0 + (corner >> 1); }
@@ -57,6 +58,7 @@ DCN_HOST_DEVICE Sample<A, I> make_sample(A y, A x, I height, I width) {
   const unsigned rows = (s.y0 >= 0 ? 0x3u : 0u) | (s.y0 + 1 < height ? 0xCu : 0u);
   const unsigned columns = (s.x0 >= 0 ? 0x5u : 0u) | (s.x0 + 1 < width ? 0xAu : 0u);
   s.corners = inside ? rows & columns : 0u;
+  s.inside = inside ? I(1) : I(0);
   return s;
 }
 

@@ -10,12 +10,12 @@ namespace dcn {
 struct TapGrid {
   int64_t out_width;
   int64_t kernel[2], stride[2], dilation[2];
-  int64_t centre[2];  // of the kernel, from its first tap
-  int64_t origin[2];  // of the centre, for the first pixel of the result
-  double scale;       // what the kernel, offsets included, is stretched by about its centre
-  int64_t missing;    // number of the tap that is left out, or one beyond the last
-  bool columns;       // numbers run down the columns, else along the rows
-  bool x_first;       // of the pairs as they are stored, with their gradients
+  int64_t centre[2];               // of the kernel, from its first tap
+  int64_t origin[2];               // of the centre, for the first pixel of the result
+  double scale;                    // what the kernel, offsets included, is stretched by about its centre
+  int64_t missing;                 // number of the tap that is left out, or one beyond the last
+  bool columns;                    // numbers run down the columns, else along the rows
+  bool x_first;                    // of the pairs as they are stored, with their gradients
   int64_t offset_row, weight_row;  // from one group to the next, where gradients are stored
 
   DCN_HOST_DEVICE int64_t number(int64_t k) const { return k < missing ? k : k + 1; }

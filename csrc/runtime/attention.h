@@ -86,10 +86,10 @@ class PointGradients {
  public:
   PointGradients(const AttentionGeometry& g, bool wanted, const Tensor& like)
       : wanted_(wanted),
-        memory_(torch::stable::new_empty(like,
-                                         {wanted_ ? g.query_heads() * g.points : 0,
-                                          static_cast<int64_t>(sizeof(PointGradient<A>) / sizeof(A))},
-                                         scalar_type_of<A>())) {}
+        memory_(torch::stable::new_empty(
+            like,
+            {wanted_ ? g.query_heads() * g.points : 0, static_cast<int64_t>(sizeof(PointGradient<A>) / sizeof(A))},
+            scalar_type_of<A>())) {}
   PointGradient<A>* data() const { return wanted_ ? static_cast<PointGradient<A>*>(memory_.data_ptr()) : nullptr; }
 
  private:
@@ -111,7 +111,8 @@ void finish_gradients(const P& points, const PointGradient<typename P::Accumulat
   if (to.weights) Device::for_each(WeightGradient<P>{points, found, to.weights}, like);
 }
 
-// All gradients but those that a kind of points has beside them; `found` is null where those of values alone are wanted.
+// All gradients but those that a kind of points has beside them; `found` is null where those of values alone are
+// wanted.
 template <typename Device, typename S, typename P>
 void find_gradients(const char* too_many, const View<const S>& value, const View<const S>& grad_output, const P& points,
                     bool ordered, PointGradient<typename P::Accumulator>* found, const AttentionResults<P>& to,

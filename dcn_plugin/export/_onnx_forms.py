@@ -1,8 +1,8 @@
 """What torch's exporter writes into an ONNX graph in the place of our operators; imported when it does.
 
 `deform_conv2d` becomes DeformConv, `ms_deform_attn` and `deform_aggregate2d` GridSample and a sum or TensorRT's plugin,
-RoI pooling a Scan over the regions, each among other standard operators. torch alone is needed: operators of torch's `onnx` namespace are nodes
-of the graph, their keyword arguments its attributes.
+RoI pooling a Scan over the regions, each among other standard operators. torch alone is needed: operators of torch's
+`onnx` namespace are nodes of the graph, their keyword arguments its attributes.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _ms_deform_attn(*args: Any) -> Tensor:
 
 def _deform_aggregate2d(*args: Any) -> Tensor:
     """Attention over the taps of a kernel, and so what that becomes."""
-    return grid_sample.deform_aggregate2d(*args, attend=_ms_deform_attn)
+    return grid_sample.deform_aggregate2d(*args, _ms_deform_attn)
 
 
 def _roi_pooling(name: str) -> Callable[..., Tensor]:

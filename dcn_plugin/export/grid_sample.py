@@ -1,4 +1,4 @@
-"""Convolution, attention and aggregation as operators that nearly every tool knows: `grid_sample`, products, a 1x1 convolution.
+"""Convolution, attention and aggregation as operators that nearly every tool knows: `grid_sample` and products.
 
 For converters and runtimes that take neither our operators nor ONNX's DeformConv, such as ExecuTorch. torch alone is
 needed.
@@ -227,8 +227,8 @@ def deform_aggregate2d(
 def _refusal(name: str) -> Callable[..., Tensor]:
     def refuse(*_: object, **__: object) -> Tensor:
         raise NotImplementedError(
-            f"grid_sample_decompositions: expected convolution, attention and aggregation alone, got {name}, which no graph of "
-            "grid_sample computes: dcn_plugin.export.onnx.export_onnx writes it for ONNX runtimes"
+            f"grid_sample_decompositions: expected convolution, attention and aggregation alone, got {name}, which no "
+            "graph of grid_sample computes: dcn_plugin.export.onnx.export_onnx writes it for ONNX runtimes"
         )
 
     return refuse

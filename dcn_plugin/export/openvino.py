@@ -1,6 +1,7 @@
 """Models for OpenVINO: its readers learn deform_conv2d, which becomes OpenVINO's own DeformableConvolution.
 
-`ms_deform_attn` and `deform_aggregate2d` come as the GridSample and the sum that they are in ONNX, of an ONNX file or a `torch.export` program.
+`ms_deform_attn` and `deform_aggregate2d` come as the GridSample and the sum that they are in ONNX, of an ONNX file or a
+`torch.export` program.
 
 Needs OpenVINO: `pip install openvino`. Its CPU plugin computes in bfloat16 by default where the processor has
 instructions for it; `compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})` asks for float32.

@@ -9,7 +9,7 @@ from cases import BY_NAME, Calls, assert_close, convert, deform_aggregate2d_argu
 from conftest import PORTABLE, TUNED, cpu_kernels
 
 from dcn_plugin import reference
-from dcn_plugin.ops import deform_aggregate2d, deform_conv2d
+from dcn_plugin.ops import deform_aggregate2d, deform_conv2d, kernels_used
 
 CASE = BY_NAME["deform_aggregate2d"]
 
@@ -31,14 +31,17 @@ def loops(
         taps = [(i, j) for i in range(kh) for j in range(kw)]
     if remove_center:
         del taps[len(taps) // 2]
-    if offset.dim() == 5 and weight is None:
-        given = offset.tolist()
-        pairs = lambda n, y, x, g, k: given[n][y][x][g][2 * k : 2 * k + 2]
-        logits = lambda n, y, x, g: given[n][y][x][g][2 * len(taps) :]
-    else:
-        given, given_weights = offset.tolist(), None if weight is None else weight.tolist()
-        pairs = lambda n, y, x, g, k: given[n][y][x][g][k]
-        logits = lambda n, y, x, g: [1.0] * len(taps) if weight is None else given_weights[n][y][x][g]
+    given, given_weights = offset.tolist(), None if weight is None else weight.tolist()
+    packed = offset.dim() == 5
+
+    def pair(k, n, y, x, g):
+        return given[n][y][x][g][2 * k : 2 * k + 2] if packed else given[n][y][x][g][k]
+
+    def logits(n, y, x, g):
+        if packed:
+            return given[n][y][x][g][2 * len(taps) :]
+        return [1.0] * len(taps) if weight is None else given_weights[n][y][x][g]
+
     height, width, channels = value.shape[1:]
     each = channels // groups
     cy, cx = dy * (kh - 1) // 2, dx * (kw - 1) // 2
@@ -49,7 +52,7 @@ def loops(
             powers = [math.exp(w) for w in weights]
             weights = [p / sum(powers) for p in powers]
         for k, (i, j) in enumerate(taps):
-            first, second = pairs(image, oy, ox, g, k)
+            first, second = pair(k, image, oy, ox, g)
             off_y, off_x = (second, first) if official_order else (first, second)
             y = oy * sy - top + cy + offset_scale * (i * dy + off_y) - offset_scale * cy
             x = ox * sx - left + cx + offset_scale * (j * dx + off_x) - offset_scale * cx
@@ -291,9 +294,58 @@ def test_it_is_the_depthwise_convolution_of_this_package(device):
     arguments |= {name: arguments[name].float() for name in ("offset", "weight")}
     n, out_h, out_w, groups, taps, _ = arguments["offset"].shape
     ones = torch.ones(15, 1, 2, 4, dtype=torch.bfloat16, device=device)
+    planes = arguments["offset"].permute(0, 3, 4, 5, 1, 2).reshape(n, -1, out_h, out_w)
     expected = deform_conv2d(
-        arguments["value"].permute(0, 3, 1, 2), arguments["offset"].permute(0, 3, 4, 5, 1, 2).reshape(n, -1, out_h, out_w),
-        ones, stride=(2, 1), padding=(1, 2), dilation=(3, 2),
+        arguments["value"].permute(0, 3, 1, 2), planes, ones, stride=(2, 1), padding=(1, 2), dilation=(3, 2),
         mask=arguments["weight"].permute(0, 3, 4, 1, 2).reshape(n, -1, out_h, out_w),
     )  # fmt: skip
     assert_close(deform_aggregate2d(**arguments), expected.permute(0, 2, 3, 1), torch.bfloat16)
+
+
+# -- the tuned path of the CPU --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("each", [1, 7, 16, 32, 75])
+def test_groups_of_any_width_in_vectors_of_any_width(each, dtype, vectors):
+    """Kernels of 3x3, which have loops of their own, and of others; packed and apart; on whole pixels, too."""
+    torch.manual_seed(0)
+    for kernel, packed, wide in (((3, 3), True, False), ((3, 3), False, True), ((2, 3), True, True)):
+        made = deform_aggregate2d_arguments((2, 6, 9, 3 * each), kernel=kernel, packed=packed, softmax=wide)()
+        arguments = convert(made, dtype=dtype)
+        arguments["offset"][:, :2] = arguments["offset"][:, :2].round()
+        if wide and dtype not in (torch.float64, torch.float32):
+            arguments |= {k: arguments[k].float() for k in ("offset", "weight") if k in arguments}
+        truth = run(reference.deform_aggregate2d, convert(arguments, dtype=torch.float64))
+        for name, found in run(deform_aggregate2d, arguments).items():
+            assert_close(found, truth[name], dtype, f"{kernel} {packed} {name}")
+
+
+def test_which_kernels_serve():
+    def served(side: int) -> str:
+        value, offset = torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 1, side * side, 2)
+        deform_aggregate2d(value, offset, kernel_size=side, padding=side // 2)
+        return kernels_used()["deform_aggregate2d"]
+
+    assert served(31).startswith("tuned") and served(33) == "portable"  # up to 1024 taps
+    with cpu_kernels(PORTABLE):
+        assert served(3) == "portable"
+    with cpu_kernels(TUNED):
+        assert served(3).startswith("tuned")
+
+
+@pytest.mark.parametrize("images", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_number_of_threads_gives_the_same_bits(images, dtype):
+    torch.manual_seed(0)
+    arguments = convert(deform_aggregate2d_arguments((images, 11, 9, 80), groups=5, packed=True)(), dtype=dtype)
+    grad = torch.randn(images, 11, 9, 80)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            found.append(run(deform_aggregate2d, arguments, grad))
+    finally:
+        torch.set_num_threads(before)
+    for others in found[1:]:
+        assert all(torch.equal(others[name], value) for name, value in found[0].items())

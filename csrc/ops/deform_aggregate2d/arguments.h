@@ -96,8 +96,8 @@ inline AggregateGeometry check_deform_aggregate2d(const char* op, const Aggregat
   const auto is_of_pixels = [&](const Tensor& t) {
     return t.size(0) == g.batch && t.size(1) == size[1] && t.size(2) == size[0] && t.size(3) == g.heads;
   };
-  const bool has_taps = found.packed ? a.offset.size(4) == 3 * g.points
-                                     : a.offset.size(4) == g.points && a.offset.size(5) == 2;
+  const bool has_taps =
+      found.packed ? a.offset.size(4) == 3 * g.points : a.offset.size(4) == g.points && a.offset.size(5) == 2;
   check(is_of_pixels(a.offset) && has_taps, "offset", "shape [", g.batch, ", ", size[1], ", ", size[0], ", groups, ",
         g.points, ", 2] or, with weights behind the offsets, [..., ", 3 * g.points, "], got ", shape_of(a.offset));
   check(g.heads > 0 && a.value.size(3) % g.heads == 0, "value", "a multiple of the ", g.heads,

@@ -3,6 +3,4 @@
 #include "cuda/paths.h"
 #include "operator.h"
 
-STABLE_TORCH_LIBRARY_IMPL(dcn_plugin, CUDA, m) {
-  dcn::implement_ms_deform_attn<dcn::GpuAttention<dcn::CudaBlocks>>(m);
-}
+STABLE_TORCH_LIBRARY_IMPL(dcn_plugin, CUDA, m) { dcn::implement_ms_deform_attn<dcn::GpuAttention<dcn::CudaBlocks>>(m); }

@@ -1,20 +1,37 @@
-// Deformable aggregation on the CPU.
+// Deformable aggregation on the CPU: the tuned path where it may run and serves the call, else the portable one.
 #pragma once
 
 #include "../../../runtime/cpu.h"
 #include "../portable.h"
+#include "backward.h"
+#include "forward.h"
 
 namespace dcn {
 
 struct CpuAggregate {
   static Tensor forward(const AggregateArguments& a, const AggregateGeometry& geometry) {
-    deform_aggregate2d_log.note(name_of(kPortable));
-    return deform_aggregate2d_portable<Cpu>(a, geometry);
+    const CpuKernels kernels = kernels_for(a, geometry);
+    deform_aggregate2d_log.note(name_of(kernels));
+    if (kernels == kPortable) return deform_aggregate2d_portable<Cpu>(a, geometry);
+    const Tensor output = new_aggregated(a, geometry);
+    if (output.numel() > 0)
+      dispatch_deform_aggregate2d(
+          a, [&](auto s, auto t) { tiles::aggregate::forward<decltype(s), decltype(t)>(a, geometry, output); });
+    return output;
   }
   static AggregateGradients backward(const Tensor& grad_output, const AggregateArguments& a,
                                      const AggregateGeometry& geometry, int64_t wanted) {
-    deform_aggregate2d_backward_log.note(name_of(kPortable));
-    return deform_aggregate2d_backward_portable<Cpu>(grad_output, a, geometry, wanted);
+    const CpuKernels kernels = kernels_for(a, geometry);
+    deform_aggregate2d_backward_log.note(name_of(kernels));
+    if (kernels == kPortable) return deform_aggregate2d_backward_portable<Cpu>(grad_output, a, geometry, wanted);
+    return dispatch_deform_aggregate2d(a, [&](auto s, auto t) {
+      return tiles::aggregate::backward<decltype(s), decltype(t)>(grad_output, a, geometry, wanted);
+    });
+  }
+
+ private:
+  static CpuKernels kernels_for(const AggregateArguments& a, const AggregateGeometry& geometry) {
+    return tiles::aggregate::is_served(a, geometry.g) ? chosen_kernels() : kPortable;
   }
 };
 

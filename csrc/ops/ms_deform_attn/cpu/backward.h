@@ -3,9 +3,9 @@
 // equal bits for any number of threads.
 #pragma once
 
+#include "../../../runtime/cpu_sweep.h"
 #include "forward.h"
 #include "gradients.h"
-#include "sweep.h"
 
 namespace dcn::tiles::attention {
 
@@ -55,7 +55,8 @@ struct SweepHeads {
       for (int64_t i = 0; i < 4 * count; ++i) p.dot[i] = A(0);
     for (int64_t i = 0; i < some.count; ++i) {
       load_row(q, some.first + i);
-      sweep<Dots, Scatter, S>(p, i * g.points, g.points, g.channels, row);
+      sweep<Dots, Scatter, S>(p, ListedCorners{p.value}, ListedCorners{p.grad}, i * g.points, g.points, g.channels,
+                              row);
     }
     if constexpr (Dots) finish(q, some);
   }

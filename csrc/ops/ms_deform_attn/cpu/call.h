@@ -4,20 +4,10 @@
 
 #include <vector>
 
+#include "../../../runtime/cpu_points.h"
 #include "../arguments.h"
-#include "values.h"
 
 namespace dcn::tiles::attention {
-
-// Numbers of points as wide as float, so that they become vectors.
-using Index = int32_t;
-
-constexpr int64_t lanes = 16;  // of the widest vectors; loops over points run over a multiple of them
-DCN_HOST_DEVICE int64_t padded(int64_t points) { return (points + lanes - 1) / lanes * lanes; }
-
-// How many points are found at once at most, and room for them: not a power of two, since equal numbers of several
-// arrays would then fall into few sets of the cache.
-constexpr int64_t points_at_once = 1024, points_room = points_at_once + 3 * lanes;
 
 // Whether an Index reaches everywhere on the maps, and the tables of points are small.
 inline bool is_served(const AttentionGeometry& g) {

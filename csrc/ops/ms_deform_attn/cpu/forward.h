@@ -3,7 +3,8 @@
 // together.
 #pragma once
 
-#include "gather.h"
+#include "../../../runtime/cpu_gather.h"
+#include "points.h"
 
 namespace dcn::tiles::attention {
 
@@ -29,7 +30,8 @@ struct AttendQueries {
         const HeadRange heads{m, g.heads - m < step ? g.heads - m : step};
         finder.find(n, q, heads);
         for (int64_t i = 0; i < heads.count; ++i)
-          gather(finder.points, i * g.points, g.points, g.channels, to + (m + i) * g.channels);
+          gather(finder.points, ListedCorners{finder.points.value}, i * g.points, g.points, g.channels,
+                 to + (m + i) * g.channels);
       }
     });
   }

@@ -6,29 +6,6 @@
 
 namespace dcn::tiles::attention {
 
-// Gradients of position and weight of `count` points, in vectors; the same sums as interpolate_gradient (sampling.h).
-template <typename A>
-DCN_HOST_DEVICE void find_gradients(Points<A>& p, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    Sample<A, Index> s{};
-    s.ly = p.fraction_y[i];
-    s.lx = p.fraction_x[i];
-    const Index corners = p.corners[i];
-    const A d0 = p.dot[4 * i], d1 = p.dot[4 * i + 1], d2 = p.dot[4 * i + 2], d3 = p.dot[4 * i + 3];
-    // What is off the map has a gradient's product with zeros: 0, unless that is not finite.
-    const A m0 = corners & 1 ? d0 : A(0), m1 = corners & 2 ? d1 : A(0);
-    const A m2 = corners & 4 ? d2 : A(0), m3 = corners & 8 ? d3 : A(0);
-    const A v0 = corners & 16 ? s.weight(0) * d0 : A(0), v1 = corners & 32 ? s.weight(1) * d1 : A(0);
-    const A v2 = corners & 64 ? s.weight(2) * d2 : A(0), v3 = corners & 128 ? s.weight(3) * d3 : A(0);
-    const A dy = s.weight_dy(0) * m0 + s.weight_dy(1) * m1 + s.weight_dy(2) * m2 + s.weight_dy(3) * m3;
-    const A dx = s.weight_dx(0) * m0 + s.weight_dx(1) * m1 + s.weight_dx(2) * m2 + s.weight_dx(3) * m3;
-    p.by_weight[i] = s.origin() + (v0 + v1 + v2 + v3);
-    p.by_y[i] = p.attention[i] * (s.origin() + dy);
-    p.by_x[i] = p.attention[i] * (s.origin() + dx);
-  }
-}
-
 // Gradients of a call's points, densely stored, in the type that locations, weights and reference points have.
 struct PointGradients {
   void *locations = nullptr, *weights = nullptr;  // null: not wanted
@@ -49,14 +26,7 @@ DCN_HOST_DEVICE void store_gradients(const AttentionGeometry& g, const PointGrad
   }
   if (!to.weights) return;
   T* const out = static_cast<T*>(to.weights) + first;
-  for (int64_t m = 0; g.softmax && m < heads.count; ++m) {
-    A *grad = p.by_weight + m * g.points, mean = 0;
-    const A* const weight = p.attention + m * g.points;
-#pragma omp simd reduction(+ : mean)
-    for (int64_t k = 0; k < g.points; ++k) mean += weight[k] * grad[k];
-#pragma omp simd
-    for (int64_t k = 0; k < g.points; ++k) grad[k] = weight[k] * (grad[k] - mean);
-  }
+  if (g.softmax) through_softmax(p, heads.count, g.points);
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) out[i] = narrow<T>(p.by_weight[i]);
 }

@@ -2,34 +2,10 @@
 // and reference points, brought side by side in the accumulator type.
 #pragma once
 
+#include "../../../runtime/cpu_points.h"
 #include "call.h"
-#include "softmax.h"
 
 namespace dcn::tiles::attention {
-
-// Some heads.
-struct HeadRange {
-  int64_t first, count;
-};
-
-// Some points of a query, [head, point]. Arrays of a fixed size lie at fixed distances, so that the loops over points
-// need few registers for addresses. Arrays from `fraction_x` on are the backward's.
-template <typename A>
-struct alignas(64) Points {
-  template <typename T>
-  using Each = T[points_room];
-  Each<A> given_x, given_y;                  // locations, or offsets
-  Each<A> start_x, start_y, unit_x, unit_y;  // position in pixels = start + given * unit, as in AttentionFrame
-  Each<A> scaled_x, scaled_y;                // given * unit
-  Each<A> attention;                         // weight of the point
-  Each<A> weight[4];                         // of each corner: bilinear times that
-  Each<Index> pixel, corners;                // upper left corner on its map; those on the map, and those read
-  Each<int64_t> value[4];                    // address of each corner's channels, or of a row of zeros
-  Each<A> fraction_x, fraction_y;            // of the position between two pixels
-  Each<A> by_x, by_y, by_weight;             // gradients of the position in pixels and of the weight
-  Each<int64_t> grad[4];                     // address of each corner's gradient, or of a row that nobody reads
-  A dot[4 * points_room];                    // [point, corner]: gradient of the result times the corner's channels
-};
 
 // to_x, to_y = the pairs of query (n, q).
 template <typename T, typename A>

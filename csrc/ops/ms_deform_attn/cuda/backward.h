@@ -27,8 +27,8 @@ struct FusedAttendGradient {
     const AttentionLane<F> me(block, lanes, points.g);
     PointRecord* const all_records = reinterpret_cast<PointRecord*>(block.shared());
     PointRecord* const records = all_records + me.first_place;
-    float(*const products)[4] =
-        reinterpret_cast<float(*)[4]>(all_records + kThreads * kPointsOfLane) + me.first_place;
+    float (*const products)[4] =
+        reinterpret_cast<float (*)[4]>(all_records + kThreads * kPointsOfLane) + me.first_place;
     const int count = static_cast<int>(points.g.points);
     int level = 0;
     for (int first = 0; first < count; first += lanes.points_together()) {

@@ -68,8 +68,8 @@ struct GpuAttention {
         const bool adds = (wanted & kValue) && !(wanted & kOrdered);
         const PointGradients<float> found(g, asks_for_points(wanted), a.value);
         const FusedAttendGradient<S, F> kernel{
-            scaled.points, lanes_of<S>(g), value, grad, found.data(),
-            adds ? static_cast<float*>(std::get<0>(gradients).data_ptr()) : nullptr};
+            scaled.points, lanes_of<S>(g), value,
+            grad,          found.data(),   adds ? static_cast<float*>(std::get<0>(gradients).data_ptr()) : nullptr};
         if ((adds || found.data()) && !Device::launch(kernel, kernel.lanes.blocks(), a.value)) return std::nullopt;
         if ((wanted & kValue) && !adds)
           gather_values<Device, S>(kTooManyPoints, grad, scaled.points, view<float>(std::get<0>(gradients)), a.value);

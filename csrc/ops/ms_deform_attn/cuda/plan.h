@@ -22,8 +22,7 @@ template <typename S>
 bool can_fuse_attention(const View<const S>& value, const AttentionGeometry& g) {
   constexpr int64_t limit = 1 << 30;
   return g.channels % kVectorValues<S> == 0 && has_aligned_rows(value, {g.batch, g.rows, g.heads}) && g.rows <= limit &&
-         g.query_heads() > 0 && value.c <= limit / static_cast<int64_t>(sizeof(S)) &&
-         g.channels <= limit / 4 / g.heads;
+         g.query_heads() > 0 && value.c <= limit / static_cast<int64_t>(sizeof(S)) && g.channels <= limit / 4 / g.heads;
 }
 
 template <typename S>

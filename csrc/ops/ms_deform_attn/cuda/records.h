@@ -1,6 +1,6 @@
-// The points of a query's head as the lanes of a warp share them. Some lanes side by side serve one query and head, each
-// 16 bytes of its channels at a time. They find its points together, two a lane, and leave them in shared memory; then
-// all of them walk over these points, and read each corner in one coalesced access.
+// The points of a query's head as the lanes of a warp share them. Some lanes side by side serve one query and head,
+// each 16 bytes of its channels at a time. They find its points together, two a lane, and leave them in shared memory;
+// then all of them walk over these points, and read each corner in one coalesced access.
 #pragma once
 
 #include <limits>
@@ -28,8 +28,8 @@ struct FoundPoint {
   float weight;
 };
 
-// How the lanes of warps are dealt out: `lanes`, a power of two up to a warp, for each query and head. Where 32 lanes do
-// not hold all channels, they go over the channels in several turns.
+// How the lanes of warps are dealt out: `lanes`, a power of two up to a warp, for each query and head. Where 32 lanes
+// do not hold all channels, they go over the channels in several turns.
 struct AttentionLanes {
   static constexpr int kThreads = 128, kPointsOfLane = 2, kPointsOfWarp = 32 * kPointsOfLane;
 
@@ -49,8 +49,8 @@ struct AttentionLanes {
 template <typename F>
 struct AttentionLane {
   const AttentionLanes& all;
-  bool works;       // the last warp may have lanes without a query
-  int64_t number;   // of the query's head
+  bool works;      // the last warp may have lanes without a query
+  int64_t number;  // of the query's head
   QueryHead head;
   int lane;         // among those of its head
   int first_place;  // of its head's points among those of the block
@@ -102,7 +102,8 @@ struct AttentionLane {
       if (other > largest) largest = other;
     }
     // A NaN logit, or an infinite one, makes the sum NaN, and so every weight.
-    for (int64_t k = lane; k < points.g.points; k += all.lanes) sum += std::exp(points.stored_weight(head, k) - largest);
+    for (int64_t k = lane; k < points.g.points; k += all.lanes)
+      sum += std::exp(points.stored_weight(head, k) - largest);
     for (int distance = all.lanes / 2; distance > 0; distance /= 2) sum += block.from_lane_across(sum, distance);
     return {largest, 1 / sum};
   }
@@ -111,7 +112,7 @@ struct AttentionLane {
 // Rows of channels: 16 bytes of each of the four corners of a record.
 template <typename S>
 struct CornerRows {
-  const S* data;     // channels of the lane's head in row 0 of its image
+  const S* data;  // channels of the lane's head in row 0 of its image
   int32_t row_bytes;
 
   DCN_DEVICE ChannelVector<S> read(const PointRecord& r, int corner, int channel) const {

@@ -1,10 +1,10 @@
-// Multi-scale deformable attention on the CPU, stored values: widened to the accumulator type, and results rounded to
+// Stored values on the CPU: widened to the accumulator type, and results rounded to
 // the stored one, by arithmetic without branches, which becomes vectors for every instruction set.
 #pragma once
 
 #include <cstring>
 
-#include "../../../runtime/cpu.h"
+#include "cpu.h"
 
 namespace dcn::tiles::attention {
 

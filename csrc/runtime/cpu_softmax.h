@@ -1,9 +1,9 @@
-// Multi-scale deformable attention on the CPU, the softmax over the points of a head.
+// The softmax over the points of a head, on the CPU.
 #pragma once
 
 #include <cmath>
 
-#include "values.h"
+#include "cpu_values.h"
 
 namespace dcn::tiles::attention {
 
