@@ -79,6 +79,11 @@ class OpCase:
         return "rois" in self.per_result
 
     @property
+    def adds_atomically(self) -> bool:
+        """Whether the portable backward adds in any order, but in torch's deterministic mode."""
+        return self.of_regions or self.name == "ms_deform_attn"
+
+    @property
     def op(self) -> Any:
         return getattr(torch.ops.dcn_plugin, self.name).default
 
@@ -534,6 +539,7 @@ CASES = [
         threaded={
             "attend": _attend((2, 4, 24), _PYRAMID, 150, 4, reference=2, softmax=True),
             "attend_few": _attend((4, 8, 32), ((9, 11), (5, 6)), 20, (3, 5), reference=4, merged=True),
+            "attend_once": _attend((2, 2, 8), ((9, 11),), 1100, 1, reference=2),
         },
         full="boxes",
         bare="locations",

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.fx
@@ -82,6 +83,34 @@ def test_levels_come_as_pairs_or_as_tensors():
     alike = at[:, :, :1]
     expanded = layer(query, alike.expand(-1, -1, 3, -1), pixels, SHAPES)
     assert torch.equal(layer(query, alike, pixels, SHAPES), expanded)
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor], ids=["arrays", "tensors"])
+def test_levels_come_in_arrays_too_as_in_the_operator(kind):
+    layer, (query, at, pixels) = drawn(MSDeformAttn(16, 3, 4, 2)), call()
+    expected = layer(query, at, pixels, SHAPES)
+    for shapes in (kind(SHAPES), [kind(pair) for pair in SHAPES], tuple(map(list, SHAPES))):
+        assert torch.equal(layer(query, at, pixels, shapes, kind([0, 48, 60])), expected)
+        value, locations = pixels.unflatten(2, (4, 4)), at[:, :, None, :, None].expand(-1, -1, 4, -1, 1, -1)
+        assert torch.equal(ops.ms_deform_attn(value, shapes, locations), ops.ms_deform_attn(value, SHAPES, locations))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_what_is_added_to_queries_may_be_one_for_all(batch_first):
+    layer, (query, at, pixels) = (
+        drawn(MMCVMultiScaleDeformableAttention(16, 4, 3, batch_first=batch_first)).eval(),
+        call(),
+    )
+    turned = (lambda t: t) if batch_first else (lambda t: t.transpose(0, 1))
+    for own in (query[:1], query[:, :1], query[:1, :1]):
+        found, expected = (
+            layer(
+                turned(query), value=turned(pixels), identity=turned(each), query_pos=turned(each),
+                reference_points=at, spatial_shapes=SHAPES,
+            )
+            for each in (own, own.expand_as(query))
+        )  # fmt: skip
+        assert torch.equal(found, expected) and found.shape == turned(query).shape
 
 
 def test_points_may_differ_by_level():

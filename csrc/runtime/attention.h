@@ -118,8 +118,7 @@ void find_gradients(const char* too_many, const View<const S>& value, const View
                     bool ordered, PointGradient<typename P::Accumulator>* found, const AttentionResults<P>& to,
                     const Tensor& like) {
   if (to.value.data) {
-    // On the CPU always: atomic additions of many threads would not be quicker there.
-    if (ordered || like.is_cpu())
+    if (ordered)
       gather_values<Device, S>(too_many, grad_output, points, to.value, like);
     else
       Device::for_each(ScatterValues<P, S>{points, grad_output, to.value}, like);

@@ -3,7 +3,8 @@
 //
 //   portable  the bodies of an operator, an element at a time; serves every call on every device
 //   tuned     the CPU's own: vectors over channels, in tiles that stay in the cache
-//   fused     CUDA's own: sampling in 16-byte vectors, with what follows it (tensor cores, sums over points) in one kernel
+//   fused     CUDA's own: sampling in 16-byte vectors, with what follows it (tensor cores, sums over points) in one
+//   kernel
 #pragma once
 
 #include <algorithm>

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops._check import require_dense, tensor
+from ..ops._check import is_long, pairs_of, require_dense, tensor
 from ..ops._transforms import unrecorded, values_are_known
 from .arguments import pair
 
@@ -27,9 +27,7 @@ class Names(NamedTuple):
 
 
 @unrecorded
-def check_levels(
-    names: Names, given: Any, parameter: Any, width: int, levels: int, batch_first: bool = True
-) -> Levels:
+def check_levels(names: Names, given: Any, parameter: Any, width: int, levels: int, batch_first: bool = True) -> Levels:
     """Return (height, width) of each level if the arguments of a call fit together.
 
     `given` are the arguments in the order of `names`, batch first; `parameter` is one of the layer's (a
@@ -80,22 +78,23 @@ def _on(value: Tensor, name: str, parameter: Any) -> None:
         )
 
 
-def _integers(name: str, given: Tensor, shape: list[int]) -> Any:
+def _check_integers(name: str, given: Tensor, shape: list[int]) -> None:
     if list(given.shape) != shape or given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
         raise ValueError(f"{name}: expected integers {shape}, got {given.dtype} {list(given.shape)}")
-    return given.tolist()
 
 
 def _sizes(name: str, given: Any, levels: int) -> Levels:
     if isinstance(given, Tensor):
-        given = _integers(name, given, [levels, 2])
-    if not isinstance(given, Sequence) or len(given) != levels or any(len(row) != 2 for row in map(_row, given)):
+        _check_integers(name, given, [levels, 2])
+        given = pairs_of(name, given)
+    if len(_row(given)) != levels or any(len(_row(row)) != 2 for row in given):
         raise ValueError(f"{name}: expected {levels} pairs (H, W), or a tensor of them, got {given!r}")
     return [pair(name, size, 1) for size in given]
 
 
 def _row(given: Any) -> Sequence[Any]:
-    return given if isinstance(given, Sequence) else ()
+    """What is in an order and has a length: lists, arrays, tensors. Nothing is in what is not."""
+    return given if is_long(given) and not isinstance(given, (str, int, dict, set, frozenset)) else ()
 
 
 def _check_starts(name: str, given: Any, sizes: Levels, waited: bool) -> None:
@@ -105,13 +104,25 @@ def _check_starts(name: str, given: Any, sizes: Levels, waited: bool) -> None:
     if isinstance(given, Tensor):
         if not values_are_known(given) or given.is_meta or (given.is_cuda and not waited):
             return
-        given = _integers(name, given, [len(sizes)])
+        _check_integers(name, given, [len(sizes)])
+        given = given.tolist()
     wanted, first = [], 0
     for height, width in sizes:
         wanted.append(first)
         first += height * width
-    if list(given) != wanted:
-        raise ValueError(f"{name}: expected {wanted}, where the levels begin, got {list(given)}")
+    if len(_row(given)) != len(wanted) or any(i != first for i, first in zip(given, wanted, strict=True)):
+        raise ValueError(f"{name}: expected {wanted}, where the levels begin, got {given}")
+
+
+@unrecorded
+def check_added(name: str, given: Any, query: Any, rows: str) -> None:
+    """Check what is added to queries, which torch would repeat them for: one for each, or for all images or queries."""
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name}: expected a tensor {rows} like query, got {type(given).__name__}")
+    tensor(query, "query", 3, rows)
+    own, whole = given.shape, query.shape
+    if len(own) > len(whole) or any(a != b and a != 1 for a, b in zip(own[::-1], whole[::-1], strict=False)):
+        raise ValueError(f"{name}: expected {rows} like query, {list(whole)}, got {list(own)}")
 
 
 def _check_mask(name: str, mask: Any, images: int, pixels: int, parameter: Any) -> None:

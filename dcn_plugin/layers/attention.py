@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ..ops import ms_deform_attn
 from ..ops._check import integer, number
-from ._levels import Levels, Names, check_levels
+from ..ops.ms_deform_attn import MOST_LEVELS
+from ._levels import Levels, Names, check_added, check_levels
 from ._start import ZeroLinear, warn_if_redrawn
 from .arguments import describe, divisible, factory_arguments, flag
 from .samples import recorded
@@ -75,6 +76,7 @@ def _turned(value: Any) -> Any:
 
 
 # Symbolic tracing records these as calls: they look at shapes.
+torch.fx.wrap("check_added")
 torch.fx.wrap("check_levels")
 torch.fx.wrap("_sample")
 torch.fx.wrap("_turned")
@@ -177,7 +179,7 @@ class MSDeformAttn(LevelAttention):
 
     Args:
         d_model: C, channels of queries and pixels.
-        n_levels: L.
+        n_levels: L, at most 16.
         n_heads: M; divides `d_model`.
         n_points: P, points in each level; or a number for each level, as in D-FINE.
         device: where the parameters live.
@@ -219,7 +221,7 @@ class MSDeformAttn(LevelAttention):
     ) -> None:
         super().__init__()
         self.d_model = integer("d_model", d_model, 1)
-        self.n_levels = integer("n_levels", n_levels, 1)
+        self.n_levels = integer("n_levels", n_levels, 1, MOST_LEVELS)
         self.n_heads = integer("n_heads", n_heads, 1)
         divisible("d_model", self.d_model, "n_heads", self.n_heads)
         self.n_points: int | tuple[int, ...]
@@ -302,7 +304,7 @@ class MMCVMultiScaleDeformableAttention(LevelAttention):
     Args:
         embed_dims: C, channels of queries and values.
         num_heads: M; divides `embed_dims` and the channels of `value_proj`.
-        num_levels: L.
+        num_levels: L, at most 16.
         num_points: P, points in each level.
         im2col_step: how many images mmcv works on at once; nothing changes with it here.
         dropout: the part of the result that is dropped while training.
@@ -349,7 +351,7 @@ class MMCVMultiScaleDeformableAttention(LevelAttention):
         super().__init__()
         self.embed_dims = integer("embed_dims", embed_dims, 1)
         self.num_heads = integer("num_heads", num_heads, 1)
-        self.num_levels = integer("num_levels", num_levels, 1)
+        self.num_levels = integer("num_levels", num_levels, 1, MOST_LEVELS)
         self.num_points = integer("num_points", num_points, 1)
         self.im2col_step = im2col_step
         divisible("embed_dims", self.embed_dims, "num_heads", self.num_heads)
@@ -405,7 +407,10 @@ class MMCVMultiScaleDeformableAttention(LevelAttention):
         """
         if identity is None:
             identity = others.get("residual")
-        identity = query if identity is None else identity
+        if identity is None:
+            identity = query
+        else:
+            check_added("identity", identity, query, "[N, Q, C]" if self.batch_first else "[Q, N, C]")
         output = self._attend(
             *self._arranged(query, value, query_pos, reference_points, spatial_shapes, level_start_index),
             key_padding_mask,
@@ -444,7 +449,9 @@ class MMCVMultiScaleDeformableAttention(LevelAttention):
         """Return arguments in the order of `Names`, batch first, but for the mask."""
         reference, *levels = others
         value = query if value is None else value
-        query = query if query_pos is None else query + query_pos
+        if query_pos is not None:
+            check_added("query_pos", query_pos, query, "[N, Q, C]" if self.batch_first else "[Q, N, C]")
+            query = query + query_pos
         if not self.batch_first:
             query, value = _turned(query), _turned(value)
         return query, reference, value, *levels

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..reference._dense import require_dense as require_dense
-from ._transforms import unrecorded
+from ._transforms import has_values, unrecorded
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -58,6 +58,23 @@ def _is_sequence(value: Any) -> bool:
     if isinstance(value, (int, torch.SymInt, str)):
         return False
     return isinstance(value, Sequence) or getattr(value, "ndim", 0) == 1
+
+
+def is_long(value: Any) -> bool:
+    """Whether `value` has a length; a tensor or an array of one number has none, though it has the method."""
+    return hasattr(value, "__len__") and getattr(value, "ndim", 1) > 0
+
+
+def pairs_of(name: str, table: Tensor) -> list[list[int]]:
+    """Return what stands in a tensor of integer pairs, where that can be known."""
+    # torch.compile leaves its graph here, reads them, and goes on with a graph for these levels.
+    found = table.tolist() if not table.is_meta and has_values(table) else None
+    if found is None or any(isinstance(size, torch.SymInt) for pair in found for size in pair):
+        raise ValueError(
+            f"{name}: expected pairs (H, W) of integers in place of a tensor whose numbers are not known (of a graph "
+            f"that is made whole, of vmap, on meta), got one of shape {tuple(table.shape)}"
+        )
+    return found
 
 
 def number(name: str, value: Any, positive: bool = False) -> float:

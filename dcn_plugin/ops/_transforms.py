@@ -67,6 +67,15 @@ def values_are_known(t: Tensor) -> bool:
     return type(t) in _PLAIN and _get_current_dispatch_mode() is None
 
 
+def has_values(t: Tensor) -> bool:
+    """Whether `t` has the same values for all that a transform or a graph stands for; torch.compile may break off."""
+    while not torch.compiler.is_compiling() and _functorch.is_functorch_wrapped_tensor(t):
+        if _functorch.is_batchedtensor(t):
+            return False
+        t = _functorch.get_unwrapped(t)
+    return type(t) in _PLAIN
+
+
 def look_at(t: Tensor, look: Callable[[Tensor], None]) -> None:
     """Call `look` with the values of `t`, unless they are not there to be seen, or looking would leave a trace.
 

@@ -14,7 +14,7 @@ from . import _check, _transforms
 from ._operator import WANTED, register
 
 # As many as the compiled operator's table holds (csrc/core/attention_geometry.h).
-_MOST_LEVELS = 16
+MOST_LEVELS = 16
 _LOCATIONS = "[N, Q, M, L, P, 2] or [N, Q, M, K, 2]"
 _WEIGHTS = "[N, Q, M, L, P] or [N, Q, M, K]"
 
@@ -79,12 +79,12 @@ def ms_deform_attn(
     if not isinstance(softmax, bool):
         raise TypeError(f"softmax: expected True or False, got {softmax!r}")
     scale = _check.number("offset_scale", offset_scale)
+    _check_tensors(value, sampling_locations, attention_weights, reference_points, each, softmax)
     if sampling_locations.dim() == 6:
         sampling_locations = sampling_locations.flatten(3, 4)
     if attention_weights is not None and attention_weights.dim() == 5:
         attention_weights = attention_weights.flatten(3)
     tensors = value, sampling_locations, attention_weights, reference_points
-    _check_tensors(*tensors, each, softmax)
     if _transforms.need_plain_torch():
         return reference.ms_deform_attn(
             value, sizes, sampling_locations, attention_weights,
@@ -98,15 +98,15 @@ def _sizes(spatial_shapes: Sequence[Sequence[int]] | Tensor, value: Tensor) -> l
     """Return [H_0, W_0, H_1, W_1, ...], read from pairs or from a tensor, if these are the levels of `value`."""
     if isinstance(spatial_shapes, Tensor):
         pairs: Any = _numbers(spatial_shapes)
-    elif isinstance(spatial_shapes, (str, int)) or not hasattr(spatial_shapes, "__len__"):
+    elif isinstance(spatial_shapes, (str, int, dict, set, frozenset)) or not _check.is_long(spatial_shapes):
         raise TypeError(f"spatial_shapes: expected a pair (H, W) for each level, got {spatial_shapes!r}")
     else:
         pairs = spatial_shapes
-    if not 1 <= len(pairs) <= _MOST_LEVELS:
-        raise ValueError(f"spatial_shapes: expected 1 to {_MOST_LEVELS} levels, got {len(pairs)}")
+    if not 1 <= len(pairs) <= MOST_LEVELS:
+        raise ValueError(f"spatial_shapes: expected 1 to {MOST_LEVELS} levels, got {len(pairs)}")
     found: list[int] = []
     for level, pair in enumerate(pairs):
-        if isinstance(pair, (str, int, torch.SymInt)) or not hasattr(pair, "__len__") or len(pair) != 2:
+        if isinstance(pair, (str, int, torch.SymInt)) or not _check.is_long(pair) or len(pair) != 2:
             raise ValueError(f"spatial_shapes: expected a pair (H, W) for each level, got {pair!r} as number {level}")
         found += (_check.integer("spatial_shapes", size, 1) for size in pair)
     _check_levels(found, value)
@@ -130,14 +130,7 @@ def _numbers(table: Tensor) -> list[list[int]]:
         raise ValueError(f"spatial_shapes: expected shape [L, 2], got {tuple(table.shape)}")
     if table.is_floating_point() or table.is_complex() or table.dtype == torch.bool:
         raise TypeError(f"spatial_shapes: expected integers, got {table.dtype}")
-    # torch.compile leaves its graph here, reads them, and goes on with a graph for these levels.
-    found = table.tolist() if type(table) in (Tensor, torch.nn.Parameter) and not table.is_meta else None
-    if found is None or any(isinstance(size, torch.SymInt) for pair in found for size in pair):
-        raise ValueError(
-            "spatial_shapes: expected pairs (H, W) of integers where a whole graph is made of tensors without values, "
-            f"got a tensor {tuple(table.shape)}, whose numbers are not known then"
-        )
-    return found
+    return _check.pairs_of("spatial_shapes", table)
 
 
 @_transforms.unrecorded
@@ -156,6 +149,11 @@ def _points(
             raise ValueError(
                 f"attention_weights: expected {_WEIGHTS} with L = {levels}, got shape {tuple(attention_weights.shape)}"
             )
+    if sampling_locations.shape[-2] < 1:
+        raise ValueError(
+            f"sampling_locations: expected {_LOCATIONS} with 1 point or more, got shape "
+            f"{tuple(sampling_locations.shape)}"
+        )
     if points is not None:
         found = list(_check.integers("points", points, 1, (levels,)))
         if sampling_locations.dim() == 6 and any(p != sampling_locations.shape[4] for p in found):
@@ -184,19 +182,29 @@ def _check_tensors(
     points: Sequence[int],
     softmax: bool,
 ) -> None:
-    """Check the tensors as the compiled operator takes them."""
+    """Check the tensors as they came, so that a message has their own shape."""
     n, _, heads, channels = value.shape
     if 0 in (heads, channels):
         raise ValueError(f"value: expected heads and channels, got shape {tuple(value.shape)}")
-    _check.tensor(sampling_locations, "sampling_locations", 5, "[N, Q, M, K, 2]")
-    queries, count = sampling_locations.shape[1], sampling_locations.shape[3]
-    if sum(points) != count:
+    queries, count, each = sampling_locations.shape[1], sum(points), (len(points), points[0])
+    if sampling_locations.dim() == 5 and sampling_locations.shape[3] != count:
+        count = sampling_locations.shape[3]
         raise ValueError(f"points: expected {count} together, as sampling_locations have, got {list(points)}")
-    expected: list[tuple[str, Tensor, str, tuple[Any, ...]]] = [
-        ("sampling_locations", sampling_locations, "[N, Q, M, K, 2]", (n, queries, heads, count, 2))
-    ]
+    expected: list[tuple[str, Tensor, tuple[Any, ...]]] = [
+        (
+            "sampling_locations", sampling_locations,
+            (n, queries, heads, *(each if sampling_locations.dim() == 6 else (count,)), 2),
+        )
+    ]  # fmt: skip
     if attention_weights is not None:
-        expected.append(("attention_weights", attention_weights, "[N, Q, M, K]", (n, queries, heads, count)))
+        apart = attention_weights.dim() == 5
+        if apart and any(p != points[0] for p in points):
+            raise ValueError(
+                f"attention_weights: expected [N, Q, M, K], since levels have different numbers of points "
+                f"({list(points)}), got shape {tuple(attention_weights.shape)}"
+            )
+        shape = (n, queries, heads, *(each if apart else (count,)))
+        expected.append(("attention_weights", attention_weights, shape))
     elif softmax:
         raise ValueError("attention_weights: expected logits for softmax=True, got None")
     if reference_points is not None:
@@ -207,9 +215,8 @@ def _check_tensors(
             raise ValueError(
                 f"reference_points: expected {text} with L = {len(points)}, got shape {tuple(reference_points.shape)}"
             )
-        expected.append(("reference_points", reference_points, text, (n, queries, levels, numbers)))
-    for name, tensor, text, shape in expected:
-        _check.tensor(tensor, name, len(shape), text)
+        expected.append(("reference_points", reference_points, (n, queries, levels, numbers)))
+    for name, tensor, shape in expected:
         _check.shape(tensor, name, shape)
         _check.same_dtype(tensor, name, value, or_float32=True, input_name="value")
         _check.same_device(tensor, name, value, input_name="value")
@@ -226,10 +233,14 @@ def _out_shape(
     softmax: bool,
     offset_scale: float,
 ) -> list[int]:
-    if not 1 <= len(points) <= _MOST_LEVELS:
-        raise ValueError(f"points: expected 1 to {_MOST_LEVELS} levels, got {len(points)}")
+    if not 1 <= len(points) <= MOST_LEVELS:
+        raise ValueError(f"points: expected 1 to {MOST_LEVELS} levels, got {len(points)}")
     _check.integers("points", points, 1, (len(points),))
     _check_levels(_check.integers("spatial_shapes", spatial_shapes, 1, (2 * len(points),)), value)
+    # In the compiled operator the points of all levels lie side by side.
+    _check.tensor(sampling_locations, "sampling_locations", 5, "[N, Q, M, K, 2]")
+    if attention_weights is not None:
+        _check.tensor(attention_weights, "attention_weights", 4, "[N, Q, M, K]")
     _check_tensors(value, sampling_locations, attention_weights, reference_points, points, softmax)
     return [value.shape[0], sampling_locations.shape[1], value.shape[2] * value.shape[3]]
 

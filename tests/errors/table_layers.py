@@ -4,6 +4,7 @@ import math
 import warnings
 from functools import partial
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
@@ -422,7 +423,25 @@ def attention():
     yield from number(call, "dropout", False)
     for value in (-0.1, 1.5):
         yield Case(call(dropout=value), ValueError, "dropout", "expected a part from 0 to 1", f"got {value}")
+    for layer, good, name in (
+        (MSDeformAttn, ATTENTION, "n_levels"),
+        (MMCVMultiScaleDeformableAttention, MMCV_ATTENTION, "num_levels"),
+    ):
+        yield Case(of(layer, good)(**{name: 17}), ValueError, name, "expected at most 16", "got 17")
     yield from attended()
+    for name in ("identity", "query_pos"):
+        for given, error, got in (
+            ([0], TypeError, "got list"),
+            (torch.zeros(2, 4, 8), ValueError, "got [2, 4, 8]"),
+            (torch.zeros(3, 5, 8), ValueError, "got [3, 5, 8]"),
+            (torch.zeros(1, 2, 5, 8), ValueError, "got [1, 2, 5, 8]"),
+        ):
+            yield Case(attend_as_mmcv(**{name: given}), error, name, "[N, Q, C] like query", got)
+        swapped = dict(query=torch.zeros(5, 2, 8), value=torch.zeros(30, 2, 8), spatial_shapes=LEVELS)
+        call = attend_as_mmcv(False, **swapped, **{name: torch.zeros(2, 5, 8)})
+        yield Case(call, ValueError, name, "expected [Q, N, C] like query, [5, 2, 8]", "got [2, 5, 8]")
+        call = attend_as_mmcv(query=[0], **{name: torch.zeros(2, 5, 8)})
+        yield Case(call, TypeError, "query", "expected a tensor [N, Q, C]", "got list")
     got = "got [5, 2, 6]"
     call = attend_as_mmcv(False, query=torch.zeros(5, 2, 6), value=torch.zeros(30, 2, 8))
     yield Case(call, ValueError, "query", "expected [Q, N, 8]", got)
@@ -456,6 +475,10 @@ def attended():
         ("input_spatial_shapes", [(4.0, 6), (2, 3)], TypeError, "expected an integer", "got 4.0"),
         ("input_spatial_shapes", zeros(2, 2), wrong, "expected integers [2, 2]", "got torch.float32 [2, 2]"),
         ("input_spatial_shapes", zeros(3, 2).long(), wrong, "expected integers [2, 2]", "got torch.int64 [3, 2]"),
+        ("input_spatial_shapes", {(4, 6), (2, 3)}, wrong, "expected 2 pairs (H, W)", "got {("),
+        ("input_spatial_shapes", zeros(2, 2).long().to("meta"), wrong, "numbers are not known", "(2, 2)"),
+        ("input_level_start_index", 24, wrong, "expected [0, 24], where the levels begin", "got 24"),
+        ("input_level_start_index", np.array([0, 6]), wrong, "expected [0, 24], where the levels begin", "got [0 6]"),
         ("input_level_start_index", [0, 6], wrong, "expected [0, 24], where the levels begin", "got [0, 6]"),
         ("input_level_start_index", torch.tensor([24, 0]), wrong, "expected [0, 24]", "got [24, 0]"),
         ("input_level_start_index", torch.tensor([0]), wrong, "expected integers [2]", "got torch.int64 [1]"),

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy
 import torch
 
 from dcn_plugin import ops, reference
@@ -181,6 +182,10 @@ def on_meta(**given):
     return lambda: torch.ops.dcn_plugin.ms_deform_attn(*(arguments | given).values())
 
 
+def a_table_for_each_sample():
+    return torch.vmap(lambda table: attend(spatial_shapes=table)())(torch.tensor([[[3, 4], [2, 2]]] * 2))
+
+
 _BOXES = "[N, Q, L or 1, 2 or 4]"
 _AT, _LOGITS = "[N, Q, M, L, P, 2] or [N, Q, M, K, 2]", "[N, Q, M, L, P] or [N, Q, M, K]"
 ATTENTION = [
@@ -192,19 +197,26 @@ ATTENTION = [
     Case(attend(value=VALUE.int()), TypeError, "value:", "expected float64, float32", "got torch.int32"),
     Case(attend(value=VALUE.to_sparse()), TypeError, "value:", "expected a dense tensor", "torch.sparse_coo"),
     Case(attend(value=VALUE[..., :0]), ValueError, "value:", "heads and channels", "got shape (2, 16, 3, 0)"),
-    Case(attend(value=VALUE[:, :, :2]), ValueError, "sampling_locations:", "shape (2, 5, 2, 6, 2)", "got (2, 5, 3,"),
-    Case(attend(value=VALUE[:1]), ValueError, "sampling_locations:", "shape (1, 5, 3, 6, 2)", "got (2, 5, 3, 6, 2)"),
+    Case(attend(value=VALUE[:, :, :2]), ValueError, "sampling_locations:", "shape (2, 5, 2, 2, 3, 2)", "got (2, 5, 3,"),
+    Case(attend(value=VALUE[:1]), ValueError, "sampling_locations:", "shape (1, 5, 3, 2, 3, 2)", "(2, 5, 3, 2, 3, 2)"),
     Case(attend(sampling_locations=None), TypeError, "sampling_locations:", f"a tensor {_AT}", "got NoneType"),
     Case(attend(sampling_locations=AT[..., 0, 0]), ValueError, "sampling_locations:", f"5-D tensor {_AT}", "(2, 5, 3"),
-    Case(attend(sampling_locations=AT[..., :1]), ValueError, "sampling_locations:", "(2, 5, 3, 6, 2)", "3, 6, 1)"),
+    Case(attend(sampling_locations=AT[..., :1]), ValueError, "sampling_locations:", "(2, 5, 3, 2, 3, 2)", "2, 3, 1)"),
     Case(attend(sampling_locations=AT[:, :, :, :1]), ValueError, "sampling_locations:", "with L = 2", "3, 1, 3, 2)"),
     Case(attend(sampling_locations=AT.double()), TypeError, "sampling_locations:", "a value of torch.float32", "64"),
     Case(attend(sampling_locations=AT.to("meta")), ValueError, "sampling_locations:", "cpu like value", "got meta"),
     Case(attend(sampling_locations=AT.to_sparse()), TypeError, "sampling_locations:", "a dense tensor", "sparse_coo"),
     Case(merged(sampling_locations=AT.flatten(3, 4)[:, :, :, :5]), ValueError, "sampling_locations:",
          "a multiple of 2 points", "got shape (2, 5, 3, 5, 2)"),
+    *(Case(call, ValueError, "sampling_locations:", f"{_AT} with 1 point or more", got) for call, got in (
+        (attend(sampling_locations=AT[..., :0, :], attention_weights=LOGITS[..., :0]), "(2, 5, 3, 2, 0, 2)"),
+        (merged(sampling_locations=AT.flatten(3, 4)[:, :, :, :0]), "(2, 5, 3, 0, 2)"),
+        (merged(sampling_locations=AT.flatten(3, 4)[:, :, :, :0], points=[1, 2]), "(2, 5, 3, 0, 2)"),
+    )),
+    Case(merged(attention_weights=LOGITS, points=[2, 4]), ValueError, "attention_weights:",
+         "expected [N, Q, M, K], since levels have different numbers of points ([2, 4])", "got shape (2, 5, 3, 2, 3)"),
     Case(attend(attention_weights=LOGITS[:, :, :, :1]), ValueError, "attention_weights:", "with L = 2", "3, 1, 3)"),
-    Case(attend(attention_weights=LOGITS[:, :4]), ValueError, "attention_weights:", "(2, 5, 3, 6)", "(2, 4, 3, 6)"),
+    Case(attend(attention_weights=LOGITS[:, :4]), ValueError, "attention_weights:", "(2, 5, 3, 2, 3)", "(2, 4, 3, 2"),
     Case(attend(attention_weights=None), ValueError, "attention_weights:", "logits for softmax=True", "got None"),
     Case(attend(reference_points=BOXES[..., :3]), ValueError, "reference_points:", f"{_BOXES} with L = 2", "5, 2, 3)"),
     Case(attend(reference_points=torch.zeros(2, 5, 3, 2)), ValueError, "reference_points:", "with L = 2", "5, 3, 2)"),
@@ -220,6 +232,9 @@ ATTENTION = [
         for table, error, expected, got in (
             (None, TypeError, "a pair (H, W) for each level", "got None"),
             (16, TypeError, "a pair (H, W) for each level", "got 16"),
+            (numpy.array(16), TypeError, "a pair (H, W) for each level", "got array(16)"),
+            ({(3, 4): 0, (2, 2): 1}, TypeError, "a pair (H, W) for each level", "got {(3, 4): 0, (2, 2): 1}"),
+            ({(3, 4), (2, 2)}, TypeError, "a pair (H, W) for each level", "got {("),
             ([], ValueError, "1 to 16 levels", "got 0"),
             ([(1, 1)] * 17, ValueError, "1 to 16 levels", "got 17"),
             ([3, 4, 2, 2], ValueError, "a pair (H, W) for each level", "got 3 as number 0"),
@@ -233,6 +248,7 @@ ATTENTION = [
             (torch.zeros(2, 2, dtype=torch.long, device="meta"), ValueError, "pairs (H, W)", "numbers are not known"),
         )
     ),
+    Case(a_table_for_each_sample, ValueError, "spatial_shapes:", "numbers are not known (of", "of vmap, on meta), got"),
 ]  # fmt: skip
 NHWC, SHIFTS, FACTORS = torch.zeros(2, 4, 5, 6), torch.zeros(2, 4, 5, 3, 9, 2), torch.zeros(2, 4, 5, 3, 9)
 

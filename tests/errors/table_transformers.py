@@ -1,9 +1,11 @@
 """transformers' models: what `accelerate` refuses."""
 
+from functools import partial
+
 import transformers
 from torch import nn
 
-from dcn_plugin.integrations.transformers import accelerate
+from dcn_plugin.integrations.transformers import accelerate, installed, uninstall
 from errors.case import Case
 
 
@@ -21,7 +23,10 @@ def without_attention():
 
 
 CASES = [
-    Case(lambda: accelerate("detr"), TypeError, "model:", "expected a torch.nn.Module", "got str"),
+    *(
+        Case(partial(call, "detr"), TypeError, "model:", "expected a torch.nn.Module", "got str")
+        for call in (accelerate, installed, uninstall)
+    ),
     Case(
         without_attention,
         ValueError, "model:", "expected multi-scale deformable attention of transformers", "got BertModel without it",

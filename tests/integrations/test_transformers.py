@@ -194,6 +194,27 @@ def test_half_precision_is_finite_and_close_to_our_float32(name, calls):
     assert all(value.isfinite().all() for n, value in whole.items() if "logits" not in n and "enc_outputs" not in n)
 
 
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "omdet_turbo"])
+def test_under_autocast_results_have_the_types_of_theirs(name):
+    model, inputs = stirred(name)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        types = {n: value.dtype for n, value in results(model, inputs).items() if "sampled" not in n}
+        with accelerate(model):
+            found = results(model, inputs)
+        assert {n: found[n].dtype for n in types} == types and "logits" in " ".join(types)
+
+
+@pytest.mark.parametrize("method", ["default", "discrete"])
+def test_samplers_alone_have_the_types_of_theirs_under_autocast(method):
+    module = transformers.models.d_fine.modeling_d_fine
+    given = torch.randn(1, 12, 2, 4), [(3, 4)], torch.rand(1, 5, 2, 3, 2), torch.rand(1, 5, 2, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = module.multi_scale_deformable_attention_v2(*given, [3], method)
+        found = _modules.sampled_v2(*given, [3], method)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+
+
 def test_encoders_look_from_where_pixels_are_in_half_precision():
     """In bfloat16 the centres of a wide map are rounded to a quarter of a pixel and worse; ours are float32."""
     shapes = [(100, 152), (50, 76)]

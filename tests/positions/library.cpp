@@ -1,5 +1,5 @@
-// Positions that are no convolution's: points on some maps, one map after the other. What csrc gives to any positions is
-// run on them. Compiled and loaded by tests/ops/test_positions.py.
+// Positions that are no convolution's: points on some maps, one map after the other. What csrc gives to any positions
+// is run on them. Compiled and loaded by tests/ops/test_positions.py.
 #include "runtime/cpu.h"
 #include "runtime/cpu_taps.h"
 #include "runtime/input_index.h"

@@ -54,7 +54,7 @@ def problems() -> dict[str, Problem]:
         how = f"{name}-{str(dtype).removeprefix('torch.')}-{str(layout).removeprefix('torch.')}"
         found[f"{how}-tuned"] = Problem(case, arguments, TUNED, False)
         found[f"{how}-portable"] = Problem(case, arguments, PORTABLE, False)
-        if case.of_regions:
+        if case.adds_atomically:
             found[f"{how}-ordered"] = Problem(case, arguments, PORTABLE, True)
     return found
 

@@ -87,7 +87,8 @@ def test_dynamic_quantisation_of_torch(name):
     assert bool(changed) != isinstance(layer, OffsetConv)
     with torch.no_grad():
         error = (small(*inputs) - layer(*inputs)).abs().max() / layer(*inputs).abs().max()
-        assert error < 0.02 and bool(error) == bool(changed)
+        # Weights and inputs of 7 bits, in up to four layers one after the other.
+        assert error < 0.05 and bool(error) == bool(changed)
     assert small.state_dict().keys() != layer.state_dict().keys() if changed else not error
 
 

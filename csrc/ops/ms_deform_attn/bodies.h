@@ -35,8 +35,9 @@ struct ReferenceGradient {
           }
       }
     }
-    for (int64_t j = 0; j < g.reference_numbers; ++j)
-      grad_reference[i * g.reference_numbers + j] = static_cast<F>(sums[j]);
+    // As many steps as there are sums, so that a GPU keeps these in registers.
+    for (int j = 0; j < 4; ++j)
+      if (j < g.reference_numbers) grad_reference[i * g.reference_numbers + j] = static_cast<F>(sums[j]);
   }
 };
 

@@ -78,6 +78,12 @@ class Accelerated:
 _everywhere: list[Accelerated] = []
 
 
+def _module(model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
 def accelerate(model: nn.Module | None = None) -> Accelerated:
     """Put `ms_deform_attn` into the deformable attention of a model of transformers, or of all, until it is undone.
 
@@ -122,9 +128,7 @@ def accelerate(model: nn.Module | None = None) -> Accelerated:
         asked = Accelerated(places, {family: len(own) for family, own in found.items()}, unknown)
         _everywhere.append(asked)
     else:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        serve, unknown = found_in(model)
+        serve, unknown = found_in(_module(model))
         if not serve and not installed(model):
             has = f", whose {', '.join(unknown)} is not known" if unknown else " without it"
             raise ValueError(
@@ -147,6 +151,9 @@ def accelerate(model: nn.Module | None = None) -> Accelerated:
 def installed(model: nn.Module | None = None) -> dict[str, int]:
     """Return the names of the classes that are served in a model, or everywhere, and how many there are.
 
+    Raises:
+        TypeError: `model` is no module.
+
     Example:
         >>> from dcn_plugin.integrations.transformers import installed
         >>> installed()
@@ -154,11 +161,14 @@ def installed(model: nn.Module | None = None) -> dict[str, int]:
     """
     if model is None:
         return dict(Counter(place.owner.__name__ for asked in _everywhere for place in asked._places))
-    return dict(Counter(type(module).__name__ for module in model.modules() if isinstance(module, Served)))
+    return dict(Counter(type(module).__name__ for module in _module(model).modules() if isinstance(module, Served)))
 
 
 def uninstall(model: nn.Module | None = None) -> None:
     """Give a model back to transformers, be it a copy of one that was served; or withdraw all calls without a model.
+
+    Raises:
+        TypeError: `model` is no module.
 
     Example:
         >>> from dcn_plugin.integrations.transformers import uninstall
@@ -168,7 +178,7 @@ def uninstall(model: nn.Module | None = None) -> None:
         for asked in reversed(_everywhere.copy()):
             asked.undo()
     else:
-        for module in model.modules():
+        for module in _module(model).modules():
             kind: Any = type(module)
             if kind.__bases__[0] is Served:
                 module.__class__ = kind._made_of[0]

@@ -64,6 +64,14 @@ def _attend(
     return out, weights
 
 
+def _as_theirs(out: Tensor, value: Tensor, weights: Tensor, method: str = "default") -> Tensor:
+    """Under autocast our sums are half. Theirs are not where `grid_sample` or what is summed is float32."""
+    kind = torch.promote_types(value.dtype, weights.dtype)
+    if method == "default" and torch.is_autocast_enabled(out.device.type):
+        kind = torch.promote_types(kind, torch.float32)
+    return out.to(kind)
+
+
 def _moved(hidden_states: Tensor, position_embeddings: Tensor | None) -> Tensor:
     return hidden_states if position_embeddings is None else hidden_states + position_embeddings
 
@@ -122,10 +130,11 @@ def _of_d_fine(
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
     # The values are taken as they come, and so is the result: these modules have no projections.
-    return _attend(
+    out, weights = _attend(
         self, hidden_states, encoder_hidden_states, None if attention_mask is None else ~attention_mask,
         reference_points, spatial_shapes_list, self.num_points_list, self.offset_scale, self.decoder_method,
     )  # fmt: skip
+    return _as_theirs(out, encoder_hidden_states, weights, self.decoder_method), weights
 
 
 def _of_mask2former(
@@ -178,7 +187,8 @@ def sampled_v2(
         precise = sampling_locations.to(torch.promote_types(sampling_locations.dtype, torch.float32))
         sizes = [(w, h) for (h, w), p in zip(value_spatial_shapes, num_points_list, strict=True) for _ in range(p)]
         sampling_locations = _nearest(precise, precise.new_tensor(sizes))
-    return ms_deform_attn(value, value_spatial_shapes, sampling_locations, attention_weights, points=num_points_list)
+    out = ms_deform_attn(value, value_spatial_shapes, sampling_locations, attention_weights, points=num_points_list)
+    return _as_theirs(out, value, attention_weights, method)
 
 
 def _pixel_centres(spatial_shapes_list: Shapes, valid_ratios: Tensor, device: Any) -> Tensor:
@@ -211,7 +221,8 @@ class MultiScaleDeformableAttention(nn.Module):
         attention_weights: Tensor,
         im2col_step: int,
     ) -> Tensor:
-        return ms_deform_attn(value, value_spatial_shapes_list, sampling_locations, attention_weights)
+        out = ms_deform_attn(value, value_spatial_shapes_list, sampling_locations, attention_weights)
+        return _as_theirs(out, value, attention_weights)
 
 
 # Which texts these were written from, as transformers 5.23 has them; of the forwards, 5.8 has the same but OneFormer's.

@@ -23,7 +23,11 @@ struct CpuAggregate {
                                      const AggregateGeometry& geometry, int64_t wanted) {
     const CpuKernels kernels = kernels_for(a, geometry);
     deform_aggregate2d_backward_log.note(name_of(kernels));
-    if (kernels == kPortable) return deform_aggregate2d_backward_portable<Cpu>(grad_output, a, geometry, wanted);
+    if (kernels == kPortable) {
+      // Who chose these kernels wants what CUDA does; what the tuned ones cannot serve is added in order, as they do.
+      const int64_t how = chosen_kernels() == kPortable ? wanted : wanted | kOrdered;
+      return deform_aggregate2d_backward_portable<Cpu>(grad_output, a, geometry, how);
+    }
     return dispatch_deform_aggregate2d(a, [&](auto s, auto t) {
       return tiles::aggregate::backward<decltype(s), decltype(t)>(grad_output, a, geometry, wanted);
     });

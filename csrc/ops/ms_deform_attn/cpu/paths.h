@@ -23,7 +23,11 @@ struct CpuAttention {
                                      int64_t wanted) {
     const CpuKernels kernels = kernels_for(g);
     ms_deform_attn_backward_log.note(name_of(kernels));
-    if (kernels == kPortable) return ms_deform_attn_backward_portable<Cpu>(grad_output, a, g, wanted);
+    if (kernels == kPortable) {
+      // Who chose these kernels wants what CUDA does; what the tuned ones cannot serve is added in order, as they do.
+      const int64_t how = chosen_kernels() == kPortable ? wanted : wanted | kOrdered;
+      return ms_deform_attn_backward_portable<Cpu>(grad_output, a, g, how);
+    }
     return dispatch_floating(a.value.scalar_type(), [&](auto s) {
       return tiles::attention::backward<decltype(s)>(grad_output, a, g, wanted);
     });
