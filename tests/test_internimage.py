@@ -4,6 +4,7 @@ What holds for every family is in test_model_families.py.
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from plain_aggregation import close, drawn, plain_internimage
 from safetensors.torch import save_file
 from timm.models import group_parameters
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import dcn_plugin
 from dcn_plugin.layers import offset_parameters, sampling_layers
@@ -77,6 +79,20 @@ def test_state_dicts_are_the_official_ones(name):
 def test_numbers_of_parameters_are_those_of_the_papers(name, published):
     found = sum(p.numel() for p in without_weights(name).parameters()) / 1e6
     assert found == pytest.approx(published, rel=0.01)
+
+
+def test_the_documents_have_these_numbers():
+    document = (Path(__file__).parents[1] / "docs/timm.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (\d+) \| ([\d.]+) \| ([\d.]+) \|", document, re.M)
+    assert sorted(row[0] for row in rows) == sorted(NAMES)
+    for name, tag, side, parameters, multiply_adds in rows:
+        model, cfg = without_weights(name), timm.get_pretrained_cfg(name)
+        assert cfg.tag == tag and cfg.input_size == (3, int(side), int(side))
+        assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}" == parameters
+        if name.endswith("_tiny"):
+            with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+                model.eval()(torch.zeros(1, *cfg.input_size))
+            assert f"{counter.get_total_flops() / 2e9:.2f}" == multiply_adds
 
 
 def test_the_names_that_only_some_sizes_have():
