@@ -106,6 +106,7 @@ check() {
             rm -f "$out/deform_conv2d-cuda.md"
         fi
         benchmark ms_deform_attn 60
+        benchmark deform_aggregate2d 40
         benchmark models 80
         benchmark roi_pool 50
     fi
