@@ -38,9 +38,8 @@ struct SweepGroups {
     const int64_t heads = pixels * some.count, count = padded(heads * g.points);
     const int64_t pixel = g.heads * g.channels * static_cast<int64_t>(sizeof(A));  // of the gradient
     finder.find(n, q, pixels, some);
-    if constexpr (Scatter) {
-      attention::find_offsets(p, finder.table.grad.data(), static_cast<Index>(pixel), count, p.grad_offset);
-    }
+    if constexpr (Scatter)
+      attention::find_offsets(p, finder.table.grad.data(), static_cast<Index>(pixel), heads * g.points, p.grad_offset);
     const A* const grad_image = grad_value + (n * g.rows * g.heads + some.first) * g.channels;
     const attention::CornersOnMap values = finder.corners(n, some.first, 0);
     const attention::CornersOnMap grads{
