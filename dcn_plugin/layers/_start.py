@@ -74,6 +74,8 @@ def _equal(one: Tensor, other: Tensor | None) -> bool:
 class StartsAtZero(OwnStart):
     """Zero at first and after every reset, but for a bias of its own."""
 
+    bias: Any
+
     def first_bias(self) -> Tensor | None:
         """Return what the bias starts with; None: zeros."""
         return None
