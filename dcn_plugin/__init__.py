@@ -29,10 +29,25 @@ if not _BARE:
     from . import layers, ops, reference
     from .checkpoint import load_checkpoint
     from .convert import convert
-    from .layers import DCNv1, DCNv2, DeformConv2d
+    from .layers import DAttention, DCNv1, DCNv2, DCNv3, DCNv4, DeformConv2d, MSDeformAttn
     from .ops._exporters import register_format as _register_format
 
-__all__ = ["DCNv1", "DCNv2", "DeformConv2d", "__version__", "convert", "layers", "load_checkpoint", "ops", "reference"]
+# Of the layers all but those that pool regions and those with the name of another package; these are in `layers`.
+__all__ = [
+    "DAttention",
+    "DCNv1",
+    "DCNv2",
+    "DCNv3",
+    "DCNv4",
+    "DeformConv2d",
+    "MSDeformAttn",
+    "__version__",
+    "convert",
+    "layers",
+    "load_checkpoint",
+    "ops",
+    "reference",
+]
 
 # What to import of a framework to know that it works, and the module of ours that registers with it.
 _PLUGS = (("timm", "dcn_plugin.models"), ("mmengine.registry", "dcn_plugin.registry"))

@@ -118,7 +118,9 @@ def main() -> None:
         "--image-size", nargs="+", type=int, help="height and width, or both in one (default: as trained)"
     )
     parser.add_argument("--batch", type=batch_size, help="'dynamic' (default) or a number (1 for ncnn and executorch)")
-    parser.add_argument("--opset", type=int, default=19, help="of ONNX, at least 19 (default)")
+    parser.add_argument(
+        "--opset", type=int, default=19, help="of ONNX: 19 (default) or more, 16 without convolutions of ours"
+    )
     parser.add_argument("--pretrained", action="store_true", help="published weights for a timm name")
     parser.add_argument(
         "--tolerance", type=float, default=1e-4, help="difference allowed, in parts of the largest output"

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -237,11 +238,58 @@ def test_it_starts_so_where_transformers_gave_it_memory():
     starts(layer, 8, 4)
 
 
-def test_a_drawn_start_is_warned_of():
+def told(layer):
+    """What a call of the layer warns of."""
+    query, centres, pixels = call(dtype=layer.output_proj.weight.dtype)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if isinstance(layer, MSDeformAttn):
+            layer(query, centres, pixels, SHAPES)
+        else:
+            layer(query, value=pixels, reference_points=centres, spatial_shapes=SHAPES)
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: MSDeformAttn(16, 3, 4, 2),
+        lambda: MSDeformAttn(16, 3, 6 + 2, (1, 2, 3)),
+        lambda: MMCVMultiScaleDeformableAttention(16, 4, 3, 2, batch_first=True),
+    ],
+    ids=["one", "uneven", "mmcv"],
+)
+def test_a_drawn_start_is_warned_of(make, dtype):
+    """Deformable DETR's own transformer draws whatever has more than one dimension, others put biases at zero, too."""
+    for zero_biases in (False, True):
+        layer = make().to(dtype)
+        for parameter in layer.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+            elif zero_biases:
+                nn.init.zeros_(parameter)
+        copied = copy.deepcopy(layer)
+        offsets, weights = told(layer)
+        assert offsets.startswith(
+            f"{type(layer).__name__}: the weight of sampling_offsets is expected to start at zero"
+        )
+        assert "call sampling_offsets.reset_parameters() after" in offsets
+        assert "dcn_plugin.layers.reset_offsets(model)" in offsets and "replaces" not in offsets
+        assert ": the weight of attention_weights is" in weights and "reset_offsets" not in weights
+        assert not told(layer), "once for each layer"
+        reset_offsets(nn.Sequential(copied))
+        assert [message.split(" is ")[0] for message in told(copied)] == [weights.split(" is ")[0]]
+    assert not told(make().to(dtype)), "a fresh one starts where it should"
+
+
+def test_a_trained_start_is_not_warned_of():
     layer = MSDeformAttn(16, 3, 4, 2)
-    nn.init.xavier_uniform_(layer.attention_weights.weight)
-    with pytest.warns(UserWarning, match="MSDeformAttn: attention_weights is expected to start at zero"):
-        layer(*call(), SHAPES)
+    layer(*call(), SHAPES).square().sum().backward()
+    torch.optim.SGD(layer.parameters(), 1e-3).step()
+    fresh = MSDeformAttn(16, 3, 4, 2)
+    fresh.load_state_dict(layer.state_dict())
+    assert fresh.sampling_offsets.weight.any() and not told(fresh)
 
 
 # -- state dicts -------------------------------------------------------------------------------------------------------

@@ -317,7 +317,7 @@ def test_layers_made_of_loaded_convolutions_keep_their_weights():
 
 # -- other initialisers ------------------------------------------------------------------------------------------------
 
-REDRAWN = "is expected to start at zero, but its weight has been drawn"
+REDRAWN = "is expected to start at zero, but it has been drawn"
 
 
 def draw(model):
@@ -363,7 +363,7 @@ def test_a_layer_warns_once_of_offsets_that_an_initialiser_drew(name):
     torch.manual_seed(0)
     layer = draw(make())
     messages = warned(lambda: call(layer))
-    assert [m.split(": ")[1].split(" is")[0] for m in messages] == parts
+    assert [m.split(": the weight of ")[1].split(" is")[0] for m in messages] == parts
     assert all(f"call {part}.reset_parameters()" in m for part, m in zip(parts, messages, strict=True))
     assert not warned(lambda: call(layer)), "once for each layer"
     assert not warned(lambda: call(make())), "a fresh one starts where it should"

@@ -6,6 +6,7 @@ import pytest
 from run_python import run_python
 
 import dcn_plugin
+from dcn_plugin import layers
 
 BLOCK = """
 import importlib.abc, sys
@@ -42,6 +43,13 @@ def test_public_names():
     for name in dcn_plugin.__all__:
         assert hasattr(dcn_plugin, name)
     assert callable(dcn_plugin.convert)
+
+
+def test_layers_at_the_top():
+    """All but those that pool regions and those that stand for another package's class."""
+    rest = {name for name in layers.LAYERS if "RoI" in name or name.startswith("MMCV")}
+    assert {name for name in layers.LAYERS if name in dcn_plugin.__all__} == set(layers.LAYERS) - rest
+    assert all(getattr(dcn_plugin, name) is layers.LAYERS[name] for name in set(layers.LAYERS) - rest)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from cases import BY_NAME, convert
 from torch import Tensor, nn
 
 from dcn_plugin import ops, reference
+from dcn_plugin.layers import MSDeformAttn
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -106,6 +107,31 @@ def on_maps(n, queries, sizes, box, points=3) -> tuple[Tensor, ...]:
 N, Q = Dim("n"), {0: Dim("n"), 1: Dim("queries")}
 SIZES = (*({0: N, 2: Dim(f"height{i}"), 3: Dim(f"width{i}")} for i in range(2)), Q, Q, Q)
 OTHERS = [(1, 3, [(5, 20), (9, 2)]), (3, 100, [(12, 4), (2, 3)]), (1, 1, [(2, 2), (1, 1)])]
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = MSDeformAttn(16, 2, 2, 2)
+        self.eval()
+
+    def forward(self, *given: Tensor) -> Tensor:
+        return self.layer(*given, [(4, 6), (2, 3)])
+
+
+@needs_runtime
+def test_the_graph_of_a_layer_takes_an_empty_batch(tmp_path):
+    def given(n):
+        return torch.randn(n, 5, 16), torch.rand(n, 5, 2, 2), torch.randn(n, 30, 16)
+
+    model = Layer()
+    path = export_onnx(model, given(2), tmp_path / "m.onnx", dynamic_shapes=(({0: Dim("n")},) * 3,))
+    for n in (0, 1, 3):
+        inputs = given(n)
+        (found,), expected = run_onnx(path, inputs), model(*inputs)
+        assert found.shape == expected.shape == (n, 5, 16)
+        if n:
+            assert_close(found, expected)
 
 
 def domains(path) -> set[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import runpy
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -296,8 +297,40 @@ def test_layers_that_pool_are_written_while_gradients_are_on(cls, tmp_path):
 
 
 def test_an_old_opset_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="opset_version: expected at least 19"):
+    with pytest.raises(ValueError, match="^opset_version: expected at least 19[^\n]*$"):
         export_onnx(Form(), (torch.randn(1, 6, 8, 8),), tmp_path / "m.onnx", opset_version=18)
+    value, locations = torch.randn(1, 60, 2, 5), torch.rand(1, 7, 2, 2, 3, 2)
+    with pytest.raises(ValueError, match="^opset_version: expected at least 16[^\n]*$"):
+        export_onnx(Attention(), (value, locations, locations[..., 0]), tmp_path / "m.onnx", opset_version=15)
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_runtime
+@pytest.mark.parametrize("opset", [16, 17, 18])
+def test_an_old_opset_is_written_where_it_has_all_that_is_needed(opset, tmp_path):
+    value, locations = torch.randn(2, 60, 2, 5), torch.rand(2, 7, 2, 2, 3, 2)
+    given = value, locations, torch.rand(2, 7, 2, 2, 3)
+    path = export_onnx(Attention().eval(), given, tmp_path / "m.onnx", opset_version=opset)
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert [(opset.domain, opset.version) for opset in model.opset_import if not opset.domain] == [("", opset)]
+    assert_close(run_onnx(path, given)[0], Attention()(*given))
+
+
+@needs_runtime
+@pytest.mark.parametrize("opset", [16, 18])
+def test_a_file_of_another_opset_is_warned_of(opset, tmp_path):
+    """torch keeps 18 where it cannot convert."""
+    model, given = Pool("ps_roi_pool", **POOLING["ps_roi_pool"]), (torch.randn(2, 8, 12, 14), REGIONS)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        path = export_onnx(model, given, tmp_path / "m.onnx", opset_version=opset)
+    version = next(imported.version for imported in onnx.load(path).opset_import if not imported.domain)
+    told = [str(warning.message) for warning in caught if "opset_version: " in str(warning.message)]
+    wanted = f"m.onnx has {version}, as torch does not convert this model to {opset}"
+    assert bool(told) == (version != opset) and all(wanted in message for message in told)
+    assert version == 18 or version == opset
+    assert_close(run_onnx(path, given)[0], model(*given))
 
 
 def move_offsets(model: nn.Module) -> nn.Module:

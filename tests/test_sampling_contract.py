@@ -315,7 +315,7 @@ def test_mmengines_initialisers_leave_it_undeformed():
 def test_drawn_offsets_are_warned_of():
     model = converted()
     nn.init.normal_(model[0].conv2.stretch.weight)
-    with pytest.warns(UserWarning, match="Stretched: stretch is expected to start at zero"):
+    with pytest.warns(UserWarning, match="Stretched: the weight of stretch is expected to start at zero"):
         model(IMAGES)
 
 

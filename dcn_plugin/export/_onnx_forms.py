@@ -20,8 +20,9 @@ from .. import reference
 from ..ops.roi_pool import POOLING
 from . import grid_sample, tensorrt
 
-# The first opset that has DeformConv.
-OPSET = 19
+# The first opset that has an operator of ours; torch's exporter itself writes 18 and then converts it.
+_FIRST = {"DeformConv": 19, "GridSample": 16}
+OPSET = _FIRST["DeformConv"]
 
 
 @torch.library.custom_op(
@@ -70,7 +71,7 @@ def _deform_conv2d(
     padding: list[int], dilation: list[int],
 ) -> Tensor:  # fmt: skip
     """DeformConv, whose zero padding and border rule are ours."""
-    _check_opset()
+    _check_opset("DeformConv")
     channels, (_, group_channels, *kernel), offsets = input.shape[1], weight.shape, offset.shape[1]
     if not all(isinstance(size, int) for size in (channels, group_channels, *kernel, offsets)):
         raise ValueError(
@@ -92,12 +93,12 @@ def _deform_conv2d(
     return out.to(input.dtype)
 
 
-def _check_opset() -> None:
-    version = _asked_opset()
-    if version is not None and version < OPSET:
+def _check_opset(operator: str) -> None:
+    version, first = _asked_opset(), _FIRST[operator]
+    if version is not None and version < first:
         raise ValueError(
-            f"opset_version: expected at least {OPSET}, which brought DeformConv, got {version}: write "
-            f"torch.onnx.export(..., opset_version={OPSET}), or leave it out"
+            f"opset_version: expected at least {first}, which brought {operator}, got {version}: give "
+            f"opset_version={first}, or leave it out"
         )
 
 
@@ -120,7 +121,7 @@ def _asked_opset() -> int | None:
 def _warn_of_opset() -> None:
     warnings.warn(
         f"torch.onnx.export: torch {torch.__version__} keeps its opset_version where dcn_plugin does not find it, so "
-        f"an opset without DeformConv is not refused: ask for {OPSET} or later",
+        f"an opset without DeformConv or GridSample is not refused: ask for {OPSET} or later",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -130,6 +131,7 @@ def _ms_deform_attn(*args: Any) -> Tensor:
     """GridSample for each level and a weighted sum, or the plugin that was asked for."""
     if (version := tensorrt.asked()) is not None:
         return tensorrt.ms_deform_attn(version, *args)
+    _check_opset("GridSample")
     return grid_sample.ms_deform_attn(*args)
 
 

@@ -171,7 +171,9 @@ def ms_deform_attn(value: Tensor, sampling_locations: Tensor, *arguments: Any) -
             sampled = sampled * level.weights.transpose(1, 2).reshape(n * heads, 1, queries, count)
         sums.append(sampled.sum(-1))
     out = sum(sums[1:], sums[0])
-    return out.reshape(n, heads * channels, queries).transpose(1, 2).to(value.dtype)
+    # Not transposed last: onnxruntime would make that a part of the product behind it, which takes no empty batch.
+    out = out.reshape(n, heads, channels, queries).permute(0, 3, 1, 2)
+    return out.reshape(n, queries, heads * channels).to(value.dtype)
 
 
 def deform_aggregate2d(

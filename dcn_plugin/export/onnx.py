@@ -35,10 +35,14 @@ def export_onnx(
         model: in the mode that it is to have, so mostly `model.eval()`.
         args: its arguments, for tracing.
         dynamic_shapes: as `torch.export.export` takes it; None: every size is fixed.
-        opset_version: at least 19.
+        opset_version: at least 19 where the model has `deform_conv2d`, which becomes DeformConv; 16 where it has
+            attention or aggregation, which become GridSample. RoI pooling asks for none.
 
     Raises:
-        ValueError: an opset before 19. torch's own errors for whatever does not export.
+        ValueError: an opset that lacks one of these. torch's own errors for whatever does not export.
+
+    torch writes opset 18 and converts to older ones what it can, which attention is and RoI pooling is not; a file that
+    has another opset than was asked for is warned of.
 
     Example:
         >>> import tempfile, torch
@@ -49,8 +53,6 @@ def export_onnx(
         >>> path.name
         'layer.onnx'
     """
-    if opset_version < OPSET:
-        raise ValueError(f"opset_version: expected at least {OPSET}, which brought DeformConv, got {opset_version}")
     if MOVED:
         warnings.warn(
             f"torch {torch.__version__} has no table of decompositions where dcn_plugin looks for it ({MOVED}), so its "
@@ -58,10 +60,23 @@ def export_onnx(
             RuntimeWarning,
             stacklevel=2,
         )
-    exported = torch.onnx.export(
-        model, args, dynamo=True, dynamic_shapes=dynamic_shapes, opset_version=opset_version, verbose=False
-    )
+    try:
+        exported = torch.onnx.export(
+            model, args, dynamo=True, dynamic_shapes=dynamic_shapes, opset_version=opset_version, verbose=False
+        )
+    except torch.onnx.OnnxExporterError as error:
+        said = str(error.__cause__).partition("\n")[0]  # behind it torch tells where it was
+        if said.startswith("opset_version: "):
+            raise ValueError(said) from error
+        raise
     assert exported is not None
+    written = exported.model.opset_imports.get("")
+    if written != opset_version:
+        warnings.warn(
+            f"opset_version: {path} has {written}, as torch does not convert this model to {opset_version}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     exported.save(path)
     return Path(path)
 

@@ -41,14 +41,17 @@ def check_levels(names: Names, given: Any, parameter: Any, width: int, levels: i
             raise ValueError(f"{name}: expected {axes}, got {_said(each, batch_first)}")
         _on(each, name, parameter)
     images, queries, pixels = query.shape[0], query.shape[1], value.shape[1]
-    if value.shape[0] != images:
-        raise ValueError(f"{names.value}: expected {images} images like {names.query}, got {value.shape[0]}")
     sizes = _sizes(names.shapes, shapes, levels)
     total = sum(height * width for height, width in sizes)
+    if value.shape[0] != images:
+        raise ValueError(
+            f"{names.value}: expected {images} images like {names.query}, got {value.shape[0]}"
+            + _if_swapped(value, total, batch_first)
+        )
     if total != pixels:
         raise ValueError(
             f"{names.shapes}: expected levels that add up to the {pixels} pixels of {names.value}, got {total} "
-            f"from {sizes}"
+            f"from {sizes}" + _if_swapped(value, total, batch_first)
         )
     _check_starts(names.starts, starts, sizes, isinstance(shapes, Tensor))
     tensor(reference, names.reference, 4, f"[N, Q, {levels}, 2 or 4]")
@@ -65,6 +68,16 @@ def check_levels(names: Names, given: Any, parameter: Any, width: int, levels: i
     if mask is not None:
         _check_mask(names.mask, mask, images, pixels, parameter)
     return sizes
+
+
+def _if_swapped(value: Tensor, total: int, batch_first: bool) -> str:
+    """Say how the first two axes are read, if the levels fit the other one.
+
+    Asked only where a call is refused: the answer binds sizes that are symbols.
+    """
+    if value.shape[0] != total:
+        return ""
+    return " (the layer reads [N, S, C])" if batch_first else " (batch_first=False reads [S, N, C])"
 
 
 def _said(value: Tensor, batch_first: bool) -> list[int]:

@@ -72,19 +72,30 @@ def _equal(one: Tensor, other: Tensor | None) -> bool:
 
 
 class StartsAtZero(OwnStart):
-    """Zero at first and after every reset."""
+    """Zero at first and after every reset, but for a bias of its own."""
+
+    bias: Any
+
+    def first_bias(self) -> Tensor | None:
+        """Return what the bias starts with; None: zeros."""
+        return None
 
     def reset_parameters(self) -> None:
         with torch.no_grad():
             # Not by torch.nn.init, whose functions frameworks replace while they load.
             for parameter in self.parameters():
                 parameter.zero_()
+            if (bias := self.first_bias()) is not None:
+                self.bias.copy_(bias)
         self._note_memory()
 
     def _start_again(self, before: dict[str, Tensor], changed: set[str]) -> None:
+        bias = self.first_bias()
         for name, parameter in self._open().items():
             if self._without_memory:
                 parameter.zero_()
+                if name == "bias" and bias is not None:
+                    parameter.copy_(bias)
             elif name in changed:
                 parameter.copy_(before[name])
 
@@ -107,9 +118,9 @@ class ZeroLinear(_ZeroLinear):
 
 
 def warn_if_redrawn(layer: nn.Module) -> None:
-    """Warn, at the first call of `layer`, where an initialiser has drawn what should start at zero in it.
+    """Warn, at the first call of `layer`, where an initialiser has drawn a weight in it that should start at zero.
 
-    Those draw the weight and leave the bias at zero. Training moves both.
+    Those leave the bias as it was, or put it at zero. Training moves both.
     """
     if torch.compiler.is_compiling() or getattr(layer, "_looked_at_start", False) or hasattr(layer, "_is_replica"):
         return
@@ -123,13 +134,24 @@ def warn_if_redrawn(layer: nn.Module) -> None:
         return
     layer._looked_at_start = True  # type: ignore[assignment]
     for name, module in found:
-        if isinstance(module.bias, nn.Parameter) and module.weight.any() and not module.bias.any():
+        if isinstance(module.bias, nn.Parameter) and module.weight.any() and _not_moved(module):
+            remedy = f"{name}.reset_parameters() after initialising"
+            if name.partition(".")[0] in getattr(type(layer), "offset_branches", ()):
+                remedy += ", or dcn_plugin.layers.reset_offsets(model) for the offsets of all layers"
             warnings.warn(
-                f"{type(layer).__name__}: {name} is expected to start at zero, but its weight has been drawn while its "
-                "bias is zero: an initialiser of another framework does so, and the layer then samples elsewhere than "
-                f"the plain one it replaces. If nobody meant to, call {name}.reset_parameters() after initialising",
+                f"{type(layer).__name__}: the weight of {name} is expected to start at zero, but it has been drawn "
+                "while the bias has its first value or is zero: initialisers of whole models do so, and the layer then "
+                f"does not sample where a fresh one does. If nobody meant to, call {remedy}",
                 stacklevel=2,
             )
+
+
+def _not_moved(module: StartsAtZero) -> bool:
+    """Tell whether the bias is zero or what the module starts with."""
+    if not module.bias.any():
+        return True
+    first = module.first_bias()
+    return first is not None and torch.equal(module.bias, first.to(module.bias))
 
 
 def _captures(tensor: Tensor) -> bool:

@@ -38,23 +38,15 @@ class RayLinear(ZeroLinear):
         self.heads, self.points = heads, points
         self.reset_parameters()
 
-    def _rays(self) -> Tensor:
-        angles = torch.arange(self.heads, dtype=torch.float32) * (2.0 * math.pi / self.heads)
+    def first_bias(self) -> Tensor | None:
+        if not self.points:
+            return None
+        # On the CPU whatever the default device is: the same numbers for whoever compares with them.
+        angles = torch.arange(self.heads, dtype=torch.float32, device="cpu") * (2.0 * math.pi / self.heads)
         rays = torch.stack((angles.cos(), angles.sin()), -1)
         rays = rays / rays.abs().amax(-1, keepdim=True)  # onto the square around 0
-        steps = torch.cat([torch.arange(1.0, count + 1) for count in self.points])
+        steps = torch.cat([torch.arange(1.0, count + 1, device="cpu") for count in self.points])
         return (rays[:, None] * steps[:, None]).flatten()
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        if self.points:
-            with torch.no_grad():
-                self.bias.copy_(self._rays())
-
-    def _start_again(self, before: dict[str, Tensor], changed: set[str]) -> None:
-        super()._start_again(before, changed)
-        if self._without_memory and "bias" in self._open():
-            self.bias.copy_(self._rays())
 
 
 def _wide(position: Tensor, value: Tensor) -> Tensor:

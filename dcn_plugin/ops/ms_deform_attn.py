@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
@@ -13,12 +14,29 @@ from .. import reference
 from . import _check, _transforms
 from ._operator import WANTED, register
 
+P = ParamSpec("P")
 # As many as the compiled operator's table holds (csrc/core/attention_geometry.h).
 MOST_LEVELS = 16
 _LOCATIONS = "[N, Q, M, L, P, 2] or [N, Q, M, K, 2]"
 _WEIGHTS = "[N, Q, M, L, P] or [N, Q, M, K]"
 
 
+def _four_in_order(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Say what is expected to whoever gives arguments in the order of the field's CUDA function."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        if len(args) > 4:
+            raise TypeError(
+                "ms_deform_attn: expected (value, spatial_shapes, sampling_locations, attention_weights), got "
+                f"{len(args)} arguments; level_start_index and im2col_step follow from spatial_shapes"
+            )
+        return function(*args, **kwargs)
+
+    return call
+
+
+@_four_in_order
 def ms_deform_attn(
     value: Tensor,
     spatial_shapes: Sequence[Sequence[int]] | Tensor,

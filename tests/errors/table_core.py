@@ -15,7 +15,7 @@ from torch import nn
 import dcn_plugin
 from dcn_plugin import _extension
 from dcn_plugin.checkpoint import extract_weights, load_checkpoint, read_checkpoint
-from dcn_plugin.layers import DeformConv2d
+from dcn_plugin.layers import DAttention, DCNv1, DeformConv2d
 from errors.case import Case
 
 V2 = dict(type="DCNv2")
@@ -303,10 +303,10 @@ CHECKPOINT = [
 ]  # fmt: skip
 
 
-def export(version):
+def export(version, model, *given):
     from dcn_plugin.export.onnx import export_onnx
 
-    return export_onnx(nn.Identity(), (torch.zeros(1),), "not written.onnx", opset_version=version)
+    export_onnx(model, given, "not written.onnx", opset_version=version)
 
 
 def export_of_any_size():
@@ -386,7 +386,14 @@ OPENVINO = [
 ]  # fmt: skip
 
 ONNX = [
-    Case(lambda: export(18), ValueError, "opset_version:", "expected at least 19, which brought DeformConv", "got 18"),
+    Case(
+        lambda: export(18, DCNv1(4, 4, 3).eval(), torch.zeros(1, 4, 8, 8)),
+        ValueError, "opset_version:", "expected at least 19, which brought DeformConv", "got 18",
+    ),
+    Case(
+        lambda: export(15, DAttention(4, 2, 1, 8).eval(), torch.zeros(1, 4, 8, 8)),
+        ValueError, "opset_version:", "expected at least 16, which brought GridSample", "got 15",
+    ),
     Case(
         lambda: export_by_torch(opset_version=18),
         ValueError, "opset_version:", "expected at least 19, which brought DeformConv", "got 18",

@@ -217,6 +217,12 @@ ATTENTION = [
          "expected [N, Q, M, K], since levels have different numbers of points ([2, 4])", "got shape (2, 5, 3, 2, 3)"),
     Case(attend(attention_weights=LOGITS[:, :, :, :1]), ValueError, "attention_weights:", "with L = 2", "3, 1, 3)"),
     Case(attend(attention_weights=LOGITS[:, :4]), ValueError, "attention_weights:", "(2, 5, 3, 2, 3)", "(2, 4, 3, 2"),
+    *(
+        Case(lambda given=given: ops.ms_deform_attn(VALUE, [(3, 4), (2, 2)], *given), TypeError, "ms_deform_attn:",
+             "expected (value, spatial_shapes, sampling_locations, attention_weights)",
+             f"got {len(given) + 2} arguments; level_start_index and im2col_step")
+        for given in (([0, 12], AT, LOGITS, 64), ([0, 12], AT, LOGITS))
+    ),
     Case(attend(attention_weights=None), ValueError, "attention_weights:", "logits for softmax=True", "got None"),
     Case(attend(reference_points=BOXES[..., :3]), ValueError, "reference_points:", f"{_BOXES} with L = 2", "5, 2, 3)"),
     Case(attend(reference_points=torch.zeros(2, 5, 3, 2)), ValueError, "reference_points:", "with L = 2", "5, 3, 2)"),
