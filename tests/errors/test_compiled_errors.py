@@ -12,6 +12,8 @@ import torch
 from cases import BY_NAME
 from conftest import PORTABLE, cpu_kernels
 
+from dcn_plugin.ops._operator import ORDERED
+
 OPS = torch.ops.dcn_plugin
 OPERATORS = "|".join(BY_NAME)
 SOURCE = Path(__file__).resolve().parents[2] / "csrc"
@@ -112,7 +114,7 @@ def too_many_points():
         reference_points=None, spatial_shapes=[1, 1], points=[2**30], softmax=False,
     )  # fmt: skip
     with cpu_kernels(PORTABLE):
-        on_cpu(OPS.ms_deform_attn_backward, [torch.zeros(1, 1, 2), *arguments.values(), 16])
+        on_cpu(OPS.ms_deform_attn_backward, [torch.zeros(1, 1, 2), *arguments.values(), 16 | ORDERED])
 
 
 def too_many_samples():
@@ -146,7 +148,7 @@ def too_many_taps():
         kernel_size=[2**16, 2**15], padding=[0] * 4, softmax=False,
     )  # fmt: skip
     with cpu_kernels(PORTABLE):
-        on_cpu(OPS.deform_aggregate2d_backward, [torch.zeros(1, 1, 1, 1), *arguments.values(), 16])
+        on_cpu(OPS.deform_aggregate2d_backward, [torch.zeros(1, 1, 1, 1), *arguments.values(), 16 | ORDERED])
 
 
 def too_many_pixels():
