@@ -107,3 +107,12 @@ def forks():
 
     with Forks() as forks:
         yield forks
+
+
+@pytest.fixture
+def imports_everything():
+    """For a test that imports every module of the package: one of them installs the stand-in as it is imported."""
+    from dcn_plugin.integrations import mmcv
+
+    yield
+    mmcv.uninstall()

@@ -271,7 +271,7 @@ def doctested() -> list[str]:
 
 
 @pytest.mark.parametrize("name", doctested())
-def test_examples_in_docstrings(name):
+def test_examples_in_docstrings(name, imports_everything):
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -58,7 +58,7 @@ def written_names(module: str) -> list[str]:
     return ast.literal_eval(names)
 
 
-def test_every_public_name_is_on_it(site):
+def test_every_public_name_is_on_it(site, imports_everything):
     inventory = (site / "objects.inv").read_bytes().split(b"\n", 4)[4]
     known = {line.split(" ", 1)[0] for line in zlib.decompress(inventory).decode().splitlines()}
     missing, seen = [], 0
