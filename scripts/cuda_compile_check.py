@@ -108,24 +108,36 @@ def complaints(kernels: Kernels, archs: list[str], budgets: list[dict[str, Any]]
         yield f"the entry {pattern!r} is for no kernel"
 
 
+class Tools(NamedTuple):
+    torch: Torch
+    compiler: Compiler
+    nvcc: Nvcc
+    cuobjdump: str
+    demangle: str
+
+    @classmethod
+    def find(cls, unable: str = UNABLE) -> Tools:
+        torch, compiler = Torch.find(), Compiler.find()
+        nvcc = Nvcc.find(torch, compiler)
+        if isinstance(nvcc, str):
+            fail(nvcc, "correct that.", unable)
+        triton = importlib.util.find_spec("triton")
+        places = (triton.submodule_search_locations if triton else None) or []
+        beside = [str(Path(place, "backends/nvidia/bin")) for place in places]
+        home = str(Path(nvcc.path).resolve().parent)
+        cuobjdump = tool(["cuobjdump"], [home, *beside], "install it with the CUDA toolkit, or install triton.")
+        return cls(torch, compiler, nvcc, cuobjdump, tool(["c++filt", "cu++filt"], [home], "install binutils."))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compile the CUDA operators and compare what each kernel takes.")
     parser.add_argument("budget", nargs="?", type=Path, default=ROOT / "csrc/cuda_budget.json")
     budget = parser.parse_args().budget
     budgets = json.loads(budget.read_text())["budgets"]
     os.environ.pop("TORCH_CUDA_ARCH_LIST", None)
-    torch, compiler = Torch.find(), Compiler.find()
-    nvcc = Nvcc.find(torch, compiler)
-    if isinstance(nvcc, str):
-        fail(nvcc, "correct that.", UNABLE)
-    triton = importlib.util.find_spec("triton")
-    places = (triton.submodule_search_locations if triton else None) or []
-    beside = [str(Path(place, "backends/nvidia/bin")) for place in places]
-    home = str(Path(nvcc.path).resolve().parent)
-    cuobjdump = tool(["cuobjdump"], [home, *beside], "install it with the CUDA toolkit, or install triton.")
-    demangle = tool(["c++filt", "cu++filt"], [home], "install binutils.")
-    kernels = used(compiled(torch, compiler, nvcc), cuobjdump, demangle)
-    archs = [arch.removesuffix("+PTX") for arch in nvcc.architectures]
+    tools = Tools.find()
+    kernels = used(compiled(tools.torch, tools.compiler, tools.nvcc), tools.cuobjdump, tools.demangle)
+    archs = [arch.removesuffix("+PTX") for arch in tools.nvcc.architectures]
     print("\n".join(table(kernels, archs)), flush=True)
     found = list(complaints(kernels, archs, budgets))
     for complaint in found:

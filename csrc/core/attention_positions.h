@@ -28,6 +28,7 @@ template <typename A, typename F>
 struct AttentionPoints {
   using Accumulator = A;
   using Given = F;
+  static constexpr bool has_one_level = false;  // known before a call
 
   AttentionGeometry g;
   View<const F> locations;         // [N, Q, M, K], each a pair
@@ -113,6 +114,15 @@ struct LevelPositions {
     const QueryHead h = query_head(i);
     return (h.n - range.first_image(all.g)) * all.g.heads + h.m;
   }
+  // The samples of a map have numbers from first_of_map to before last_of_map, as do those of the image's other heads.
+  DCN_HOST_DEVICE int64_t first_of_map(int64_t map) const {
+    const int64_t query = image_of(map) * all.g.queries - range.first;
+    return (query > 0 ? query : 0) * all.g.heads * level().points;
+  }
+  DCN_HOST_DEVICE int64_t last_of_map(int64_t map) const {
+    const int64_t query = (image_of(map) + 1) * all.g.queries - range.first;
+    return (query < range.count ? query : range.count) * all.g.heads * level().points;
+  }
   DCN_HOST_DEVICE Sample<A> sample(int64_t i) const {
     const QueryHead h = query_head(i);
     return all.sample(all.frame(h.n, h.q, l), h, l, point(i));
@@ -123,6 +133,7 @@ struct LevelPositions {
   }
 
  private:
+  DCN_HOST_DEVICE int64_t image_of(int64_t map) const { return range.first_image(all.g) + map / all.g.heads; }
   DCN_HOST_DEVICE int64_t point(int64_t i) const { return level().first_point + i % level().points; }
 };
 

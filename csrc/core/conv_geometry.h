@@ -11,6 +11,8 @@ struct ConvGeometry {
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
   int64_t groups, offset_groups;
 
+  // One weight for each channel and tap.
+  DCN_HOST_DEVICE bool is_depthwise() const { return groups == channels && out_channels == channels; }
   DCN_HOST_DEVICE int64_t taps() const { return kernel_h * kernel_w; }
   DCN_HOST_DEVICE int64_t out_pixels() const { return out_height * out_width; }
   DCN_HOST_DEVICE int64_t group_channels() const { return channels / groups; }

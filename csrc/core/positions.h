@@ -13,7 +13,12 @@
 //   int64_t maps() const;                   how many maps there are
 //   int64_t map(int64_t i) const;           which of them sample number i reads
 //
-// which is what the index of the input needs (input_index.h). A pyramid of maps has positions and an index per level.
+// which is what the index of the input needs (input_index.h). They may have
+//
+//   int64_t first_of_map(int64_t map) const, last_of_map(int64_t map) const;
+//
+// too: between which numbers the samples of a map lie, the last excluded, where that is less than all. A pyramid of
+// maps has positions and an index per level.
 #pragma once
 
 #include <type_traits>

@@ -82,20 +82,26 @@ struct Gradient {
   A value, dy, dx;
 };
 
-template <typename A, typename I, typename Read>
-DCN_HOST_DEVICE Gradient<A> interpolate_gradient(const Sample<A, I>& s, const Read& read) {
+// From value(corner), which may be a sum over channels; only corners on the map are asked for.
+template <typename A, typename I, typename Value>
+DCN_HOST_DEVICE Gradient<A> combine_corners(const Sample<A, I>& s, const Value& value) {
   Gradient<A> g{s.origin(), s.origin(), s.origin()};
 #if defined(__CUDACC__)
 #pragma unroll
 #endif
   for (int c = 0; c < 4; ++c) {
     if (!s.has(c)) continue;
-    const A v = read(s.row(c), s.column(c)), w = s.weight(c);
+    const A v = value(c), w = s.weight(c);
     if (w != 0) g.value += w * v;
     g.dy += s.weight_dy(c) * v;
     g.dx += s.weight_dx(c) * v;
   }
   return g;
+}
+
+template <typename A, typename I, typename Read>
+DCN_HOST_DEVICE Gradient<A> interpolate_gradient(const Sample<A, I>& s, const Read& read) {
+  return combine_corners(s, [&](int c) { return read(s.row(c), s.column(c)); });
 }
 
 }  // namespace dcn

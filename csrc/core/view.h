@@ -14,4 +14,10 @@ struct View {
   }
 };
 
+// Where element (n, c, y, x) of a view lies, from its first.
+template <typename I, typename S>
+DCN_HOST_DEVICE I place_in(const View<S>& v, I n, I c, I y, I x) {
+  return n * static_cast<I>(v.n) + c * static_cast<I>(v.c) + y * static_cast<I>(v.h) + x * static_cast<I>(v.w);
+}
+
 }  // namespace dcn

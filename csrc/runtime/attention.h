@@ -75,7 +75,9 @@ void gather_values(const char* too_many, const View<const S>& grad_output, const
       range.count = std::min(step, left);
       const LevelPositions<P> positions{points, l, range};
       const BuiltIndex<A> built = build_input_index<Device>(positions, like);
-      Device::for_each(GatherValueGradient<P, S>{positions, built.index, grad_output, sums}, like);
+      const ResultGather<P, S> gather{positions, built.index, grad_output};
+      const SummedChunks chunks = sum_chunks<Device>(gather, positions.size(), like);
+      Device::for_each(GatherValueGradient<P, S>{gather, chunks.of(gather), sums}, like);
     }
   }
 }

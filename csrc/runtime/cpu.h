@@ -8,12 +8,23 @@
 #endif
 
 #include <algorithm>
+#include <limits>
 #include <memory>
 
 #include "kernels.h"
 #include "tensor.h"
 
 namespace dcn {
+
+// How many elements of a body a thread of the CPU takes at least: the body's kGrain where it has one.
+template <typename Body, typename = void>
+struct GrainOf {
+  static constexpr int64_t value = 1024;
+};
+template <typename Body>
+struct GrainOf<Body, std::void_t<decltype(Body::kGrain)>> {
+  static constexpr int64_t value = Body::kGrain;
+};
 
 struct Cpu {
   // Operands of matrix products are in the accumulator type.
@@ -23,17 +34,23 @@ struct Cpu {
 
   template <typename Body>
   static void for_each(const Body& body, const Tensor& /*device*/) {
-    constexpr int64_t grain = 1024;
-    torch::stable::parallel_for(0, body.size(), grain, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, body.size(), GrainOf<Body>::value, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) body(i);
     });
   }
 
-  // out = a @ b, or out += a @ b. Straight to the CPU kernel: safe in worker threads, where it runs on one core.
-  static void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate = false) {
-    STABLE_TORCH_ERROR_CODE_CHECK(accumulate
-                                      ? aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0)
-                                      : aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+  static constexpr int kLanes = 1;  // threads that may share an element (shared_sums.h)
+
+  // What elements may be numbered with in 32 bits.
+  static int64_t largest_index() { return std::numeric_limits<int32_t>::max(); }
+
+  // out = a @ b. Straight to the CPU kernel: safe in worker threads, where it runs on one core.
+  static void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+  }
+  // out = added + a @ b, where `added` is out itself or a row for all of its rows.
+  static void multiply_and_add(const Tensor& out, const Tensor& added, const Tensor& a, const Tensor& b) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), added.get(), a.get(), b.get(), 1.0, 1.0));
   }
 
   // sums[i] = counts[0] + ... + counts[i], in the type of the counts.
@@ -51,8 +68,10 @@ struct Cpu {
 #if defined(__clang__)
 // Without it clang keeps to 32-byte vectors, which it takes for faster.
 #define DCN_TARGET_V4 __attribute__((target("arch=x86-64-v4"), min_vector_width(512)))
+#define DCN_TARGET_BFLOAT16 __attribute__((target("arch=x86-64-v4,avx512bf16"), min_vector_width(512)))
 #else
 #define DCN_TARGET_V4 __attribute__((target("arch=x86-64-v4,prefer-vector-width=512")))
+#define DCN_TARGET_BFLOAT16 __attribute__((target("arch=x86-64-v4,avx512bf16,prefer-vector-width=512")))
 #endif
 
 // The same body compiled for newer instruction sets. Everything a body calls in its loops must be DCN_HOST_DEVICE
@@ -80,6 +99,17 @@ inline CpuKernels tuned_kernels() {
   return std::min(widest, chosen_cpu_kernels().load(std::memory_order_relaxed));
 }
 
+inline bool has_bfloat16_products() {
+  static const bool has = __builtin_cpu_supports("avx512bf16");
+  return has && tuned_kernels() == kTunedV4;
+}
+// AMD's processors do 32 products of bfloat16 in the time of a fused multiply-add, which does 16. Intel's take more
+// than twice that time, so there widening to float is faster.
+inline bool bfloat16_products_are_fast() {
+  static const bool fast = __builtin_cpu_is("amd");
+  return fast && has_bfloat16_products();
+}
+
 template <typename Body>
 void run_vectorised(const Body& body) {
   const CpuKernels kernels = tuned_kernels();
@@ -89,6 +119,7 @@ void run_vectorised(const Body& body) {
 }
 #else
 inline CpuKernels tuned_kernels() { return kTunedBaseline; }
+inline bool bfloat16_products_are_fast() { return false; }
 
 template <typename Body>
 void run_vectorised(const Body& body) {
@@ -96,9 +127,22 @@ void run_vectorised(const Body& body) {
 }
 #endif
 
+// Whether bfloat16 is multiplied as pairs (runtime/cpu_pairs.h).
+inline bool multiplies_pairs() {
+  const CpuKernels chosen = chosen_cpu_kernels().load(std::memory_order_relaxed);
+  return chosen == kTunedBFloat16 || (chosen == kTuned && bfloat16_products_are_fast());
+}
+
 // What serves a call that the tuned path can serve.
 inline CpuKernels chosen_kernels() {
   return chosen_cpu_kernels().load(std::memory_order_relaxed) == kPortable ? kPortable : tuned_kernels();
+}
+
+// What serves a call, unless there is a reason why the tuned path cannot. Noted in the log.
+inline CpuKernels choose_kernels(KernelLog& log, const char* reason) {
+  const CpuKernels kernels = reason ? kPortable : chosen_kernels();
+  log.note(name_of(kernels), reason);
+  return kernels;
 }
 
 // Vectors run over the inner of two loops: without this GCC may merge iterations of the outer one, which undoes them.

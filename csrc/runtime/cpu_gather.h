@@ -31,21 +31,6 @@ struct ListedCorners {
   const int64_t (&address)[4][points_room];
 
   DCN_HOST_DEVICE int64_t at(int64_t i, int corner) const { return address[corner][i]; }
-  DCN_HOST_DEVICE bool all(int64_t) const { return true; }
-};
-
-// One number for each point, from the upper left corner of the map; its corners where `read` has their bits.
-struct CornersOnMap {
-  int64_t map;
-  const Index *offset, *read;
-  int read_bit;  // of corner 0
-  int64_t right, below;
-
-  DCN_HOST_DEVICE int64_t at(int64_t i, int corner) const {
-    return map + offset[i] + (corner & 1 ? right : 0) + (corner & 2 ? below : 0);
-  }
-  DCN_HOST_DEVICE bool has(int64_t i, int corner) const { return read[i] >> (read_bit + corner) & 1; }
-  DCN_HOST_DEVICE bool all(int64_t i) const { return (read[i] >> read_bit & 15) == 15; }
 };
 
 // Corners are fetched this many points before they are read, into the cache that holds the points of several heads.
@@ -54,57 +39,9 @@ constexpr int64_t fetch_ahead = 16;
 template <int N, typename S, typename Corners>
 DCN_HOST_DEVICE void fetch_corners(const Corners& corners, int64_t point, int64_t channel) {
   constexpr int line = 64, bytes = N * static_cast<int>(sizeof(S));
-  if constexpr (std::is_same_v<Corners, ListedCorners>)
-    for (int c = 0; c < 4; ++c)
-      for (int at = 0; at < bytes; at += line)
-        prefetch_nearby(channels_at<S, const char>(corners.at(point + fetch_ahead, c), channel) + at);
-}
-
-// Of a point at the edge of the map, or on a row or column of pixels: the corners that are read.
-template <int N, typename S, typename A, typename Corners>
-DCN_HOST_DEVICE void add_some_corners(const Points<A>& p, const Corners& corners, int64_t i, int64_t channel,
-                                      A (&sum)[N]) {
-  if constexpr (std::is_same_v<Corners, CornersOnMap>) {
-    for (int corner = 0; corner < 4; ++corner) {
-      keep_iterations_apart();
-      const A w = p.weight[corner][i];
-      if (corners.has(i, corner)) {
-        const S* const v = channels_at<S, const S>(corners.at(i, corner), channel);
-#pragma omp simd
-        for (int c = 0; c < N; ++c) sum[c] += w * widen(v[c]);
-      } else if (corner == 0) {  // 0, but for a position or weight that is not finite
-#pragma omp simd
-        for (int c = 0; c < N; ++c) sum[c] += w;
-      }
-    }
-  }
-}
-
-// The same for half values, in pairs: those that come first, and those that come second.
-template <int N, typename S, typename A, typename Corners>
-DCN_HOST_DEVICE void add_some_pairs(const Points<A>& p, const Corners& corners, int64_t i, int64_t channel,
-                                    A (&sum)[N / 2], A (&second)[N / 2]) {
-  if constexpr (std::is_same_v<Corners, CornersOnMap>) {
-    for (int corner = 0; corner < 4; ++corner) {
-      keep_iterations_apart();
-      const A w = p.weight[corner][i];
-      if (corners.has(i, corner)) {
-        const Pair* const v = channels_at<S, const Pair>(corners.at(i, corner), channel);
-#pragma omp simd
-        for (int c = 0; c < N / 2; ++c) {
-          const uint32_t pair = v[c];
-          sum[c] += w * first_of<S>(pair);
-          second[c] += w * second_of<S>(pair);
-        }
-      } else if (corner == 0) {
-#pragma omp simd
-        for (int c = 0; c < N / 2; ++c) {
-          sum[c] += w;
-          second[c] += w;
-        }
-      }
-    }
-  }
+  for (int c = 0; c < 4; ++c)
+    for (int at = 0; at < bytes; at += line)
+      prefetch_nearby(channels_at<S, const char>(corners.at(point + fetch_ahead, c), channel) + at);
 }
 
 // out = sum over the points [first, first + count) of weight * value at their corners, N channels from `channel` on.
@@ -120,10 +57,6 @@ DCN_HOST_DEVICE void gather_channels(const Points<A>& p, const Corners& corners,
   for (int64_t i = first; i < first + count; ++i) {
     keep_iterations_apart();
     fetch_corners<N, S>(corners, i, channel);
-    if (!corners.all(i)) {
-      add_some_corners<N, S>(p, corners, i, channel, sum);
-      continue;
-    }
     const S* const v0 = channels_at<S, const S>(corners.at(i, 0), channel);
     const S* const v1 = channels_at<S, const S>(corners.at(i, 1), channel);
     const S* const v2 = channels_at<S, const S>(corners.at(i, 2), channel);
@@ -153,10 +86,6 @@ DCN_HOST_DEVICE void gather_pairs(const Points<A>& p, const Corners& corners, in
   for (int64_t i = first; i < first + count; ++i) {
     keep_iterations_apart();
     fetch_corners<N, S>(corners, i, channel);
-    if (!corners.all(i)) {
-      add_some_pairs<N, S>(p, corners, i, channel, sum, second);
-      continue;
-    }
     const Pair* const v0 = channels_at<S, const Pair>(corners.at(i, 0), channel);
     const Pair* const v1 = channels_at<S, const Pair>(corners.at(i, 1), channel);
     const Pair* const v2 = channels_at<S, const Pair>(corners.at(i, 2), channel);

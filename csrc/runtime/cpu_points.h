@@ -33,11 +33,9 @@ struct alignas(64) Points {
   Each<A> attention;                         // weight of the point
   Each<A> weight[4];                         // of each corner: bilinear times that
   Each<Index> pixel, corners;                // upper left corner on its map; those on the map, and those read
-  Each<Index> offset;                        // where that corner's channels lie on the map, in bytes: CornersOnMap
-  Each<int64_t> value[4];                    // address of each corner's channels, or of a row of zeros: ListedCorners
+  Each<int64_t> value[4];                    // address of each corner's channels, or of a row of zeros
   Each<A> fraction_x, fraction_y;            // of the position between two pixels
   Each<A> by_x, by_y, by_weight;             // gradients of the position in pixels and of the weight
-  Each<Index> grad_offset;                   // of the upper left corner's gradient on its map, in bytes: CornersOnMap
   Each<int64_t> grad[4];                     // address of each corner's gradient, or of a row that nobody reads
   A dot[4 * points_room];                    // [point, corner]: gradient of the result times the corner's channels
 };
@@ -90,14 +88,6 @@ DCN_HOST_DEVICE void find_points(Points<A>& p, const Position& position, const A
       p.fraction_y[i] = s.ly;
     }
   }
-}
-
-// Where upper left corners lie from the map's first pixel: `pixel` is how far apart pixels are, in bytes, and first[i]
-// where in them the point's channels begin.
-template <typename A>
-DCN_HOST_DEVICE void find_offsets(const Points<A>& p, const Index* first, Index pixel, int64_t count, Index* to) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) to[i] = first[i] + p.pixel[i] * pixel;
 }
 
 // Addresses of the corners that have their bit, from number `bit` on; `other` for those that have not. level[i] is

@@ -8,9 +8,22 @@
 
 #include "cpu.h"
 
+#if defined(DCN_X86_LEVELS)
+#include <immintrin.h>
+#endif
+
 namespace dcn::product {
 
 constexpr int max_rows = 12;
+
+// Two values of bfloat16 side by side: two terms of a sum, whose products are added in float. Operands of pairs have
+// half the depth.
+using Pair = int32_t;
+template <typename T>
+using SumOf = std::conditional_t<std::is_same_v<T, Pair>, float, T>;
+// How many terms one element of an operand holds.
+template <typename T>
+constexpr int64_t terms_of = std::is_same_v<T, Pair> ? 2 : 1;
 
 // result[i, j] (+)= sum over s and k of left[i, s, k] * right[s, k, j], for at most two vectors of columns.
 template <typename T>
@@ -20,7 +33,7 @@ struct Tile {
   int64_t left_segment, left_stride;
   const T* right;
   int64_t right_segment, right_stride;
-  T* result;
+  SumOf<T>* result;
   int64_t result_stride, columns;
   bool accumulate;
 };
@@ -67,6 +80,18 @@ struct Kernels {
 #undef DCN_TARGET
 #undef DCN_VECTOR_BYTES
 #undef DCN_TILE_ROWS
+
+#define DCN_ISA bfloat16
+#define DCN_TARGET DCN_TARGET_BFLOAT16
+#define DCN_VECTOR_BYTES 64
+#define DCN_TILE_ROWS 12
+#define DCN_PAIRS
+#include "cpu_product_kernel.h"
+#undef DCN_ISA
+#undef DCN_TARGET
+#undef DCN_VECTOR_BYTES
+#undef DCN_TILE_ROWS
+#undef DCN_PAIRS
 #endif
 
 namespace dcn::product {
@@ -75,7 +100,10 @@ template <typename T>
 const Kernels<T>& kernels() {
 #if defined(DCN_X86_LEVELS)
   static constexpr Kernels<T> with_v3 = v3::kernels<T>(), with_v4 = v4::kernels<T>();
+  static constexpr Kernels<Pair> with_pairs = bfloat16::kernels<Pair>();
   const CpuKernels chosen = tuned_kernels();
+  if constexpr (std::is_same_v<T, Pair>)
+    if (has_bfloat16_products()) return with_pairs;
   if (chosen >= kTunedV4) return with_v4;
   if (chosen >= kTunedV3) return with_v3;
 #endif
@@ -116,7 +144,8 @@ struct Size {
 };
 
 template <typename T>
-void multiply(const Size& size, const Left<T>& left, const Right<T>& right, const Result<T>& result, bool accumulate) {
+void multiply(const Size& size, const Left<T>& left, const Right<T>& right, const Result<SumOf<T>>& result,
+              bool accumulate) {
   const Kernels<T>& kernel = kernels<T>();
   const int64_t width = 2 * kernel.lanes;
   const bool across = left.row == 1 && left.depth != 1;
@@ -138,6 +167,25 @@ void multiply(const Size& size, const Left<T>& left, const Right<T>& right, cons
   } else {
     for (int64_t j = 0; j < panels; ++j)
       for (int64_t i = 0; i < tiles; ++i) tile(i, j);
+  }
+}
+
+// The same with a right matrix whose rows lie whole in memory, so that the columns of a panel lie far apart. A segment
+// is multiplied with everything while it is in the second cache, into which the next is fetched meanwhile.
+template <typename T>
+void multiply_by_rows(const Size& size, const Left<T>& left, const Right<T>& right, const Result<SumOf<T>>& result) {
+  constexpr int64_t line = 64 / sizeof(T);
+  const int64_t width = 2 * kernels<T>().lanes;
+  for (int64_t s = 0; s < size.segments; ++s) {
+    const T* const next = right.data + (s + 1) * right.segment;
+    for (int64_t first = 0; first < size.columns; first += width) {
+      const int64_t columns = std::min(width, size.columns - first);
+      for (int64_t k = 0; s + 1 < size.segments && k < size.depth; ++k)
+        for (int64_t j = 0; j < columns; j += line) prefetch_nearby(next + k * right.depth + first + j);
+      multiply<T>({size.rows, columns, size.depth}, {left.data + s * left.segment, left.row, left.depth},
+                  {right.data + s * right.segment + first, width, right.depth},
+                  {result.data + first / width * result.panel, result.row, result.panel}, true);
+    }
   }
 }
 

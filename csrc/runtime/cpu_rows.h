@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "../core/view.h"
-#include "cpu.h"
+#include "cpu_values.h"
 
 namespace dcn::tiles {
 
@@ -30,11 +30,16 @@ bool is_rows(const Tensor& t) {
   return std::is_same_v<S, Accumulate<S>> && (t.stride(1) == 1 || t.size(1) == 1);
 }
 
-// to[i] = from[i], converted.
+// to[i] = from[i], widened to the accumulator type or rounded from it.
 template <typename To, typename From>
 DCN_HOST_DEVICE void convert(const From* __restrict from, int64_t count, To* __restrict to) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<To>(from[i]);
+  for (int64_t i = 0; i < count; ++i) {
+    if constexpr (sizeof(To) == 2)
+      to[i] = narrow<To>(from[i]);
+    else
+      to[i] = widen(from[i]);
+  }
 }
 
 #if defined(__GNUC__)
@@ -190,24 +195,6 @@ struct TransposeRow {
   }
 #endif
 };
-
-// The same for whole images.
-template <Transpose Direction, typename A, typename S>
-void transpose_images(const ImageSize& size, const View<S>& images, int64_t first_image, int64_t count,
-                      const Rows<A>& rows) {
-  torch::stable::parallel_for(0, count * size.height, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / size.height, y = i % size.height;
-      run_vectorised(TransposeRow<A, S, Direction>{&images.at(first_image + n, 0, y, 0), images.c, images.w,
-                                                   size.channels, size.width, rows.at(n, y, 0), rows.w});
-    }
-  });
-}
-
-template <typename A>
-Rows<A> dense_rows(const ImageSize& size, A* data) {
-  return {data, size.elements(), size.width * size.channels, size.channels};
-}
 
 // How many of `batch` images are held as rows at a time.
 template <typename A>

@@ -73,31 +73,6 @@ DCN_HOST_DEVICE void scatter_corners(const Points<A>& p, const Corners& corners,
   }
 }
 
-// Of a point that has not all corners: those that it has, one at a time.
-template <int N, typename S, typename A>
-DCN_HOST_DEVICE void dot_some(Points<A>& p, const CornersOnMap& corners, int64_t i, int64_t channel,
-                              const A (&grad)[N]) {
-  for (int corner = 0; corner < 4; ++corner) {
-    if (!corners.has(i, corner)) continue;
-    const S* const v = channels_at<S, const S>(corners.at(i, corner), channel);
-    A sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < N; ++c) sum += grad[c] * widen(v[c]);
-    p.dot[4 * i + corner] += sum;
-  }
-}
-template <int N, typename A>
-DCN_HOST_DEVICE void scatter_some(const Points<A>& p, const CornersOnMap& corners, int64_t i, int64_t channel,
-                                  const A (&grad)[N]) {
-  for (int corner = 0; corner < 4; ++corner) {
-    if (!corners.has(i, corner)) continue;
-    A* const to = channels_at<A, A>(corners.at(i, corner), channel);
-    const A w = p.weight[corner][i];
-#pragma omp simd
-    for (int64_t c = 0; c < N; ++c) to[c] += w * grad[c];
-  }
-}
-
 // Both for the points [first, first + count) of a head, the gradient of whose result is `gradient`.
 template <bool Dots, bool Scatter, typename S, typename A, typename Corners>
 DCN_HOST_DEVICE void sweep(Points<A>& p, const Corners& values, const Corners& grads, int64_t first, int64_t count,
@@ -117,14 +92,6 @@ DCN_HOST_DEVICE void sweep(Points<A>& p, const Corners& values, const Corners& g
     }
     for (int64_t i = first; i < first + count; ++i) {
       keep_iterations_apart();
-      if constexpr (std::is_same_v<Corners, CornersOnMap>) {
-        // A corner without weight has a slope, and no part in the gradient of the value.
-        if (!values.all(i) || !grads.all(i)) {
-          if constexpr (Dots) dot_some<n, S>(p, values, i, channel, grad);
-          if constexpr (Scatter) scatter_some<n>(p, grads, i, channel, grad);
-          continue;
-        }
-      }
       if constexpr (Dots) {
         fetch_corners<n, S>(values, i, channel);
         if constexpr (pairs)

@@ -6,7 +6,7 @@
 
 #include "cpu.h"
 
-namespace dcn::tiles::attention {
+namespace dcn::tiles {
 
 DCN_HOST_DEVICE float float_of(uint32_t bits) {
   float value;
@@ -38,21 +38,6 @@ DCN_HOST_DEVICE float widen_bits(uint32_t bits, Half) {
 DCN_HOST_DEVICE float widen(BFloat16 value) { return widen_bits(value.x, BFloat16()); }
 DCN_HOST_DEVICE float widen(Half value) { return widen_bits(value.x, Half()); }
 
-// Two half values side by side, read as one number: loops over pairs have no lanes to move about.
-typedef uint32_t Pair __attribute__((aligned(2), may_alias));
-
-template <typename S>
-DCN_HOST_DEVICE float first_of(Pair pair) {
-  return widen_bits(pair, S());
-}
-template <typename S>
-DCN_HOST_DEVICE float second_of(Pair pair) {
-  if constexpr (std::is_same_v<S, BFloat16>)
-    return float_of(pair & 0xFFFF0000u);
-  else
-    return widen_bits(pair >> 16, S());
-}
-
 // Rounded to the nearest, ties to even: as 16 bits.
 DCN_HOST_DEVICE uint32_t narrow_bits(float value, BFloat16) {
   const uint32_t bits = bits_of(value), rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
@@ -75,6 +60,25 @@ DCN_HOST_DEVICE S narrow(Accumulate<S> value) {
     return S(static_cast<uint16_t>(narrow_bits(value, S())), S::from_bits());
   else
     return value;
+}
+
+}  // namespace dcn::tiles
+
+namespace dcn::tiles::attention {
+
+// Two half values side by side, read as one number: loops over pairs have no lanes to move about.
+typedef uint32_t Pair __attribute__((aligned(2), may_alias));
+
+template <typename S>
+DCN_HOST_DEVICE float first_of(Pair pair) {
+  return widen_bits(pair, S());
+}
+template <typename S>
+DCN_HOST_DEVICE float second_of(Pair pair) {
+  if constexpr (std::is_same_v<S, BFloat16>)
+    return float_of(pair & 0xFFFF0000u);
+  else
+    return widen_bits(pair >> 16, S());
 }
 
 }  // namespace dcn::tiles::attention

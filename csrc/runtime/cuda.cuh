@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/macros.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "tensor.h"
 
@@ -13,8 +14,8 @@ namespace dcn {
 
 template <typename Body>
 __global__ void run_body(const Body body) {
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < body.size(); i += step) body(i);
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x, size = body.size();
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < size; i += step) body(i);
 }
 
 struct Cuda {
@@ -22,6 +23,11 @@ struct Cuda {
   template <typename S>
   using Product = S;
   static constexpr int64_t column_bytes = 48 << 20;  // about the L2 of a large GPU, so that columns stay on the chip
+
+  static constexpr int kLanes = 8;  // threads that may share an element (shared_sums.h)
+
+  // What elements may be numbered with in 32 bits.
+  static int64_t largest_index() { return std::numeric_limits<int32_t>::max(); }
 
   static cudaStream_t stream(const Tensor& on) {
     void* stream = nullptr;
@@ -32,16 +38,17 @@ struct Cuda {
   template <typename Body>
   static void for_each(const Body& body, const Tensor& on) {
     if (body.size() == 0) return;
-    constexpr int64_t threads = 256;
-    const int64_t blocks = std::min<int64_t>((body.size() + threads - 1) / threads, 1 << 20);
-    run_body<<<static_cast<unsigned>(blocks), threads, 0, stream(on)>>>(body);
+    run_body<<<blocks(body.size()), kThreads, 0, stream(on)>>>(body);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
-  static void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate = false) {
-    STABLE_TORCH_ERROR_CODE_CHECK(accumulate
-                                      ? aoti_torch_cuda_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0)
-                                      : aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
+  // out = a @ b
+  static void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
+  }
+  // out = added + a @ b, where `added` is out itself or a row for all of its rows.
+  static void multiply_and_add(const Tensor& out, const Tensor& added, const Tensor& a, const Tensor& b) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), added.get(), a.get(), b.get(), 1.0, 1.0));
   }
 
   // sums[i] = counts[0] + ... + counts[i], in the type of the counts.
@@ -50,6 +57,12 @@ struct Cuda {
     int32_t type = aoti_torch_dtype_int32();
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_cumsum(counts.get(), 0, &type, &sums));
     return Tensor(sums);
+  }
+
+ private:
+  static constexpr int64_t kThreads = 256;
+  static unsigned blocks(int64_t threads) {
+    return static_cast<unsigned>(std::min<int64_t>((threads + kThreads - 1) / kThreads, 1 << 20));
   }
 };
 

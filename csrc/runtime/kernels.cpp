@@ -6,12 +6,11 @@ namespace {
 
 // Sets what may run at most, and returns what was set before.
 std::string choose_cpu_kernels(std::string limit) {
-  for (const CpuKernels kernels : {kPortable, kTunedBaseline, kTunedV3, kTunedV4})
-    if (limit == name_of(kernels) || (limit == "tuned" && kernels == kTunedV4))
-      return name_of(chosen_cpu_kernels().exchange(kernels));
+  for (const CpuKernels kernels : {kPortable, kTunedBaseline, kTunedV3, kTunedV4, kTuned, kTunedBFloat16})
+    if (limit == name_of(kernels)) return name_of(chosen_cpu_kernels().exchange(kernels));
   throw std::runtime_error(
       "_choose_cpu_kernels: limit: expected 'portable', 'tuned' (or 'tuned baseline', 'tuned x86-64-v3', 'tuned "
-      "x86-64-v4'), got '" +
+      "x86-64-v4', 'tuned bfloat16'), got '" +
       limit + "'");
 }
 

@@ -16,12 +16,15 @@ from .libraries import (
     build_info,
     build_name,
     compile_flags,
+    cuda_flags,
     environment_flags,
     link_torch,
 )
 from .ninja_file import NinjaFile
+from .package import FILES, build_package
 
 __all__ = [
+    "FILES",
     "ROOT",
     "TORCH_FLOOR",
     "VISIBILITY",
@@ -33,7 +36,9 @@ __all__ = [
     "add_libraries",
     "build_info",
     "build_name",
+    "build_package",
     "compile_flags",
+    "cuda_flags",
     "environment_flags",
     "fail",
     "find_cuda",

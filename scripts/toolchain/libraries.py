@@ -47,6 +47,11 @@ def compile_flags(torch: Torch, *optimise: str) -> list[str]:
     return ["-Icsrc", "-isystem", str(torch.root / "include"), "-std=c++17", *optimise, floor]
 
 
+def cuda_flags(torch: Torch) -> list[str]:
+    """Return what every CUDA source is compiled with, whatever it is compiled for."""
+    return [*compile_flags(torch, "-O3", "-DNDEBUG"), "-DUSE_CUDA", "--expt-relaxed-constexpr"]
+
+
 def link_torch(torch: Torch) -> list[str]:
     """The libraries name libtorch by its soname alone: whichever torch is loaded already satisfies that."""
     return [f"-L{torch.root / 'lib'}", "-ltorch_cpu"]
@@ -77,17 +82,16 @@ def add_libraries(
     objects = [ninja.build(f"{source}.o", "cxx", [source]) for source in cpp]
     libraries = [ninja.build("_C.so", "link", objects)]
     if isinstance(nvcc, Nvcc) and sources(".cu"):
-        libraries.append(add_cuda(ninja, torch, compiler, nvcc, flags))
+        libraries.append(add_cuda(ninja, torch, compiler, nvcc))
     return libraries
 
 
-def add_cuda(ninja: NinjaFile, torch: Torch, compiler: Compiler, nvcc: Nvcc, flags: list[str]) -> str:
+def add_cuda(ninja: NinjaFile, torch: Torch, compiler: Compiler, nvcc: Nvcc) -> str:
     cu = sources(".cu")
     host = ["-ccbin", compiler.host]
     passed_on = [f"-Xcompiler={flag}" for flag in VISIBILITY]
-    own = ["-DUSE_CUDA", "--expt-relaxed-constexpr", "--threads", str(max(1, compile_jobs() // len(cu)))]
-    own += environment_flags("NVCC_FLAGS")
-    ninja.compiling("nvcc", [nvcc.path, *host], [*flags, *nvcc.flags, *passed_on, *own])
+    own = ["--threads", str(max(1, compile_jobs() // len(cu))), *environment_flags("NVCC_FLAGS")]
+    ninja.compiling("nvcc", [nvcc.path, *host], [*cuda_flags(torch), *nvcc.flags, *passed_on, *own])
     # cudart is linked statically, so that the file asks nothing of the machine but torch and a driver.
     link = [nvcc.path, *host, "-shared", "-cudart", "static", "-Xlinker=--exclude-libs,ALL"]
     ninja.linking("nvlink", link, cuda_libraries(ninja.folder, torch, compiler))

@@ -26,9 +26,9 @@ class NinjaFile:
         self.text = "ninja_required_version = 1.5\n"
         self.outputs: dict[str, list[str]] = defaultdict(list)  # of each rule
 
-    def compiling(self, name: str, compiler: list[str], flags: list[str]) -> None:
-        """Add a rule that compiles one source."""
-        self._rule(name, [*compiler, "-MD", "-MF", "$out.d", *flags, "-c", "$in", "-o", "$out"])
+    def compiling(self, name: str, compiler: list[str], flags: list[str], phase: str = "-c") -> None:
+        """Add a rule that compiles one source, as far as the phase that the compiler's option names."""
+        self._rule(name, [*compiler, "-MD", "-MF", "$out.d", *flags, phase, "$in", "-o", "$out"])
         self.text += "  depfile = $out.d\n  deps = gcc\n"
 
     def linking(self, name: str, linker: list[str], libraries: list[str]) -> None:

@@ -19,27 +19,34 @@ Tensor deform_aggregate2d_portable(const AggregateArguments& a, const AggregateG
   return output;
 }
 
+inline constexpr char kTooManyTaps[] =
+    "deform_aggregate2d_backward: offset: expected fewer than 2^31 taps of a pixel's groups, got ";
+
+template <typename P>
+AttentionResults<P> results_of(const AggregateGradients& gradients, const AggregateGeometry& geometry) {
+  const TapGradients<typename P::Given> of_taps(gradients, geometry);
+  AttentionResults<P> to{{}, of_taps.offset, of_taps.weight};
+  const Tensor& grad_value = std::get<0>(gradients);
+  if (grad_value.numel() > 0) to.value = view_of_groups<typename P::Accumulator>(grad_value, geometry.g);
+  return to;
+}
+
 template <typename Device>
 AggregateGradients deform_aggregate2d_backward_portable(const Tensor& grad_output, const AggregateArguments& a,
                                                         const AggregateGeometry& geometry, int64_t wanted) {
   return dispatch_deform_aggregate2d(a, [&](auto s, auto f) -> AggregateGradients {
     using S = decltype(s);
-    using F = decltype(f);
     using A = Accumulate<S>;
-    using P = TapPoints<A, F>;
+    using P = TapPoints<A, decltype(f)>;
     const AttentionGeometry& g = geometry.g;
     AggregateGradients gradients = new_gradients(a, wanted, scalar_type_of<A>());
-    const Tensor& grad_value = std::get<0>(gradients);
-    const TapGradients<F> of_taps(gradients, geometry);
-    AttentionResults<P> to{{}, of_taps.offset, of_taps.weight};
-    if (grad_value.numel() > 0) to.value = view_of_groups<A>(grad_value, g);
+    const AttentionResults<P> to = results_of<P>(gradients, geometry);
     const ScaledPoints<Device, P> scaled(taps_of<P>(a, geometry), a.value);
     const PointGradients<A> found(g, to.locations || to.weights, a.value);
-    find_gradients<Device, S>(
-        "deform_aggregate2d_backward: offset: expected fewer than 2^31 taps of a pixel's groups, got ",
-        view_of_groups<const S>(a.value, g), view_of_groups<const S>(grad_output, g), scaled.points, wanted & kOrdered,
-        found.data(), to, a.value);
-    std::get<0>(gradients) = torch::stable::to(grad_value, scalar_type_of<S>());
+    find_gradients<Device, S>(kTooManyTaps, view_of_groups<const S>(a.value, g),
+                              view_of_groups<const S>(grad_output, g), scaled.points, wanted & kOrdered, found.data(),
+                              to, a.value);
+    std::get<0>(gradients) = torch::stable::to(std::get<0>(gradients), scalar_type_of<S>());
     return gradients;
   });
 }

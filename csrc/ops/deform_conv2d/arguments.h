@@ -118,17 +118,14 @@ inline Tensor new_output(const ConvArguments& a, const ConvGeometry& g) {
                    is_channels_last(a.input));
 }
 
-// Gradients of input and weight are zeros of type `accumulator`; those of offset and mask are not initialised.
+// Not initialised: most paths write what is wanted whole. Those of input and weight are of type `accumulator`.
 inline ConvGradients new_gradients(const ConvArguments& a, int64_t wanted, ScalarType accumulator) {
   const auto like = [&](const Tensor& t, bool is_wanted, ScalarType type) {
     if (!is_wanted) return torch::stable::new_empty(a.input, {0}, type);
     return new_image(t, {t.size(0), t.size(1), t.size(2), t.size(3)}, type, is_channels_last(t));
   };
-  Tensor grad_input = like(a.input, wanted & kInput, accumulator);
-  Tensor grad_weight = like(a.weight, wanted & kWeight, accumulator);
-  torch::stable::zero_(grad_input);
-  torch::stable::zero_(grad_weight);
-  return {grad_input, like(a.offset, wanted & kOffset, a.offset.scalar_type()), grad_weight,
+  return {like(a.input, wanted & kInput, accumulator), like(a.offset, wanted & kOffset, a.offset.scalar_type()),
+          like(a.weight, wanted & kWeight, accumulator),
           a.mask ? like(*a.mask, wanted & kMask, a.mask->scalar_type()) : like(a.input, false, accumulator)};
 }
 

@@ -3,39 +3,67 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
 
 #include "../../../runtime/cpu_points.h"
+#include "../../../runtime/cpu_rows.h"
 #include "../arguments.h"
 
 namespace dcn::tiles::aggregate {
 
-using attention::HeadRange;
 using attention::Index;
-using attention::lanes;
-using attention::narrow;
-using attention::padded;
-using attention::widen;
 
-// How many taps are found at once at most, unless one pixel and group has more: their arrays, the pixels that they read
-// and the results are to stay in the nearest cache.
-constexpr int64_t taps_at_once = 512;
+// Pixels that are served together, side by side in vectors: the lanes of the widest, or a multiple of others'.
+constexpr int64_t lanes = attention::lanes;
 
-// Whether an Index reaches everywhere on the map and on its gradient, in bytes, and the taps of a group have room.
-inline bool is_served(const AggregateArguments& a, const AttentionGeometry& g) {
-  const int64_t pixel = std::max(std::abs(pixel_stride(a.value)), a.value.size(3)) * 8;
-  return g.points <= attention::points_at_once && g.rows < (int64_t{1} << 31) / pixel;
+// The image of one group as its loops read it (map.h): a border of one pixel all around, and pixels as wide as whole
+// vectors of 8.
+struct MapShape {
+  int64_t height, width, channels;
+
+  explicit MapShape(const AttentionGeometry& g)
+      : height(g.level[0].height), width(g.level[0].width), channels((g.channels + 7) / 8 * 8) {}
+
+  // In numbers: a row, all of them, and where pixel (0, 0) lies.
+  DCN_HOST_DEVICE int64_t row() const { return (width + 2) * channels; }
+  DCN_HOST_DEVICE int64_t numbers() const { return (height + 2) * row(); }
+  DCN_HOST_DEVICE int64_t origin() const { return row() + channels; }
+};
+
+// Why the tuned path does not serve a call: the taps of a group are to have room, and an Index is to reach everywhere
+// on such a map, in bytes. Null: it does.
+inline const char* why_portable(const AttentionGeometry& g) {
+  static_assert(attention::points_at_once == 1024, "the words below");
+  if (g.points > attention::points_at_once) return "offset: expected at most 1024 taps of a group";
+  const MapShape map(g);
+  return (map.height + 2) * (map.width + 2) <= (int64_t{1} << 30) / (map.channels * 8)
+             ? nullptr
+             : "value: expected images of a group below 2^30 bytes in float64";
 }
 
-// How many pixels of a row, and groups, are served at once: several pixels only with all of their groups.
-struct Chunk {
-  int64_t pixels, groups;
+struct PixelRange {
+  int64_t first, count;
+};
 
-  Chunk(const AttentionGeometry& g, const TapGrid& taps, int64_t all_groups)
-      : pixels(1), groups(std::min(all_groups, std::max<int64_t>(1, attention::points_at_once / g.points))) {
-    if (groups == all_groups)
-      pixels = std::clamp<int64_t>(taps_at_once / (groups * g.points), 1, std::min<int64_t>(taps.out_width, 64));
+// Chunks of at most `lanes` pixels: one after the other where rows are short, else in strips of some columns from top
+// to bottom, so that what a row of a strip reads is still in the nearest cache when the next one comes.
+struct Visits {
+  int64_t width, height;
+
+  DCN_HOST_DEVICE bool in_strips() const { return width > 64; }
+  DCN_HOST_DEVICE int64_t count() const {
+    if (!in_strips()) return divide_up(width * height, lanes);
+    return divide_up(width, strip * lanes) * strip * height;
   }
+  // Of a chunk beyond the end of its row the count is 0.
+  DCN_HOST_DEVICE PixelRange at(int64_t i) const {
+    const int64_t chunk = i % strip, y = i / strip % height, x = (i / strip / height * strip + chunk) * lanes;
+    const int64_t first = in_strips() ? y * width + x : i * lanes;
+    const int64_t left = in_strips() ? width - x : width * height - first;
+    return {first, left < 0 ? 0 : left < lanes ? left : lanes};
+  }
+
+ private:
+  static constexpr int64_t strip = 3;  // in chunks
 };
 
 // Numbers of each tap by their strides, where they begin, and how many of them lie side by side in memory.
@@ -51,6 +79,8 @@ template <typename S, typename T>
 struct Call {
   AttentionGeometry g;
   TapGrid taps;
+  MapShape map;
+  Visits visits;
   Tensor held;          // what `value` points into: the argument, or a copy whose channels lie together
   View<const S> value;  // [N, H W, G, D]
   Given<T> pairs, weights;
@@ -58,6 +88,8 @@ struct Call {
   Call(const AggregateArguments& a, const AggregateGeometry& geometry)
       : g(geometry.g),
         taps(geometry.taps),
+        map(g),
+        visits{taps.out_width, geometry.out_height},
         held(a.value.stride(3) == 1 || a.value.size(3) == 1 ? a.value : torch::stable::contiguous(a.value)),
         value(view_of_groups<const S>(held, g)) {
     const Tensor& t = a.offset;
@@ -70,16 +102,5 @@ struct Call {
     weights = {static_cast<const T*>(w.data_ptr()), w.stride(0), pixel_stride(w), w.stride(3), w.stride(4)};
   }
 };
-
-// Strips of a chunk's width, from top to bottom: what a row of a strip reads is still in the cache when the next one
-// comes. Calls f(first pixel, how many) for the rows [first, last) of all strips. A matter of speed alone.
-template <typename F>
-DCN_HOST_DEVICE void for_each_row_of_strips(const TapGrid& taps, int64_t out_height, int64_t width, int64_t first,
-                                            int64_t last, const F& f) {
-  for (int64_t i = first; i < last; ++i) {
-    const int64_t x = i / out_height * width, y = i % out_height, left = taps.out_width - x;
-    f(y * taps.out_width + x, left < width ? left : width);
-  }
-}
 
 }  // namespace dcn::tiles::aggregate

@@ -10,8 +10,7 @@ namespace dcn {
 
 struct CpuAggregate {
   static Tensor forward(const AggregateArguments& a, const AggregateGeometry& geometry) {
-    const CpuKernels kernels = kernels_for(a, geometry);
-    deform_aggregate2d_log.note(name_of(kernels));
+    const CpuKernels kernels = choose_kernels(deform_aggregate2d_log, tiles::aggregate::why_portable(geometry.g));
     if (kernels == kPortable) return deform_aggregate2d_portable<Cpu>(a, geometry);
     const Tensor output = new_aggregated(a, geometry);
     if (output.numel() > 0)
@@ -21,8 +20,8 @@ struct CpuAggregate {
   }
   static AggregateGradients backward(const Tensor& grad_output, const AggregateArguments& a,
                                      const AggregateGeometry& geometry, int64_t wanted) {
-    const CpuKernels kernels = kernels_for(a, geometry);
-    deform_aggregate2d_backward_log.note(name_of(kernels));
+    const CpuKernels kernels =
+        choose_kernels(deform_aggregate2d_backward_log, tiles::aggregate::why_portable(geometry.g));
     if (kernels == kPortable) {
       // Who chose these kernels wants what CUDA does; what the tuned ones cannot serve is added in order, as they do.
       const int64_t how = chosen_kernels() == kPortable ? wanted : wanted | kOrdered;
@@ -31,11 +30,6 @@ struct CpuAggregate {
     return dispatch_deform_aggregate2d(a, [&](auto s, auto t) {
       return tiles::aggregate::backward<decltype(s), decltype(t)>(grad_output, a, geometry, wanted);
     });
-  }
-
- private:
-  static CpuKernels kernels_for(const AggregateArguments& a, const AggregateGeometry& geometry) {
-    return tiles::aggregate::is_served(a, geometry.g) ? chosen_kernels() : kPortable;
   }
 };
 

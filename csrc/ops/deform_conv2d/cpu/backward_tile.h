@@ -2,6 +2,7 @@
 // a sweep over them, the gradient of the weights.
 #pragma once
 
+#include "reading.h"
 #include "sweep.h"
 #include "weights.h"
 
@@ -20,28 +21,33 @@ struct DisplacementGradients {
   View<T> offset, mask;  // data is null where there is none
 };
 
-template <typename S, typename F>
+// P: what the operands of products are held in: the accumulator type, or bfloat16.
+template <typename S, typename F, typename P>
 struct Backward {
   using A = Accumulate<S>;
+  using W = ProductOf<P>;
+  static constexpr int64_t terms = product::terms_of<W>;
 
   const ConvArguments& a;
   const ConvGeometry& g;
   const Tensor& grad_output;
   const int64_t wanted;
   std::vector<Block> blocks;
-  BackwardWeights<A> weights;
+  BackwardWeights<W> weights;
   StoredWeights<const A> stored{};  // false: the packed ones are used
   StoredWeights<A> stored_gradient{};
   const A* zeros = nullptr;
+  int64_t max_pixels = 0;  // of a tile
+  // What is read and what is added to, or none: then tiles have windows, and those of the gradient go to grad_input.
+  BlockRows<A> rows{}, grad_rows{};
+  int64_t rows_image = 0, grad_image = 0;  // numbers of the images that these begin with
   View<A> grad_input{};
-  int64_t grad_image = 0;     // number of the image that grad_input begins with
-  bool grad_is_rows = false;  // channels of grad_input lie together
 
   // What the sweep does, and how it reaches images.
   bool dots() const { return wanted & (kOffset | kMask); }
   bool scatter() const { return wanted & kInput; }
-  bool uses_windows() const { return !direct() || (scatter() && !grad_is_rows); }
-  bool direct() const { return reads_in_place<S>(g, a.input); }
+  bool grad_windows() const { return scatter() && !grad_rows; }
+  bool uses_windows() const { return !rows || grad_windows(); }
 
   // The memory of a thread for a tile of `count` pixels.
   struct Workspace {
@@ -49,6 +55,9 @@ struct Backward {
     TileDisplacement<A> moved;
     Taps<A> taps;
     A *columns, *transposed, *grad_rows, *grad_offset, *grad_mask, *window, *grad_window, *sink;
+    // The gradient of the output as operands: pairs of outputs, [pixel, output], and of pixels, [pair, output].
+    BFloat16* grad_outputs;
+    Pair* grad_pixels;
     int64_t bytes;
 
     Workspace(Scratch scratch, const Backward& job, const Share& share, int64_t count)
@@ -60,10 +69,12 @@ struct Backward {
       columns = scratch.take<A>(job.g.taps() * job.max_channels(share) * count + job.weights.width);
       transposed = scratch.take<A>(job.stored ? job.g.taps() * job.max_channels(share) * count : 0);
       grad_rows = scratch.take<A>(share.outputs * count);
+      grad_outputs = scratch.take<BFloat16>(terms == 2 ? share.outputs * count : 0);
+      grad_pixels = scratch.take<Pair>(terms == 2 ? share.outputs * divide_up(count, 2) : 0);
       grad_offset = scratch.take<A>(2 * planes * count);
       grad_mask = scratch.take<A>(planes * count);
-      window = scratch.take<A>(job.direct() ? 0 : window_size);
-      grad_window = scratch.take<A>(job.scatter() && !job.grad_is_rows ? window_size : 0);
+      window = scratch.take<A>(job.rows ? 0 : window_size);
+      grad_window = scratch.take<A>(job.grad_windows() ? window_size : 0);
       sink = scratch.take<A>(job.g.channels);
       bytes = scratch.counted();
     }
@@ -88,15 +99,15 @@ struct Backward {
            const DisplacementGradients<A>& part, A* grad_weight) const {
     const int64_t fixed = Workspace(Scratch(), *this, share, 0).bytes;
     const int64_t each = (Workspace(Scratch(), *this, share, 16).bytes - fixed) / 16;
-    const Tiling tiling(g, images, max_pixels_of_tile(images * g.out_pixels(), each, 1),
-                        uses_windows() ? columns_of_window : columns_in_place);
+    const int64_t most = max_pixels_of_tile(images * g.out_pixels(), each, 1);
+    const Tiling tiling(g, images, std::min(most, max_pixels), uses_windows() ? columns_of_window : columns_in_place);
     const int64_t pixels = tiling.max_pixels();
     const Workspace work(Scratch(Workspace(Scratch(), *this, share, pixels).bytes), *this, share, pixels);
     std::fill_n(work.sink, g.channels, A(0));
     for (int64_t t = 0; t < tiling.size(); ++t) {
       Tile tile = tiling[t];
       tile.n += first;
-      run_tile(share, tile, image, work, grad_weight, t > 0);
+      run_tile(share, tile, image, work, grad_weight, image > 0 || t > 0);
       if (result.offset.data) store(share, tile, image, 2, work.grad_offset, pixels, result.offset);
       if (result.mask.data) store(share, tile, image, 1, work.grad_mask, pixels, result.mask);
       if (part.offset.data) store(share, tile, 0, 2, work.grad_offset, pixels, part.offset);
@@ -126,6 +137,10 @@ struct Backward {
           &grad_out.at(image + n, share.first_output, y, tile.x), grad_out.c, grad_out.w, share.outputs, tile.columns,
           work.grad_rows + q * share.outputs, share.outputs});
     });
+    if constexpr (terms == 2) {
+      round_row(work.grad_rows, count * share.outputs, work.grad_outputs);
+      pair_pixels(count, share.outputs, work.grad_rows, share.outputs, work.grad_pixels, share.outputs);
+    }
     std::fill_n(work.grad_offset, 2 * share.offset_groups * g.taps() * capacity, A(0));
     std::fill_n(work.grad_mask, share.offset_groups * g.taps() * capacity, A(0));
 
@@ -147,11 +162,13 @@ struct Backward {
         window = find_taps<true>(TilePlanes<A>{g, count, groups, work.pixels, work.moved}, work.taps, uses_windows());
         std::fill_n(work.taps.dot, 4 * groups * g.taps() * capacity, A(0));
       }
-      if (stored)
+      if constexpr (terms == 2) {
+        run_pairs(share, tile, b, image, window, work, at / terms, grad_weight + at);
+      } else if (stored)
         run_stored(share, tile, b, image, window, work, accumulate);
       else
         run_block(share, tile, b, image, window, work, at, grad_weight + at);
-      at += weights.size(b);
+      at += weights.size(b) * terms;
     }
     finish();
   }
@@ -168,8 +185,20 @@ struct Backward {
           f(grad + i * outputs, work.columns + i * b.group_channels() + s * layout.tap,
             (i * layout.segments + s) * segment_size);
     };
+    const narrow::Sums<A> sums{count,
+                               g.taps(),
+                               b.count,
+                               weights.data + weight_at,
+                               grad_weight,
+                               work.columns,
+                               const_cast<A*>(grad),
+                               layout.tap,
+                               layout.pixel,
+                               share.outputs};
     if (dots() || scatter()) {
-      if (b.depthwise)
+      if (weights.narrow)
+        narrow::kernels<A>().columns[weights.narrow](sums);
+      else if (b.depthwise)
         run_vectorised(DepthwiseColumnGradient<A>{count, g.taps(), b.count, weights.data + weight_at, grad,
                                                   share.outputs, work.columns, layout.tap, layout.pixel});
       else
@@ -181,7 +210,9 @@ struct Backward {
     }
     sweep(tile, b, image, window, layout, work);
     if (!(wanted & kWeight)) return;
-    if (b.depthwise)
+    if (weights.narrow)
+      narrow::kernels<A>().gradient[weights.narrow](sums);
+    else if (b.depthwise)
       run_vectorised(DepthwiseWeightGradient<A>{count, g.taps(), b.count, work.columns, grad, layout.tap, layout.pixel,
                                                 share.outputs, grad_weight});
     else
@@ -190,6 +221,47 @@ struct Backward {
                              {columns, weights.width, layout.pixel},
                              {grad_weight + at, weights.width, weights.panel_size()}, true);
       });
+  }
+
+  // to[pair of pixels] = the rows of both; the last of an odd number has zeros for its second.
+  static void pair_pixels(int64_t count, int64_t values, const A* rows, int64_t row, Pair* to, int64_t pair) {
+    for (int64_t q = 0; q < count; q += 2)
+      pair_rows(rows + q * row, q + 1 < count ? rows + (q + 1) * row : nullptr, values, to + q / 2 * pair);
+  }
+
+  // The same with products of pairs.
+  void run_pairs(const Share& share, const Tile& tile, const Block& b, int64_t image, const Window& window,
+                 const Workspace& work, int64_t weight_at, A* grad_weight) const {
+    const ColumnLayout layout(g, b, work.taps.stride);
+    const int64_t count = tile.count(), outputs = g.group_outputs(), panels = weights.panels(b);
+    const int64_t first = b.group * outputs - share.first_output;
+    const auto for_each_product = [&](const auto& f) {
+      for (int64_t i = 0; i < b.groups; ++i)
+        for (int64_t s = 0; s < layout.segments; ++s)
+          f(first + i * outputs, work.columns + i * b.group_channels() + s * layout.tap,
+            (i * layout.segments + s) * panels);
+    };
+    if (dots() || scatter())
+      for_each_product([&](int64_t output, A* columns, int64_t panel) {
+        product::multiply<Pair>(
+            {count, layout.width, outputs / 2},
+            {reinterpret_cast<const Pair*>(work.grad_outputs + output), share.outputs / 2, 1},
+            {weights.data + weight_at + panel * weights.panel_size(), weights.panel_size(), weights.width},
+            {columns, layout.pixel, weights.width}, false);
+      });
+    sweep(tile, b, image, window, layout, work);
+    if (!(wanted & kWeight)) return;
+    // The columns become pairs in their own memory.
+    for (int64_t k = 0; k < g.taps(); ++k) {
+      A* const columns = work.columns + k * layout.tap;
+      pair_pixels(count, b.count, columns, layout.pixel, reinterpret_cast<Pair*>(columns), layout.pixel);
+    }
+    for_each_product([&](int64_t output, A* columns, int64_t panel) {
+      product::multiply<Pair>(
+          {outputs, layout.width, divide_up(count, 2)}, {work.grad_pixels + output, 1, share.outputs},
+          {reinterpret_cast<const Pair*>(columns), weights.width, layout.pixel},
+          {grad_weight + panel * outputs * weights.width, weights.width, outputs * weights.width}, true);
+    });
   }
 
   // The same with weights and their gradient as they are stored. Where these have their taps innermost, columns are
@@ -233,29 +305,23 @@ struct Backward {
              const Workspace& work) const {
     const View<const S> input = view<const S>(a.input);
     const int64_t count = tile.count(), planes = b.offset_groups() * g.taps();
-    const bool grad_windows = scatter() && !grad_is_rows;
-    const int64_t at_once = direct() && !grad_windows ? b.count : window_channels<A>(tile, window, b.count);
-    if (at_once == 0) return gather(tile, b, image, layout, work);
-
+    const int64_t at_once = uses_windows() ? window_channels<A>(tile, window, b.count) : b.count;
     for (int64_t done = 0; done < b.count; done += at_once) {
       const int64_t first = b.first + done, channels = std::min(at_once, b.count - done), last = first + channels;
-      const Addresses in_window = Addresses::of(window, channels, work.window);
-      if (direct())
-        point(tile, planes, work,
-              Addresses::of(Rows<const A>{reinterpret_cast<const A*>(input.data) + first, input.n, input.h, input.w}),
-              -image, zeros, 0, work.taps.value);
-      else {
+      if (rows) {
+        point(tile, planes, work, Addresses::of(from_channel(rows.of(b), done)), rows_image - image, zeros, 0,
+              work.taps.value);
+      } else {
         load_window(tile, window, input, image, first, channels, work.window);
-        point(tile, planes, work, in_window, tile.n, zeros, 0, work.taps.value);
+        point(tile, planes, work, Addresses::of(window, channels, work.window), tile.n, zeros, 0, work.taps.value);
       }
-      if (grad_windows) {
+      if (grad_windows()) {
         std::fill_n(work.grad_window, tile.images * window.pixels() * channels, A(0));
         point(tile, planes, work, Addresses::of(window, channels, work.grad_window), tile.n, work.sink, 4,
               work.taps.grad);
       } else if (scatter()) {
-        point(tile, planes, work,
-              Addresses::of(Rows<A>{grad_input.data + first, grad_input.n, grad_input.h, grad_input.w}),
-              grad_image - image, work.sink, 4, work.taps.grad);
+        point(tile, planes, work, Addresses::of(from_channel(grad_rows.of(b), done)), grad_image - image, work.sink, 4,
+              work.taps.grad);
       }
       for (const Run& r : b.runs) {
         const int64_t from = std::max(first, r.first), to = std::min(last, r.first + r.count);
@@ -266,7 +332,7 @@ struct Backward {
               taps, count, to - from, g.taps(), zeros, work.columns + from - b.first, layout.tap, layout.pixel});
         });
       }
-      if (grad_windows) add_window(tile, window, image, first, channels, work.grad_window);
+      if (grad_windows()) add_window(tile, window, image, first, channels, work.grad_window);
     }
   }
 
@@ -280,29 +346,8 @@ struct Backward {
     for (int64_t n = 0; n < tile.images; ++n)
       for (int64_t y = 0; y < window.height; ++y)
         run_vectorised(TransposeRow<A, A, Transpose::kAddFromRows>{
-            &grad_input.at(image - grad_image + tile.n + n, channel, window.y + y, window.x), grad_input.c,
-            grad_input.w, channels, window.width, rows + (n * window.height + y) * window.width * channels, channels});
-  }
-
-  void gather(const Tile& tile, const Block& b, int64_t image, const ColumnLayout& layout,
-              const Workspace& work) const {
-    for (const Run& r : b.runs)
-      GatherSweep<A, S>{g,
-                        tile,
-                        work.taps,
-                        (r.offset_group - b.first_offset_group()) * g.taps(),
-                        tile.count(),
-                        r.count,
-                        view<const S>(a.input),
-                        scatter() ? grad_input : View<A>{},
-                        image + tile.n,
-                        image - grad_image + tile.n,
-                        r.first,
-                        dots(),
-                        (wanted & kWeight) != 0,
-                        work.columns + r.first - b.first,
-                        layout.tap,
-                        layout.pixel}();
+            &grad_input.at(image + tile.n + n, channel, window.y + y, window.x), grad_input.c, grad_input.w, channels,
+            window.width, rows + (n * window.height + y) * window.width * channels, channels});
   }
 };
 

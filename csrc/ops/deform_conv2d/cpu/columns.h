@@ -60,6 +60,72 @@ struct FillRun {
   }
 };
 
+// The same into columns of bfloat16, rounded once.
+struct FillRounded {
+  RunTaps<float> run;
+  int64_t count, channels, kernel;
+  BFloat16* columns;
+  int64_t tap_stride, pixel_stride;
+  const void* const* next;
+  int64_t lines;
+
+  DCN_HOST_DEVICE void operator()() const {
+    float sums[block_channels];
+    for (int64_t q = 0; q < count; ++q)
+      for (int64_t k = 0; k < kernel; ++k) {
+        sample_run<0>(run, run.at(k, q), channels, sums);
+        RoundRow{sums, channels, columns + k * tap_stride + q * pixel_stride}();
+      }
+  }
+};
+
+#if defined(DCN_X86_LEVELS)
+struct FillRoundedNatively {
+  FillRounded fill;
+
+  DCN_TARGET_BFLOAT16 void operator()() const {
+    const int64_t each = divide_up(fill.lines, fill.count);
+    for (int64_t q = 0, line = 0; q < fill.count; ++q) {
+      for (const int64_t until = line + each < fill.lines ? line + each : fill.lines; line < until; ++line)
+        prefetch(fill.next[line]);
+      for (int64_t k = 0; k < fill.kernel; ++k)
+        sample(fill.run.at(k, q), fill.columns + k * fill.tap_stride + q * fill.pixel_stride);
+    }
+  }
+  DCN_TARGET_BFLOAT16 void sample(int64_t at, BFloat16* to) const {
+    const float *const c0 = fill.run.value(0, at), *const c1 = fill.run.value(1, at);
+    const float *const c2 = fill.run.value(2, at), *const c3 = fill.run.value(3, at);
+    const Taps<float>& taps = fill.run.taps;
+    const __m512 w0 = _mm512_set1_ps(taps.weight[0][at]), w1 = _mm512_set1_ps(taps.weight[1][at]);
+    const __m512 w2 = _mm512_set1_ps(taps.weight[2][at]), w3 = _mm512_set1_ps(taps.weight[3][at]);
+    int64_t c = 0;
+    // Without masks where they are not needed: some processors take several times as long to store with one.
+    for (; c + 32 <= fill.channels; c += 32) {
+      __m512 first = w0 * _mm512_loadu_ps(c0 + c), second = w0 * _mm512_loadu_ps(c0 + c + 16);
+      first += w1 * _mm512_loadu_ps(c1 + c), second += w1 * _mm512_loadu_ps(c1 + c + 16);
+      first += w2 * _mm512_loadu_ps(c2 + c), second += w2 * _mm512_loadu_ps(c2 + c + 16);
+      first += w3 * _mm512_loadu_ps(c3 + c), second += w3 * _mm512_loadu_ps(c3 + c + 16);
+      _mm512_storeu_si512(to + c, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
+    }
+    for (; c < fill.channels; c += 16) {
+      const __mmask16 some = lanes_of(fill.channels - c);
+      __m512 sum = w0 * _mm512_maskz_loadu_ps(some, c0 + c);
+      sum += w1 * _mm512_maskz_loadu_ps(some, c1 + c);
+      sum += w2 * _mm512_maskz_loadu_ps(some, c2 + c);
+      sum += w3 * _mm512_maskz_loadu_ps(some, c3 + c);
+      store_rounded(sum, some, to + c);
+    }
+  }
+};
+#endif
+
+inline void fill_rounded(const FillRounded& fill) {
+#if defined(DCN_X86_LEVELS)
+  if (has_bfloat16_products()) return FillRoundedNatively{fill}();
+#endif
+  run_vectorised(fill);
+}
+
 // products[pixel, channel] += sum over taps of weight[tap, channel] * column[tap, channel], without columns in memory:
 // the sums of 16 channels stay in registers for all taps.
 template <typename A>
@@ -99,40 +165,6 @@ struct DepthwiseRun {
     A* const out = products + q * pixel_stride + first;
 #pragma omp simd
     for (int64_t c = 0; c < length; ++c) out[c] += sums[c];
-  }
-};
-
-// Fills the columns of a run from an image of any layout, value by value: for taps that lie so far apart that no window
-// holds them.
-template <typename A, typename S>
-struct GatherRun {
-  ConvGeometry g;
-  Tile tile;
-  Taps<A> taps;
-  int64_t first_plane, count, channels;
-  View<const S> input;
-  int64_t image, channel;  // which tile.n is, and the run's first
-  A* columns;
-  int64_t tap_stride, pixel_stride;
-
-  void operator()() const {
-    const int64_t per_image = tile.rows * tile.columns;
-    for (int64_t q = 0; q < count; ++q)
-      for (int64_t k = 0; k < g.taps(); ++k) {
-        const int64_t at = (first_plane + k) * taps.stride + q;
-        A* const out = columns + k * tap_stride + q * pixel_stride;
-        // The weight of a corner that is not read is 0, or NaN, which is to show.
-        A none = 0;
-        for (int c = 0; c < 4; ++c)
-          if (!(taps.corners[at] >> (4 + c) & 1)) none += taps.weight[c][at];
-        std::fill_n(out, channels, none);
-        for (int c = 0; c < 4; ++c) {
-          if (!(taps.corners[at] >> (4 + c) & 1)) continue;
-          const S* const from =
-              &input.at(image + q / per_image, channel, taps.y0[at] + (c >> 1), taps.x0[at] + (c & 1));
-          for (int64_t i = 0; i < channels; ++i) out[i] += taps.weight[c][at] * static_cast<A>(from[i * input.c]);
-        }
-      }
   }
 };
 

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "../../../runtime/cpu_narrow.h"
+#include "../../../runtime/cpu_pairs.h"
 #include "../../../runtime/cpu_rows.h"
 #include "../arguments.h"
 
@@ -39,10 +41,9 @@ bool reads_in_place(const ConvGeometry& g, const Tensor& image) {
   return is_rows<S>(image) && g.channels <= block_channels;
 }
 
-inline bool is_depthwise(const ConvGeometry& g) { return g.group_channels() == 1 && g.group_outputs() == 1; }
-
+// `max_channels` is a multiple of 16: blocks of narrow groups then are, if the channels are.
 inline std::vector<Block> make_blocks(const ConvGeometry& g, int64_t max_channels) {
-  const bool depthwise = is_depthwise(g);
+  const bool depthwise = g.is_depthwise();
   const int64_t whole = depthwise ? g.channels : g.group_channels();  // may be cut anywhere
   const int64_t parts = divide_up(whole, max_channels);
   // Parts of the same size, in whole vectors where possible; or as many groups as fit.
@@ -80,6 +81,21 @@ struct ColumnLayout {
     width = ragged ? g.taps() * b.count : b.group_channels();
   }
 };
+
+// Groups that are multiplied without a product of matrices (runtime/cpu_narrow.h), in vectors that fit into every block
+// of so many channels at most, a multiple of 16: the logarithm of their width, or 0.
+template <typename A>
+int narrow_groups(const ConvGeometry& g) {
+  return g.groups > 1 && g.channels % 16 == 0 ? narrow::width_of<A>(g.group_channels(), g.group_outputs()) : 0;
+}
+
+// Whether products of pairs of bfloat16 serve a call: channels and outputs of a group come in pairs, and a product
+// takes the channels of one tap at a time.
+inline bool multiplies_pairs(const ConvGeometry& g, const std::vector<Block>& blocks) {
+  if (!dcn::multiplies_pairs() || narrow_groups<float>(g) || g.group_channels() % 2 != 0 || g.group_outputs() % 2 != 0)
+    return false;
+  return std::all_of(blocks.begin(), blocks.end(), [&](const Block& b) { return b.groups > 1 || b.count % 16 == 0; });
+}
 
 // Output pixels [y, y + rows) x [x, x + columns) of images [n, n + images). Who uses a tile says from which image n
 // counts.
@@ -134,10 +150,12 @@ void for_each_row(const Tile& tile, const F& f) {
 // Memory of one thread for a tile and what belongs to it, and for a window on the input or its gradient: 1 MB in all.
 constexpr int64_t tile_bytes = 640 << 10, window_bytes = 192 << 10;
 
-// How many pixels a tile may have, of which each takes `bytes`, so that there are enough tiles for the threads. More
-// than 144 gain nothing.
+// More gain nothing.
+constexpr int64_t most_pixels_of_tile = 144;
+
+// How many pixels a tile may have, of which each takes `bytes`, so that there are enough tiles for the threads.
 inline int64_t max_pixels_of_tile(int64_t pixels, int64_t bytes, int64_t threads) {
-  const int64_t fitting = std::clamp<int64_t>(tile_bytes / bytes, 1, 144);
+  const int64_t fitting = std::clamp<int64_t>(tile_bytes / bytes, 1, most_pixels_of_tile);
   return std::min(fitting, divide_up(pixels, threads));
 }
 

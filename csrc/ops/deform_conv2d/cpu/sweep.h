@@ -98,43 +98,6 @@ void with_wanted(bool dots, bool scatter, bool columns, const F& f) {
   if (columns) return f(false_type(), false_type(), true_type());
 }
 
-// The same sweep on images of any layout, value by value: for taps that lie so far apart that no window holds them.
-template <typename A, typename S>
-struct GatherSweep {
-  ConvGeometry g;
-  Tile tile;
-  Taps<A> taps;
-  int64_t first_plane, count, channels;
-  View<const S> input;
-  View<A> grad_input;  // its data may be null
-  int64_t image, grad_image, channel;
-  bool dots, weights;
-  A* columns;
-  int64_t tap_stride, pixel_stride;
-
-  void operator()() const {
-    const int64_t per_image = tile.rows * tile.columns;
-    for (int64_t q = 0; q < count; ++q)
-      for (int64_t k = 0; k < g.taps(); ++k) {
-        const int64_t at = (first_plane + k) * taps.stride + q, n = q / per_image;
-        A* const column = columns + k * tap_stride + q * pixel_stride;
-        for (int64_t i = 0; i < channels; ++i) {
-          const A grad = column[i];
-          A sum = 0;
-          for (int c = 0; c < 4; ++c) {
-            const int64_t y = taps.y0[at] + (c >> 1), x = taps.x0[at] + (c & 1);
-            const bool read = taps.corners[at] >> (4 + c) & 1;
-            const A value = taps.corners[at] >> c & 1 ? static_cast<A>(input.at(image + n, channel + i, y, x)) : A(0);
-            if (dots) taps.dot[4 * at + c] += grad * value;
-            sum += read ? taps.weight[c][at] * value : taps.weight[c][at];
-            if (read && grad_input.data) grad_input.at(grad_image + n, channel + i, y, x) += taps.weight[c][at] * grad;
-          }
-          if (weights) column[i] = sum;
-        }
-      }
-  }
-};
-
 // Turns the dots of each tap into the gradients of its offset and mask, and adds those.
 template <typename A>
 struct FinishDots {

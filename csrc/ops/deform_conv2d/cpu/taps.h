@@ -8,11 +8,12 @@
 
 namespace dcn::tiles {
 
-// Whether an Index reaches everywhere.
-inline bool fits_index(const ConvGeometry& g) {
+// Why the tuned path does not serve a call: an Index does not reach everywhere. Null: it does.
+inline const char* why_portable(const ConvGeometry& g) {
   constexpr int64_t limit = int64_t{1} << 30;
-  return std::max(g.height, g.start_y(g.out_height) + g.kernel_h * g.dilation_h) < limit &&
-         std::max(g.width, g.start_x(g.out_width) + g.kernel_w * g.dilation_w) < limit;
+  const bool reaches = std::max(g.height, g.start_y(g.out_height) + g.kernel_h * g.dilation_h) < limit &&
+                       std::max(g.width, g.start_x(g.out_width) + g.kernel_w * g.dilation_w) < limit;
+  return reaches ? nullptr : "input: expected fewer than 2^30 rows and columns, with padding";
 }
 
 // Of each pixel of a tile: where its kernel starts on the input, and where its image starts in the rows.

@@ -1,7 +1,7 @@
 // Deformable convolution on the CPU: weights of any layout brought into panels, and their gradients back.
 #pragma once
 
-#include "../../../runtime/cpu_product.h"
+#include "../../../runtime/cpu_pairs.h"
 #include "plan.h"
 
 namespace dcn::tiles {
@@ -35,23 +35,71 @@ struct StoredWeights {
 };
 
 // Weights as the forward's products read them: [block][group][panel of outputs][tap][channel][output of the panel].
-// Depthwise: [tap][channel].
-template <typename A>
+// Depthwise: [tap][channel]. Or as they are stored, where their outputs lie side by side. W: the accumulator type, or
+// pairs of channels.
+template <typename W>
 struct ForwardWeights {
+  static constexpr int64_t terms = product::terms_of<W>;
   const ConvGeometry& g;
-  A* data;
-  int64_t width = product::panel_width<A>();
+  W* data;
+  int64_t width = product::panel_width<W>();
+  int narrow = terms == 1 ? narrow_groups<product::SumOf<W>>(g) : 0;
+  bool in_place = false;
+  int64_t tap = 0, channel = 0;  // strides in place
 
   int64_t panels() const { return divide_up(g.group_outputs(), width); }
-  int64_t panel_size(const Block& b) const { return g.taps() * b.group_channels() * width; }
-  int64_t size(const Block& b) const { return b.depthwise ? g.taps() * b.count : b.groups * panels() * panel_size(b); }
+  int64_t panel_size(const Block& b) const { return g.taps() * b.group_channels() / terms * width; }
+  int64_t size(const Block& b) const {
+    if (b.depthwise || narrow) return g.taps() * b.count * g.group_channels();
+    return b.groups * panels() * panel_size(b);
+  }
   // Where a block's weights start: every channel before it takes as much.
-  int64_t start(const Block& b) const { return b.first * (b.depthwise ? 1 : panels() * width) * g.taps(); }
+  int64_t start(const Block& b) const {
+    return b.first / terms * (b.depthwise || narrow ? g.group_channels() : panels() * width) * g.taps();
+  }
   // The weights of a block's i-th group, as the right side of a product over its taps and channels.
-  product::Right<A> of(const Block& b, int64_t i) const {
-    return {data + start(b) + i * panels() * panel_size(b), panel_size(b), width, b.group_channels() * width};
+  product::Right<W> of(const Block& b, int64_t i) const {
+    if (in_place) {
+      const int64_t group = b.group + i, first = b.groups > 1 ? 0 : b.first - group * g.group_channels();
+      return {data + group * g.group_outputs() + first * channel, width, channel, tap};
+    }
+    return {data + start(b) + i * panels() * panel_size(b), panel_size(b), width, b.group_channels() / terms * width};
   }
 };
+
+// Uses weights as they are stored, if their outputs lie side by side (dcn_plugin.prepare_for_inference) and the call
+// has few pixels: packing would then cost more than reading them in longer steps.
+template <typename A>
+void use_in_place(ForwardWeights<A>& weights, const Tensor& weight) {
+  const ConvGeometry& g = weights.g;
+  constexpr int64_t few = 256;
+  // Whole vectors of outputs are read, and what a stride of a size of 1 is does not matter.
+  const auto stride = [&](int64_t d) { return weight.size(d) > 1 ? weight.stride(d) : 0; };
+  const bool even = g.kernel_h == 1 || g.kernel_w == 1 || stride(2) == g.kernel_w * stride(3);
+  if (g.is_depthwise() || weights.narrow || g.batch * g.out_pixels() > few || !even || stride(0) != 1 ||
+      g.group_outputs() % (weights.width / 2) != 0)
+    return;
+  weights.in_place = true, weights.data = static_cast<A*>(weight.data_ptr());
+  weights.tap = g.kernel_w > 1 ? stride(3) : stride(2), weights.channel = stride(1);
+}
+
+// Weights of narrow groups (runtime/cpu_narrow.h), or their gradient back: [block][tap][member][channel]. In the
+// forward channels are outputs and members inputs of their group (`Outputs`), in the backward the other way round.
+template <bool Pack, bool Outputs, typename A, typename S>
+void repack_narrow(const ConvGeometry& g, const std::vector<Block>& blocks, const View<S>& weight, A* data) {
+  const int64_t width = g.group_channels();
+  for (const Block& b : blocks)
+    for (int64_t k = 0; k < g.taps(); ++k)
+      for (int64_t i = 0; i < width; ++i)
+        for (int64_t c = b.first; c < b.first + b.count; ++c) {
+          S& from =
+              weight.at(Outputs ? c : c / width * width + i, Outputs ? i : c % width, k / g.kernel_w, k % g.kernel_w);
+          if constexpr (Pack)
+            *data++ = static_cast<A>(from);
+          else
+            from = static_cast<S>(*data++);
+        }
+}
 
 // One panel: from weights of any layout, of up to `width` outputs, to [tap][channel][output]. Outputs that the panel
 // has beyond these are zeros.
@@ -73,10 +121,19 @@ struct PackPanel {
     }
 #endif
     for (int64_t y = 0; y < kernel_h; ++y)
-      for (int64_t x = 0; x < kernel_w; ++x)
+      for (int64_t x = 0; x < kernel_w; ++x) {
+        const S* const tap = weight + y * y_stride + x * x_stride;
+        // Stretches of a few channels, which the processor does not foresee, are fetched a tap before they are read.
+        if (channel_stride == 1 && y + 1 + x + 1 < kernel_h + kernel_w)
+          fetch(x + 1 < kernel_w ? tap + x_stride : weight + (y + 1) * y_stride);
         TransposeRow<A, const S, Transpose::kToRows>{
-            weight + y * y_stride + x * x_stride,          output_stride, channel_stride, outputs, channels,
-            panel + (y * kernel_w + x) * channels * width, width}();
+            tap,  output_stride, channel_stride, outputs, channels, panel + (y * kernel_w + x) * channels * width,
+            width}();
+      }
+  }
+  DCN_HOST_DEVICE void fetch(const S* tap) const {
+    for (int64_t o = 0; o < outputs; ++o)
+      for (int64_t c = 0; c < channels; c += 64 / sizeof(S)) prefetch(tap + o * output_stride + c);
   }
 
 #if defined(DCN_QUADS)
@@ -112,14 +169,18 @@ struct PackPanel {
 #endif
 };
 
-template <typename A, typename S>
-void pack_forward(const ForwardWeights<A>& packed, const std::vector<Block>& blocks, const View<const S>& weight) {
+template <typename W, typename S>
+void pack_forward(const ForwardWeights<W>& packed, const std::vector<Block>& blocks, const View<const S>& weight) {
+  using A = product::SumOf<W>;
   const ConvGeometry& g = packed.g;
-  if (is_depthwise(g)) {
-    for (int64_t k = 0; k < g.taps(); ++k)
-      for (int64_t c = 0; c < g.channels; ++c)
-        packed.data[k * g.channels + c] = static_cast<A>(weight.at(c, 0, k / g.kernel_w, k % g.kernel_w));
-    return;
+  if constexpr (packed.terms == 1) {
+    if (packed.narrow) return repack_narrow<true, true>(g, blocks, weight, packed.data);
+    if (g.is_depthwise()) {
+      for (int64_t k = 0; k < g.taps(); ++k)
+        for (int64_t c = 0; c < g.channels; ++c)
+          packed.data[k * g.channels + c] = static_cast<A>(weight.at(c, 0, k / g.kernel_w, k % g.kernel_w));
+      return;
+    }
   }
   const int64_t panels = packed.panels();
   // No block has more groups than the first.
@@ -130,26 +191,41 @@ void pack_forward(const ForwardWeights<A>& packed, const std::vector<Block>& blo
       const int64_t group = i / panels % max_groups, first = i % panels * packed.width;
       if (group >= b.groups) continue;
       const int64_t channel = b.groups > 1 ? 0 : b.first - b.group * g.group_channels();
-      run_vectorised(PackPanel<A, S>{
-          &weight.at((b.group + group) * g.group_outputs() + first, channel, 0, 0), weight.n, weight.c, weight.h,
-          weight.w, std::min(packed.width, g.group_outputs() - first), b.group_channels(), g.kernel_h, g.kernel_w,
-          packed.data + packed.start(b) + (group * panels + i % panels) * packed.panel_size(b), packed.width});
+      W* const panel = packed.data + packed.start(b) + (group * panels + i % panels) * packed.panel_size(b);
+      const auto pack = [&](A* to) {
+        run_vectorised(PackPanel<A, S>{&weight.at((b.group + group) * g.group_outputs() + first, channel, 0, 0),
+                                       weight.n, weight.c, weight.h, weight.w,
+                                       std::min(packed.width, g.group_outputs() - first), b.group_channels(),
+                                       g.kernel_h, g.kernel_w, to, packed.width});
+      };
+      if constexpr (packed.terms == 1) {
+        pack(panel);
+      } else {  // the rows of two channels become one of pairs
+        A* const rows = thread_scratch<A, -3>(2 * packed.panel_size(b));
+        pack(rows);
+        for (int64_t c = 0; c < packed.panel_size(b) / packed.width; ++c)
+          pair_rows(rows + 2 * c * packed.width, rows + (2 * c + 1) * packed.width, packed.width,
+                    panel + c * packed.width);
+      }
     }
   });
 }
 
 // Weights, or their gradient, as the backward's products read and write them: [block][group][segment of columns][panel
-// of the segment][output][column of the panel]. Depthwise: [block][tap][channel].
-template <typename A>
+// of the segment][output][column of the panel]. Depthwise: [block][tap][channel]. W: the accumulator type, or pairs of
+// outputs.
+template <typename W>
 struct BackwardWeights {
+  static constexpr int64_t terms = product::terms_of<W>;
   const ConvGeometry& g;
-  A* data;
-  int64_t width = product::panel_width<A>();
+  W* data;
+  int64_t width = product::panel_width<W>();
+  int narrow = terms == 1 ? narrow_groups<product::SumOf<W>>(g) : 0;
 
   int64_t panels(const Block& b) const { return divide_up(ColumnLayout(g, b, 0).width, width); }
-  int64_t panel_size() const { return g.group_outputs() * width; }
+  int64_t panel_size() const { return g.group_outputs() / terms * width; }
   int64_t size(const Block& b) const {
-    if (b.depthwise) return g.taps() * b.count;
+    if (b.depthwise || narrow) return g.taps() * b.count * g.group_channels();
     return b.groups * ColumnLayout(g, b, 0).segments * panels(b) * panel_size();
   }
   int64_t size(const std::vector<Block>& blocks) const {
@@ -196,32 +272,47 @@ struct RepackOutput {
   }
 };
 
-template <bool Pack, typename A, typename S>
-void repack_backward(const BackwardWeights<A>& packed, const std::vector<Block>& blocks, const View<S>& weight) {
+template <bool Pack, typename W, typename S>
+void repack_backward(const BackwardWeights<W>& packed, const std::vector<Block>& blocks, const View<S>& weight) {
+  using A = product::SumOf<W>;
   const ConvGeometry& g = packed.g;
-  A* data = packed.data;
+  W* data = packed.data;
+  if constexpr (packed.terms == 1)
+    if (packed.narrow) return repack_narrow<Pack, false>(g, blocks, weight, data);
   for (const Block& b : blocks) {
     if (b.depthwise) {
-      for (int64_t k = 0; k < g.taps(); ++k)
-        for (int64_t c = 0; c < b.count; ++c) {
-          S& from = weight.at(b.first + c, 0, k / g.kernel_w, k % g.kernel_w);
-          if constexpr (Pack)
-            data[k * b.count + c] = static_cast<A>(from);
-          else
-            from = static_cast<S>(data[k * b.count + c]);
-        }
+      if constexpr (packed.terms == 1)
+        for (int64_t k = 0; k < g.taps(); ++k)
+          for (int64_t c = 0; c < b.count; ++c) {
+            S& from = weight.at(b.first + c, 0, k / g.kernel_w, k % g.kernel_w);
+            if constexpr (Pack)
+              data[k * b.count + c] = static_cast<A>(from);
+            else
+              from = static_cast<S>(data[k * b.count + c]);
+          }
     } else {
       const ColumnLayout columns(g, b, 0);
-      const int64_t outputs = g.group_outputs(), panels = packed.panels(b);
-      torch::stable::parallel_for(0, b.groups * outputs, 16, [&](int64_t begin, int64_t end) {
+      const int64_t outputs = g.group_outputs(), panels = packed.panels(b), rows = columns.segments * panels;
+      const int64_t channel = b.groups > 1 ? 0 : b.first - b.group * g.group_channels();
+      const auto repack = [&](int64_t output, A* panel, int64_t panel_size) {
+        run_vectorised(RepackOutput<A, S, Pack>{
+            &weight.at(b.group * outputs + output, channel, 0, 0), weight.c, weight.h, weight.w, g.kernel_h, g.kernel_w,
+            b.group_channels(), columns.segments == 1 && g.taps() > 1, panel, packed.width, panel_size, panels});
+      };
+      torch::stable::parallel_for(0, b.groups * outputs / packed.terms, 16, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-          const int64_t group = i / outputs, o = i % outputs;
-          const int64_t channel = b.groups > 1 ? 0 : b.first - b.group * g.group_channels();
-          run_vectorised(RepackOutput<A, S, Pack>{
-              &weight.at(b.group * outputs + i, channel, 0, 0), weight.c, weight.h, weight.w, g.kernel_h, g.kernel_w,
-              b.group_channels(), columns.segments == 1 && g.taps() > 1,
-              data + group * columns.segments * panels * packed.panel_size() + o * packed.width, packed.width,
-              packed.panel_size(), panels});
+          const int64_t group = i * packed.terms / outputs, o = i * packed.terms % outputs;
+          W* const panel = data + group * rows * packed.panel_size() + o / packed.terms * packed.width;
+          if constexpr (packed.terms == 1) {
+            repack(i, panel, packed.panel_size());
+          } else {  // the rows of two outputs become one of pairs
+            static_assert(Pack, "gradients are summed in float");
+            A* const two = thread_scratch<A, -3>(2 * rows * packed.width);
+            for (int64_t j = 0; j < 2; ++j) repack(2 * i + j, two + j * packed.width, 2 * packed.width);
+            for (int64_t r = 0; r < rows; ++r)
+              pair_rows(two + 2 * r * packed.width, two + (2 * r + 1) * packed.width, packed.width,
+                        panel + r * packed.panel_size());
+          }
         }
       });
     }

@@ -3,21 +3,15 @@
 // sample costs as much as reading eight channels of it. Sums stay in registers, in float and in a fixed order.
 #pragma once
 
-#include "../../../core/input_index.h"
+#include "../../../core/chunk_sums.h"
 #include "../../../runtime/gpu_values.h"
 #include "samples.h"
 
 namespace dcn {
 
-template <typename S>
-DCN_DEVICE void unpack(float (&values)[8], Vector8<S> from) {
-  DCN_UNROLL
-  for (int i = 0; i < 4; ++i) unpack<S>(from.words[i], values[2 * i], values[2 * i + 1]);
-}
-
 // Eight channels that lie `step` apart.
 template <typename S>
-DCN_DEVICE Vector8<S> read_apart(const S* from, int64_t step) {
+DCN_HOST_DEVICE Vector8<S> read_apart(const S* from, int64_t step) {
   Vector8<S> found;
   DCN_UNROLL
   for (int i = 0; i < 4; ++i) {
@@ -29,7 +23,7 @@ DCN_DEVICE Vector8<S> read_apart(const S* from, int64_t step) {
 
 // sums += a * b
 template <typename S>
-DCN_DEVICE void add_product(float (&sums)[8], const float (&a)[8], Vector8<S> b) {
+DCN_HOST_DEVICE void add_product(float (&sums)[8], const float (&a)[8], Vector8<S> b) {
   float factors[8];
   unpack(factors, b);
   DCN_UNROLL
@@ -43,14 +37,14 @@ struct VectorView {
   View<T> data;
   bool aligned;  // has_aligned_vectors(tensor)
 
-  DCN_DEVICE Vector8<S> read(int64_t n, int64_t c, int64_t y, int64_t x) const {
+  DCN_HOST_DEVICE Vector8<S> read(int64_t n, int64_t c, int64_t y, int64_t x) const {
     const S* const from = &data.at(n, c, y, x);
     return aligned ? *reinterpret_cast<const Vector8<S>*>(from) : read_apart(from, data.c);
   }
   DCN_DEVICE void write(const float (&values)[8], int64_t n, int64_t c, int64_t y, int64_t x) const {
     S* const to = &data.at(n, c, y, x);
     if (aligned) {
-      *reinterpret_cast<Vector8<S>*>(to) = pack<S>(values);
+      store_vector<S>(to, pack<S>(values));
     } else {
       DCN_UNROLL
       for (int i = 0; i < 8; ++i) to[i * data.c] = static_cast<S>(values[i]);
@@ -64,21 +58,8 @@ struct TapWeights {
   const S* data;
   int64_t channels;
 
-  DCN_DEVICE Vector8<S> at(int tap, int channel) const {
+  DCN_HOST_DEVICE Vector8<S> at(int tap, int channel) const {
     return *reinterpret_cast<const Vector8<S>*>(data + tap * channels + channel);
-  }
-};
-
-template <typename S>
-struct PackTapWeights {
-  ConvGeometry g;
-  View<const S> weight;
-  S* packed;
-
-  DCN_HOST_DEVICE int64_t size() const { return g.taps() * g.channels; }
-  DCN_HOST_DEVICE void operator()(int64_t i) const {
-    const int64_t tap = i / g.channels;
-    packed[i] = weight.at(i % g.channels, 0, tap / g.kernel_w, tap % g.kernel_w);
   }
 };
 
@@ -89,13 +70,6 @@ struct PixelPart {
   DCN_DEVICE PixelPart(int64_t i, int64_t pixels, int64_t parts, bool parts_together)
       : pixel(parts_together ? i / parts : i % pixels), part(parts_together ? i % parts : i / pixels) {}
 };
-
-// Output pixel `number` of the batch, row by row: pixels side by side read offsets side by side.
-DCN_DEVICE TilePixel pixel_by_rows(const ConvSizes& sizes, int64_t number) {
-  const int64_t n = number / sizes.out_pixels;
-  const int rest = static_cast<int>(number - n * sizes.out_pixels);
-  return {n, rest / sizes.out_width, rest % sizes.out_width};
-}
 
 // The four corners of eight channels of a sample; zeros for those that are not read.
 template <typename S>
@@ -188,39 +162,72 @@ struct DepthwiseDisplacementGradient {
   }
 };
 
-// grad_input[n, c, y, x] = sum of weight_corner * mask * weight * grad_output over the samples that read the pixel. One
-// element: eight channels of a pixel. The range holds whole images, so no other range adds to the same pixels.
+// What a sample gives the pixels that it reads (core/chunk_sums.h): the gradient of its output pixel times the weight
+// of its tap. A part is eight channels of an offset group.
 template <typename S>
-struct DepthwiseInputGradient {
+struct DepthwiseGather {
+  using Accumulator = float;
+  static constexpr int kSums = 8;
+
   ConvGeometry g;
   PixelRange range;
   ImageRange images;
   InputIndex<float> index;
   VectorView<const S> grad_output;  // whose pixels are evenly spaced
   TapWeights<S> weight;
+
+  // The samples of a range are numbered in 32 bits; those of an offset group follow those of the one before.
+  struct Place {
+    int64_t n, channel;
+    uint32_t first_pixel, first_sample;
+  };
+  struct Values {
+    float of[kSums];
+  };
+
+  DCN_HOST_DEVICE int64_t parts() const { return g.offset_group_channels() / kSums; }
+  DCN_HOST_DEVICE Place place(int64_t map, int64_t part) const {
+    const int64_t image = map / g.offset_groups, og = map % g.offset_groups;
+    return {images.first + image, og * g.offset_group_channels() + part * kSums,
+            static_cast<uint32_t>(image * g.out_pixels()),
+            static_cast<uint32_t>(og * g.taps()) * static_cast<uint32_t>(range.count)};
+  }
+  DCN_HOST_DEVICE Values load(const Place& p, int32_t sample) const {
+    const uint32_t count = static_cast<uint32_t>(range.count);
+    const uint32_t at = static_cast<uint32_t>(sample) - p.first_sample, tap = at / count;
+    float grad[kSums];
+    unpack(grad, grad_output.read(p.n, p.channel, 0, at - tap * count - p.first_pixel));
+    Values values{};
+    add_product(values.of, grad, weight.at(static_cast<int>(tap), static_cast<int>(p.channel)));
+    return values;
+  }
+  DCN_HOST_DEVICE static void add(float (&sums)[kSums], float weight, const Values& values) {
+    DCN_UNROLL
+    for (int e = 0; e < kSums; ++e) sums[e] += weight * values.of[e];
+  }
+};
+
+// grad_input[n, c, y, x] = sum of weight_corner * mask * weight * grad_output over the samples that read the pixel. One
+// element: eight channels of a pixel. The range holds whole images, so no other range adds to the same pixels.
+template <typename S>
+struct DepthwiseInputGradient {
+  using Gather = DepthwiseGather<S>;
+
+  Gather gather;
+  const SumsOf<Gather>* chunk_sums;
   VectorView<S> grad_input;
 
-  DCN_HOST_DEVICE int64_t pixels() const { return images.count * g.height * g.width; }
-  DCN_HOST_DEVICE int64_t vectors() const { return g.channels / 8; }
+  DCN_HOST_DEVICE int64_t pixels() const { return gather.images.count * gather.g.height * gather.g.width; }
+  DCN_HOST_DEVICE int64_t vectors() const { return gather.g.channels / 8; }
   DCN_HOST_DEVICE int64_t size() const { return pixels() * vectors(); }
   DCN_DEVICE void operator()(int64_t i) const {
-    const PixelPart here(i, pixels(), vectors(), grad_output.data.c == 1);
-    const int64_t image = here.pixel / (g.height * g.width), n = images.first + image;
-    const int64_t y = here.pixel / g.width % g.height, x = here.pixel % g.width;
-    const int channel = static_cast<int>(8 * here.part);
-    // The samples of a range are numbered in 32 bits; those of an offset group follow those of the one before.
-    const uint32_t count = static_cast<uint32_t>(range.count);
-    const uint32_t first = static_cast<uint32_t>(image * g.out_pixels());
-    const int64_t og = channel / g.offset_group_channels();
-    const uint32_t first_sample = static_cast<uint32_t>(og * g.taps()) * count;
-    float sums[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-    index.for_each_entry(image * g.offset_groups + og, y, x, [&](int32_t sample, float corner) {
-      const uint32_t at = static_cast<uint32_t>(sample) - first_sample, tap = at / count, pixel = at % count - first;
-      float grad[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-      add_scaled(grad, corner, grad_output.read(n, channel, 0, pixel));
-      add_product(sums, grad, weight.at(static_cast<int>(tap), channel));
-    });
-    grad_input.write(sums, n, channel, y, x);
+    const ConvGeometry& g = gather.g;
+    const PixelPart here(i, pixels(), vectors(), gather.grad_output.data.c == 1);
+    const int64_t image = here.pixel / (g.height * g.width);
+    const int64_t y = here.pixel / g.width % g.height, x = here.pixel % g.width, og = here.part / gather.parts();
+    SumsOf<Gather> sums;
+    gather_pixel(gather, chunk_sums, image * g.offset_groups + og, here.part - og * gather.parts(), y, x, sums);
+    grad_input.write(sums.of, gather.images.first + image, 8 * here.part, y, x);
   }
 };
 
@@ -285,22 +292,6 @@ struct DepthwiseWeightGradient {
     p.y -= next_image ? static_cast<int>(sampler.g.out_height) : 0;
     p.n += by.n + next_image;
     return p;
-  }
-};
-
-// Sums of `together` shares each, in order: with many shares, few threads would add them all.
-struct AddSharesTogether {
-  int64_t shares, together, size_of_share;
-  const float* from;  // [shares, size_of_share]
-  float* to;
-
-  DCN_HOST_DEVICE int64_t shares_left() const { return (shares + together - 1) / together; }
-  DCN_HOST_DEVICE int64_t size() const { return shares_left() * size_of_share; }
-  DCN_HOST_DEVICE void operator()(int64_t i) const {
-    const int64_t first = i / size_of_share * together, end = first + together;
-    float sum = 0;
-    for (int64_t s = first; s < (end < shares ? end : shares); ++s) sum += from[s * size_of_share + i % size_of_share];
-    to[i] = sum;
   }
 };
 

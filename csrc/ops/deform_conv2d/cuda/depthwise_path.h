@@ -4,7 +4,7 @@
 #include "../../../runtime/input_index.h"
 #include "depthwise.h"
 #include "plan.h"
-#include "weight_gradient.h"
+#include "weight_sums.h"
 
 namespace dcn {
 
@@ -75,7 +75,7 @@ struct DepthwiseDeformConv2d {
   template <typename S>
   static Tensor tap_weights(const ConvArguments& a, const ConvGeometry& g) {
     const Tensor packed = torch::stable::new_empty(a.weight, {g.taps() * g.channels});
-    Device::for_each(PackTapWeights<S>{g, view<const S>(a.weight), static_cast<S*>(packed.data_ptr())}, a.weight);
+    Device::for_each(PackTapWeights<S, S>{g, view<const S>(a.weight), static_cast<S*>(packed.data_ptr())}, a.weight);
     return packed;
   }
 
@@ -94,9 +94,9 @@ struct DepthwiseDeformConv2d {
       range.count = std::min(step, total - range.first);
       const ConvPositions<float, F> positions(g, range, moved);
       const BuiltIndex<float> built = build_input_index<Device>(positions, grad_input);
-      Device::for_each(DepthwiseInputGradient<S>{g, range, positions.images, built.index, grad_output, weight,
-                                                 vectors<S>(grad_input)},
-                       grad_input);
+      const DepthwiseGather<S> gather{g, range, positions.images, built.index, grad_output, weight};
+      const SummedChunks chunks = sum_chunks<Device>(gather, positions.size(), grad_input);
+      Device::for_each(DepthwiseInputGradient<S>{gather, chunks.of(gather), vectors<S>(grad_input)}, grad_input);
     }
   }
 

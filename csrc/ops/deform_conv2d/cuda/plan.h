@@ -2,16 +2,34 @@
 #pragma once
 
 #include "../arguments.h"
-#include "samples.h"
+#include "forward_reads.h"
 
 namespace dcn {
 
-// Whether eight channels of any pixel are one aligned 16-byte access.
+// Whether 16 bytes of channels of any pixel are one aligned access.
 inline bool has_aligned_vectors(const Tensor& t) {
   if (t.stride(1) != 1 || reinterpret_cast<uintptr_t>(t.data_ptr()) % 16) return false;
   for (int d : {0, 2, 3})
-    if (t.size(d) > 1 && t.stride(d) % 8) return false;
+    if (t.size(d) > 1 && t.stride(d) * static_cast<int64_t>(t.element_size()) % 16) return false;
   return true;
+}
+
+// With an input whose channels, where they lie together, are aligned vectors: that of a slice may begin anywhere, and
+// is copied, in the layout that results take over.
+inline ConvArguments with_aligned_input(ConvArguments a) {
+  if (a.input.stride(1) != 1 || has_aligned_vectors(a.input)) return a;
+  const Tensor& t = a.input;
+  Tensor copy = new_image(t, {t.size(0), t.size(1), t.size(2), t.size(3)}, t.scalar_type(), is_channels_last(t));
+  torch::stable::copy_(copy, t);
+  a.input = copy;
+  return a;
+}
+
+// A copy for which that is so, unless it is already; its channels are whole vectors.
+inline Tensor with_vectors(const Tensor& t) {
+  if (has_aligned_vectors(t)) return t;
+  const Tensor stored = torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
+  return has_aligned_vectors(stored) ? stored : torch::stable::clone(stored);
 }
 
 // How many offset groups a group of the convolution meets at most.
@@ -29,44 +47,97 @@ inline bool has_int_positions(const ConvGeometry& g) {
          g.out_width * g.stride_w + g.kernel_w * g.dilation_w < limit && g.out_pixels() < 2 * limit;
 }
 
-// Whether a sample reads its channels in whole vectors of eight half values.
-inline bool can_sample_vectors(const ConvArguments& a, const ConvGeometry& g) {
+// Whether the pixels that a tile reads can be numbered in 27 bits, where rows and images are so many pixels long.
+inline bool can_number_pixels(const ConvGeometry& g, int64_t image, int64_t row) {
+  constexpr int64_t limit = 1 << 27;
+  const int64_t images = std::min(g.batch - 1, kMostPixels / g.out_pixels() + 1);
+  return image <= limit && row <= limit && image * images + row * (g.height + 1) + g.width < limit;
+}
+
+// The input as pixels a fixed step apart, if it is stored so.
+template <typename S>
+std::optional<InputPixels<S>> input_pixels(const Tensor& t, const ConvGeometry& g) {
+  if (!has_aligned_vectors(t)) return std::nullopt;
+  const int64_t step = g.width > 1 ? t.stride(3) : g.height > 1 ? t.stride(2) : g.batch > 1 ? t.stride(0) : g.channels;
+  const int64_t row = g.height > 1 ? t.stride(2) : 0, image = g.batch > 1 ? t.stride(0) : 0;
+  const int64_t bytes = step * static_cast<int64_t>(sizeof(S));
+  if (step < 1 || row % step || image % step || bytes > std::numeric_limits<int>::max() ||
+      !can_number_pixels(g, image / step, row / step))
+    return std::nullopt;
+  return InputPixels<S>{static_cast<const S*>(t.data_ptr()), image / step, row / step, static_cast<int>(bytes)};
+}
+
+// The functions below say why kernels do not serve a call, or return null if they do.
+
+// A sample reads its channels in whole vectors of 16 bytes, by numbers of 32 bits.
+inline const char* why_no_vectors(const ConvArguments& a, const ConvGeometry& g) {
   const ScalarType type = a.input.scalar_type();
-  return (type == ScalarType::Half || type == ScalarType::BFloat16) && g.offset_group_channels() % 8 == 0 &&
-         (a.input.stride(1) != 1 || has_aligned_vectors(a.input)) && g.batch * g.out_pixels() > 0 &&
-         has_int_positions(g) && g.channels <= (1 << 24) && a.offset.size(1) <= std::numeric_limits<int>::max();
+  if (type == ScalarType::Double) return "input: expected Float, Half or BFloat16";
+  if (type == ScalarType::Float && g.offset_group_channels() % 4)
+    return "offset: expected offset groups of a multiple of 4 channels in Float";
+  if (type != ScalarType::Float && g.offset_group_channels() % 8)
+    return "offset: expected offset groups of a multiple of 8 channels in Half or BFloat16";
+  if (!has_int_positions(g)) return "input: expected fewer than 2^29 rows and columns, with padding, and 2^30 outputs";
+  if (g.channels > (1 << 24)) return "input: expected at most 2^24 channels";
+  if (g.taps() > (1 << 24)) return "weight: expected at most 2^24 taps";
+  if (a.offset.size(1) > std::numeric_limits<int>::max()) return "offset: expected fewer than 2^31 channels";
+  return nullptr;
 }
 
-// Whether the fused forward serves a call: groups are whole vectors too, and a pixel's samples fit into shared memory.
-inline bool can_fuse(const ConvArguments& a, const ConvGeometry& g) {
-  return can_sample_vectors(a, g) && g.group_channels() % 8 == 0 && offset_groups_of_group(g) <= kSamplesPerPixel &&
-         g.out_channels <= (1 << 24) && g.taps() * g.group_channels() <= std::numeric_limits<int>::max() / 2;
+inline const char* why_not_depthwise(const ConvArguments& a, const ConvGeometry& g) {
+  if (a.input.scalar_type() == ScalarType::Float) return "input: expected Half or BFloat16 with one weight a channel";
+  return g.batch * g.out_pixels() == 0 ? "input: expected images" : nullptr;
 }
 
-// Whether depthwise.h serves a call: one group and one output for each channel.
-inline bool can_fuse_depthwise(const ConvArguments& a, const ConvGeometry& g) {
-  return can_sample_vectors(a, g) && g.groups == g.channels && g.out_channels == g.channels;
+// Groups are whole vectors too.
+inline const char* why_no_groups(const ConvArguments& a, const ConvGeometry& g) {
+  const bool floats = a.input.scalar_type() == ScalarType::Float;
+  if (floats && g.group_channels() % 4) return "weight: expected groups of a multiple of 4 channels in Float";
+  if (!floats && g.group_channels() % 8)
+    return "weight: expected groups of a multiple of 8 channels, or one channel and output";
+  return g.out_channels > (1 << 24) ? "weight: expected at most 2^24 output channels" : nullptr;
 }
 
-// Its backward keeps the index of an image's samples in memory, which may take 2 GiB; the portable path cuts it up.
-inline bool can_fuse_depthwise_backward(const ConvGeometry& g) {
-  return g.out_pixels() <= (1 << 27) / (g.offset_groups * g.taps());
+// In the forward a pixel's samples fit into shared memory. `tf32()` is asked of float32 alone.
+template <typename F>
+const char* why_not_fused(const ConvArguments& a, const ConvGeometry& g, const F& tf32) {
+  if (const char* const reason = why_no_vectors(a, g)) return reason;
+  if (g.is_depthwise()) return why_not_depthwise(a, g);
+  if (const char* const reason = why_no_groups(a, g)) return reason;
+  if (g.batch * g.out_pixels() == 0) return "input: expected images";
+  if (offset_groups_of_group(g) > kSamplesPerPixel) return "offset: expected at most 9 offset groups for a group";
+  if (g.taps() * g.group_channels() > std::numeric_limits<int>::max() / 64)
+    return "weight: expected fewer than 2^25 values of an output";
+  if (!can_number_pixels(g, g.height * g.width, g.width))
+    return "input: expected tiles that read from fewer than 2^27 pixels";
+  if (a.input.scalar_type() == ScalarType::Float && !tf32())
+    return "input: expected Half or BFloat16, or Float where torch lets convolutions use TF32";
+  return nullptr;
 }
 
-// Whether the fused backward serves a call that the forward serves: a block keeps the samples of all offset groups,
-// those of an image are numbered in 32 bits, and the gradient of its columns, in memory, takes at most 2 GiB. The
-// portable path cuts images up.
-inline bool can_fuse_backward(const ConvGeometry& g) {
-  return g.offset_groups <= kSamplesPerPixel &&
-         g.out_pixels() <= std::numeric_limits<int32_t>::max() / (g.offset_groups * g.taps()) &&
-         g.out_pixels() <= (int64_t{1} << 30) / (g.channels * g.taps());
+// In the backward the samples of an image are numbered in 32 bits, and the gradient of its columns, which is kept until
+// the input's is gathered from it, or the index of a depthwise call, takes at most 2 GiB. The portable path cuts images
+// up.
+inline const char* why_not_fused_backward(const ConvArguments& a, const ConvGeometry& g) {
+  if (const char* const reason = why_no_vectors(a, g)) return reason;
+  const int64_t planes = g.offset_groups * g.taps();
+  if (g.is_depthwise()) {
+    if (const char* const reason = why_not_depthwise(a, g)) return reason;
+    return g.out_pixels() <= (1 << 27) / planes ? nullptr : "offset: expected at most 2^27 samples of an image";
+  }
+  if (const char* const reason = why_no_groups(a, g)) return reason;
+  if (g.out_pixels() > std::numeric_limits<int32_t>::max() / planes)
+    return "offset: expected fewer than 2^31 samples of an image";
+  if (g.out_pixels() > (int64_t{1} << 31) / (static_cast<int64_t>(a.input.element_size()) * g.channels * g.taps()))
+    return "input: expected columns of an image of at most 2 GiB";
+  return nullptr;
 }
 
 // Images that the backward takes at a time, so that the gradient of their columns stays within the device's budget.
 template <typename Device>
-int64_t images_together(const ConvGeometry& g) {
+int64_t images_together(const ConvGeometry& g, int64_t bytes) {
   const int64_t countable = std::numeric_limits<int32_t>::max() / (g.offset_groups * g.taps()) / g.out_pixels();
-  const int64_t fitting = Device::column_gradient_bytes / (2 * g.taps() * g.out_pixels() * g.channels);
+  const int64_t fitting = Device::column_gradient_bytes / (bytes * g.taps() * g.out_pixels() * g.channels);
   return std::max<int64_t>(1, std::min(fitting, countable));
 }
 
@@ -83,6 +154,7 @@ WriteEither<S> write_either(const Tensor& t, bool wanted) {
   return {view<S>(t), {}};
 }
 
+// Of arguments with_aligned_input.
 template <typename S>
 Sampler<S> sampler(const ConvArguments& a, const ConvGeometry& g) {
   // Where threads side by side take pixels side by side, in NCHW, these are to lie side by side in memory.
@@ -91,9 +163,10 @@ Sampler<S> sampler(const ConvArguments& a, const ConvGeometry& g) {
           a.mask ? read_either<S>(*a.mask) : ReadEither<S>{}};
 }
 
-// Weights as [O, taps, C / groups]; those that are channels_last are not copied.
+// Weights as [O, taps, C / groups] that begin on 16 bytes; those that are channels_last and do so are not copied.
 inline Tensor taps_first(const Tensor& weight) {
-  return torch::stable::contiguous(weight, torch::headeronly::MemoryFormat::ChannelsLast);
+  const Tensor stored = torch::stable::contiguous(weight, torch::headeronly::MemoryFormat::ChannelsLast);
+  return reinterpret_cast<uintptr_t>(stored.data_ptr()) % 16 ? torch::stable::clone(stored) : stored;
 }
 
 // Calls f(S{}) with the half type of a tensor.

@@ -2,6 +2,8 @@
 // in them, and the place of the first corner.
 #pragma once
 
+#include <algorithm>
+
 #include "../../../runtime/gpu_values.h"
 #include "../bodies.h"
 
@@ -37,6 +39,11 @@ struct TilePixel {
 // How many samples of a pixel a block keeps at a time: what fits into shared memory beside the operands.
 constexpr int kSamplesPerPixel = 9;
 
+// An offset group and tap: offset group * taps + tap, and where in the kernel the tap is.
+struct Plane {
+  int number, ky, kx;
+};
+
 struct SampleRecord {
   float weight[4];  // mask * bilinear, 0 for corners that are not read
   int64_t where;    // 16 * place + bits: place of the first corner in the input; bit c is set if corner c is read
@@ -48,7 +55,7 @@ struct ConvSizes {
   int groups, group_channels, group_outputs, depth;  // depth = taps * group_channels
   int offset_groups, offset_group_channels;
   int64_t out_pixels, pixels;  // of an image, of the batch
-  int out_height, strip;       // rows of pixels that tiles go through column by column
+  int out_height, strip;       // rows of pixels that tiles go through column by column, no more than there are
 
   ConvSizes(const ConvGeometry& g, int rows_of_strip)
       : taps(static_cast<int>(g.taps())),
@@ -63,28 +70,15 @@ struct ConvSizes {
         out_pixels(g.out_pixels()),
         pixels(g.batch * out_pixels),
         out_height(static_cast<int>(g.out_height)),
-        strip(rows_of_strip) {}
-
-  DCN_HOST_DEVICE int vectors() const { return group_channels / 8; }  // of eight channels, in a group
+        strip(std::min(rows_of_strip, out_height)) {}
 };
 
-// In which order the vectors of some taps' columns are taken. Taps read nearly the same pixels, so `Together` vectors
-// of every tap come before the next ones of any: their pixels are then still in the first-level cache. Where the number
-// of a tap's vectors is no multiple of that, tap by tap.
-template <int Together>
-struct VectorOrder {
-  int taps, vectors;  // how many taps, and vectors of each
-
-  struct At {
-    int tap, vector;  // the tap counts from the first of these
-  };
-  DCN_DEVICE int count() const { return taps * vectors; }
-  DCN_DEVICE At at(int number) const {
-    if (vectors % Together) return {number / vectors, number % vectors};
-    const int step = number / Together;
-    return {step % taps, step / taps * Together + number % Together};
-  }
-};
+// Output pixel `number` of the batch, row by row: pixels side by side read offsets side by side.
+DCN_DEVICE TilePixel pixel_by_rows(const ConvSizes& sizes, int64_t number) {
+  const int64_t n = number / sizes.out_pixels;
+  const int rest = static_cast<int>(number - n * sizes.out_pixels);
+  return {n, rest / sizes.out_width, rest % sizes.out_width};
+}
 
 template <typename S>
 struct Sampler {
@@ -104,28 +98,31 @@ struct Sampler {
     return {n, top + within % rows, within / rows};
   }
 
-  // The same pixel's number row by row, as in a PixelRange.
-  DCN_DEVICE int64_t number_by_rows(const TilePixel& p) const {
-    return p.n * sizes.out_pixels + static_cast<int64_t>(p.y) * sizes.out_width + p.x;
-  }
-
   DCN_DEVICE float modulation(const TilePixel& p, int plane) const {
     return mask.given() ? mask.at(p.n, plane, p.y, p.x) : 1.0f;
   }
 
-  // `plane` = offset group * taps + tap
-  DCN_DEVICE Sample<float, int> sample(const TilePixel& p, int plane) const {
-    const int tap = plane % sizes.taps, width = sizes.kernel_w;
-    return g.sample<float, int>(static_cast<int>(g.start_y(p.y)), static_cast<int>(g.start_x(p.x)), tap / width,
-                                tap % width, offset.at(p.n, 2 * plane, p.y, p.x),
-                                offset.at(p.n, 2 * plane + 1, p.y, p.x));
+  // `number` = offset group * taps + tap
+  DCN_DEVICE Plane plane(int number) const {
+    const int tap = number % sizes.taps;
+    return {number, tap / sizes.kernel_w, tap % sizes.kernel_w};
+  }
+  DCN_DEVICE Sample<float, int> sample(const TilePixel& p, int number) const { return sample(p, plane(number)); }
+  DCN_DEVICE Sample<float, int> sample(const TilePixel& p, const Plane& of) const {
+    return g.sample<float, int>(static_cast<int>(g.start_y(p.y)), static_cast<int>(g.start_x(p.x)), of.ky, of.kx,
+                                offset.at(p.n, 2 * of.number, p.y, p.x), offset.at(p.n, 2 * of.number + 1, p.y, p.x));
   }
 
-  DCN_DEVICE SampleRecord record(const TilePixel& p, int plane) const {
+  DCN_DEVICE SampleRecord record(const TilePixel& p, int number) const {
+    return record(p, plane(number), p.n * input.n, input.h, input.w);
+  }
+  // Where `image` is the place of the pixel's image, and places of rows and columns lie so far apart.
+  DCN_DEVICE SampleRecord record(const TilePixel& p, const Plane& of, int64_t image, int64_t row,
+                                 int64_t column) const {
     SampleRecord r{{0, 0, 0, 0}, 0};
     if (p.n < 0) return r;
-    const Sample<float, int> s = sample(p, plane);
-    const float m = modulation(p, plane);
+    const Sample<float, int> s = sample(p, of);
+    const float m = modulation(p, of.number);
     int64_t read = 0;
     DCN_UNROLL
     for (int c = 0; c < 4; ++c) {
@@ -135,12 +132,12 @@ struct Sampler {
       read |= 1 << c;
     }
     if (read) {
-      r.where = (p.n * input.n + s.y0 * input.h + s.x0 * input.w) * 16 + read;
+      r.where = (image + s.y0 * row + s.x0 * column) * 16 + read;
     } else {
       // Nothing is read. A NaN position or infinite mask is to show: its NaN is multiplied with the image's first
       // pixel.
       r.weight[0] = m * s.origin();
-      r.where = p.n * input.n * 16 + (r.weight[0] != 0 ? 1 : 0);
+      r.where = image * 16 + (r.weight[0] != 0 ? 1 : 0);
     }
     return r;
   }
@@ -181,22 +178,6 @@ struct Sampler {
       }
     }
   }
-
-  // Eight channels that lie apart, interpolated at once: unlike `fetch`, it need not keep the corners.
-  DCN_DEVICE Vector8<S> interpolate_apart(int64_t where, const float (&weight)[4], int channel) const {
-    const S* const first = input.data + (where >> 4) + channel * input.c;
-    float sums[8];
-    DCN_UNROLL
-    for (int i = 0; i < 8; ++i) sums[i] = 0;
-    DCN_KEEP_LOOP
-    for (int c = 0; c < 4; ++c) {
-      if (!(where >> c & 1)) continue;
-      const S* const from = first + corner_step(c);
-      DCN_UNROLL
-      for (int i = 0; i < 8; ++i) sums[i] += weight[c] * static_cast<float>(from[i * input.c]);
-    }
-    return pack<S>(sums);
-  }
 };
 
 // Writes the gradients of a sample's offset and mask, which follow from sums[c] = sum over its channels of the column's
@@ -206,20 +187,12 @@ DCN_DEVICE void write_displacement_gradient(const Sampler<S>& sampler, const Til
                                             const float (&sums)[4], const WriteEither<S>& grad_offset,
                                             const WriteEither<S>& grad_mask) {
   const Sample<float, int> s = sampler.sample(p, plane);
-  const Gradient<float> at = interpolate_gradient(s, [&](int y, int x) { return sums[2 * (y - s.y0) + (x - s.x0)]; });
+  const Gradient<float> at = combine_corners(s, [&](int c) { return sums[c]; });
   if (grad_mask.given()) grad_mask.set(p.n, plane, p.y, p.x, at.value);
   if (!grad_offset.given()) return;
   const float m = sampler.modulation(p, plane);
   grad_offset.set(p.n, 2 * plane, p.y, p.x, m * at.dy);
   grad_offset.set(p.n, 2 * plane + 1, p.y, p.x, m * at.dx);
-}
-
-template <typename S>
-DCN_DEVICE Vector8<S> combine(const Vector8<S> (&corners)[4], const float (&weight)[4]) {
-  float sums[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-  DCN_UNROLL
-  for (int c = 0; c < 4; ++c) add_scaled(sums, weight[c], corners[c]);
-  return pack<S>(sums);
 }
 
 }  // namespace dcn

@@ -9,11 +9,16 @@
 
 namespace dcn::tiles::attention {
 
-// Whether an Index reaches everywhere on the maps, and the tables of points are small.
-inline bool is_served(const AttentionGeometry& g) {
-  bool served = g.points <= points_at_once && g.heads * g.points <= 64 * points_at_once;
-  for (int64_t l = 0; l < g.levels; ++l) served &= g.level[l].height * g.level[l].width < int64_t{1} << 30;
-  return served;
+// Why the tuned path does not serve a call: the tables of points are to be small, and an Index is to reach everywhere
+// on the maps. Null: it does.
+inline const char* why_portable(const AttentionGeometry& g) {
+  static_assert(points_at_once == 1024, "the words below");
+  if (g.points > points_at_once) return "points: expected at most 1024 together";
+  if (g.heads * g.points > 64 * points_at_once) return "points: expected at most 65536 of all heads together";
+  for (int64_t l = 0; l < g.levels; ++l)
+    if (g.level[l].height * g.level[l].width >= int64_t{1} << 30)
+      return "spatial_shapes: expected fewer than 2^30 pixels of a level";
+  return nullptr;
 }
 
 // Locations, weights or reference points by their strides, as View has them: stored like the value or, where they are

@@ -11,8 +11,7 @@ namespace dcn {
 
 struct CpuAttention {
   static Tensor forward(const AttentionArguments& a, const AttentionGeometry& g) {
-    const CpuKernels kernels = kernels_for(g);
-    ms_deform_attn_log.note(name_of(kernels));
+    const CpuKernels kernels = choose_kernels(ms_deform_attn_log, tiles::attention::why_portable(g));
     if (kernels == kPortable) return ms_deform_attn_portable<Cpu>(a, g);
     const Tensor output = new_attended(a, g);
     if (output.numel() > 0)
@@ -21,8 +20,7 @@ struct CpuAttention {
   }
   static AttentionGradients backward(const Tensor& grad_output, const AttentionArguments& a, const AttentionGeometry& g,
                                      int64_t wanted) {
-    const CpuKernels kernels = kernels_for(g);
-    ms_deform_attn_backward_log.note(name_of(kernels));
+    const CpuKernels kernels = choose_kernels(ms_deform_attn_backward_log, tiles::attention::why_portable(g));
     if (kernels == kPortable) {
       // Who chose these kernels wants what CUDA does; what the tuned ones cannot serve is added in order, as they do.
       const int64_t how = chosen_kernels() == kPortable ? wanted : wanted | kOrdered;
@@ -31,11 +29,6 @@ struct CpuAttention {
     return dispatch_floating(a.value.scalar_type(), [&](auto s) {
       return tiles::attention::backward<decltype(s)>(grad_output, a, g, wanted);
     });
-  }
-
- private:
-  static CpuKernels kernels_for(const AttentionGeometry& g) {
-    return tiles::attention::is_served(g) ? chosen_kernels() : kPortable;
   }
 };
 

@@ -2,10 +2,8 @@
 // one. `Device` is CUDA, or the tests' emulation of it.
 #pragma once
 
+#include "../../../runtime/gpu_attention.h"
 #include "../portable.h"
-#include "backward.h"
-#include "forward.h"
-#include "plan.h"
 
 namespace dcn {
 
@@ -13,19 +11,27 @@ template <typename Device>
 struct GpuAttention {
   static Tensor forward(const AttentionArguments& a, const AttentionGeometry& g) {
     const typename Device::Guard guard(a.value);
-    if (Device::fuses(a.value))
+    const char* reason = Device::why_portable(a.value);
+    if (!reason) reason = why_not_attended(a.value.scalar_type(), g);
+    if (!reason) {
       if (const std::optional<Tensor> output = fused_forward(a, g)) return *output;
-    ms_deform_attn_log.note("portable");
+      reason = kNotLaunched;
+    }
+    ms_deform_attn_log.note("portable", reason);
     return ms_deform_attn_portable<Device>(a, g);
   }
 
   static AttentionGradients backward(const Tensor& grad_output, const AttentionArguments& a, const AttentionGeometry& g,
                                      int64_t wanted) {
     const typename Device::Guard guard(a.value);
-    if (Device::fuses(a.value))
+    const char* reason = Device::why_portable(a.value);
+    if (!reason) reason = why_not_attended(a.value.scalar_type(), g);
+    if (!reason) {
       if (const std::optional<AttentionGradients> gradients = fused_backward(grad_output, a, g, wanted))
         return *gradients;
-    ms_deform_attn_backward_log.note(wanted & kOrdered ? "portable ordered" : "portable");
+      reason = kNotLaunched;
+    }
+    ms_deform_attn_backward_log.note(wanted & kOrdered ? "portable ordered" : "portable", reason);
     return ms_deform_attn_backward_portable<Device>(grad_output, a, g, wanted);
   }
 
@@ -35,14 +41,12 @@ struct GpuAttention {
       using S = decltype(s);
       using F = decltype(f);
       if constexpr (std::is_same_v<S, double>) {
-        return std::nullopt;
+        return std::nullopt;  // never: why_not_attended
       } else {
-        const View<const S> value = view<const S>(a.value);
-        if (!can_fuse_attention(value, g)) return std::nullopt;
+        const Tensor value = with_aligned_rows<S>(a.value, g, g.rows, view<const S>);
         const Tensor output = new_attended(a, g);
-        const FusedAttend<S, F> kernel{points_of<AttentionPoints<float, F>>(a, g), lanes_of<S>(g), value,
-                                       static_cast<S*>(output.data_ptr())};
-        if (!Device::launch(kernel, kernel.lanes.blocks(), a.value)) return std::nullopt;
+        if (!attend_fused<Device>(points_of<AttentionPoints<float, F>>(a, g), view<const S>(value), output))
+          return std::nullopt;
         ms_deform_attn_log.note("fused");
         return output;
       }
@@ -55,37 +59,24 @@ struct GpuAttention {
       using S = decltype(s);
       using F = decltype(f);
       if constexpr (std::is_same_v<S, double>) {
-        return std::nullopt;
+        return std::nullopt;  // never: why_not_attended
       } else {
-        const View<const S> value = view<const S>(a.value);
-        if (!can_fuse_attention(value, g)) return std::nullopt;
-        Tensor from = grad_output;
-        if (!has_aligned_rows(view_of_heads<const S>(from, g), {g.batch, g.queries, g.heads})) from = new_copy(from);
-        const View<const S> grad = view_of_heads<const S>(from, g);
-        AttentionGradients gradients = new_gradients(a, wanted, ScalarType::Float);
+        const auto heads_of = [&](const Tensor& t) { return view_of_heads<const S>(t, g); };
+        const Tensor value = with_aligned_rows<S>(a.value, g, g.rows, view<const S>);
+        const Tensor grad = with_aligned_rows<S>(grad_output, g, g.queries, heads_of);
         using P = AttentionPoints<float, F>;
+        AttentionGradients gradients = new_gradients(a, wanted, ScalarType::Float);
         const ScaledPoints<Device, P> scaled(points_of<P>(a, g), a.value);
-        const bool adds = (wanted & kValue) && !(wanted & kOrdered);
         const PointGradients<float> found(g, asks_for_points(wanted), a.value);
-        const FusedAttendGradient<S, F> kernel{
-            scaled.points, lanes_of<S>(g), value,
-            grad,          found.data(),   adds ? static_cast<float*>(std::get<0>(gradients).data_ptr()) : nullptr};
-        if ((adds || found.data()) && !Device::launch(kernel, kernel.lanes.blocks(), a.value)) return std::nullopt;
-        if ((wanted & kValue) && !adds)
-          gather_values<Device, S>(kTooManyPoints, grad, scaled.points, view<float>(std::get<0>(gradients)), a.value);
-        finish_gradients<Device>(scaled.points, found.data(), results_of<P>(gradients), a.value);
+        if (!find_gradients_fused<Device>(kTooManyPoints, view<const S>(value), heads_of(grad), scaled.points,
+                                          wanted & kOrdered, found.data(), results_of<P>(gradients), a.value))
+          return std::nullopt;
         finish_references<Device>(scaled.points, found, gradients, a.value);
         ms_deform_attn_backward_log.note(wanted & kOrdered ? "fused ordered" : "fused");
         std::get<0>(gradients) = torch::stable::to(std::get<0>(gradients), scalar_type_of<S>());
         return gradients;
       }
     });
-  }
-
-  static Tensor new_copy(const Tensor& t) {
-    Tensor copy = new_contiguous(t, {t.size(0), t.size(1), t.size(2)}, t.scalar_type());
-    torch::stable::copy_(copy, t);
-    return copy;
   }
 };
 

@@ -10,8 +10,7 @@ namespace dcn {
 
 struct CpuRoiPool {
   static Tensor forward(const RoiArguments& a, const RoiGeometry& g) {
-    const CpuKernels kernels = kernels_for(g);
-    logs_of(g.rule).forward.note(name_of(kernels));
+    const CpuKernels kernels = choose_kernels(logs_of(g.rule).forward, tiles::regions::why_portable(g));
     if (kernels == kPortable) return roi_pool_portable<Cpu>(a, g);
     const Tensor output = new_pooled(a, g);
     dispatch_floating(a.input.scalar_type(), [&](auto s) {
@@ -25,15 +24,10 @@ struct CpuRoiPool {
   template <typename S>
   static Tensor backward(const Tensor& grad_output, const RoiArguments& a, const Regions<Accumulate<S>>& regions,
                          int64_t wanted, const PartGradients<Accumulate<S>>& parts) {
-    const CpuKernels kernels = kernels_for(regions.g);
-    logs_of(regions.g.rule).backward.note(name_of(kernels));
+    const CpuKernels kernels =
+        choose_kernels(logs_of(regions.g.rule).backward, tiles::regions::why_portable(regions.g));
     if (kernels == kPortable) return roi_pool_backward_portable<Cpu, S>(grad_output, a, regions, wanted, parts);
     return tiles::regions::roi_backward<S>(grad_output, a, regions, wanted, parts);
-  }
-
- private:
-  static CpuKernels kernels_for(const RoiGeometry& g) {
-    return tiles::regions::fits_index(g) ? chosen_kernels() : kPortable;
   }
 };
 

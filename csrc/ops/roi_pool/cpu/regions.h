@@ -30,10 +30,10 @@ struct RegionsByImage {
   Span of_images(int64_t image, int64_t count) const { return {starts[image], starts[image + count]}; }
   Span invalid() const { return {starts[regions.g.batch], regions.g.rois}; }
 
-  // Calls f(class, bin, taps of the bin, entry in the table) for the bins of a region.
+  // Calls f(class, bin, taps of the bin, entry in the table) for some bins of a region.
   template <typename F>
-  DCN_HOST_DEVICE void for_each_bin(const RegionTaps<A>& taps, const F& f) const {
-    for (int64_t bin = 0; bin < regions.g.bins(); ++bin)
+  DCN_HOST_DEVICE void for_each_bin(const RegionTaps<A>& taps, const Span& bins, const F& f) const {
+    for (int64_t bin = bins.first; bin < bins.last; ++bin)
       for (int64_t c = 0; c < regions.g.classes; ++c) f(c, bin, taps.bin(c, bin, table.bins[bin]), table.bins[bin]);
   }
 };
@@ -42,8 +42,9 @@ template <typename A>
 struct FindRegionTaps {
   const RegionsByImage<A>& all;
   int64_t r;
+  Span bins;
   RegionTaps<A>& taps;
-  DCN_HOST_DEVICE void operator()() const { taps.find(all.regions, all.table, all.frames[r], r); }
+  DCN_HOST_DEVICE void operator()() const { taps.find(all.regions, all.table, all.frames[r], r, bins); }
 };
 
 }  // namespace dcn::tiles::regions

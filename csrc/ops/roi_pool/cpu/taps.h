@@ -10,10 +10,10 @@
 
 namespace dcn::tiles::regions {
 
-// Whether an Index reaches everywhere on the map.
-inline bool fits_index(const RoiGeometry& g) {
+// Why the tuned path does not serve a call: an Index does not reach everywhere on the map. Null: it does.
+inline const char* why_portable(const RoiGeometry& g) {
   constexpr int64_t max = int64_t{1} << 30;
-  return g.height < max && g.width < max;
+  return g.height < max && g.width < max ? nullptr : "input: expected fewer than 2^30 rows and columns";
 }
 
 // What is true of some samples of a bin along an axis: they are on the map; their values vary with their position; they
@@ -65,20 +65,22 @@ struct BinTable {
   }
 };
 
-// The lists of all bins of a region along one axis (0: rows, 1: columns). Bins whose samples lie alike share a list.
+// The lists of some bins of a region along one axis (0: rows, 1: columns). Bins whose samples lie alike share a list.
 template <typename A>
 class AxisTaps {
  public:
-  DCN_HOST_DEVICE void find(const Regions<A>& regions, const BinTable& table, const RoiFrame<A>& f, int64_t r,
-                            int axis) {
+  DCN_HOST_DEVICE void find(const Regions<A>& regions, const BinTable& table, const RoiFrame<A>& f, int64_t r, int axis,
+                            const Span& of) {
     const RoiGeometry& g = regions.g;
     // Without offsets all bins of one row read the same rows.
-    const int64_t classes = regions.offset ? g.classes : 1, bins = regions.offset ? g.bins() : g.bins_along(axis);
+    const int64_t classes = regions.offset ? g.classes : 1,
+                  bins = regions.offset ? of.last - of.first : g.bins_along(axis);
+    const BinTable::Entry* const entries = table.bins.data() + of.first;
     const auto for_each_list = [&](const auto& f) DCN_INLINE_LAMBDA {
       for (int64_t c = 0, i = 0; c < classes; ++c)
         for (int64_t b = 0; b < bins; ++b, ++i) {
           if (regions.offset)
-            f(i, table.bins[b].along[axis], regions.displacement(r, c, table.bins[b].part, axis));
+            f(i, entries[b].along[axis], regions.displacement(r, c, entries[b].part, axis));
           else
             f(i, b, A(0));
         }
@@ -87,12 +89,13 @@ class AxisTaps {
     // Compared before it is converted: there may be any number of samples, or NaN.
     if (g.rule != RoiRule::kPixels && f.samples[axis] <= max_at_once) {
       for_each_list([&](int64_t i, int64_t bin, A offset)
-                        DCN_INLINE_LAMBDA { first_[i] = g.start(f, bin, offset, axis); });
+                        DCN_INLINE_LAMBDA { first_[i] = g.start(f, bin, offset, regions.size(f, axis), axis); });
       find_few(g, g.shared_axis(f, axis), static_cast<int64_t>(f.samples[axis]), static_cast<Index>(g.extent(axis)));
     } else {
       int64_t used = 0;
       for_each_list([&](int64_t i, int64_t bin, A offset) DCN_INLINE_LAMBDA {
-        used += find_many(i, g.axis(f, bin, offset, axis), static_cast<Index>(g.extent(axis)), used);
+        used +=
+            find_many(i, g.axis(f, bin, offset, regions.size(f, axis), axis), static_cast<Index>(g.extent(axis)), used);
       });
     }
   }
@@ -216,7 +219,7 @@ class AxisTaps {
 
   // One list, of any number of samples. Returns how many taps it took, from `start` on.
   DCN_HOST_DEVICE int64_t find_many(int64_t list, const BinAxis<A>& axis, Index extent, int64_t start) {
-    // The samples of a bin far outside the map may end before they begin.
+    // With kPixels the pixels of a bin outside of the map may end before they begin.
     const int64_t samples = axis.end > axis.begin ? axis.end - axis.begin : 0;
     stride_ = 1;
     make_room_for_taps(start + 2 * samples + 2);
@@ -252,24 +255,25 @@ class AxisTaps {
   }
 };
 
-// The lists of all bins of one region, found once for all its channels.
+// The lists of some bins of one region, found once for all its channels.
 template <typename A>
 class RegionTaps {
  public:
-  DCN_HOST_DEVICE void find(const Regions<A>& regions, const BinTable& table, const RoiFrame<A>& f, int64_t r) {
+  DCN_HOST_DEVICE void find(const Regions<A>& regions, const BinTable& table, const RoiFrame<A>& f, int64_t r,
+                            const Span& bins) {
     displaced_ = regions.offset != nullptr;
-    bins_ = regions.g.bins();
-    rows_.find(regions, table, f, r, 0);
-    columns_.find(regions, table, f, r, 1);
+    bins_ = bins;
+    rows_.find(regions, table, f, r, 0, bins);
+    columns_.find(regions, table, f, r, 1, bins);
   }
   DCN_HOST_DEVICE BinTaps<A> bin(int64_t c, int64_t bin, const BinTable::Entry& entry) const {
-    const int64_t own = c * bins_ + bin;
+    const int64_t own = c * (bins_.last - bins_.first) + bin - bins_.first;
     return {rows_.list(displaced_ ? own : entry.along[0]), columns_.list(displaced_ ? own : entry.along[1])};
   }
 
  private:
   AxisTaps<A> rows_, columns_;
-  int64_t bins_ = 0;
+  Span bins_{0, 0};
   bool displaced_ = false;
 };
 

@@ -1,13 +1,13 @@
 // output[n, q, m, d] = sum_k weight * bilinear(value of the level, position), 16 bytes of channels a lane.
 #pragma once
 
-#include "records.h"
+#include "gpu_points.h"
 
 namespace dcn {
 
-template <typename S, typename F>
+template <typename P, typename S>
 struct FusedAttend {
-  AttentionPoints<float, F> points;
+  P points;
   AttentionLanes lanes;
   View<const S> value;  // [N, S, M, D], whose rows are aligned vectors
   S* output;            // [N, Q, M, D], densely stored
@@ -18,7 +18,7 @@ struct FusedAttend {
 
   template <typename Block>
   DCN_DEVICE void operator()(Block& block) const {
-    const AttentionLane<F> me(block, lanes, points.g);
+    const AttentionLane<P> me(block, lanes, points);
     PointRecord* const records = reinterpret_cast<PointRecord*>(block.shared()) + me.first_place;
     const CornerRows<S> rows{&value.at(me.head.n, 0, me.head.m, 0), static_cast<int32_t>(value.c * sizeof(S))};
     const int count = static_cast<int>(points.g.points);

@@ -1,12 +1,13 @@
 // The points of a query's head as the lanes of a warp share them. Some lanes side by side serve one query and head,
 // each 16 bytes of its channels at a time. They find its points together, two a lane, and leave them in shared memory;
-// then all of them walk over these points, and read each corner in one coalesced access.
+// then all of them walk over these points, and read each corner in one coalesced access. `P` is AttentionPoints or what
+// takes their place.
 #pragma once
 
 #include <limits>
 
-#include "../../../core/attention_positions.h"
-#include "../../../runtime/gpu_values.h"
+#include "../core/attention_positions.h"
+#include "gpu_values.h"
 
 namespace dcn {
 
@@ -46,33 +47,38 @@ struct AttentionLanes {
 };
 
 // A lane of them.
-template <typename F>
+template <typename P>
 struct AttentionLane {
   const AttentionLanes& all;
   bool works;      // the last warp may have lanes without a query
   int64_t number;  // of the query's head
   QueryHead head;
-  int lane;         // among those of its head
-  int first_place;  // of its head's points among those of the block
+  int lane;                     // among those of its head
+  int first_place;              // of its head's points among those of the block
+  AttentionFrame<float> frame;  // where there is one level alone
 
   template <typename Block>
-  DCN_DEVICE AttentionLane(const Block& block, const AttentionLanes& all, const AttentionGeometry& g) : all(all) {
+  DCN_DEVICE AttentionLane(const Block& block, const AttentionLanes& all, const P& points) : all(all) {
     const int64_t thread = block.index() * AttentionLanes::kThreads + block.thread();
     number = thread / static_cast<uint32_t>(all.lanes);
     works = number < all.query_heads;
     if (!works) number = 0;
-    head = QueryHead(g, number);
+    head = QueryHead(points.g, number);
     lane = block.thread() & (all.lanes - 1);
     first_place = (block.thread() - lane) * AttentionLanes::kPointsOfLane;
+    if constexpr (P::has_one_level) frame = points.template frame<int32_t>(head.n, head.q, 0);
   }
 
   // Finds point k and stores it; `level` is that of an earlier point, and becomes its own.
-  DCN_DEVICE FoundPoint find(const AttentionPoints<float, F>& points, int64_t k, float weight, int& level,
-                             PointRecord& record) const {
-    while (k >= points.g.level[level].first_point + points.g.level[level].points) ++level;
-    const AttentionLevel& on = points.g.level[level];
+  DCN_DEVICE FoundPoint find(const P& points, int64_t k, float weight, int& level, PointRecord& record) const {
     FoundPoint p;
-    p.sample = points.template sample<int32_t>(points.frame(head.n, head.q, level), head, level, k);
+    if constexpr (P::has_one_level) {
+      p.sample = points.template sample<int32_t>(frame, head, 0, k);
+    } else {
+      while (k >= points.g.level[level].first_point + points.g.level[level].points) ++level;
+      p.sample = points.template sample<int32_t>(points.frame(head.n, head.q, level), head, level, k);
+    }
+    const AttentionLevel& on = points.g.level[level];
     p.weight = weight;
     PointRecord made;
     made.corners = p.sample.corners;
@@ -91,7 +97,7 @@ struct AttentionLane {
 
   // The softmax of the head's logits, found by its lanes together.
   template <typename Block>
-  DCN_DEVICE SoftmaxScale<float> softmax(Block& block, const AttentionPoints<float, F>& points) const {
+  DCN_DEVICE SoftmaxScale<float> softmax(Block& block, const P& points) const {
     float largest = -std::numeric_limits<float>::infinity(), sum = 0;
     for (int64_t k = lane; k < points.g.points; k += all.lanes) {
       const float logit = points.stored_weight(head, k);

@@ -1,15 +1,16 @@
-// The gradients of multi-scale attention in one walk over the points: products of the result's gradient with the four
-// corners, which hold the gradients of positions and weights, and additions to the rows of the value's gradient.
+// The gradients of weighted sums of samples in one walk over the points: products of the result's gradient with the
+// four corners, which hold the gradients of positions and weights, and additions to the rows of the value's gradient.
 #pragma once
 
-#include "../bodies.h"
-#include "records.h"
+#include "../core/attention_bodies.h"
+#include "gpu_points.h"
+#include "lane_sums.h"
 
 namespace dcn {
 
-template <typename S, typename F>
+template <typename P, typename S>
 struct FusedAttendGradient {
-  AttentionPoints<float, F> points;
+  P points;
   AttentionLanes lanes;
   View<const S> value, grad_output;  // whose rows are aligned vectors
   PointGradient<float>* found;       // [N, Q, M, K]; null: not wanted
@@ -24,7 +25,7 @@ struct FusedAttendGradient {
 
   template <typename Block>
   DCN_DEVICE void operator()(Block& block) const {
-    const AttentionLane<F> me(block, lanes, points.g);
+    const AttentionLane<P> me(block, lanes, points);
     PointRecord* const all_records = reinterpret_cast<PointRecord*>(block.shared());
     PointRecord* const records = all_records + me.first_place;
     float (*const products)[4] =
@@ -56,7 +57,7 @@ struct FusedAttendGradient {
  private:
   // products[p][corner] = sum over channels of grad_output * corner, over all lanes in a fixed order.
   template <typename Block>
-  DCN_DEVICE void multiply_corners(Block& block, const AttentionLane<F>& me, const PointRecord* records, int here,
+  DCN_DEVICE void multiply_corners(Block& block, const AttentionLane<P>& me, const PointRecord* records, int here,
                                    int turn, float (*products)[4]) const {
     const CornerRows<S> rows{&value.at(me.head.n, 0, me.head.m, 0), static_cast<int32_t>(value.c * sizeof(S))};
     const int vector = turn * lanes.lanes + me.lane, channel = vector * kWidth;
@@ -76,40 +77,14 @@ struct FusedAttendGradient {
       float sums[4];
       DCN_UNROLL
       for (int c = 0; c < 4; ++c) sums[c] = dot(grad, corners[c]);
-      store_sums(block, me, sums, turn, products[p]);
+      store_lane_sums(block, me.lane, lanes.lanes, sums, turn > 0, products[p]);
     }
-  }
-
-  // Adds up over the lanes. Each exchange halves what a lane holds of the four, as long as there are several.
-  template <typename Block>
-  DCN_DEVICE void store_sums(Block& block, const AttentionLane<F>& me, const float (&sums)[4], int turn,
-                             float* to) const {
-    float* const mine = to;
-    if (lanes.lanes == 1) {
-      DCN_UNROLL
-      for (int c = 0; c < 4; ++c) mine[c] = (turn ? mine[c] : 0.0f) + sums[c];
-      return;
-    }
-    const bool right = me.lane & 1, lower = me.lane & 2;
-    float two[2];
-    DCN_UNROLL
-    for (int i = 0; i < 2; ++i)
-      two[i] = (right ? sums[2 + i] : sums[i]) + block.from_lane_across(right ? sums[i] : sums[2 + i], 1);
-    if (lanes.lanes == 2) {
-      DCN_UNROLL
-      for (int i = 0; i < 2; ++i) mine[2 * right + i] = (turn ? mine[2 * right + i] : 0.0f) + two[i];
-      return;
-    }
-    float one = (lower ? two[1] : two[0]) + block.from_lane_across(lower ? two[0] : two[1], 2);
-    for (int distance = 4; distance < lanes.lanes; distance *= 2) one += block.from_lane_across(one, distance);
-    const int corner = 2 * right + lower;
-    if (me.lane < 4) mine[corner] = (turn ? mine[corner] : 0.0f) + one;
   }
 
   // grad_value[n, corner, m, d] += corner weight * weight * grad_output[n, q, m, d]. Lanes side by side add to
   // neighbours: in fours where the processor adds these at once, else one by one.
   template <typename Block>
-  DCN_DEVICE void add_corners(Block& block, const AttentionLane<F>& me, const PointRecord* records, int here,
+  DCN_DEVICE void add_corners(Block& block, const AttentionLane<P>& me, const PointRecord* records, int here,
                               int turn) const {
     const int64_t heads = points.g.heads;
     const int channels = lanes.vectors * kWidth, piece = block.adds_vectors() ? 4 : 1;
@@ -148,9 +123,7 @@ struct FusedAttendGradient {
 
   // What FindPointGradients finds: the sampler's own derivatives, of the products in place of the values.
   static DCN_DEVICE PointGradient<float> gradient(const FoundPoint& p, const float (&products)[4]) {
-    const Gradient<float> g = interpolate_gradient(p.sample, [&](int32_t row, int32_t column) {
-      return products[2 * (row - p.sample.y0) + column - p.sample.x0];
-    });
+    const Gradient<float> g = combine_corners(p.sample, [&](int corner) { return products[corner]; });
     return {g.value, {p.weight * g.dx, p.weight * g.dy}};
   }
 };
