@@ -29,23 +29,41 @@ if not _BARE:
     from . import layers, ops, reference
     from .checkpoint import load_checkpoint
     from .convert import convert
-    from .layers import DAttention, DCNv1, DCNv2, DCNv3, DCNv4, DeformConv2d, MSDeformAttn
+    from .inference import prepare_for_inference
+    from .layers import (
+        ActiveConv2d,
+        DAttention,
+        DCNv1,
+        DCNv2,
+        DCNv3,
+        DCNv4,
+        DeformConv1d,
+        DeformConv2d,
+        Dilated,
+        MSDeformAttn,
+        SpatialTransformer,
+    )
     from .ops._exporters import register_format as _register_format
 
 # Of the layers all but those that pool regions and those with the name of another package; these are in `layers`.
 __all__ = [
+    "ActiveConv2d",
     "DAttention",
     "DCNv1",
     "DCNv2",
     "DCNv3",
     "DCNv4",
+    "DeformConv1d",
     "DeformConv2d",
+    "Dilated",
     "MSDeformAttn",
+    "SpatialTransformer",
     "__version__",
     "convert",
     "layers",
     "load_checkpoint",
     "ops",
+    "prepare_for_inference",
     "reference",
 ]
 

@@ -60,6 +60,19 @@ def did_you_mean(name: Any, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def require_timm_model(argument: str, name: Any) -> None:
+    """Raise ValueError where timm has no model of this name, with those close to it; folders' and the hub's pass."""
+    import timm
+
+    if not isinstance(name, str):
+        raise TypeError(f"{argument}: expected a timm model's name, got {name!r}")
+    if ":" in name or timm.is_model(name.partition(".")[0]):
+        return
+    close = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=5)
+    those = f"close to it: {', '.join(close)}" if close else "timm.list_models() has their names"
+    raise ValueError(f"{argument}: expected a timm model, got {name!r}; {those}")
+
+
 def check_keys(where: str, values: Mapping, known: Iterable[str]) -> None:
     """Raise ValueError naming the first key of `values` that is not among the `known` ones."""
     if not isinstance(values, Mapping):

@@ -27,10 +27,12 @@ _OTHERS = (
 )
 
 
+# Weights averaged over training, which timm takes before all others, and whose accuracy its trainers tell.
+_AVERAGED = ("state_dict_ema", "model_ema")
 # Where training frameworks put the weights in what they save, tried in this order.
 _NESTS = (
-    "state_dict", "model", "model_state_dict", "model_state", "state_dict_ema", "model_ema", "ema_state_dict", "ema",
-    "module", "params", "params_ema",
+    *_AVERAGED, "state_dict", "model", "model_state_dict", "model_state", "ema_state_dict", "ema", "module", "params",
+    "params_ema",
 )  # fmt: skip
 # These are also names of parts of models: taken only where there are no tensors beside them.
 _WEAK_NESTS = _NESTS[-4:]
@@ -243,7 +245,10 @@ def find_weights(content: Any, key: str | Sequence[str] | None, source: str, not
             )
         content = _at(content, path)
     asked = path
-    while nests := [name for name in _NESTS if isinstance(content.get(name), Mapping)]:
+    while nests := [
+        name for name in _NESTS
+        if isinstance(content.get(name), Mapping) and (name not in _AVERAGED or any(_weights_in(content[name])))
+    ]:  # fmt: skip
         if nests[0] in _WEAK_NESTS and any(isinstance(value, Tensor) for value in content.values()):
             break
         path, content = (*path, nests[0]), content[nests[0]]

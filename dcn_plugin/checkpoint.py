@@ -151,8 +151,9 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | Sequence[str] | Non
     Args:
         path: a file; an index of shards, such as `model.safetensors.index.json`; or the folder of either.
         key: entry of the file that holds the weights, with dots (`'ema.module'`) or as a list where it is nested; by
-            default one of `state_dict`, `model`, `model_state_dict`, `model_state`, `state_dict_ema`,
-            `model_ema`, `ema_state_dict`, `ema`, `module`, `params`, `params_ema`, or the file itself.
+            default the first of `state_dict_ema`, `model_ema` (as timm does), `state_dict`, `model`,
+            `model_state_dict`, `model_state`, `ema_state_dict`, `ema`, `module`, `params`, `params_ema`, or the file
+            itself.
 
     Returns:
         Names to tensors, on the CPU. What else lies beside them is left out.
@@ -200,8 +201,9 @@ def load_checkpoint(
         model: receives the weights.
         source: path of a file, an index or a folder (see `read_checkpoint`), or a state dict.
         strict: raise if a name is missing or unexpected or a shape differs. False loads what fits and reports the rest.
-        prefix: use the names that start with this and drop it, e.g. `'backbone.'` of a detector. By default the
-            names as they are or, if none of them fits the model, the first usual prefix that does (reported).
+        prefix: use the names that start with this and drop it, e.g. `'backbone.'` of a detector, whose dot may be
+            left out. By default the names as they are or, if none of them fits the model, the first usual prefix that
+            does (reported).
         key: entry of the file that holds the weights, see `read_checkpoint`.
         allow_missing: glob or globs of model names that may be absent from the source. A plain ResNet goes into a
             deformable one with `'*.conv_offset.*'`.
@@ -253,6 +255,10 @@ def load_checkpoint(
         report.renamed[earlier.get(old, old)] = new
     if note:
         report.notes.append(note)
+    for name, module in model.named_modules():
+        fit = getattr(module, "fit_state_dict", None)
+        if fit is not None:
+            report.notes += fit(state, f"{name}." if name else "")
 
     _compare(model, own, state, report, patterns)
     if strict and report.problems:
@@ -343,6 +349,8 @@ def _fit_names(model: nn.Module, own: Mapping[str, Any], state: State, prefix: s
     """
     if prefix == "":
         return state
+    if prefix and any(name.startswith(f"{prefix}.") for name in state):  # a module's name, without the dot behind it
+        prefix += "."
     bare = {_bare(name): name for name in state}
     plain = {_bare(name) for name in own}
     modules = {_bare(name): name for name, _ in model.named_modules()}  # of two equal ones the inner one

@@ -119,9 +119,10 @@ def convert(
 ) -> ConversionReport:
     """Replace convolutions of `model` by deformable layers, in place.
 
-    A fresh `DCNv1` or `DCNv2` computes what the convolution computed and shares its `weight` and `bias`. A `DCNv3` or
-    `DCNv4`, in a depthwise one's place, does neither: a fresh one is a mean over the window between two linear layers,
-    or 0. Everything is checked before anything is changed: after an error the model is as it was.
+    A fresh `DCNv1`, `DCNv2` or `ActiveConv2d` computes what the convolution computed and shares its `weight` and
+    `bias`; `Dilated`, a control, shares them with taps farther apart. A `DCNv3` or `DCNv4`, in a depthwise one's place,
+    does neither: a fresh one is a mean over the window between two linear layers, or 0. Everything is checked before
+    anything is changed: after an error the model is as it was.
 
     A rule is a dict:
 

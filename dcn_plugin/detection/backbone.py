@@ -4,10 +4,12 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
+from .._config import require_timm_model
 from ..mm.timm_backbone import TimmBackbone
 
 
@@ -47,6 +49,7 @@ class DetectionBackbone(nn.Module):
         name = arguments.pop("name", None)
         if not isinstance(name, str):
             raise TypeError(f"backbone: expected a timm model's name or dict(name=..., ...), got {model!r}")
+        require_timm_model("backbone", name)
         if "features_only" in arguments:
             got = arguments["features_only"]
             raise ValueError(f"backbone: expected no features_only, which is always set, got {got!r}")
@@ -113,10 +116,32 @@ def _per_channel(values: Sequence[float], channels: int) -> list[float]:
 
 
 def _modules_up_to(body: nn.Module, stage: str) -> list[str]:
-    """Return the names of all modules up to a stage, in the order of definition, which is timm's order of execution."""
+    """Return the names of all modules up to a stage.
+
+    These are those defined no later, as timm defines in the order of execution, and parts of the same stages that lie
+    elsewhere (the projections between DAT's stages), which timm's groups of parameters tell.
+    """
     names = [name for name, _ in body.named_modules()]
     for candidate in (stage, stage.replace(".", "_"), f"model.{stage}"):
         if candidate in names:
             inside = [i for i, name in enumerate(names) if name == candidate or name.startswith(f"{candidate}.")]
-            return names[: inside[-1] + 1]
+            found = names[: inside[-1] + 1]
+            return found + [name for name in _grouped_up_to(body, candidate) if name not in found]
     raise ValueError(f"trainable_backbone_layers: {type(body).__name__} has no module {stage!r} to freeze up to")
+
+
+def _grouped_up_to(body: nn.Module, stage: str) -> list[str]:
+    """Return the names of modules that own parameters, all in timm's groups up to the first of a stage's."""
+    model: Any = getattr(body, "model", None)
+    if not hasattr(model, "group_matcher"):
+        return []
+    numbers: dict[str, int] = {
+        f"model.{name}": number
+        for name, number in group_parameters(model, model.group_matcher(coarse=True), reverse=True).items()
+    }
+    limit = min((number for name, number in numbers.items() if name.startswith(f"{stage}.")), default=-1)
+    owned: dict[str, int] = {}
+    for name, number in numbers.items():
+        module = name.rpartition(".")[0]
+        owned[module] = max(number, owned.get(module, number))
+    return [name for name, number in owned.items() if number <= limit]

@@ -9,6 +9,9 @@ instructions for it; `compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -104,7 +107,21 @@ def convert(model: nn.Module | torch.export.ExportedProgram | str | Path, exampl
         if isinstance(model, torch.jit.ScriptModule):  # OpenVINO overlooks shapes without names there
             names = [value.debugName() for value in model.graph.inputs()][1:]
             options["input"] = list(zip(names, shapes, strict=True))
-    return openvino.convert_model(model, **options)
+    with _logging_as_it_was():
+        return openvino.convert_model(model, **options)
+
+
+@contextmanager
+def _logging_as_it_was() -> Iterator[None]:
+    """Keep the root logger: a conversion that fails leaves it with the level ERROR, and nobody's warnings are seen."""
+    root = logging.getLogger()
+    level, filters, handlers = root.level, root.filters, root.handlers
+    root.filters, root.handlers = list(filters), list(handlers)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.filters, root.handlers = filters, handlers
 
 
 def _inputs_of(program: torch.export.ExportedProgram) -> list[str]:

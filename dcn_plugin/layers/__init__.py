@@ -5,11 +5,14 @@ A layer of a new kind, here or in code of your own, keeps the contract of `sampl
 
 from ._prefix import PrefixPredictor, prefix_note
 from ._start import OffsetPredictor, ZeroLinear, warn_if_redrawn
+from .active_conv import ActiveConv2d
 from .attention import MMCVMultiScaleDeformableAttention, MSDeformAttn
 from .branch import regions_of
 from .conv import DCNv1, DCNv2, DeformConv2d, OffsetConv, accept_sibling_offset_keys
+from .conv1d import DeformConv1d
 from .dat import DAttention
 from .dcnv3 import DCNv3, DCNv4
+from .dilated import Dilated
 from .ps_roi import DeformPSRoIPool, DeformPSRoIPoolPack, PSRoIPool
 from .roi import DeformRoIPool, DeformRoIPoolPack, ModulatedDeformRoIPoolPack
 from .samples import OffsetRate, Regions, Samples, SamplingHandle, Window
@@ -22,6 +25,7 @@ from .sampling import (
     sampling_layers,
 )
 from .sampling_conv import SamplingConv
+from .spatial_transformer import AffineConv2d, AffineLinear, SpatialTransformer
 
 # A new layer file adds its classes here; so does whoever wants rules from a file to find a layer of their own.
 LAYERS: dict[str, type] = {
@@ -41,22 +45,31 @@ LAYERS: dict[str, type] = {
         DCNv3,
         DCNv4,
         DAttention,
+        SpatialTransformer,
+        ActiveConv2d,
+        Dilated,
+        DeformConv1d,
     )
 }
 """The one list of layers, by name: converter, registries and documents walk it."""
 
 __all__ = [
     "LAYERS",
+    "ActiveConv2d",
+    "AffineConv2d",
+    "AffineLinear",
     "DCNv1",
     "DCNv2",
     "DCNv3",
     "DCNv4",
     "DAttention",
+    "DeformConv1d",
     "DeformConv2d",
     "DeformPSRoIPool",
     "DeformPSRoIPoolPack",
     "DeformRoIPool",
     "DeformRoIPoolPack",
+    "Dilated",
     "MMCVMultiScaleDeformableAttention",
     "MSDeformAttn",
     "ModulatedDeformRoIPoolPack",
@@ -70,6 +83,7 @@ __all__ = [
     "SamplingConv",
     "SamplingHandle",
     "SamplingModule",
+    "SpatialTransformer",
     "Window",
     "ZeroLinear",
     "accept_sibling_offset_keys",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.fx
@@ -21,7 +21,7 @@ from ..ops._check import integer, number, tensor
 from ..ops._transforms import unrecorded
 from ._from_conv import require_plain_conv
 from ._start import ZeroLinear
-from .arguments import describe, divisible, flag, pair
+from .arguments import check_sides, describe, divisible, flag, pair
 from .samples import Window, recorded
 from .sampling import SamplingModule
 
@@ -88,13 +88,13 @@ class GroupAggregation(SamplingModule):
 
     def reset_parameters(self) -> None:
         """Initialise as published: what is predicted 0, projections by Xavier's rule, gates half open."""
-        for module in self.children():
-            if isinstance(module, ZeroLinear):
-                module.reset_parameters()
-            elif isinstance(module, nn.Linear):
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and not isinstance(module, ZeroLinear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+            elif module is not self and hasattr(module, "reset_parameters"):
+                cast(Any, module).reset_parameters()
         for gate in (self.center_feature_scale_proj_weight, self.center_feature_scale_proj_bias):
             if gate is not None:
                 nn.init.zeros_(gate)
@@ -128,6 +128,10 @@ class GroupAggregation(SamplingModule):
             value, offset, weight, self.kernel_size, self.stride, self.pad, self.dilation,
             offset_scale=self.offset_scale, remove_center=self.remove_center, softmax=softmax, official_order=True,
         )  # fmt: skip
+
+    def _large_enough(self, x: Tensor) -> Tensor:
+        """Return `[N, H, W, C]` if the kernel fits on it."""
+        return check_sides(x, 1, self.dilation * (self.kernel_size - 1) + 1 - 2 * self.pad)
 
     def _at_outputs(self, x: Tensor) -> Tensor:
         """Return the pixels of `x` that the kernels are centred on: of all of them, where the size stays."""
@@ -277,5 +281,5 @@ def _centres(x: Tensor, kernel: int, stride: int, pad: int, dilation: int) -> Te
 
 
 # Symbolic tracing records these as calls: they look at shapes.
-for _name in ("check_pixels", "sides_of", "_centres", "deform_aggregate2d"):
+for _name in ("check_pixels", "check_sides", "sides_of", "_centres", "deform_aggregate2d"):
     torch.fx.wrap(_name)

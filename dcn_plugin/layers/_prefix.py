@@ -43,7 +43,7 @@ class PrefixPredictor(OffsetPredictor):
             old.in_channels, old.out_channels, old.kernel_size, 1, old.padding, old.dilation,  # type: ignore[arg-type]
             device=old.weight.device, dtype=old.weight.dtype,
         )  # fmt: skip
-        self.offset_rows = old.out_channels // layer.outputs_per_tap * 2
+        self.offset_rows = layer.offset_outputs
         self.read_stride = layer.stride
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops._check import integers, require_dense, same_dtype
+from ..ops._check import integers, number, require_dense, same_dtype
 from ..ops._transforms import unrecorded
 from .samples import Window
 
@@ -54,6 +54,13 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
+def rate(name: str, value: Any) -> float:
+    """Return a share of a whole, such as a rate of dropout."""
+    if not 0 <= number(name, value) <= 1:
+        raise ValueError(f"{name}: expected a part from 0 to 1, got {value}")
+    return float(value)
+
+
 def floating(name: str, dtype: torch.dtype | None) -> None:
     if dtype is None:
         return
@@ -81,6 +88,15 @@ def check_input(x: Tensor, channels: int, parameter: Tensor | None = None, name:
         raise TypeError(f"{name}: expected a real floating-point tensor, got {x.dtype}")
     if parameter is not None and x.device != parameter.device:
         raise ValueError(f"{name}: expected to be on {parameter.device} like the layer's parameters, got {x.device}")
+    return x
+
+
+@unrecorded
+def check_sides(x: Tensor, axis: int, least: int, name: str = "input") -> Tensor:
+    """Return `x` if it has so many pixels at least along this axis and the next, its height and width."""
+    height, width = x.shape[axis], x.shape[axis + 1]
+    if height < least or width < least:
+        raise ValueError(f"{name}: expected at least {least} x {least} pixels, got {height} x {width}")
     return x
 
 

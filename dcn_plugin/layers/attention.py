@@ -21,7 +21,7 @@ from ..ops._check import integer, number
 from ..ops.ms_deform_attn import MOST_LEVELS
 from ._levels import Levels, Names, check_added, check_levels
 from ._start import ZeroLinear, warn_if_redrawn
-from .arguments import describe, divisible, factory_arguments, flag
+from .arguments import describe, divisible, factory_arguments, flag, rate
 from .samples import recorded
 from .sampling import SamplingModule
 
@@ -354,9 +354,7 @@ class MMCVMultiScaleDeformableAttention(LevelAttention):
                 f"value_proj_ratio: expected one that gives value_proj a multiple of {self.num_heads} channels, got "
                 f"{value_proj_ratio}, which gives {inner}"
             )
-        if not 0 <= number("dropout", dropout) <= 1:
-            raise ValueError(f"dropout: expected a part from 0 to 1, got {dropout}")
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(rate("dropout", dropout))
         self.batch_first = flag("batch_first", batch_first)
         self.norm_cfg, self.init_cfg = deepcopy(norm_cfg), deepcopy(init_cfg)
         points = (self.num_points,) * self.num_levels

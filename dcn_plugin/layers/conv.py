@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from ..ops import deform_conv2d
 from ..ops._check import integer
 from . import _former
+from ._affine import NUMBERS, offsets_of_taps
+from ._affine import offset_form as checked_form
 from ._start import OffsetPredictor, warn_if_redrawn
 from ._symbolic import recorded_call
 from .arguments import activation, check_feature, check_input, check_predicted, mask_note
@@ -96,10 +98,10 @@ class DeformConv2d(SamplingConv):
 class OffsetConv(DeformConv2d):
     """What `DCNv1` and `DCNv2` share: a `conv_offset` that predicts what `forward` samples with.
 
-    `conv_offset` is an `nn.Conv2d` to `outputs_per_tap * G * K` channels, with the layer's own kernel size, stride,
-    padding and dilation, groups 1 and a bias, all zero at first. It reads the input, or another map that a call gives
-    as `feature`. Where the padding differs between opposite sides, which `nn.Conv2d` does not know, the layer pads
-    what it reads and `conv_offset` does not.
+    `conv_offset` is an `nn.Conv2d` to `outputs_per_tap * G * K` channels (fewer with `offset_form`), with the layer's
+    own kernel size, stride, padding and dilation, groups 1 and a bias, all zero at first. It reads the input, or
+    another map that a call gives as `feature`. Where the padding differs between opposite sides, which `nn.Conv2d` does
+    not know, the layer pads what it reads and `conv_offset` does not.
 
     Any module of that result may take its place: `layer.conv_offset = nn.Sequential(...)`. One that ends in an
     `OffsetPredictor` starts undeformed.
@@ -112,6 +114,7 @@ class OffsetConv(DeformConv2d):
     offset_branches: ClassVar[Mapping[str, float]] = {"conv_offset": 1.0}
     outputs_per_tap: ClassVar[int]
     conv_offset: Any
+    offset_form: str | None = None  # of layers that were pickled before there was one
 
     def __init__(
         self,
@@ -129,11 +132,13 @@ class OffsetConv(DeformConv2d):
         offset_groups: int = 1,
         offset_bound: float | None = None,
         offset_channels: int | None = None,
+        offset_form: str | None = None,
     ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
             dtype, offset_groups,
         )  # fmt: skip
+        self.offset_form = checked_form(offset_form)
         if offset_bound is not None:
             if isinstance(offset_bound, bool) or not isinstance(offset_bound, (int, float)):
                 raise TypeError(f"offset_bound: expected a number of pixels or None, got {offset_bound!r}")
@@ -154,8 +159,17 @@ class OffsetConv(DeformConv2d):
         )
 
     @property
+    def _taps(self) -> int:
+        return self.kernel_size[0] * self.kernel_size[1]
+
+    @property
+    def offset_outputs(self) -> int:
+        """How many of `conv_offset`'s outputs are offsets; masks follow them."""
+        return self.offset_groups * (2 * self._taps if self.offset_form is None else NUMBERS[self.offset_form])
+
+    @property
     def _outputs(self) -> int:
-        return self.outputs_per_tap * self.offset_groups * self.kernel_size[0] * self.kernel_size[1]
+        return self.offset_outputs + (self.outputs_per_tap - 2) * self.offset_groups * self._taps
 
     def reset_parameters(self) -> None:
         """Initialise weight and bias as `nn.Conv2d` does, and what predicts offsets (`conv_offset`) with zeros."""
@@ -183,7 +197,9 @@ class OffsetConv(DeformConv2d):
         top, left, bottom, right = self.padding4
         return () if (top, left) == (bottom, right) else (left, right, top, bottom)
 
-    def _bound(self, raw: Tensor) -> Tensor:
+    def _offset(self, raw: Tensor) -> Tensor:
+        raw = raw[:, : self.offset_outputs]
+        raw = raw if self.offset_form is None else offsets_of_taps(raw, self.offset_form, self.window)
         return raw if self.offset_bound is None else self.offset_bound * torch.tanh(raw / self.offset_bound)
 
     def offsets(self, x: Tensor, feature: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -239,8 +255,13 @@ class OffsetConv(DeformConv2d):
     def explain_mismatch(self, name: str, shape: torch.Size) -> str:
         if not name.endswith("conv_offset.weight"):
             return ""
-        taps = self.kernel_size[0] * self.kernel_size[1]
+        taps = self._taps
         wants = f"{self.outputs_per_tap} x {self.offset_groups} offset groups x {taps} taps"
+        if self.offset_form is not None:
+            masks = f" and masks of {taps} taps" if self.outputs_per_tap == 3 else ""
+            wants = (
+                f"{NUMBERS[self.offset_form]} numbers for {self.offset_form!r}{masks}, x {self.offset_groups} groups"
+            )
         text = (
             f"{name} has shape {list(shape)}, but {type(self).__name__} expects "
             f"{list(self.conv_offset.weight.shape)} ({wants})"
@@ -254,8 +275,8 @@ class OffsetConv(DeformConv2d):
         return text
 
     def extra_repr(self) -> str:
-        options = {name: getattr(self, name) for name in ("offset_bound", "offset_channels")}
-        more = [f", {name}={value}" for name, value in options.items() if value is not None]
+        options = {name: getattr(self, name) for name in ("offset_bound", "offset_channels", "offset_form")}
+        more = [f", {name}={value!r}" for name, value in options.items() if value is not None]
         return super().extra_repr() + "".join(more)
 
 
@@ -273,6 +294,9 @@ class DCNv1(OffsetConv):
         offset_bound: keep offsets within this many pixels, `bound * tanh(raw / bound)`; None leaves them free.
         offset_channels: channels of another map, the `feature` of each call, that offsets are predicted from; None:
             they are predicted from the input, unless a call gives such a map of C channels.
+        offset_form: None: each tap has its own offset. `'affine'`: six numbers for each position and offset group are a
+            matrix and a shift, `offset_k = B * tap_k + t`, that move the kernel as a whole; `'similarity'`: four are a
+            scale, a rotation and a shift.
 
     Example:
         >>> import torch
@@ -280,12 +304,14 @@ class DCNv1(OffsetConv):
         >>> layer = DCNv1(4, 8, kernel_size=3, padding=1)
         >>> layer(torch.rand(1, 4, 6, 6)).shape
         torch.Size([1, 8, 6, 6])
+        >>> DCNv1(4, 8, kernel_size=3, padding=1, offset_form="affine").conv_offset.out_channels  # not 2 * 9
+        6
     """
 
     outputs_per_tap = 2
 
     def offsets(self, x: Tensor, feature: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        return self._bound(self._predict(x, feature)), None
+        return self._offset(self._predict(x, feature)), None
 
     offsets.__doc__ = OffsetConv.offsets.__doc__
 
@@ -295,7 +321,7 @@ class DCNv2(OffsetConv):
 
     `out(p0) = bias + sum_k weight_k * mask_k(p0) * bilinear(x, p0 * stride - padding + k * dilation + offset_k(p0))`
 
-    The first 2/3 of `conv_offset`'s outputs are offsets, the last 1/3 mask logits (mmcv's layout). It reads x, or
+    The first 2/3 of `conv_offset`'s outputs are offsets, the last G*K mask logits (mmcv's layout). It reads x, or
     another map in `layer(x, feature)`. A fresh layer computes what `nn.Conv2d` with the same weight computes, unless
     `mask_activation='sigmoid'`.
 
@@ -307,6 +333,7 @@ class DCNv2(OffsetConv):
         offset_bound: keep offsets within this many pixels, `bound * tanh(raw / bound)`; None leaves them free.
         offset_channels: channels of another map, the `feature` of each call, that offsets are predicted from; None:
             they are predicted from the input, unless a call gives such a map of C channels.
+        offset_form: as in `DCNv1`; each tap still has its mask.
 
     Example:
         >>> import torch
@@ -339,18 +366,18 @@ class DCNv2(OffsetConv):
         mask_activation: str = "2*sigmoid",
         offset_bound: float | None = None,
         offset_channels: int | None = None,
+        offset_form: str | None = None,
     ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
-            dtype, offset_groups, offset_bound, offset_channels,
+            dtype, offset_groups, offset_bound, offset_channels, offset_form,
         )  # fmt: skip
         activation(mask_activation)
         self.mask_activation = mask_activation
 
     def offsets(self, x: Tensor, feature: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         raw = self._predict(x, feature)
-        split = self._outputs // 3 * 2
-        return self._bound(raw[:, :split]), activation(self.mask_activation)(raw[:, split:])
+        return self._offset(raw), activation(self.mask_activation)(raw[:, self.offset_outputs :])
 
     offsets.__doc__ = OffsetConv.offsets.__doc__
 

@@ -17,7 +17,7 @@ from ..ops import ms_deform_attn
 from ..ops._check import integer, number
 from ..ops._transforms import unrecorded
 from ._start import OffsetPredictor
-from .arguments import check_input, describe, divisible, factory_arguments, flag, pair
+from .arguments import check_input, check_sides, describe, divisible, factory_arguments, flag, pair, rate
 from .samples import Samples, recorded
 from .sampling import SamplingModule
 
@@ -127,7 +127,8 @@ def _mixed(weights: Tensor, value: Tensor, query: Tensor) -> Tensor:
 
 
 # Symbolic tracing records these as calls: they look at shapes.
-torch.fx.wrap("check_input")
+for _name in ("check_input", "check_sides"):
+    torch.fx.wrap(_name)
 for _name in ("_in_groups", "_positions", "_sample", "_bias", "_weights", "_mixed"):
     torch.fx.wrap(_name)
 
@@ -204,9 +205,6 @@ class DAttention(SamplingModule):
         if self.offset_range_factor == 0 or self.offset_range_factor < 0 and not self.plus:
             wanted = "a positive number, or with plus=True a negative one"
             raise ValueError(f"offset_range_factor: expected {wanted}, got {offset_range_factor}")
-        for name, part in (("attn_drop", attn_drop), ("proj_drop", proj_drop)):
-            if not 0 <= number(name, part) <= 1:
-                raise ValueError(f"{name}: expected a part from 0 to 1, got {part}")
         factory = factory_arguments(device, dtype)
         inner = self.dim // self.n_groups
         pad = 0 if self.plus and self.ksize == self.stride else self.ksize // 2
@@ -220,7 +218,8 @@ class DAttention(SamplingModule):
         self.proj_k = nn.Conv2d(self.dim, self.dim, 1, **factory)
         self.proj_v = nn.Conv2d(self.dim, self.dim, 1, **factory)
         self.proj_out = nn.Conv2d(self.dim, self.dim, 1, **factory)
-        self.attn_drop, self.proj_drop = nn.Dropout(attn_drop), nn.Dropout(proj_drop)
+        self.attn_drop = nn.Dropout(rate("attn_drop", attn_drop))
+        self.proj_drop = nn.Dropout(rate("proj_drop", proj_drop))
         height, width = self.q_size
         self.rpe_table = nn.Parameter(torch.empty(self.n_heads, 2 * height - 1, 2 * width - 1, **factory))
         nn.init.trunc_normal_(self.rpe_table, std=0.01)
@@ -235,7 +234,7 @@ class DAttention(SamplingModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Attend from every pixel of `input`, `[N, C, H, W]`, to samples of it; returns the same shape."""
-        x = check_input(input, self.dim, self.proj_q.weight)
+        x = self._checked(input)
         query, position = self._predict(x)
         if self._sampling_hooks is not None and not recorded(x):
             self.tell_hooks(x, _moves(position, x, self.offset_range_factor, self.plus))
@@ -243,6 +242,10 @@ class DAttention(SamplingModule):
         bias = _bias(self.rpe_table, position, query, self.plus)
         weights = self.attn_drop(_weights(query, self.proj_k(sampled), bias, self.n_heads))
         return self.proj_drop(self.proj_out(_mixed(weights, self.proj_v(sampled), query)))
+
+    def _checked(self, input: Tensor) -> Tensor:
+        x = check_input(input, self.dim, self.proj_q.weight)
+        return check_sides(x, 2, self.ksize if self.plus and self.ksize == self.stride else 1)
 
     def _predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
         query = self.proj_q(x)
@@ -259,7 +262,7 @@ class DAttention(SamplingModule):
             Offset `[N, 2*G, H_k, W_k]` in (y, x), in pixels of the map, from where a sample lies at first (in the map,
             where positions are clamped), and None.
         """
-        x = check_input(input, self.dim, self.proj_q.weight)
+        x = self._checked(input)
         _, position = self._predict(x)
         return _moves(position, x, self.offset_range_factor, self.plus), None
 

@@ -136,8 +136,8 @@ class DCNv3(GroupAggregation):
         """Return the input with channels last."""
         if self.channels_first:
             x = check_pixels(input, self.channels, self.offset.weight, f"[N, {self.channels}, H, W]")
-            return x.permute(0, 2, 3, 1)
-        return check_pixels(input, self.channels, self.offset.weight, f"[N, H, W, {self.channels}]")
+            return self._large_enough(x.permute(0, 2, 3, 1))
+        return self._large_enough(check_pixels(input, self.channels, self.offset.weight, f"[N, H, W, {self.channels}]"))
 
     def _predict(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return what is predicted from, raw offsets `[N, H', W', G, K, 2]` and logits `[N, H', W', G, K]`."""
@@ -264,9 +264,9 @@ class DCNv4(GroupAggregation):
         """Return the input as `[N, H, W, C]`."""
         if self.channels_first:
             x = check_pixels(input, self.channels, self.offset_mask.weight, f"[N, {self.channels}, H, W]")
-            return x.permute(0, 2, 3, 1)
+            return self._large_enough(x.permute(0, 2, 3, 1))
         x = check_pixels(input, self.channels, self.offset_mask.weight, f"[N, L, {self.channels}]")
-        return x.unflatten(1, sides_of(x, shape))
+        return self._large_enough(x.unflatten(1, sides_of(x, shape)))
 
     def _predict(self, x: Tensor) -> Tensor:
         """Return `[N, H', W', G, 3K]`: in each group offsets, then weights."""

@@ -43,11 +43,11 @@ class Samples(NamedTuple):
 class Window(NamedTuple):
     """How a layer moves over its input like a convolution: all (y, x), `padding` (top, left, bottom, right).
 
-    Padding and dilation are no whole pixels where a layer stretches its grid by some other factor.
+    Stride, padding and dilation are no whole pixels where a layer stretches its grid by some other factor.
     """
 
     kernel_size: tuple[int, int]
-    stride: tuple[int, int]
+    stride: tuple[float, float]
     padding: tuple[float, float, float, float]
     dilation: tuple[float, float]
 

@@ -73,6 +73,10 @@ class SamplingModule(NotScriptable, nn.Module):
         """How the layer moves over its input; None where it does not as a convolution does."""
         return None
 
+    def window_in(self, samples: Samples) -> Window | None:
+        """Return how the layer moved in one call: as `window` says, unless that depends on the size of its input."""
+        return self.window
+
     def offsets(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Return the offset and mask (or None) that `forward` would sample with; only layers that predict them can."""
         raise NotImplementedError(f"offsets: expected a layer that predicts them, got {type(self).__name__}")
@@ -91,6 +95,12 @@ class SamplingModule(NotScriptable, nn.Module):
     def multiply_adds(self, output: Tensor) -> int | None:
         """Return the multiply-adds of the call that made `output`; None where its size does not say."""
         return None
+
+    # -- how it is stored ----------------------------------------------------------------------------------------------
+
+    def store_for_inference(self) -> bool:
+        """Store the weights in the order that inference on a CPU reads; return whether there are any to store so."""
+        return False
 
     # -- how it starts -------------------------------------------------------------------------------------------------
 

@@ -236,6 +236,15 @@ class SamplingConv(SamplingModule, OwnStart):
             known.update(found)
         return found
 
+    def store_for_inference(self) -> bool:
+        """Store the weight as [kernel_h, kernel_w, C / groups, O] in memory; its shape stays as it is."""
+        weight = self._parameters.get("weight")
+        if type(weight) is not nn.Parameter or weight.device.type != "cpu" or weight.shape[:2] == (self.groups, 1):
+            return False
+        # One whose memory is already so is not copied.
+        weight.data = weight.detach().permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+        return True
+
     def predictor_multiply_adds(self, positions: int) -> int:
         """Return the multiply-adds of `offset_branches` for so many output positions."""
         convs = (m for _, branch in self.branches() if isinstance(branch, nn.Module) for m in branch.modules())

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._config import require_timm_model
 from ..checkpoint import refuse_others
 
 
@@ -18,7 +19,8 @@ class TimmBackbone(nn.Module):
 
     Raises:
         ImportError: timm is missing.
-        RuntimeError: timm does not know the name or the weights.
+        ValueError: timm does not know the name, with those close to it.
+        RuntimeError: timm does not know the weights.
         FileNotFoundError, ValueError: there is no such file, or it is something else (a Git LFS pointer, an HTML page).
 
     Example:
@@ -41,6 +43,7 @@ class TimmBackbone(nn.Module):
         except ImportError as error:
             raise ImportError(f"TimmBackbone needs timm, which cannot be imported here: {error}") from error
         super().__init__()
+        require_timm_model("model_name", model_name)
         if features_only:
             kwargs["features_only"] = True
             if out_indices is not None:

@@ -7,17 +7,21 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.fx
 from timm.layers import create_classifier
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..layers import DCNv3, DCNv4, SamplingModule
 from ..layers.channels import named_activation, named_norm
+from ..ops._check import integer, integers, is_long, number
 from ._internimage_parts import AttentionPool, Level, Stem
+from ._timm import check_arguments, check_images
 
 _CORES = {"DCNv3": DCNv3, "DCNv4": DCNv4}
 #: What feature maps are made without.
 HEAD = ("conv_head", "dcnv3_head_x4", "dcnv3_head_x3", "clip_projector", "fc_norm", "head")
+torch.fx.wrap("check_images")  # symbolic tracing records it as a call: it looks at shapes
 _WITH_PREVIOUS = (99999,)  # how timm marks a group of parameters that joins the one before
 
 
@@ -79,12 +83,20 @@ class InternImage(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if core_op not in _CORES:
+        if not isinstance(core_op, str) or core_op not in _CORES:
             raise ValueError(f"core_op: expected {' or '.join(map(repr, _CORES))}, got {core_op!r}")
+        check_arguments(
+            in_chans, num_classes, drop_rate=drop_rate, drop_path_rate=drop_path_rate, proj_drop_rate=proj_drop_rate
+        )
+        integer("channels", channels, 2)
+        number("mlp_ratio", mlp_ratio, positive=True)
+        number("cls_scale", cls_scale, positive=True)
         if post_norm + res_post_norm + (layer_scale is not None and res_post_norm) > 1:
             raise ValueError("res_post_norm: expected False with post_norm or layer_scale, got True")
-        if len(depths) != len(groups) or len(depths) < 3:
+        if not (is_long(depths) and is_long(groups)) or len(depths) != len(groups) or len(depths) < 3:
             raise ValueError(f"groups: expected a number for each of the levels of depths, 3 or more, got {groups!r}")
+        integers("depths", depths, 1, (len(depths),))
+        integers("groups", groups, 1, (len(groups),))
         factory: dict[str, Any] = dict(device=device, dtype=dtype)
         widths = [channels * 2**i for i in range(len(depths))]
         options: dict[str, Any] = dict(
@@ -157,17 +169,19 @@ class InternImage(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self, *_: Any) -> None:
-        """Draw linear layers as published, and let every deformable layer start as a fresh one."""
+        """Draw linear layers as published, all others as torch does, and let deformable layers start as fresh ones."""
+        layers = []
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, SamplingModule):
+                layers.append(module)
+            elif isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm):
-                module.reset_parameters()
-        for module in self.modules():
-            if isinstance(module, SamplingModule):
+            elif hasattr(module, "reset_parameters"):
                 cast(Any, module).reset_parameters()
+        for layer in layers:
+            cast(Any, layer).reset_parameters()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -253,7 +267,7 @@ class InternImage(nn.Module):
         return wanted
 
     def _maps(self, x: Tensor, levels: int) -> list[Tensor]:
-        x = self.pos_drop(self.patch_embed(x))
+        x = self.pos_drop(self.patch_embed(check_images(x, 1)))
         maps: list[Tensor] = []
         for level in cast(list[Level], self.levels[:levels]):
             maps.append(level(x))

@@ -58,6 +58,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Deformable aggregation, then an MLP, each as a branch beside the identity; `rows` is how DCNv4 takes pixels."""
 
+    gamma1: nn.Parameter | None
+    gamma2: nn.Parameter | None
+
     def __init__(
         self,
         core: Callable[[], nn.Module],
@@ -83,10 +86,17 @@ class Block(nn.Module):
         self.mlp = MLP(channels, int(channels * mlp_ratio), act_layer, drop, fc2_bias, factory)
         self.layer_scale = layer_scale
         for name in ("gamma1", "gamma2"):
-            scale = None if layer_scale is None else nn.Parameter(torch.full((channels,), layer_scale, **factory))
+            scale = None if layer_scale is None else nn.Parameter(torch.empty(channels, **factory))
             self.register_parameter(name, scale)
         self.res_post_norm1 = named_norm("LN", channels, factory) if res_post_norm else None
         self.res_post_norm2 = named_norm("LN", channels, factory) if res_post_norm else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Let the factors of the branches start again; all else here belongs to other modules."""
+        for scale in (self.gamma1, self.gamma2):
+            if scale is not None and self.layer_scale is not None:
+                nn.init.constant_(scale, self.layer_scale)
 
     def _branch(self, x: Tensor, run: Callable[[Tensor], Tensor], number: int) -> Tensor:
         """Add a branch to `x`: with its norm before or behind, and in some models another behind, and a factor."""
@@ -151,10 +161,16 @@ class _CrossAttention(nn.Module):
         self.q = nn.Linear(channels, channels, bias=False, **factory)
         self.k = nn.Linear(channels, channels, bias=False, **factory)
         self.v = nn.Linear(channels, channels, bias=False, **factory)
-        self.q_bias = nn.Parameter(torch.zeros(channels, **factory))
-        self.k_bias = nn.Parameter(torch.zeros(channels, **factory))
-        self.v_bias = nn.Parameter(torch.zeros(channels, **factory))
+        self.q_bias = nn.Parameter(torch.empty(channels, **factory))
+        self.k_bias = nn.Parameter(torch.empty(channels, **factory))
+        self.v_bias = nn.Parameter(torch.empty(channels, **factory))
         self.proj = nn.Linear(channels, outputs, **factory)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Let the biases that stand beside the weights start again at 0."""
+        for bias in (self.q_bias, self.k_bias, self.v_bias):
+            nn.init.zeros_(bias)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         given = ((query, self.q, self.q_bias), (key, self.k, self.k_bias), (value, self.v, self.v_bias))

@@ -15,10 +15,10 @@ def official_weights(
 ) -> dict[str, Any]:
     """Return the state dict in what a published file holds, under the names of `model`.
 
-    Weights may lie under `model`, `model_ema` and the like, and have `module.`, `model.` (transformers' form on the
-    hub) or `backbone.` (detectors) before their names. timm turns its strict check off as soon as the number of classes
-    differs, hence the check here: what is missing or unknown is an error by name, but for the classifier, and for all
-    of the `head` where only feature maps are wanted.
+    Weights may lie under `model` and the like, averaged ones before others as everywhere (`find_weights`), and have
+    `module.`, `model.` (transformers' form on the hub) or `backbone.` (detectors) before their names. timm turns its
+    strict check off as soon as the number of classes differs, hence the check here: what is missing or unknown is an
+    error by name, but for the classifier, and for all of the `head` where only feature maps are wanted.
     """
     state = match_wrappers(model, find_weights(content, None, "pretrained", []))
     own = model.state_dict()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..layers.arguments import divisible
@@ -20,6 +21,7 @@ def _padded(x: Tensor, height: int, width: int) -> Tensor:
     return F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
 
 
+@register_notrace_module  # timm's fx feature extractor takes it as one node, as it looks at sizes
 class LocalAttention(nn.Module):
     """Attention within windows of `window` x `window` pixels, with a bias for each way between two pixels of one."""
 
@@ -40,10 +42,14 @@ class LocalAttention(nn.Module):
         """Draw the biases, and number the ways between pixels."""
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.01)
         index: Any = self.relative_position_index
-        place = torch.arange(self.window, device=index.device)
+        index.copy_(LocalAttention.computed(self, index)["relative_position_index"])
+
+    def computed(self, like: Tensor) -> dict[str, Tensor]:
+        """Return the buffers that follow from sizes alone, on the device of `like`."""
+        place = torch.arange(self.window, device=like.device)
         along = place[:, None] - place + self.window - 1
         ways = along[:, None, :, None] * (2 * self.window - 1) + along[:, None]
-        index.copy_(ways.reshape(index.shape))
+        return {"relative_position_index": ways.reshape(self.window**2, self.window**2)}
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = (math.ceil(size / self.window) * self.window for size in x.shape[2:])
@@ -83,8 +89,12 @@ class ShiftWindowAttention(LocalAttention):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         mask: Any = self.attn_mask
+        mask.copy_(self.computed(mask)["attn_mask"])
+
+    def computed(self, like: Tensor) -> dict[str, Tensor]:
         height, width = (math.ceil(side / self.window) * self.window for side in self.size)
-        mask.copy_(self._apart(height, width, mask))
+        mask: Any = self.attn_mask
+        return super().computed(like) | {"attn_mask": self._apart(height, width, like).to(mask.dtype)}
 
     def _apart(self, height: int, width: int, like: Tensor) -> Tensor:
         """Return -100 for pairs of pixels of a window that lay apart before the roll, `[windows, pixels, pixels]`."""
@@ -107,6 +117,7 @@ class ShiftWindowAttention(LocalAttention):
         return out[:, :, : x.shape[2], : x.shape[3]]
 
 
+@register_notrace_module
 class NeighborhoodAttention(nn.Module):
     """Attention of each pixel to the `window` x `window` pixels around it; at borders the window is moved inside."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from .._config import plain
+from .._config import plain, require_timm_model
 
 
 def build_model(spec: str | Mapping[str, Any], num_classes: int | None = None) -> nn.Module:
@@ -27,11 +27,7 @@ def build_model(spec: str | Mapping[str, Any], num_classes: int | None = None) -
     name = kwargs.pop("name")
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
-    if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name.split(".")[0]):
-        close = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*dcn*") or timm.list_models("*_dcn")
-        raise ValueError(
-            f"model: expected a timm model, got {name!r}; deformable ones close to it: {', '.join(close[:8])}"
-        )
+    require_timm_model("model", name)
     try:
         return timm.create_model(name, **kwargs)
     except TypeError as error:

@@ -1,8 +1,9 @@
 """DAT (2022) and DAT++ (2023), vision transformers with deformable attention, with their official state dicts.
 
 `dat_{tiny,small,base}` attend within local windows, shifted windows and, in the last two stages, to deformed grids;
-`dat_plus_{tiny,small,base}` to neighbourhoods and deformed grids in all stages. Images may be of any size: position
-biases hold for ways relative to the map, and windows that do not fit are filled with zeros, as in DAT's detectors.
+`dat_plus_{tiny,small,base}` to neighbourhoods and deformed grids in all stages. Images may be of any size, of `dat_*`
+from 32 x 32 pixels on: position biases hold for ways relative to the map, and windows that do not fit are filled with
+zeros, as in DAT's detectors.
 
 The published weights are no download by name (their links lead to pages): fetch the file, and give it to timm.
 
@@ -17,22 +18,23 @@ Keyword arguments of every entry, besides timm's usual ones (`num_classes`, `in_
 `attn_drop_rate`, ...):
 
 - `img_size`: (H, W) or one number, which `rpe_table` and the masks of shifted windows are made for. The tables of
-  weights for another size are resized bicubically when timm loads them.
-- `window_size`: pixels of a window's side (7; the published base model for 384 x 384 has 12), or of a neighbourhood's.
+  weights for another size are resized bicubically when they are loaded, by timm, by torch or by `load_checkpoint`.
+- `window_size`: pixels of a window's side (7; the published `dat_base` for 384 x 384 has 12), or of a neighbourhood's.
 
 The papers train with `drop_path_rate` 0.2, 0.3, 0.5 (DAT) and 0.2, 0.4, 0.7 (DAT++) for tiny, small and base.
 
 Sources: https://arxiv.org/abs/2201.00520, https://arxiv.org/abs/2309.01430.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.fx
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import SelectAdaptivePool2d
+from timm.layers import create_classifier
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -40,8 +42,11 @@ from torch import Tensor, nn
 from ..checkpoint import find_weights, match_wrappers
 from ..layers.arguments import pair
 from ..layers.dat import ChannelNorm
+from ..ops._check import integer, integers, is_long, number
 from ._dat_parts import Stage, cut, stem
+from ._dat_state import TABLES, fit_tables
 from ._official import official_weights
+from ._timm import by_getter, check_arguments, check_images
 
 __all__ = ["DAT"]
 
@@ -59,8 +64,8 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "dat_plus_small": dict(_PLUS, groups=(1, 2, 3, 6)),
     "dat_plus_base": dict(_PLUS, dim=128, heads=(4, 8, 16, 32), groups=(2, 4, 8, 16)),
 }  # fmt: skip
-_TABLES = ("rpe_table", "rpb", "relative_position_bias_table")  # position biases, whose size follows the image's
-_COMPUTED = ("relative_position_index", "attn_mask")
+_logger = logging.getLogger("dcn_plugin")
+torch.fx.wrap("check_images")  # symbolic tracing records it as a call: it looks at shapes
 
 
 class DAT(nn.Module):
@@ -92,13 +97,21 @@ class DAT(nn.Module):
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = dict(device=device, dtype=dtype)
-        if not 1 <= len(spec) <= 4:
+        check_arguments(
+            in_chans, num_classes, drop_rate=drop_rate, proj_drop_rate=proj_drop_rate, attn_drop_rate=attn_drop_rate,
+            drop_path_rate=drop_path_rate,
+        )  # fmt: skip
+        integer("dim", dim, 2)
+        integer("window_size", window_size, 1)
+        number("mlp_ratio", mlp_ratio, positive=True)
+        if not is_long(spec) or not 1 <= len(spec) <= 4 or not all(isinstance(stage, str) for stage in spec):
             raise ValueError(f"spec: expected 1 to 4 stages, got {spec!r}")
-        for name, given in (("depths", depths), ("heads", heads), ("groups", groups)):
-            if len(given) != len(spec):
+        for name, given, least in (("depths", depths, 1), ("heads", heads, 1), ("groups", groups, 0)):
+            if not is_long(given) or len(given) != len(spec):
                 raise ValueError(f"{name}: expected one for each of {len(spec)} stages, got {given!r}")
+            integers(name, given, least, (len(spec),))
         kinds = [cut(stage, depth) for stage, depth in zip(spec, depths, strict=True)]
-        self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
+        self.num_classes, self.in_chans, self.drop_rate, self.plus = num_classes, in_chans, drop_rate, plus
         dims = [dim * 2**i for i in range(len(kinds))]
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = [
@@ -137,9 +150,19 @@ class DAT(nn.Module):
             for before, after in zip(dims, dims[1:], strict=False)
         )
         self.cls_norm: nn.Module = ChannelNorm(dims[-1], **factory)
-        self.global_pool = _pool(global_pool, num_classes)
         self.head_drop = nn.Dropout(drop_rate)
-        self.cls_head = nn.Linear(dims[-1], num_classes, **factory) if num_classes > 0 else nn.Identity()
+        self._set_classifier(num_classes, global_pool, factory)
+
+    def _set_classifier(self, num_classes: int, global_pool: str, factory: dict[str, Any]) -> None:
+        if not global_pool and num_classes:
+            raise ValueError(
+                f"global_pool: expected some pooling in front of {num_classes} classes, got {global_pool!r}"
+            )
+        self.num_classes = num_classes
+        # "catavgmax" gives the classifier two numbers for each channel.
+        self.global_pool, self.cls_head = create_classifier(
+            self.num_features, num_classes, pool_type=global_pool, **factory
+        )
 
     @torch.jit.ignore
     def init_weights(self) -> None:
@@ -149,9 +172,29 @@ class DAT(nn.Module):
             if reset is not None:
                 reset()
 
+    def fit_state_dict(self, state: dict[str, Any], prefix: str = "") -> list[str]:
+        """Fit weights for images or windows of other sizes to this model, in place, as loading does by itself.
+
+        Tables of position biases are resized bicubically, as in the official code; what is computed (masks and numbers
+        of windows) is this model's.
+
+        Args:
+            state: a state dict.
+            prefix: of the names that are this model's.
+
+        Returns:
+            What was resized, as sentences; empty where all fits.
+        """
+        return fit_tables(self, state, prefix)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        for note in self.fit_state_dict(state_dict, prefix):
+            _logger.info("%s", note)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        return {name for name, _ in self.named_parameters() if name.endswith(_TABLES)}
+        return {name for name, _ in self.named_parameters() if name.endswith(TABLES)}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -179,13 +222,10 @@ class DAT(nn.Module):
         return self.cls_head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a fresh classifier in place of the head; 0 classes: none."""
-        self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = _pool(global_pool, num_classes)
+        """Put a fresh classifier in place of the head, and other pooling where it is given; 0 classes: none."""
         like = next(self.parameters())
-        head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype) if num_classes else None
-        self.cls_head = head or nn.Identity()
+        pool: Any = self.global_pool.pool_type if global_pool is None else global_pool
+        self._set_classifier(num_classes, pool, dict(device=like.device, dtype=like.dtype))
 
     def forward_intermediates(
         self,
@@ -210,7 +250,7 @@ class DAT(nn.Module):
             raise ValueError(f"output_fmt: expected 'NCHW', got {output_fmt!r}")
         wanted, last = feature_take_indices(len(self.stages), indices)
         found: list[Tensor] = []
-        x = self.patch_proj(x)
+        x = self._first_map(x, last + 1 if stop_early else len(self.stages))
         for i, stage in enumerate(self.stages):
             if stop_early and i > last:
                 break
@@ -225,7 +265,7 @@ class DAT(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages behind the last of `indices`, and norm and head if asked or without use then."""
+        """Drop the stages behind the last of `indices`; norm, and head with pooling, if asked or without use then."""
         kept, last = feature_take_indices(len(self.stages), indices)
         shorter = last < len(self.stages) - 1
         self.stages, self.down_projs = self.stages[: last + 1], self.down_projs[:last]
@@ -235,12 +275,16 @@ class DAT(nn.Module):
             info: Any = self.feature_info[last]
             self.num_features = self.head_hidden_size = info["num_chs"]
         if prune_head or shorter:
-            self.reset_classifier(0)
+            self.reset_classifier(0, "")
         return kept
+
+    def _first_map(self, x: Tensor, stages: int) -> Tensor:
+        """Return the map that the first of so many stages takes; steps of 2 x 2 pixels leave none of 1."""
+        return self.patch_proj(check_images(x, 1 if self.plus else 4 * 2 ** (stages - 1)))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the last map, [N, C, H/32, W/32]."""
-        x = self.patch_proj(x)
+        x = self._first_map(x, len(self.stages))
         for i, stage in enumerate(self.stages):
             x = stage(self.down_projs[i - 1](x) if i else x)
         return self.cls_norm(x)
@@ -254,40 +298,19 @@ class DAT(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _pool(kind: str, classes: int) -> SelectAdaptivePool2d:
-    if not kind and classes:
-        raise ValueError(f"global_pool: expected some pooling in front of {classes} classes, got {kind!r}")
-    return SelectAdaptivePool2d(pool_type=kind, flatten=bool(kind))
-
-
-def _resized(table: Tensor, shape: torch.Size) -> Tensor:
-    """Return a table of position biases for another size of maps or windows, resized bicubically."""
-    size = list(shape[-2:])
-    if table.dim() == 2:  # [side * side, heads], of windows
-        before, after = round(len(table) ** 0.5), round(shape[0] ** 0.5)
-        square = table.T.reshape(1, -1, before, before).float()
-        return F.interpolate(square, (after, after), mode="bicubic").flatten(2)[0].T.to(table.dtype)
-    return F.interpolate(table[None].float(), size, mode="bicubic")[0].to(table.dtype)
-
-
-def _for_this_size(content: Mapping[str, Any], model: nn.Module, features_only: bool) -> dict[str, Any]:
-    """Fit weights to the model's size of images and windows: tables are resized, what is computed is the model's."""
+def _official(content: Mapping[str, Any], model: nn.Module, features_only: bool) -> dict[str, Any]:
+    """Return the weights in a file, fitted to the model's sizes, if they are of such a model."""
     state = match_wrappers(model, find_weights(content, None, "pretrained", []))
-    for key, value in model.state_dict().items():
-        kind = key.rpartition(".")[2]
-        if kind in _COMPUTED:
-            state[key] = value
-        elif kind in _TABLES and key in state and state[key].shape != value.shape:
-            state[key] = _resized(state[key], value.shape)
+    fit_tables(model, state, "")
     return official_weights(state, model, ("cls_norm", "cls_head"), features_only)
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> DAT:
-    fit = partial(_for_this_size, features_only=bool(kwargs.get("features_only")))
+    fit = partial(_official, features_only=bool(kwargs.get("features_only")))
     return build_model_with_cfg(
         DAT, variant, pretrained, pretrained_filter_fn=fit,
-        feature_cfg=dict(out_indices=kwargs.pop("out_indices", (0, 1, 2, 3)), feature_cls="getter"),
-        **dict(_VARIANTS[variant], **kwargs),
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
+        **dict(_VARIANTS[variant], **by_getter(kwargs)),
     )  # fmt: skip
 
 

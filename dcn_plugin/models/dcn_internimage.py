@@ -26,6 +26,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 
 from ._internimage import HEAD, InternImage
 from ._official import official_weights
+from ._timm import by_getter
 
 __all__ = ["InternImage"]
 
@@ -56,7 +57,7 @@ def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> InternImag
     accept = partial(official_weights, head=HEAD, features_only=bool(kwargs.get("features_only")))
     return build_model_with_cfg(
         InternImage, variant, pretrained, pretrained_filter_fn=accept,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"), **dict(arguments, **kwargs),
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"), **dict(arguments, **by_getter(kwargs)),
     )  # fmt: skip
 
 

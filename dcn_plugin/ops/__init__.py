@@ -4,7 +4,7 @@ from .. import _extension
 
 _extension.load()
 
-from . import _flops  # noqa: E402, F401  (registers what the operators cost)
+from . import _flops, _precision  # noqa: E402, F401  (register what the operators cost, and what the kernels ask)
 from ._kernels import kernels_used  # noqa: E402  (registrations refer to schemas that the library defines)
 from .deform_aggregate2d import deform_aggregate2d  # noqa: E402
 from .deform_conv2d import deform_conv2d  # noqa: E402

@@ -53,11 +53,14 @@ def need_plain_torch() -> bool:
     return forward_ad._current_level >= 0 or _differentiates()
 
 
-@torch.compiler.assume_constant_result
 def _differentiates() -> bool:
     """Whether `torch.func` takes derivatives here; traced once, which holds: torch.compile guards the transforms."""
     transforms = get_interpreter_stack()
     return transforms is not None and any(t.key() in (TransformType.Grad, TransformType.Jvp) for t in transforms)
+
+
+# What torch.compiler.assume_constant_result does; that itself imports the whole compiler, a second of every start.
+_differentiates._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def values_are_known(t: Tensor) -> bool:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ class LayerRecord:
     [H', W', 2] is where samples lie at first, where all outputs share them (attention to a grid, K = 1), else None.
     `grid` maps a pixel p of the layer's input to image pixels, per axis `p * scale + shift`, as
     ((scale_y, shift_y), (scale_x, shift_x)); `out_grid` does the same for the layer's output. `call` counts the calls
-    of the layer from 0.
+    of the layer from 0. `window` is how the layer moved over its input; None where it has `places`.
     """
 
     name: str
@@ -44,19 +44,16 @@ class LayerRecord:
     out_grid: tuple[tuple[float, float], tuple[float, float]]
     call: int = 0
     places: Tensor | None = None
-
-    @property
-    def window(self) -> Window:
-        """How the layer moves over its input."""
-        return cast(Window, self.layer.window)
+    window: Window | None = None
 
     def taps(self) -> Tensor:
         """Return where the taps of output pixel (0, 0) lie without offsets, [K, 2]; of a grid's sample from itself."""
-        return self.window.taps() if self.places is None else torch.zeros(1, 2)
+        return torch.zeros(1, 2) if self.window is None else self.window.taps()
 
     def positions(self, y: int, x: int, group: int = 0, sample: int = 0) -> Tensor:
         """Return where output pixel (y, x) samples the layer's input, [K, 2]; of a grid all of its [H' * W', 2]."""
-        if self.places is not None:
+        if self.window is None:
+            assert self.places is not None
             return (self.places + self.offset[sample, group, 0].permute(1, 2, 0)).reshape(-1, 2)
         stride = torch.tensor(self.window.stride, dtype=torch.float32)
         return torch.tensor([y, x]) * stride + self.taps() + self.offset[sample, group, :, :, y, x]
@@ -102,13 +99,18 @@ def effective_dilation(offset: Tensor, kernel_size: Sequence[int], dilation: Seq
     return distances.mean(dim=2) if distances.shape[2] else offset.new_zeros(n, taps.shape[1], h, w)
 
 
-def _spatial(module: nn.Module) -> tuple[list[int], list[int], list[float], list[float]] | None:
-    """Return kernel, stride, top-left padding and dilation of a layer that moves over the image, else None."""
+# Kernel, stride, padding above and to the left, and dilation.
+Geometry = tuple[Sequence[float], Sequence[float], Sequence[float], Sequence[float]]
+
+
+def _of_window(window: Window | None) -> Geometry | None:
+    return window and (window.kernel_size, window.stride, window.padding[:2], window.dilation)
+
+
+def _spatial(module: nn.Module) -> Geometry | None:
+    """Return how a layer moves over the image, or None where it does not."""
     if isinstance(module, SamplingModule):
-        window = module.window
-        return window and (
-            list(window.kernel_size), list(window.stride), list(window.padding[:2]), list(window.dilation)
-        )  # fmt: skip
+        return _of_window(module.window)
     kernel = getattr(module, "kernel_size", None)
     if kernel is None or isinstance(module, nn.modules.conv._ConvTransposeNd):
         return None
@@ -122,8 +124,13 @@ def _spatial(module: nn.Module) -> tuple[list[int], list[int], list[float], list
         padding = [d * (k - 1) // 2 for d, k in zip(dilation, pair(kernel), strict=True)]
     elif isinstance(padding, str):
         padding = 0
-    sides: list[float] = [*pair(padding)]
-    return pair(kernel), pair(getattr(module, "stride", None) or kernel), sides, [*dilation]
+    return pair(kernel), pair(getattr(module, "stride", None) or kernel), pair(padding), dilation
+
+
+def _knows_in_a_call(layer: SamplingModule) -> bool:
+    """Tell whether a layer says how it moved, or where its places are, when it has seen its input."""
+    own = type(layer)
+    return own.places is not SamplingModule.places or own.window_in is not SamplingModule.window_in
 
 
 def _size(tensor: Tensor) -> tuple[int, int]:
@@ -161,7 +168,7 @@ def record(
     found = {
         name: layer
         for name, layer in sampling_layers(model).items()
-        if layer.window is not None or type(layer).places is not SamplingModule.places
+        if layer.window is not None or _knows_in_a_call(layer)
     }
     if not found:
         raise ValueError(f"model: expected deformable convolutions inside, got {type(model).__name__} without any")
@@ -179,8 +186,7 @@ def record(
         spread = [(full / part, (full / part - 1) / 2) for full, part in zip((height, width), size, strict=True)]
         return grids.setdefault(size, (spread[0], spread[1]))
 
-    def advance(module: nn.Module, before: tuple[int, int], after: tuple[int, int]) -> None:
-        geometry = _spatial(module)
+    def advance(geometry: Geometry | None, before: tuple[int, int], after: tuple[int, int]) -> None:
         if geometry is not None and after not in grids and before in grids:
             moved = [
                 (scale * s, shift + scale * ((k - 1) * d / 2 - p))
@@ -191,10 +197,10 @@ def record(
     def follow(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         if given is not None and isinstance(output, Tensor) and given.dim() == output.dim() == 4:
-            advance(module, _size(given), _size(output))
+            advance(_spatial(module), _size(given), _size(output))
 
     def look(name: str, layer: SamplingModule, samples: Samples) -> None:
-        offset, mask, input, window = samples.offset, samples.mask, samples.input, layer.window
+        offset, mask, input, window = samples.offset, samples.mask, samples.input, layer.window_in(samples)
         places = layer.places(samples)
         still = window is None and places is None
         if still or not isinstance(input, Tensor):
@@ -207,7 +213,7 @@ def record(
         assert offset is not None
         if window is not None:
             after = _size(offset)
-            advance(layer, before, after)
+            advance(_of_window(window), before, after)
         item = LayerRecord(
             name,
             layer,
@@ -218,6 +224,7 @@ def record(
             grid_of(after),
             calls[name],
             None if places is None else places.float().cpu(),
+            window,
         )
         calls[name] += 1
         records.append(item)
@@ -292,10 +299,10 @@ def trace(records: Sequence[LayerRecord], unit: Unit, sample: int = 0, group: in
         cells = cells[inside]
         if not len(cells):
             return torch.empty(0, 2)
-        if item.places is not None:
+        if item.window is None:
             points = _to_image(item.positions(0, 0, group % item.offset.shape[1], sample), item.grid)
             continue
-        stride = torch.tensor(item.layer.stride, dtype=torch.float32)
+        stride = torch.tensor(item.window.stride, dtype=torch.float32)
         offsets = item.offset[sample, group % item.offset.shape[1]][:, :, cells[:, 0], cells[:, 1]]
         sampled = (cells * stride)[:, None] + item.taps() + offsets.permute(2, 0, 1)
         points = _to_image(sampled.reshape(-1, 2), item.grid)
@@ -311,17 +318,17 @@ def dilation_by_layer(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 
 def _dilations(model: nn.Module, images: Tensor) -> list[tuple[str, Window, Tensor]]:
-    records = [item for item in record(model, images) if item.places is None]
+    records = [(item, item.window) for item in record(model, images) if item.window is not None]
     if not records:
         raise ValueError(f"model: expected deformable convolutions inside, got {type(model).__name__} without any")
-    several = {item.name for item in records if item.call}
+    several = {item.name for item, _ in records if item.call}
     return [
         (
             f"{item.name}[{item.call}]" if item.name in several else item.name,
-            item.window,
-            effective_dilation(item.offset.flatten(1, 3), item.window.kernel_size, item.window.dilation),
+            window,
+            effective_dilation(item.offset.flatten(1, 3), window.kernel_size, window.dilation),
         )
-        for item in records
+        for item, window in records
     ]
 
 
