@@ -1,6 +1,8 @@
 """Devices and code paths that operator tests run over."""
 
 import contextlib
+import logging
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -13,7 +15,8 @@ import dcn_plugin  # noqa: F401  (registers operators, models and layers)
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 # What may run at most on the CPU (csrc/runtime/kernels.h), for `cpu_kernels`.
 PORTABLE, TUNED = "portable", "tuned"
-BASELINE, V3 = "tuned baseline", "tuned x86-64-v3"
+BASELINE, V3, V4 = "tuned baseline", "tuned x86-64-v3", "tuned x86-64-v4"
+PAIRS = "tuned bfloat16"  # products of pairs of bfloat16, by the processor's instruction where it has one
 
 
 @contextlib.contextmanager
@@ -38,6 +41,9 @@ DEVICES = _devices()
 
 def pytest_collection_modifyitems(config, items):
     """Side by side, the slow ones first: none is left to run alone at the end."""
+    named_by_address = [item.nodeid for item in items if re.search(r"0x[0-9a-f]{6}", item.nodeid)]
+    if named_by_address:  # side by side, each process would collect other tests and none would run
+        raise pytest.UsageError(f"test names: expected the same in every process, got {named_by_address[0]}")
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
@@ -50,7 +56,32 @@ def device(request):
         yield name
 
 
-@pytest.fixture(params=[pytest.param(BASELINE, id="baseline"), pytest.param(V3, id="v3"), pytest.param(TUNED, id="v4")])
+@pytest.fixture(autouse=True)
+def float32_in_full(request):
+    """On a GPU, float32 is compared with the CPU's: convolutions and products of torch's must not round to TF32."""
+    if request.node.get_closest_marker("cuda") is None:
+        yield
+        return
+    libraries = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [library.allow_tf32 for library in libraries]
+    for library in libraries:
+        library.allow_tf32 = False
+    yield
+    for library, allowed in zip(libraries, before, strict=True):
+        library.allow_tf32 = allowed
+
+
+@pytest.fixture(autouse=True)
+def root_logger():
+    """A conversion that OpenVINO refuses leaves the root logger muted, and later tests would see no warning."""
+    root = logging.getLogger()
+    level, filters = root.level, list(root.filters)
+    yield
+    root.setLevel(level)
+    root.filters[:] = filters
+
+
+@pytest.fixture(params=[pytest.param(BASELINE, id="baseline"), pytest.param(V3, id="v3"), pytest.param(V4, id="v4")])
 def vectors(request):
     """The tuned path with the vectors of older processors, too; on one that lacks the newer, the same again."""
     with cpu_kernels(request.param):

@@ -89,8 +89,8 @@ def gate(out, value, feature, state, layer, size):
     return out * (1 - share) + at_outputs(value, layer, size) * share
 
 
-def plain_dcnv3(layer, x):
-    state = dict(layer.state_dict())
+def plain_dcnv3(layer, x, state=None):
+    state = dict(layer.state_dict()) if state is None else state
     size = output_size(x, layer)
     hidden = depthwise(x, state["dw_conv.0.weight"], state["dw_conv.0.bias"])
     hidden = normed(hidden, state["dw_conv.1.1.weight"], state["dw_conv.1.1.bias"])
@@ -104,8 +104,8 @@ def plain_dcnv3(layer, x):
     return affine(gate(out, value, hidden, state, layer, size), state, "output_proj")
 
 
-def plain_dcnv4(layer, rows, shape):
-    state = dict(layer.state_dict())
+def plain_dcnv4(layer, rows, shape, state=None):
+    state = dict(layer.state_dict()) if state is None else state
     x = rows.reshape(len(rows), *shape, -1)
     size = output_size(x, layer)
     hidden = x

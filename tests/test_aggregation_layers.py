@@ -6,7 +6,7 @@ from plain_aggregation import close, drawn, plain_dcnv3, plain_dcnv4
 from torch import nn
 
 import dcn_plugin
-from dcn_plugin.layers import DCNv3, DCNv4, offset_parameters, reset_offsets
+from dcn_plugin.layers import DAttention, DCNv3, DCNv4, offset_parameters, reset_offsets
 from dcn_plugin.visualize import dilation_by_layer, record
 
 V3 = {
@@ -125,6 +125,19 @@ def test_fresh_layers():
         )
 
 
+@pytest.mark.parametrize("kind", [DCNv3, DCNv4])
+def test_memory_that_is_given_later_is_initialised(kind):
+    options = dict(group=2, center_feature_scale=True, dw_kernel_size=3)
+    layer = kind(8, device="meta", **options).to_empty(device="cpu")
+    for parameter in layer.parameters():
+        parameter.data.fill_(torch.nan)
+    torch.manual_seed(0)
+    layer.reset_parameters()
+    assert all(parameter.isfinite().all() for parameter in layer.parameters())
+    inner = layer.dw_conv[0] if kind is DCNv3 else layer.offset_mask_dw
+    assert inner.weight.std() > 0.1 and inner.bias.any()
+
+
 def test_half_precision_keeps_positions():
     """Values in bfloat16 beside float32 offsets: on a wide map their rounding would move samples by pixels."""
     layer = DCNv3(8, group=2)
@@ -145,6 +158,68 @@ def test_mmengine_builds_them():
     for kind in (DCNv3, DCNv4):
         layer = MODELS.build(dict(type=f"dcn_plugin.{kind.__name__}", channels=8, group=2))
         assert type(layer) is kind and layer.group == 2
+
+
+# Where they run without this package
+
+EXPORTED = {
+    "DCNv3": (lambda: DCNv3(8, group=2, center_feature_scale=True, remove_center=True), (1, 6, 7, 8)),
+    "DCNv3 strided": (lambda: DCNv3(8, group=4, stride=2, offset_scale=2.0, channels_first=True), (1, 8, 9, 7)),
+    "DCNv4": (lambda: DCNv4(8, group=2, dw_kernel_size=3), (1, 49, 8)),
+    "DCNv4 of maps": (lambda: DCNv4(8, group=2, center_feature_scale=True, channels_first=True), (1, 8, 6, 7)),
+    "DAttention": (lambda: DAttention(8, 4, 2, 7, stride=2), (1, 8, 6, 7)),
+}
+
+
+def by_onnxruntime(layer, x, folder):
+    session = pytest.importorskip("onnxruntime").InferenceSession
+    onnx_export = pytest.importorskip("dcn_plugin.export.onnx")
+    file = onnx_export.export_onnx(layer, (x,), folder / "layer.onnx")
+    run = session(str(file))
+    return torch.from_numpy(run.run(None, {run.get_inputs()[0].name: x.numpy()})[0])
+
+
+def by_core_operators(layer, x, folder):
+    """What `export_executorch` lowers: no operator of ours is left."""
+    from dcn_plugin.export.grid_sample import grid_sample_decompositions
+
+    steps = {**torch.export.default_decompositions(), **grid_sample_decompositions()}
+    program = torch.export.export(layer, (x,)).run_decompositions(steps)
+    assert not any("dcn_plugin" in str(node.target) for node in program.graph.nodes)
+    return program.module()(x)
+
+
+def by_openvino(layer, x, folder):
+    openvino = pytest.importorskip("openvino")
+    from dcn_plugin.export.openvino import convert
+
+    with pytest.raises(Exception, match="give dcn_plugin.export.openvino.convert an ONNX file, or what torch.export"):
+        convert(layer, x)
+    program = torch.export.export(layer, (x,))
+    compiled = openvino.compile_model(convert(program), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return torch.from_numpy(compiled(x.numpy())[0])
+
+
+@pytest.mark.parametrize("way", [by_onnxruntime, by_core_operators, by_openvino])
+@pytest.mark.parametrize("kind", EXPORTED)
+def test_exported_layers_compute_the_same(kind, way, tmp_path):
+    make, shape = EXPORTED[kind]
+    layer = drawn(make()).float()
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        close(way(layer, x, tmp_path), layer(x), 1e-5)
+
+
+@pytest.mark.parametrize("kind", EXPORTED)
+def test_ncnn_refuses_them_by_name(kind, tmp_path):
+    ncnn = pytest.importorskip("dcn_plugin.export.ncnn", exc_type=ImportError)
+    make, shape = EXPORTED[kind]
+    said = (
+        f"expected deformable convolutions alone, got {kind.split()[0]} at '0', for which torchvision has no operator"
+    )
+    with pytest.raises(NotImplementedError, match=said):
+        ncnn.export_ncnn(nn.Sequential(make()), (torch.zeros(shape),), tmp_path / "layer")
+    assert not any(tmp_path.iterdir())
 
 
 # In a convolution's place

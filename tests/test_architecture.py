@@ -17,23 +17,24 @@ CSRC = ROOT / "csrc"
 # Part -> the parts of dcn_plugin that it may import; what else it may import besides torch and the standard library.
 MAY_IMPORT = {
     "_version": ("", ""),
-    "_config": ("", ""),
+    "_config": ("", "timm"),
     "_extension": ("_version", ""),
     "collect_env": ("_version _extension", ""),
     "reference": ("reference", ""),
     "ops": ("ops reference _extension", ""),
     "layers": ("layers ops reference", ""),
     "_folding": ("", ""),
+    "inference": ("layers", ""),
     "convert": ("_config _folding layers ops", ""),
     "_weight_files": ("", "safetensors"),
     "_unpickling": ("_weight_files", ""),
     "checkpoint": ("_unpickling _weight_files layers", ""),
     "flops": ("layers ops", "mmengine"),
     "visualize": ("visualize layers", "numpy matplotlib"),
-    "models": ("models convert checkpoint layers _config registry", "timm mmengine"),
-    "mm": ("mm checkpoint layers", "timm mmengine numpy"),
+    "models": ("models convert checkpoint layers ops _config registry", "timm mmengine"),
+    "mm": ("mm checkpoint layers _config", "timm mmengine numpy"),
     # Detectors are torchvision's; they alone import it.
-    "detection": ("detection mm layers ops reference _config", "torchvision"),
+    "detection": ("detection mm layers ops reference _config", "timm torchvision"),
     # MMEngine asks for detection's layer by name; it is imported then.
     "registry": ("mm detection layers flops", "mmengine mmcv"),
     # What stands in for other packages calls them, too.
@@ -53,7 +54,7 @@ MAY_IMPORT = {
     # The plug is imported in the program's process, by what Python imports there first; these two know no torch.
     "_startup": ("", ""),
     "__main__": ("_startup integrations", ""),
-    "__init__": ("_version layers ops reference checkpoint convert", ""),
+    "__init__": ("_version layers ops reference checkpoint convert inference", ""),
 }
 
 
@@ -154,7 +155,16 @@ def includes_of(path: Path) -> list[tuple[str, bool]]:
 SOURCES = sorted(path for path in CSRC.rglob("*.*") if path.suffix in (".h", ".cuh", ".cpp", ".cu"))
 # Layers of csrc, and the files of an operator's folder, from the bottom: each may include what stands before it.
 LAYERS = ["core", "runtime", "ops"]
-OF_OPERATOR = ["arguments.h", "bodies.h", "index.h", "portable.h", ("cpu", "cuda"), "operator.h", "registration"]
+OF_OPERATOR = [
+    "arguments.h",
+    "bodies.h",
+    "depthwise_bodies.h",
+    "index.h",
+    "portable.h",
+    ("cpu", "cuda"),
+    "operator.h",
+    "registration",
+]
 
 
 def place_in_operator(path: str) -> tuple[str, int, str]:

@@ -91,6 +91,25 @@ def test_every_operator_is_timed_or_it_says_why_not(benchmark):
     assert timed | run.NOT_TIMED.keys() == BY_NAME.keys()
 
 
+def test_every_backbone_is_timed_and_the_tiny_ones_beside_others(benchmark):
+    timm = pytest.importorskip("timm")
+    backbones, harness = benchmark("backbones"), benchmark("harness")
+    shapes = backbones.SHAPES["cpu"]
+    wanted = [name for family in ("dcn_internimage", "dcn_dat") for name in timm.list_models(module=family)]
+    assert sorted(shape.model for shape in shapes) == sorted(wanted)
+    setting = harness.Setting("cpu", torch.float32, 1.0, 1, 1.0)
+    for shape in shapes:
+        assert shape.batch == 1 and shape.is_tiny == (shape.model.rpartition("_")[2] == "tiny")
+        if not shape.is_tiny:
+            assert not any(backbones.make(shape, setting, name, "channels_last") for name in backbones.PEERS)
+    ours = {harness.OURS: {"channels_last": {"ms": 500.0, "spread": 0.1}}, "batch": 1}
+    alone = backbones.figures(ours)
+    assert alone["images/s"] == "2.00" and alone["/ resnet50_dcn"] == alone["convnext_tiny images/s"] == "-"
+    beside = backbones.figures({**ours, **{name: {"NCHW": {"ms": 250.0, "ratio": 2.0}} for name in backbones.PEERS}})
+    assert beside.keys() == alone.keys() and beside["/ resnet50_dcn"] == "2.00"
+    assert beside["convnext_tiny images/s"] == "4.00"
+
+
 def test_what_differs_is_not_timed(benchmark):
     harness = benchmark("harness")
     truth, off = torch.tensor([1.0, -2.0]), torch.tensor([1.0, -2.001])

@@ -84,15 +84,15 @@ def test_reads_safetensors(tmp_path):
 
 def test_key_chooses_the_entry(tmp_path, caplog):
     other = {key: value + 1 for key, value in WEIGHTS.items()}
-    torch.save({"state_dict": WEIGHTS, "state_dict_ema": other, "student": other}, tmp_path / "x.pth")
+    torch.save({"state_dict": WEIGHTS, "teacher": other, "student": other}, tmp_path / "x.pth")
     assert torch.equal(read_checkpoint(tmp_path / "x.pth")["a.bias"], WEIGHTS["a.bias"])
-    for key in ("state_dict_ema", "student"):
+    for key in ("teacher", "student"):
         assert torch.equal(read_checkpoint(tmp_path / "x.pth", key=key)["a.bias"], other["a.bias"])
-    with pytest.raises(ValueError, match="which has 'state_dict', 'state_dict_ema', 'student', got 'teacher'"):
-        read_checkpoint(tmp_path / "x.pth", key="teacher")
+    with pytest.raises(ValueError, match="which has 'state_dict', 'teacher', 'student', got 'pupil'"):
+        read_checkpoint(tmp_path / "x.pth", key="pupil")
     model = nn.ModuleDict({"a": nn.Linear(3, 2)})
     report = load_checkpoint(model, tmp_path / "x.pth")
-    assert "took 'state_dict'; the file also holds 'state_dict_ema', 'student' (choose with key=)" in report.notes
+    assert "took 'state_dict'; the file also holds 'teacher', 'student' (choose with key=)" in report.notes
 
 
 class Evil:
@@ -248,8 +248,11 @@ def test_prefix_by_name():
     state = {"teacher.net." + name: value for name, value in source.state_dict().items()}
     with pytest.raises(RuntimeError, match="missing"):
         load_checkpoint(target, state)
-    load_checkpoint(target, state, prefix="teacher.net.")
-    assert same(target, source.state_dict())
+    for prefix in ("teacher.net.", "teacher.net"):  # the dot may be left out
+        target = dcn_resnet(2)
+        report = load_checkpoint(target, state, prefix=prefix)
+        assert same(target, source.state_dict())
+        assert report.notes == [f"prefix 'teacher.net.' removed from {len(state)} names"]
     with pytest.raises(ValueError, match="prefix: expected the start of names .* got 'student.'"):
         load_checkpoint(target, state, prefix="student.")
     with pytest.raises(RuntimeError, match="unexpected"):  # '' means: the names as they are

@@ -1,6 +1,7 @@
 """Detectors against torchvision's own, against values worked out by hand, and as torchvision's users use them."""
 
 import copy
+import operator
 from typing import Any
 
 import pytest
@@ -115,6 +116,13 @@ def test_bfloat16_autocast(name):
         losses = model(images((64, 64)), targets()[:1])
     assert all(loss.isfinite() for loss in losses.values())
     sum(losses.values()).backward()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("library", ["cudnn", "cuda.matmul"])
+def test_comparisons_with_a_gpu_are_of_float32(library):
+    """conftest.py sees to it for every test with this mark: cuDNN rounds to TF32 unless it is told not to."""
+    assert not operator.attrgetter(library)(torch.backends).allow_tf32
 
 
 @pytest.mark.cuda
@@ -377,6 +385,12 @@ def test_stages_of_other_families_are_frozen():
     model = faster_rcnn(3, convnext, trainable_backbone_layers=2, **FASTER)
     trains = {name.split(".")[0] for name, p in model.backbone.body.named_parameters() if p.requires_grad}
     assert trains == {"stages_2", "stages_3"}
+    # Projections that lead from stage to stage are defined behind all stages.
+    dat = dict(name="dat_tiny", dim=16, depths=(2, 2, 2, 2), spec=("LS", "LS", "LD", "LD"), heads=(1, 2, 4, 8))
+    model = faster_rcnn(3, dict(dat, groups=(0, 0, 1, 2), img_size=64), trainable_backbone_layers=2, **FASTER)
+    names = (name.split(".") for name, p in model.backbone.body.named_parameters() if p.requires_grad)
+    trains = {".".join(name[1:3]) for name in names}
+    assert trains == {"stages.2", "stages.3", "down_projs.1", "down_projs.2"}
 
 
 def test_detectors_table():

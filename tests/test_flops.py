@@ -11,16 +11,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dcn_plugin import DCNv1, DCNv2, DeformConv2d, flops, ops
 from dcn_plugin.layers import (
+    ActiveConv2d,
     DAttention,
     DCNv3,
     DCNv4,
+    DeformConv1d,
     DeformPSRoIPool,
     DeformPSRoIPoolPack,
     DeformRoIPool,
     DeformRoIPoolPack,
+    Dilated,
     MMCVMultiScaleDeformableAttention,
     MSDeformAttn,
     PSRoIPool,
+    SpatialTransformer,
 )
 
 X = torch.rand(2, 12, 20, 24)
@@ -153,6 +157,43 @@ def test_attention_to_a_grid_costs_what_the_formula_says():
     sampled = samples * 12 * 4 + queries * 3 * 4 * 3 * 4
     products = 2 * queries * 3 * 4 * 12
     assert counted(layer, x) == projections + predicted + sampled + products
+
+
+def test_active_convolutions_cost_what_others_do_without_a_predictor():
+    layer = ActiveConv2d(12, 6, 3, padding=1, groups=3)
+    wanted = convolution(2 * 20 * 24, 9, 12, 6, 3)
+    assert counted(layer, X) == wanted
+    layer.__flops__ = 0
+    flops.ptflops_hooks()[ActiveConv2d](layer, (X,), layer(X))
+    assert layer.__flops__ == wanted
+
+
+def test_the_control_costs_what_a_convolution_does():
+    layer = Dilated(12, 6, 3, padding=1, groups=3)
+    wanted = 2 * 20 * 24 * 9 * 12 * 6 // 3
+    assert counted(layer, X) == wanted
+    layer.__flops__ = 0
+    flops.ptflops_hooks()[Dilated](layer, (X,), layer(X))
+    assert layer.__flops__ == wanted
+
+
+def test_convolutions_of_sequences_cost_what_those_of_a_row_do():
+    layer, call = DeformConv1d(12, 6, 3, padding=1), (torch.rand(2, 12, 20), torch.zeros(2, 3, 20))
+    wanted = convolution(2 * 20, 3, 12, 6)
+    assert counted(layer, *call) == wanted
+    layer.__flops__ = 0
+    flops.ptflops_hooks()[DeformConv1d](layer, call, layer(*call))
+    assert layer.__flops__ == wanted
+
+
+def test_spatial_transformers_cost_what_the_formula_says():
+    """Two convolutions and two linear layers, then four products for each channel of a sample, and one with its one."""
+    layer, x = SpatialTransformer(12, output_size=(5, 4)), torch.rand(2, 12, 16, 20)
+    localiser = 16 * 20 * 8 * 12 * 49 + 8 * 10 * 10 * 8 * 25 + 160 * 32 + 32 * 6
+    assert counted(layer, x) == 2 * (localiser + 5 * 4 * 12 * 5)
+    layer.__flops__ = 0
+    flops.ptflops_hooks()[SpatialTransformer](layer, (x,), layer(x))
+    assert layer.__flops__ == 2 * (localiser + 5 * 4 * 12 * 5)
 
 
 def test_attention_costs_what_the_formula_says():

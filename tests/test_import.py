@@ -63,6 +63,12 @@ def test_works_without_frameworks(blocked):
     assert run_python(code, "-W", "error") == ""
 
 
+def test_the_compiler_is_not_imported_for_nothing():
+    """It takes several times as long as all of this package."""
+    code = BLOCK.format(blocked=("timm", "mmengine")) + "import dcn_plugin\nassert 'torch._dynamo' not in sys.modules"
+    assert run_python(code, "-W", "error") == ""
+
+
 def test_import_is_silent_light_and_repeatable():
     code = """
     import importlib, sys

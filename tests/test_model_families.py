@@ -1,5 +1,6 @@
 """Every model is what timm, and this repository, expect of one; a new family is tested by existing."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import timm  # noqa: E402
 from families import FAMILIES, MODELS, NAMES, images, short, smallest, without_weights  # noqa: E402
 from timm.models import group_parameters  # noqa: E402
 from timm.optim import param_groups_layer_decay  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from dcn_plugin.layers import offset_parameters, sampling_layers  # noqa: E402
 
@@ -68,6 +70,25 @@ def test_its_configuration_names_layers_that_it_has(name):
     assert cfg.input_size[0] == 3 and cfg.num_classes > 1 and len(cfg.mean) == len(cfg.std) == 3
 
 
+def test_the_documents_have_these_numbers():
+    """Of every model that is no base's of timm: parameters and multiply-adds at its own size."""
+    document = (ROOT / "docs/timm.md").read_text()
+    rows = re.findall(
+        r"^\| `(\w+)`(?:, `([^`]+)`)? \| `(\w+)` \| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", document, re.M
+    )
+    assert {name for name, *_ in rows} == {*MODELS["dcn_internimage"], *MODELS["dcn_dat"]}
+    for name, options, tag, side, parameters, multiply_adds, _ in rows:
+        cfg = timm.get_pretrained_cfg(name)
+        assert cfg.tag == tag and (options or cfg.input_size == (3, int(side), int(side)))
+        given = dict(re.findall(r"(\w+)=(\d+)", options))
+        assert not options or given["img_size"] == side
+        with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+            model = timm.create_model(name, **{key: int(value) for key, value in given.items()}).eval()
+            model(torch.zeros(1, 3, int(side), int(side)))
+        assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}" == parameters, name
+        assert f"{counter.get_total_flops() / 2e9:.2f}" == multiply_adds, name
+
+
 # What timm does with a model
 
 
@@ -80,6 +101,25 @@ def test_feature_maps_have_the_channels_and_strides_that_it_says(make):
     final, between = make().forward_intermediates(images(64))
     torch.testing.assert_close(final, make().forward_features(images(64)))
     assert between
+
+
+@each_family
+def test_every_extractor_of_timm_gives_the_same_maps(make):
+    model, x = make(), images(32)
+    wanted = model.forward_intermediates(x, intermediates_only=True)
+    state = {name.replace(".", "_"): value for name, value in model.state_dict().items()}
+    for kind in ("list", "dict", "hook", "fx", "getter"):
+        found = make(features_only=True, out_indices=(1, -1), feature_cls=kind)
+        # Parts are named as in the model, but for what an extractor puts before or joins.
+        own = {name: re.sub(r"^(graph_module|model|body)_", "", name.replace(".", "_")) for name in found.state_dict()}
+        found.load_state_dict({name: state[plain] for name, plain in own.items()})
+        maps = found(x)
+        if kind == "dict":
+            assert list(maps) == ["1", "-1"]
+            maps = list(maps.values())
+        assert len(maps) == 2 and found.feature_info.channels() == [m.shape[1] for m in maps], kind
+        for one, other in zip(maps, (wanted[1], wanted[-1]), strict=True):
+            torch.testing.assert_close(one, other, msg=kind)
 
 
 @each_family

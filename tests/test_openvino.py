@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 
 import pytest
@@ -145,3 +146,17 @@ def test_what_cannot_be_read_is_named():
     given = (x, torch.tensor([[0, 1.0, 1, 5, 6]]))
     with pytest.raises(Exception, match="deform_roi_pool: expected an operator that OpenVINO has, got RoI pooling"):
         convert(torch.export.export(Pool(), given))
+
+
+def test_a_conversion_that_fails_leaves_logging_alone():
+    """OpenVINO's own leaves the root logger with the level ERROR, so that nobody's warnings are seen any more."""
+
+    class Eigenvalues(nn.Module):
+        def forward(self, x):
+            return torch.linalg.eigvalsh(x)
+
+    root = logging.getLogger()
+    before = root.level, list(root.filters), list(root.handlers)
+    with pytest.raises(Exception, match="No conversion rule"):
+        convert(torch.export.export(Eigenvalues(), (torch.eye(3),)))
+    assert (root.level, root.filters, root.handlers) == before

@@ -422,9 +422,7 @@ def test_a_distributed_checkpoint_is_named_with_a_command_that_works(tmp_path):
 # Averaged weights
 
 AVERAGED = {
-    "timm": ({"state_dict": OTHER, "state_dict_ema": WEIGHTS, "epoch": 1}, "state_dict_ema"),
     "RT-DETR": ({"model": OTHER, "ema": {"module": WEIGHTS, "updates": 3}, "last_epoch": 1}, "ema.module"),
-    "detr": ({"model": OTHER, "model_ema": WEIGHTS, "args": None}, "model_ema"),
     "MMEngine": ({"state_dict": OTHER, "ema_state_dict": {**WEIGHTS, "steps": torch.tensor(3)}}, "ema_state_dict"),
     "Lightning, what is not averaged": ({"state_dict": OTHER, "current_model_state": WEIGHTS}, "current_model_state"),
     "Lightning's SWA": (
@@ -458,6 +456,27 @@ def test_averaged_weights_are_listed_and_chosen(tmp_path, kind):
         load_checkpoint(model, tmp_path / "x.pth", key=chosen, allow_unexpected="steps")
         assert are(model.state_dict(), WEIGHTS)
     assert wanted
+
+
+@pytest.mark.parametrize(
+    ("key", "averaged"), [("state_dict", "state_dict_ema"), ("model", "model_ema"), ("state_dict", "model_ema")]
+)
+def test_under_timms_names_averaged_weights_are_taken_as_timm_does(tmp_path, key, averaged):
+    timm = pytest.importorskip("timm")
+    file = tmp_path / "x.pth"
+    torch.save({key: OTHER, averaged: WEIGHTS, "epoch": 1}, file)
+    model = nn.ModuleDict({"a": nn.Linear(3, 2)})
+    report = load_checkpoint(model, file)
+    assert f"took {averaged!r}; the file also holds {key!r} (choose with key=)" in report.notes
+    assert are(model.state_dict(), WEIGHTS) and are(read_checkpoint(file), WEIGHTS)
+    timm.models.load_checkpoint(model, str(file))
+    assert are(model.state_dict(), WEIGHTS)
+    load_checkpoint(model, file, key=key)
+    assert are(model.state_dict(), OTHER)
+    for none in ({}, {"decay": 0.9, "updates": 3}, {"decay": torch.tensor(0.9)}, {"module": {}}):
+        torch.save({key: OTHER, averaged: none}, file)
+        load_checkpoint(model, file)
+        assert are(model.state_dict(), OTHER)
 
 
 def test_only_averaged_weights_are_found():

@@ -28,6 +28,22 @@ def build(flags: str = "") -> Path:
     return ROOT / library
 
 
+@functools.cache
+def library() -> Path:
+    return build(os.environ.get(FLAGS, ""))
+
+
+@functools.cache
+def give_schemas() -> torch.library.Library:
+    """Define the emulated operators, with the schemas of the package's own; they live as long as what is returned."""
+    schemas = torch.library.Library("dcn_plugin_emulated", "FRAGMENT")
+    for name in torch._C._dispatch_get_all_op_names():
+        space, _, own = name.partition("::")
+        if space == "dcn_plugin" and not own.startswith("_"):
+            schemas.define(str(getattr(torch.ops.dcn_plugin, own).default._schema).removeprefix("dcn_plugin::"))
+    return schemas
+
+
 def load() -> object:
     """Return the namespace of the emulated operators, or skip the calling test where they cannot be."""
     if sys.platform != "linux":
@@ -41,7 +57,8 @@ def load() -> object:
 def load_once() -> str | None:
     """Return what the compiler said, if it failed: once for all tests."""
     try:
-        torch.ops.load_library(str(build(os.environ.get(FLAGS, ""))))
+        give_schemas()
+        torch.ops.load_library(str(library()))
     except AssertionError as error:
         return str(error)
     return None

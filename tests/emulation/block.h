@@ -88,20 +88,6 @@ class Block {
     wait(warp(), first(), [] {});
   }
 
-  float from_lane_above(float value, int distance) {
-    uint32_t word;
-    std::memcpy(&word, &value, 4);
-    word = exchange(word, thread_ % 8 + distance < 8 ? distance : 0);
-    std::memcpy(&value, &word, 4);
-    return value;
-  }
-  int from_lane_above(int value, int distance) {
-    return static_cast<int>(exchange(static_cast<uint32_t>(value), thread_ % 8 + distance < 8 ? distance : 0));
-  }
-  int from_lane_below(int value) {
-    return static_cast<int>(exchange(static_cast<uint32_t>(value), thread_ % 8 ? -1 : 0));
-  }
-
   float from_lane_across(float value, int distance) {
     uint32_t word;
     std::memcpy(&word, &value, 4);
@@ -136,8 +122,22 @@ class Block {
     }
   }
 
-  void load_matrices(uint32_t (&m)[4], const void* row) { load(m, row, false); }
-  void load_matrices_transposed(uint32_t (&m)[4], const void* row) { load(m, row, true); }
+  void load_matrices(uint32_t (&m)[4], const void* row) {
+    lane(thread_ % 32).row = row;
+    // Shared memory is read once all lanes have arrived, which is as late as hardware may.
+    sync_warp();
+    const int l = thread_ % 32;
+    for (int i = 0; i < 4; ++i) {
+      const auto* from = static_cast<const unsigned char*>(lane(8 * i + l / 4).row);
+      if (from < s_.shared_begin() || from + 16 > s_.shared_begin() + s_.size ||
+          reinterpret_cast<uintptr_t>(from) % 16) {
+        std::fprintf(stderr, "emulated block: a matrix row lies outside shared memory or is not aligned\n");
+        std::abort();
+      }
+      std::memcpy(&m[i], from + l % 4 * 4, 4);
+    }
+    next_exchange();
+  }
 
   template <typename S>
   void multiply(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -180,50 +180,43 @@ class Block {
     return found;
   }
 
-  void load(uint32_t (&m)[4], const void* row, bool transposed) {
-    lane(thread_ % 32).row = row;
-    // Shared memory is read once all lanes have arrived, which is as late as hardware may.
-    sync_warp();
-    const int l = thread_ % 32;
-    for (int i = 0; i < 4; ++i) {
-      uint16_t pair[2];
-      for (int e = 0; e < 2; ++e) {
-        const int r = transposed ? l % 4 * 2 + e : l / 4, c = transposed ? l / 4 : l % 4 * 2 + e;
-        const auto* from = static_cast<const unsigned char*>(lane(8 * i + r).row);
-        if (from < s_.shared_begin() || from + 16 > s_.shared_begin() + s_.size ||
-            reinterpret_cast<uintptr_t>(from) % 16) {
-          std::fprintf(stderr, "emulated block: a matrix row lies outside shared memory or is not aligned\n");
-          std::abort();
-        }
-        std::memcpy(&pair[e], from + 2 * c, 2);
-      }
-      std::memcpy(&m[i], pair, 4);
-    }
-    next_exchange();
-  }
-
-  // Layout of the fragments: PTX ISA, mma.m16n8k16 for 16-bit types.
+  // Layout of the fragments: PTX ISA, mma.m16n8k16 for 16-bit types, mma.m16n8k8 for TF32. A word holds `kInWord`
+  // terms, and four lanes side by side hold the words of 16 bytes.
   template <typename S>
   void multiply_warp() {
-    float a[16][16], b[16][8];
-    const auto value = [](uint32_t word, int e) {
-      S pair[2];
-      std::memcpy(pair, &word, 4);
-      return static_cast<float>(pair[e]);
-    };
+    constexpr int kInWord = 4 / sizeof(S), kTerms = 8 * kInWord;
+    float a[16][kTerms], b[kTerms][8];
     for (int l = 0; l < 32; ++l) {
       const LaneData& of = lane(l);
-      for (int e = 0; e < 2; ++e) {
-        const int c = l % 4 * 2 + e;
-        for (int w = 0; w < 4; ++w) a[l / 4 + (w & 1) * 8][c + (w >> 1) * 8] = value(of.a[w], e);
-        for (int w = 0; w < 2; ++w) b[c + w * 8][l / 4] = value(of.b[w], e);
+      for (int e = 0; e < kInWord; ++e) {
+        const int c = l % 4 * kInWord + e;
+        for (int w = 0; w < 4; ++w) a[l / 4 + (w & 1) * 8][c + (w >> 1) * kTerms / 2] = operand<S>(of.a[w], e);
+        for (int w = 0; w < 2; ++w) b[c + w * kTerms / 2][l / 4] = operand<S>(of.b[w], e);
       }
     }
     for (int l = 0; l < 32; ++l)
       for (int e = 0; e < 4; ++e) {
         const int r = l / 4 + (e >> 1) * 8, c = l % 4 * 2 + (e & 1);
-        for (int k = 0; k < 16; ++k) lane(l).sums[e] += a[r][k] * b[k][c];
+        for (int k = 0; k < kTerms; ++k) lane(l).sums[e] += a[r][k] * b[k][c];
       }
+  }
+
+  // Value e of a word. The tensor cores ignore what float has beyond TF32, which is not what rounding would give.
+  template <typename S>
+  static float operand(uint32_t word, int e) {
+    if constexpr (sizeof(S) == 4) {
+      float value;
+      std::memcpy(&value, &word, 4);
+      if (value == value && (word & 0x1fff)) {
+        std::fprintf(stderr, "emulated block: an operand of a product in TF32 is not rounded\n");
+        std::abort();
+      }
+      return value;
+    } else {
+      S pair[2];
+      std::memcpy(pair, &word, 4);
+      return static_cast<float>(pair[e]);
+    }
   }
 
   BlockState& s_;

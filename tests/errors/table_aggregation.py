@@ -70,6 +70,18 @@ def called():
         yield Case(fourth(ROWS, shape), ValueError, "shape:", "expected (H, W) of the 35 pixels of input", got)
     yield Case(fourth(ROWS, (5, 7, 1)), ValueError, "shape:", "expected an integer or 2 integers", "got 3")
     yield Case(fourth(ROWS, (5.0, 7.0)), TypeError, "shape:", "expected an integer", "got 5.0")
+    for geometry, size, least in (({}, (0, 3), 1), ({}, (3, 0), 1), (dict(kernel_size=5, pad=1), (2, 7), 3)):
+        said, got = f"expected at least {least} x {least} pixels", f"got {size[0]} x {size[1]}"
+        maps = torch.zeros(2, *size, 6)
+        for layer in (DCNv3, DCNv4):
+            for order in (True, False):
+                made = layer(**GOOD, **geometry, channels_first=order)
+                given = [maps.permute(0, 3, 1, 2)] if order else [maps]
+                if layer is DCNv4 and not order:
+                    given = [maps.flatten(1, 2), size]
+                for call in (made, made.offsets):
+                    yield Case(partial(call, *given), ValueError, "input:", said, got)
+    yield Case(fourth(ROWS[:, :0]), ValueError, "input:", "expected at least 1 x 1 pixels", "got 0 x 0")
     yield Case(fourth(ROWS, (-5, -7)), ValueError, "shape:", "expected at least 0", "got -5")
 
 

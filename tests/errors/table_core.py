@@ -1,4 +1,4 @@
-"""Conversion, checkpoints, export to ONNX, and the compiled libraries."""
+"""Conversion, preparation for inference, checkpoints, export to ONNX, and the compiled libraries."""
 
 import importlib
 import io
@@ -471,4 +471,17 @@ OPTIMIZERS = [
         ValueError, "dcn_offset_lr_mult:", "expected an optimizer with a learning rate", "got one without lr",
     ),
 ]  # fmt: skip
-CASES = CONVERT + CHECKPOINT + ONNX + OPENVINO + LIBRARIES + OPTIMIZERS
+NONE = "deformable convolutions with weights of their own on a CPU"
+INFERENCE = [
+    Case(lambda: dcn_plugin.prepare_for_inference({}), TypeError, "model", "expected an nn.Module", "got dict"),
+    Case(lambda: dcn_plugin.prepare_for_inference(model()), ValueError, "model", NONE, "got none"),
+    Case(
+        lambda: dcn_plugin.prepare_for_inference(DeformConv2d(4, 4, 3, device="meta")),
+        ValueError, "model", NONE, "got none",
+    ),
+    Case(
+        lambda: dcn_plugin.prepare_for_inference(DeformConv2d(4, 4, 3, groups=4)),
+        ValueError, "model", NONE, "got none",
+    ),
+]  # fmt: skip
+CASES = CONVERT + INFERENCE + CHECKPOINT + ONNX + OPENVINO + LIBRARIES + OPTIMIZERS

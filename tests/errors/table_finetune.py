@@ -407,8 +407,9 @@ MODULE = [
     Case(built(model=dict(depth=18)), ValueError, "model:", "expected a timm name, dict(name=...)", "got {'depth'"),
     Case(
         built(model="resnet18_dnc"),
-        ValueError, "model:", "close to it: resnet", "expected a timm model, got 'resnet18_dnc'",
+        ValueError, "model:", "close to it: resnet18", "expected a timm model, got 'resnet18_dnc'",
     ),
+    Case(built(model=dict(name=3)), TypeError, "model:", "expected a timm model's name", "got 3"),
     Case(built(model=dict(MODEL, chanels=3)), TypeError, "model:", "expected arguments that", "'chanels'"),
     *(
         Case(built(optimizer={name: -1}), ValueError, f"optimizer.{name}:", "a non-negative factor", "got -1")

@@ -97,6 +97,9 @@ def convolutions():
         for value in ("2", True):
             call = of(layer, CONV)(offset_bound=value)
             yield Case(call, TypeError, "offset_bound", "expected a number of pixels or None", f"got {value!r}")
+        for value in ("rotation", 6, ["affine"]):
+            call = of(layer, CONV)(offset_form=value)
+            yield Case(call, ValueError, "offset_form:", "expected 'affine', 'similarity' or None", f"got {value!r}")
         for shape in ((4, 8, 8), (1, 3, 8, 8), (1, 4, 8), (1, 4, 8, 8, 1)):
             call = lambda layer=layer, shape=shape: layer(4, 6, 3)(torch.zeros(shape))  # noqa: E731
             yield Case(call, ValueError, "input", "expected [N, 4, H, W]", f"got {list(shape)}")
@@ -535,6 +538,12 @@ def grids():
     ):
         for call in (layer, layer.offsets):
             yield Case(partial(call, given), error, "input", expected, got)
+    few = layers.DAttention(4, 2, 1, 8, ksize=4, stride=4, plus=True, offset_range_factor=-1.0)
+    for made, size, least in ((layer, (0, 3), 1), (layer, (3, 0), 1), (few, (3, 4), 4)):
+        for call in (made, made.offsets):
+            got = f"got {size[0]} x {size[1]}"
+            wanted = f"expected at least {least} x {least} pixels"
+            yield Case(partial(call, torch.zeros(2, 4, *size)), ValueError, "input:", wanted, got)
 
 
 def branched_by_flatten():

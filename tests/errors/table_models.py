@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dcn_plugin.detection.backbone import _modules_up_to
-from dcn_plugin.detection.faster_rcnn import build_detector
+from dcn_plugin.detection.faster_rcnn import build_detector, faster_rcnn
 from dcn_plugin.mm import DCNResNet, TimmBackbone, build_dcn, build_dcnv2
 from errors.case import Case
 
@@ -69,8 +69,22 @@ def official(tmp_path, spoil):
     timm.create_model("internimage_tiny", pretrained=True, num_classes=7, pretrained_cfg_overlay=overlay, **SMALL)
 
 
+def usual(model, *rates):
+    """timm's usual arguments, of which its own models take any number."""
+    yield Case(model(in_chans=0), ValueError, "in_chans:", "expected at least 1", "got 0")
+    yield Case(model(in_chans=3.0), TypeError, "in_chans:", "expected an integer", "got 3.0")
+    yield Case(model(num_classes=-1), ValueError, "num_classes:", "expected at least 0", "got -1")
+    for name in rates:
+        for value in (2.0, -0.1):
+            yield Case(model(**{name: value}), ValueError, f"{name}:", "expected a part from 0 to 1", f"got {value}")
+        yield Case(model(**{name: "0.1"}), TypeError, f"{name}:", "expected a number", "got '0.1'")
+
+
 INTERNIMAGE = [
     Case(internimage(core_op="DCNv2"), ValueError, "core_op:", "expected 'DCNv3' or 'DCNv4'", "got 'DCNv2'"),
+    Case(internimage(core_op=[]), ValueError, "core_op:", "expected 'DCNv3' or 'DCNv4'", "got []"),
+    Case(internimage(groups=(1, 0, 1, 1)), ValueError, "groups:", "expected at least 1", "got 0"),
+    Case(internimage(groups=4), ValueError, "groups:", "expected a number for each", "got 4"),
     *(
         Case(
             internimage(res_post_norm=True, **other),
@@ -84,6 +98,15 @@ INTERNIMAGE = [
             ValueError, "groups:", "expected a number for each of the levels", f"got {groups}",
         )
         for depths, groups in ((4, (4, 8, 16)), (2, (4, 8)))
+    ),
+    Case(internimage(channels=1), ValueError, "channels:", "expected at least 2", "got 1"),
+    Case(internimage(depths=(1, 0, 1, 1)), ValueError, "depths:", "expected at least 1", "got 0"),
+    Case(internimage(mlp_ratio=0), ValueError, "mlp_ratio:", "expected a positive finite number", "got 0"),
+    Case(internimage(cls_scale=-1.0), ValueError, "cls_scale:", "expected a positive finite number", "got -1.0"),
+    *usual(internimage, "drop_rate", "drop_path_rate", "proj_drop_rate"),
+    Case(
+        lambda: timm.create_model("internimage_tiny", **SMALL)(torch.zeros(1, 3, 0, 32)),
+        ValueError, "x:", "expected at least 1 x 1 pixels", "got 0 x 32",
     ),
     Case(internimage(groups=(4, 8, 16, 30)), ValueError, "channels:", "a multiple of group", "got 512 and 30"),
     Case(
@@ -132,6 +155,10 @@ def dat_weights(tmp_path):
 FOUR = "expected one for each of 4 stages"
 DATS = [
     Case(dat(depths=(2, 2)), ValueError, "depths:", FOUR, "got (2, 2)"),
+    Case(dat(depths=2), ValueError, "depths:", FOUR, "got 2"),
+    Case(dat(groups=3), ValueError, "groups:", FOUR, "got 3"),
+    Case(dat(heads=(0, 6, 12, 24)), ValueError, "heads:", "expected at least 1", "got 0"),
+    Case(dat(spec=(5,) * 4), ValueError, "spec:", "expected 1 to 4 stages", "got (5, 5, 5, 5)"),
     Case(dat(heads=(3,)), ValueError, "heads:", FOUR, "got (3,)"),
     Case(dat(groups=(3,)), ValueError, "groups:", FOUR, "got (3,)"),
     Case(dat(spec=("LS",) * 5), ValueError, "spec:", "expected 1 to 4 stages", "got ('LS', 'LS', 'LS', 'LS', 'LS')"),
@@ -150,6 +177,24 @@ DATS = [
     ),
     Case(
         dat(global_pool=""), ValueError, "global_pool:", "expected some pooling in front of 1000 classes", "got ''",
+    ),
+    *usual(dat, "drop_rate", "drop_path_rate", "proj_drop_rate", "attn_drop_rate"),
+    Case(dat(dim=1, heads=(1,) * 4), ValueError, "dim:", "expected at least 2", "got 1"),
+    Case(dat(mlp_ratio=-4.0), ValueError, "mlp_ratio:", "expected a positive finite number", "got -4.0"),
+    Case(dat(window_size=0), ValueError, "window_size:", "expected at least 1", "got 0"),
+    *(
+        Case(
+            lambda size=size, call=call: call(timm.create_model("dat_tiny", dim=12, depths=(1,) * 4, spec=("L",) * 4))(
+                torch.zeros(1, 3, *size)
+            ),
+            ValueError, "x:", "expected at least 32 x 32 pixels", f"got {size[0]} x {size[1]}",
+        )
+        for size in ((16, 16), (31, 64), (64, 0))
+        for call in (lambda model: model, lambda model: model.forward_intermediates)
+    ),
+    Case(
+        lambda: timm.create_model("dat_tiny", dim=12, depths=(1,) * 4, spec=("L",) * 4)(torch.zeros(3, 64, 64)),
+        ValueError, "x:", "expected [N, C, H, W]", "got [3, 64, 64]",
     ),
     Case(dat(img_size=16), ValueError, "img_size:", "expected at least 32", "got 16"),
     Case(
@@ -211,6 +256,10 @@ BACKBONE = [
         ValueError, "out_indices:", "expected None with features_only=False", "got (1,)",
     ),
     Case(
+        lambda: TimmBackbone("resnet18_dnc"),
+        ValueError, "model_name:", "expected a timm model", "got 'resnet18_dnc'; close to it: resnet18",
+    ),
+    Case(
         lambda: TimmBackbone("resnet18_dcn", checkpoint_path="absent.pth"),
         FileNotFoundError, "checkpoint_path:", "expected a file", "got 'absent.pth'",
     ),
@@ -261,6 +310,17 @@ DETECTION = [
     Case(faster(zzz=0), TypeError, "faster_rcnn:", "torchvision's options size_divisible", "got 'zzz'"),
     Case(rfcn(backbone=7), TypeError, "backbone:", "expected a timm model's name or dict(name=..., ...)", "got 7"),
     Case(faster(backbone=dict(in_chans=3)), TypeError, "backbone:", "expected a timm model's name", "got {"),
+    Case(
+        lambda: faster_rcnn(91, "internimage_tinny"),
+        ValueError, "backbone:", "expected a timm model", "got 'internimage_tinny'; close to it: internimage_tiny",
+    ),
+    *(
+        Case(
+            make(backbone=backbone),
+            ValueError, "backbone:", "expected a timm model", "got 'zzz'; timm.list_models() has their names",
+        )
+        for make in (faster, rfcn) for backbone in ("zzz", dict(name="zzz"))
+    ),
     Case(faster(backbone=dict(PLAIN, in_chan=3)), TypeError, "ResNet", "unexpected keyword argument", "'in_chan'"),
     Case(
         faster(backbone=dict(PLAIN, features_only=True)),

@@ -22,6 +22,7 @@ PARTS = {
     "ops": ("ops/", "reference/"),
     "layers": ("layers/", "detection/roi_pool.py"),
     "aggregation": ("layers/_aggregation.py", "layers/channels.py", "layers/dcnv3.py"),
+    "samplers": tuple(f"layers/{name}.py" for name in ("active_conv", "conv1d", "dilated", "spatial_transformer")),
     "models": ("models/", "mm/", "detection/"),
     "visualize": ("visualize/",),
     "finetune": ("finetune/", "_config.py", "export/folder.py", "export/forms.py", "models/build.py"),
@@ -37,6 +38,7 @@ PARTS = {
     "transformers": ("integrations/transformers/",),
     "core": (
         "convert.py",
+        "inference.py",
         "checkpoint.py",
         "_weight_files.py",
         "_unpickling.py",

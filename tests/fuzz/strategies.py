@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 from cases import BY_NAME
-from conftest import BASELINE, PORTABLE, TUNED, V3
+from conftest import BASELINE, PAIRS, PORTABLE, TUNED, V3
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, settings  # noqa: E402
@@ -23,7 +23,7 @@ fuzz = settings(
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16])
 each_name = pytest.mark.parametrize("name", BY_NAME)
 sizes = st.integers(1, 3)
-paths = st.sampled_from([PORTABLE, BASELINE, V3, TUNED])
+paths = st.sampled_from([PORTABLE, BASELINE, V3, TUNED, PAIRS])
 
 
 def plain(t):

@@ -23,6 +23,8 @@ def arguments_of_conv(draw, cls, generator):
     groups, offset_groups = draw(sizes), draw(sizes)
     channels, outputs = math.lcm(groups, offset_groups) * draw(st.sampled_from([1, 2, 5])), groups * draw(sizes)
     kernel, dilation, stride = ([draw(sizes), draw(sizes)] for _ in range(3))
+    if cls is layers.ActiveConv2d and kernel == [1, 1]:
+        kernel = [1, 2]  # one tap alone would have nowhere to go
     total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     four = draw(st.lists(st.integers(0, 3), min_size=4, max_size=4))
     padding, sides = draw(
@@ -39,8 +41,13 @@ def arguments_of_conv(draw, cls, generator):
         "in_channels": channels, "out_channels": outputs, "kernel_size": kernel, "stride": stride, "padding": padding,
         "dilation": dilation, "groups": groups, "bias": draw(st.booleans()), "offset_groups": offset_groups,
     }  # fmt: skip
-    if cls is not layers.DeformConv2d:
+    if cls is layers.Dilated:
+        arguments["factor"] = [draw(sizes), draw(sizes)]
+    elif cls is layers.ActiveConv2d:
+        arguments["normalise"] = False  # whose gradients are those of the operator
+    elif cls is not layers.DeformConv2d:
         arguments["offset_bound"] = draw(st.sampled_from([None, 0.5, 4]))
+        arguments["offset_form"] = draw(st.sampled_from([None, "affine", "similarity"]))
     if cls is layers.DCNv2:
         arguments["mask_activation"] = draw(st.sampled_from(["2*sigmoid", "sigmoid"]))
     n = draw(st.integers(0, 2))
@@ -245,6 +252,48 @@ def of_grid(package, layer, inputs):
         return layer(**inputs)
 
 
+def arguments_of_transformer(draw, cls, generator):
+    n, channels, per_pixel = draw(st.integers(0, 2)), draw(sizes), draw(st.booleans())
+    size = [draw(st.integers(4, 9)), draw(st.integers(4, 9))]
+    arguments = {
+        "channels": channels, "align_corners": draw(st.booleans()), "per_pixel": per_pixel,
+        "padding_mode": draw(st.sampled_from(["zeros", "border", "reflection"])),
+    }  # fmt: skip
+    shape = size
+    if not per_pixel and draw(st.booleans()):
+        shape = arguments["output_size"] = [draw(st.integers(1, 12)), draw(st.integers(1, 12))]
+    return arguments, {"input": normal(generator, (n, channels, *size))}, (n, channels, *shape)
+
+
+def arguments_of_sequence(draw, cls, generator):
+    groups, offset_groups, kernel, n = draw(sizes), draw(sizes), draw(sizes), draw(st.integers(0, 2))
+    channels, outputs = math.lcm(groups, offset_groups) * draw(sizes), groups * draw(sizes)
+    stride, padding, dilation = draw(sizes), draw(st.integers(0, 3)), draw(sizes)
+    reach = dilation * (kernel - 1) + 1
+    length = max(1, reach - 2 * padding) + draw(st.integers(0, 5))
+    results = (length + 2 * padding - reach) // stride + 1
+    arguments = dict(
+        in_channels=channels, out_channels=outputs, kernel_size=kernel, stride=stride, padding=padding,
+        dilation=dilation, groups=groups, bias=draw(st.booleans()), offset_groups=offset_groups,
+    )  # fmt: skip
+    inputs = {"input": normal(generator, (n, channels, length))}
+    for name in ("offset", "mask")[: 1 + draw(st.booleans())]:
+        inputs[name] = normal(generator, (n, offset_groups * kernel, results))
+    return arguments, inputs, (n, outputs, results)
+
+
+def of_sequence(package, layer, inputs):
+    """The operator on a map of one row; that this is a convolution of sequences, test_conv1d.py says."""
+    with mock.patch("dcn_plugin.layers.conv1d.deform_conv2d", package.deform_conv2d):
+        return layer(**inputs)
+
+
+def of_transformer(package, layer, inputs):
+    """Positions are compared with torch's in test_spatial_transformer.py."""
+    with mock.patch("dcn_plugin.layers.spatial_transformer.deform_conv2d", package.deform_conv2d):
+        return layer(**inputs)
+
+
 def of_operator(package, layer, inputs):
     """The layer's result, from the operator in `package` and what the layer predicts and holds."""
     if isinstance(layer, ATTENTION):
@@ -253,13 +302,21 @@ def of_operator(package, layer, inputs):
         return of_aggregation(package, layer, inputs)
     if isinstance(layer, layers.DAttention):
         return of_grid(package, layer, inputs)
+    if isinstance(layer, layers.DeformConv1d):
+        return of_sequence(package, layer, inputs)
+    if isinstance(layer, layers.SpatialTransformer):
+        return of_transformer(package, layer, inputs)
     input, *places = (inputs[k] for k in ("input", "rois") if k in inputs)
     offset, mask = inputs.get("offset"), inputs.get("mask")
     if getattr(layer, "offset_branches", {}):
         offset, mask = layer.offsets(input, *places)
     elif type(layer) is layers.DeformRoIPool:
         offset = offset.flip(1)  # mmcv's order
-    if isinstance(layer, layers.DeformConv2d):
+    if isinstance(layer, layers.Dilated):
+        taps, (_, stride, padding, dilation) = math.prod(layer.kernel_size), layer.window
+        offset = input.new_zeros(len(input), 2 * taps, *layer.window.output_size(*input.shape[2:]))
+        return package.deform_conv2d(input, offset, layer.weight, layer.bias, stride, padding, dilation)
+    if isinstance(layer, layers.SamplingConv):
         how = layer.stride, layer.padding4, layer.dilation
         return package.deform_conv2d(input, offset, layer.weight, layer.bias, *how, mask)
     names = ["output_size", "spatial_scale"]
@@ -285,10 +342,12 @@ def gradients(out, layer, inputs):
 @pytest.mark.parametrize("name", layers.LAYERS)
 def test_a_layer_is_the_operator_with_its_own_offsets(name):
     cls = layers.LAYERS[name]
-    describe = arguments_of_conv if issubclass(cls, layers.DeformConv2d) else arguments_of_pool
+    describe = arguments_of_conv if issubclass(cls, layers.SamplingConv) else arguments_of_pool
     describe = arguments_of_attention if issubclass(cls, ATTENTION) else describe
     describe = arguments_of_aggregation if issubclass(cls, AGGREGATION) else describe
     describe = arguments_of_grid if issubclass(cls, layers.DAttention) else describe
+    describe = arguments_of_sequence if issubclass(cls, layers.DeformConv1d) else describe
+    describe = arguments_of_transformer if issubclass(cls, layers.SpatialTransformer) else describe
 
     @fuzz
     @given(st.data())
@@ -304,7 +363,8 @@ def test_a_layer_is_the_operator_with_its_own_offsets(name):
         out = layer(**inputs)
         assert out.shape == shape
         again = of_operator(ops, layer, inputs)
-        if isinstance(layer, AGGREGATION):  # torch's linear rounds in another order where pixels lie otherwise
+        # torch's linear rounds in another order where pixels lie otherwise, and its convolution in one of its own.
+        if isinstance(layer, (*AGGREGATION, layers.Dilated)):
             assert_close(out, again, torch.float64)
         else:
             assert torch.equal(out, again)
@@ -326,7 +386,7 @@ def test_a_layer_is_the_operator_with_its_own_offsets(name):
     check()
 
 
-@pytest.mark.parametrize("name", ["DCNv1", "DCNv2"])
+@pytest.mark.parametrize("name", ["DCNv1", "DCNv2", "ActiveConv2d"])
 def test_a_fresh_layer_is_a_convolution(name):
     cls = layers.LAYERS[name]
 

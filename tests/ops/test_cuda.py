@@ -53,9 +53,10 @@ TYPES = {
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 PROBLEMS = {name: (case, make) for case in CASES for name, make in case.real.items()}
 # For each tile of the fused forward a problem that is large enough for it on up to 160 multiprocessors; for those above
-# it takes 64x64.
+# it takes 64x64. The largest needs more shared memory than 8.6 and 8.9 have.
+SHARED = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
 TILES = {
-    "64x256": deform_conv2d_arguments((16, 32, 36, 36), out=256),
+    "128x256" if SHARED >= 121 << 10 else "64x256": deform_conv2d_arguments((16, 32, 36, 36), out=256),
     "128x128": deform_conv2d_arguments((8, 32, 72, 72), out=128),
     "128x64": deform_conv2d_arguments((8, 32, 72, 72), out=64),
 }
@@ -183,13 +184,14 @@ def test_the_setting_decides_which_kernels_run(kernels):
         assert used[operator].startswith("fused") == fused, used
 
 
-@pytest.mark.parametrize("types", [name for name in TYPES if name != "float64"])
-def test_the_setting_decides_for_attention_too(types, kernels):
-    check_against_cpu("decoder", types, "NCHW", "cuda")
-    used = ops.kernels_used("cuda")
-    fused = kernels == "fused" and torch.cuda.get_device_capability() >= (8, 0)
-    for operator in ("ms_deform_attn", "ms_deform_attn_backward"):
-        assert used[operator] == ("fused" if fused else "portable"), used
+@pytest.mark.parametrize("problem", ["decoder", "internimage", "dcnv4"])
+@pytest.mark.parametrize("types", TYPES)
+def test_the_setting_decides_for_attention_and_aggregation_too(problem, types, kernels):
+    check_against_cpu(problem, types, "NCHW", "cuda")
+    used, operator = ops.kernels_used("cuda"), PROBLEMS[problem][0].name
+    fused = kernels == "fused" and torch.cuda.get_device_capability() >= (8, 0) and types != "float64"
+    for name in (operator, f"{operator}_backward"):
+        assert used[name] == ("fused" if fused else "portable"), used
 
 
 @pytest.mark.skipif(
@@ -203,6 +205,42 @@ def test_every_tile_size_equals_the_cpu(tile, types, layout, kernels):
     check_against_cpu(tile, types, layout, "cuda")
     if torch.cuda.get_device_properties(0).multi_processor_count <= 160:
         assert ops.kernels_used("cuda")["deform_conv2d"] == f"fused {tile}"
+
+
+@pytest.fixture
+def allow_tf32():
+    """Sets torch's switch; `float32_in_full` puts it back."""
+    return lambda allowed: setattr(torch.backends.cudnn, "allow_tf32", allowed)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0), reason="the fused kernels need 8.0"
+)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("tile", TILES)
+@each_layout
+@pytest.mark.parametrize("kernels", ["fused"], indirect=True, ids=["kernels_fused"])
+def test_tf32_is_used_where_torch_allows_it(tile, layout, compiled, kernels, allow_tf32, monkeypatch):
+    """Rounded operands, a fixed order of sums; full float32 as soon as the switch says so, in graphs too."""
+    arguments, _, expected = given(tile, "float32")
+    on = laid_out(arguments, layout, "cuda")
+    # One graph for all: the switch is looked at when it runs.
+    function = torch.compile(ops.deform_conv2d, backend="aot_eager") if compiled else ops.deform_conv2d
+    allow_tf32(True)
+    rounded = function(**on)
+    used = ops.kernels_used("cuda")["deform_conv2d"]
+    assert used.startswith("fused tf32 ")
+    if torch.cuda.get_device_properties(0).multi_processor_count <= 160:
+        assert used == f"fused tf32 {tile}"
+    error = (rounded.cpu().double() - expected["out"]).abs().max()
+    assert error < 1e-3 * expected["out"].abs().max()
+    assert torch.equal(function(**on), rounded)
+    allow_tf32(False)
+    full = function(**on)
+    assert ops.kernels_used("cuda")["deform_conv2d"] == "portable"
+    assert_close(full, expected["out"], torch.float32, "out")
+    monkeypatch.setenv("DCN_PLUGIN_CUDA_KERNELS", "portable")
+    assert torch.equal(function(**on), full)
 
 
 @one_of_each

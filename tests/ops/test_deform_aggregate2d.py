@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from aggregation_loops import loops
 from cases import BY_NAME, Calls, assert_close, convert, deform_aggregate2d_arguments, run
 from conftest import PORTABLE, TUNED, cpu_kernels
 
@@ -15,54 +16,6 @@ CASE = BY_NAME["deform_aggregate2d"]
 
 
 # -- other implementations ------------------------------------------------------------------------------------------
-
-
-def loops(
-    value, offset, weight=None, *, kernel_size, stride, padding, dilation, offset_scale, remove_center, softmax,
-    official_order,
-):  # fmt: skip
-    """The formula in Python's numbers, tap by tap, from what DCNv3 and DCNv4 say of their orders."""
-    (kh, kw), n, groups = kernel_size, len(value), offset.shape[3]
-    (sy, sx), (dy, dx) = ((v, v) if isinstance(v, int) else v for v in (stride, dilation))
-    top, left = (padding, padding) if isinstance(padding, int) else padding[:2]
-    if official_order:
-        taps = [(i, j) for j in range(kw) for i in range(kh)]
-    else:
-        taps = [(i, j) for i in range(kh) for j in range(kw)]
-    if remove_center:
-        del taps[len(taps) // 2]
-    given, given_weights = offset.tolist(), None if weight is None else weight.tolist()
-    packed = offset.dim() == 5
-
-    def pair(k, n, y, x, g):
-        return given[n][y][x][g][2 * k : 2 * k + 2] if packed else given[n][y][x][g][k]
-
-    def logits(n, y, x, g):
-        if packed:
-            return given[n][y][x][g][2 * len(taps) :]
-        return [1.0] * len(taps) if weight is None else given_weights[n][y][x][g]
-
-    height, width, channels = value.shape[1:]
-    each = channels // groups
-    cy, cx = dy * (kh - 1) // 2, dx * (kw - 1) // 2
-    out = torch.zeros(n, *offset.shape[1:3], channels, dtype=torch.float64)
-    for image, oy, ox, g in torch.cartesian_prod(*(torch.arange(s) for s in (n, *offset.shape[1:4]))).tolist():
-        weights = logits(image, oy, ox, g)
-        if softmax:
-            powers = [math.exp(w) for w in weights]
-            weights = [p / sum(powers) for p in powers]
-        for k, (i, j) in enumerate(taps):
-            first, second = pair(k, image, oy, ox, g)
-            off_y, off_x = (second, first) if official_order else (first, second)
-            y = oy * sy - top + cy + offset_scale * (i * dy + off_y) - offset_scale * cy
-            x = ox * sx - left + cx + offset_scale * (j * dx + off_x) - offset_scale * cx
-            for row in (math.floor(y), math.floor(y) + 1):
-                for column in (math.floor(x), math.floor(x) + 1):
-                    if 0 <= row < height and 0 <= column < width:
-                        share = (1 - abs(y - row)) * (1 - abs(x - column)) * weights[k]
-                        own = slice(g * each, (g + 1) * each)
-                        out[image, oy, ox, own] += share * value[image, row, column, own]
-    return out
 
 
 LOOPED = [
@@ -319,6 +272,37 @@ def test_groups_of_any_width_in_vectors_of_any_width(each, dtype, vectors):
         truth = run(reference.deform_aggregate2d, convert(arguments, dtype=torch.float64))
         for name, found in run(deform_aggregate2d, arguments).items():
             assert_close(found, truth[name], dtype, f"{kernel} {packed} {name}")
+
+
+def test_long_rows_of_a_large_map(vectors):
+    """Pixels in strips, whose last one ends within a row, and maps in memory of their own."""
+    torch.manual_seed(0)
+    arguments = convert(deform_aggregate2d_arguments((1, 70, 131, 64), groups=2)(), dtype=torch.float32)
+    truth = run(reference.deform_aggregate2d, arguments)
+    for name, found in run(deform_aggregate2d, arguments).items():
+        assert_close(found, truth[name], torch.float32, name)
+
+
+@pytest.mark.parametrize("each", [7, 16, 48])
+@pytest.mark.parametrize("what", ["value", "weight", "grad"])
+def test_what_is_not_finite_changes_no_bit_of_the_rest(what, each, vectors):
+    """There only corners with a weight are read, by loops of their own."""
+    torch.manual_seed(0)
+    arguments = convert(deform_aggregate2d_arguments((1, 9, 20, 2 * each), groups=2)(), dtype=torch.float32)
+    grad = torch.randn(1, 9, 20, 2 * each)
+    plain = run(deform_aggregate2d, arguments, grad)
+    spoiled = {**arguments, "grad": grad}
+    spoiled[what] = spoiled[what].clone()
+    spoiled[what][0, 4, 5].view(-1)[0] = torch.inf
+    found = run(deform_aggregate2d, {k: v for k, v in spoiled.items() if k != "grad"}, spoiled["grad"])
+    for name in plain:
+        same = found[name].isfinite()
+        assert same.float().mean() > 0.9, name
+        if name in ("out", "grad_value"):
+            assert torch.equal(found[name][same], plain[name][same]), name
+        else:
+            assert_close(found[name][same], plain[name][same], torch.float32, name)
+    assert not all(found[name].isfinite().all() for name in plain)
 
 
 def test_which_kernels_serve():

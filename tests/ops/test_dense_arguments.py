@@ -86,6 +86,8 @@ QUERY, POINTS, PIXELS = torch.zeros(2, 5, 8), torch.zeros(2, 5, 2, 2), torch.zer
 LAYERS = {
     "DeformConv2d": (lambda: layers.DeformConv2d(4, 6, 3, padding=1), dict(
         input=IMAGE, offset=OFFSET, mask=MASK)),
+    "DeformConv1d": (lambda: layers.DeformConv1d(4, 6, 3), dict(
+        input=torch.rand(2, 4, 8), offset=torch.zeros(2, 3, 6), mask=torch.zeros(2, 3, 6))),
     "DCNv1": (lambda: layers.DCNv1(4, 6, 3), dict(input=IMAGE)),
     "DCNv2": (lambda: layers.DCNv2(4, 6, 3, padding=(0, 0, 1, 1)), dict(input=IMAGE)),
     "DeformRoIPool": (lambda: layers.DeformRoIPool(2), dict(input=IMAGE, rois=ROIS, offset=SHIFT)),
@@ -103,6 +105,9 @@ LAYERS = {
     "DCNv3": (lambda: layers.DCNv3(6, group=2), dict(input=IMAGE)),
     "DCNv4": (lambda: layers.DCNv4(6, group=2, channels_first=True), dict(input=IMAGE.permute(0, 3, 1, 2))),
     "DAttention": (lambda: layers.DAttention(4, 2, 1, 6), dict(input=IMAGE)),
+    "ActiveConv2d": (lambda: layers.ActiveConv2d(4, 6, 3), dict(input=IMAGE)),
+    "Dilated": (lambda: layers.Dilated(4, 6, 3), dict(input=IMAGE)),
+    "SpatialTransformer": (lambda: layers.SpatialTransformer(4), dict(input=IMAGE)),
 }  # fmt: skip
 MISSING = layers.LAYERS.keys() - LAYERS.keys()
 assert not MISSING, f"add rows to LAYERS of {__file__}: {', '.join(MISSING)}"

@@ -48,6 +48,16 @@ def test_shares_of_many_pixels(layout):
     assert problem((2, 8, 40, 33), layout=layout).check() == DEPTHWISE
 
 
+@HALVES
+@LAYOUTS
+def test_most_samples_in_one_cell(dtype, layout):
+    """Whose chunks are summed up before its pixels are: equal bits every time."""
+    given = problem((2, 48, 12, 14), offset_groups=3, dtype=dtype, layout=layout)
+    given.aim()
+    assert given.check() == DEPTHWISE
+    assert all(torch.equal(*pair) for pair in zip(given.backward(), given.backward(), strict=True))
+
+
 @LAYOUTS
 def test_offsets_stored_pixel_by_pixel(layout):
     """Offset and mask as slices of what one convolution predicts, channels together."""

@@ -429,13 +429,16 @@ def test_more_than_2_to_the_31_elements(kernels):
     assert torch.equal(out, torch.full((1, 1, 2, 2), 7.0))
 
 
-def test_image_chunks_do_not_show():
-    # More images than are held in rows at a time (16 MiB), NCHW and position-sensitive.
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [12, 60, 160])
+def test_portions_do_not_show(size, layout):
+    # Some images, some rows of groups, or one row are held as rows of channels at a time (1 MiB). Parts lie in several.
     torch.manual_seed(0)
-    image = torch.randn(5, 72, 160, 160)
+    image = torch.randn(5, 72, size, size).to(memory_format=layout)
     rois = torch.tensor([[n, 10.0 * n, 5.0, 90.0 + n, 120.0] for n in (4, 0, 2, 2, 3)])
-    offset = torch.randn(5, 2, 3, 3)
-    how = dict(output_dim=8, group_size=3, output_size=3)
+    rois[:, 1:] *= size / 160
+    offset = torch.randn(5, 2, 2, 2)
+    how = dict(output_dim=8, group_size=3, output_size=(5, 4), part_size=2)
     whole = run(lambda **a: deform_ps_roi_pool(**a, **how), dict(input=image, rois=rois, offset=offset))
     for i, n in enumerate((4, 0, 2, 2, 3)):
         one = deform_ps_roi_pool(

@@ -1,5 +1,6 @@
 // Positions that are no convolution's: points on some maps, one map after the other. What csrc gives to any positions
 // is run on them. Compiled and loaded by tests/ops/test_positions.py.
+#include "core/division.h"
 #include "runtime/cpu.h"
 #include "runtime/cpu_taps.h"
 #include "runtime/input_index.h"
@@ -34,18 +35,33 @@ struct Points {
 const float* data(const Tensor& t) { return static_cast<const float*>(t.data_ptr()); }
 float* mutable_data(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 
-// grad_maps[m, y, x] = sum over the points that read the pixel of corner weight * weight * grad[m, point].
-struct Gather {
+// What a point gives the pixels that it reads: its number of `grad`.
+struct PointGather {
+  using Accumulator = float;
+  static constexpr int kSums = 1;
+
   dcn::InputIndex<float> index;
   const float* grad;
+
+  struct Place {};
+  int64_t parts() const { return 1; }
+  Place place(int64_t, int64_t) const { return {}; }
+  float load(const Place&, int32_t sample) const { return grad[sample]; }
+  static void add(float (&sums)[1], float weight, float value) { sums[0] += weight * value; }
+};
+
+// grad_maps[m, y, x] = sum over the points that read the pixel of corner weight * weight * grad[m, point].
+struct GatherMaps {
+  PointGather gather;
+  const dcn::SumsOf<PointGather>* chunk_sums;
   float* grad_maps;
 
-  int64_t size() const { return index.maps * index.height * index.width; }
+  int64_t size() const { return gather.index.maps * gather.index.height * gather.index.width; }
   void operator()(int64_t i) const {
-    const int64_t x = i % index.width, y = i / index.width % index.height, map = i / index.width / index.height;
-    float sum = 0;
-    index.for_each_entry(map, y, x, [&](int32_t sample, float weight) { sum += weight * grad[sample]; });
-    grad_maps[i] = sum;
+    const int64_t width = gather.index.width, height = gather.index.height;
+    dcn::SumsOf<PointGather> sums;
+    dcn::gather_pixel(gather, chunk_sums, i / width / height, 0, i / width % height, i % width, sums);
+    grad_maps[i] = sums.of[0];
   }
 };
 
@@ -53,8 +69,26 @@ Tensor gradient_of_maps(Tensor grad, Tensor where, Tensor weight, int64_t height
   const Points<int64_t> points{data(where), data(weight), where.size(0), where.size(1), height, width};
   const dcn::BuiltIndex<float> built = dcn::build_input_index<Cpu>(points, grad);
   const Tensor found = torch::stable::new_empty(grad, {where.size(0), height, width});
-  Cpu::for_each(Gather{built.index, data(grad), mutable_data(found)}, grad);
+  const PointGather gather{built.index, data(grad)};
+  const dcn::SummedChunks chunks = dcn::sum_chunks<Cpu>(gather, points.size(), grad);
+  Cpu::for_each(GatherMaps{gather, chunks.of(gather), mutable_data(found)}, grad);
   return found;
+}
+
+// Quotients and remainders, as kernels find them.
+template <typename I>
+Tensor divide_by(const dcn::Divisor<I>& divisor, const Tensor& numbers) {
+  const Tensor found = torch::stable::new_empty(numbers, {numbers.numel(), 2});
+  for (int64_t i = 0; i < numbers.numel(); ++i) {
+    const dcn::Quotient<I> of = divisor(static_cast<I>(static_cast<const int64_t*>(numbers.data_ptr())[i]));
+    static_cast<int64_t*>(found.data_ptr())[2 * i] = of.quotient;
+    static_cast<int64_t*>(found.data_ptr())[2 * i + 1] = of.remainder;
+  }
+  return found;
+}
+Tensor divide(Tensor numbers, int64_t by, bool in_int) {
+  if (in_int) return divide_by(dcn::Divisor<int32_t>(by), numbers);
+  return divide_by(dcn::Divisor<int64_t>(by), numbers);
 }
 
 // result[m, point] = weight * the map's value there, from what find_taps has found.
@@ -88,10 +122,12 @@ Tensor values(Tensor maps, Tensor where, Tensor weight) {
 
 STABLE_TORCH_LIBRARY(dcn_plugin_points, m) {
   m.def("gradient_of_maps(Tensor grad, Tensor where, Tensor weight, int height, int width) -> Tensor");
+  m.def("divide(Tensor numbers, int by, bool in_int) -> Tensor");
   m.def("values(Tensor maps, Tensor where, Tensor weight) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dcn_plugin_points, CPU, m) {
   m.impl("gradient_of_maps", TORCH_BOX(&points::gradient_of_maps));
+  m.impl("divide", TORCH_BOX(&points::divide));
   m.impl("values", TORCH_BOX(&points::values));
 }

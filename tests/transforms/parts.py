@@ -7,6 +7,8 @@ from torch import nn
 
 from dcn_plugin import layers
 from dcn_plugin.layers import (
+    ActiveConv2d,
+    AffineLinear,
     DAttention,
     DCNv1,
     DCNv2,
@@ -17,6 +19,7 @@ from dcn_plugin.layers import (
     MMCVMultiScaleDeformableAttention,
     ModulatedDeformRoIPoolPack,
     MSDeformAttn,
+    SpatialTransformer,
 )
 
 SAMPLES = 3
@@ -58,6 +61,11 @@ def _rois() -> torch.Tensor:
     return torch.tensor([[0, 2.0, 3.0, 12.0, 11.0], [1, 0.0, 1.0, 9.5, 15.0], [0, 4.5, 2.5, 6.0, 14.0]])
 
 
+def _localiser() -> nn.Module:
+    """One that does not reach beyond the map, where borders have no gradient."""
+    return nn.Sequential(nn.Conv2d(4, 3, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 5), AffineLinear(5))
+
+
 SHAPES = [(4, 6), (2, 3)]
 
 
@@ -92,6 +100,9 @@ LAYERS = {
     "DCNv3": lambda: (DCNv3(6, group=2, stride=2, center_feature_scale=True), (torch.randn(2, 7, 8, 6),)),
     "DCNv4": lambda: (DCNv4(6, group=2, dw_kernel_size=3, remove_center=True), (torch.randn(2, 49, 6),)),
     "DAttention": lambda: (DAttention(8, 4, 2, (8, 9), stride=2, offset_range_factor=0.5), (_image(8),)),
+    # Divided by their lengths, the gradients of its moves would be no slopes.
+    "ActiveConv2d": lambda: (ActiveConv2d(4, 6, 3, padding=1, offset_groups=2, normalise=False), (_image(4),)),
+    "SpatialTransformer": lambda: (SpatialTransformer(4, _localiser(), (5, 10), padding_mode="border"), (_image(4),)),
 }  # fmt: skip
 PREDICTING = {name for name, cls in layers.LAYERS.items() if getattr(cls, "offset_branches", {})}
 assert LAYERS.keys() == PREDICTING, f"add rows to LAYERS of {__file__}: {', '.join(PREDICTING - LAYERS.keys())}"

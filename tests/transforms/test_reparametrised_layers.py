@@ -109,7 +109,7 @@ def test_gradients_reach_what_the_weights_are_computed_from(name, way):
         if module.bias is not None:
             assert_close(module.bias.grad, plain.bias.grad, torch.float64)
     # Optimizers still find the branches that predict offsets.
-    names = ("conv_offset", "offset", "mask_fc", "sampling_offsets", "center_feature_scale_proj")
+    names = ("conv_offset", "offset", "mask_fc", "sampling_offsets", "center_feature_scale_proj", "localiser", "moves")
     branches = [k for k, _ in layer.named_parameters() if k.startswith(names)]
     assert list(offset_parameters(layer)) == branches and branches
 
