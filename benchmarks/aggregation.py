@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from gpu import PORTABLE, Work
+from gpu import FUSED, Work
 from harness import (
     OURS,
     Call,
@@ -27,21 +27,24 @@ NAME = "deform_aggregate2d"
 OPERATORS = (NAME,)
 LAYOUT = "NHWC"
 TAPS, GROUP = 9, 16
-CONV, THROUGH, FALLBACK, PACKED, HALF = "conv2d", "deform_conv2d", "grid_sample", "packed", "bfloat16"
+CONV, THROUGH, FALLBACK = "conv2d", "deform_conv2d", "grid_sample"
+PACKED, SOFTMAX, HALF = "packed", "softmax", "bfloat16"
 _COLUMNS = f"""`/ {CONV}` is our time over that of a depthwise convolution of the same shape, in the faster of two
 layouts, and `/ {CONV} NCHW` in torch's own. `{THROUGH} /` is the time of our convolution with depthwise ones, offsets
 permuted for it, over ours, `{FALLBACK} /` that of a fallback of the official kind on torch's sampler. `{PACKED} /` is
-our time from one packed tensor over that from two"""
+our time from one packed tensor over that from two, `{SOFTMAX} /` that with the softmax of the weights inside over that
+without"""
 COLUMNS = {
     "cpu": f"""{_COLUMNS}, `{HALF} /` that with values in bfloat16 and the rest in float32 over
 that of float32. `MiB` is the peak memory of a call above its arguments and results.""",
     "cuda": f"""{_COLUMNS}. `MiB` is the
 peak memory of a call above its arguments and results.""",
 }
-KERNELS = {OURS: PORTABLE}
+KERNELS = {OURS: FUSED, PACKED: FUSED, THROUGH: FUSED}
 COPIES = 4
 _ALL: list[Contestant] = [
-    (OURS, LAYOUT), (PACKED, LAYOUT), (CONV, "NCHW"), (CONV, "channels_last"), (THROUGH, LAYOUT), (FALLBACK, LAYOUT),
+    (OURS, LAYOUT), (PACKED, LAYOUT), (SOFTMAX, LAYOUT), (CONV, "NCHW"), (CONV, "channels_last"), (THROUGH, LAYOUT),
+    (FALLBACK, LAYOUT),
 ]  # fmt: skip
 CONTESTANTS: dict[str, list[Contestant]] = {"cpu": [*_ALL, (HALF, LAYOUT)], "cuda": _ALL}
 
@@ -112,18 +115,22 @@ def through_convolution(value: Tensor, offset: Tensor, weight: Tensor) -> Tensor
 
 
 def fallback(value: Tensor, offset: Tensor, weight: Tensor) -> Tensor:
-    """Plain PyTorch, as where nothing is compiled: all samples at once by torch's sampler, then a weighted sum."""
-    n, height, width, channels = value.shape
-    groups = offset.shape[3]
-    rows, columns = (torch.arange(size, device=value.device, dtype=torch.float32) for size in (height, width))
+    """Plain PyTorch, as where nothing is compiled."""
     taps = torch.arange(3, device=value.device, dtype=torch.float32) - 1
-    y = rows[:, None, None, None] + offset[..., 0] + taps.repeat_interleave(3)
-    x = columns[:, None, None] + offset[..., 1] + taps.repeat(3)
+    return sampled_sum(value, offset[..., 0] + taps.repeat_interleave(3), offset[..., 1] + taps.repeat(3), weight)
+
+
+def sampled_sum(value: Tensor, y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """All samples at once by torch's sampler, (y, x) from their pixel, then a weighted sum; [N, H, W, G, K] each."""
+    n, height, width, channels = value.shape
+    groups, taps = y.shape[3:]
+    rows, columns = (torch.arange(size, device=value.device, dtype=torch.float32) for size in (height, width))
+    y, x = y + rows[:, None, None, None], x + columns[:, None, None]
     grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], -1)
-    grid = grid.permute(0, 3, 1, 2, 4, 5).reshape(n * groups, height * width, TAPS, 2)
+    grid = grid.permute(0, 3, 1, 2, 4, 5).reshape(n * groups, height * width, taps, 2)
     maps = value.permute(0, 3, 1, 2).reshape(n * groups, channels // groups, height, width)
     sampled = F.grid_sample(maps, grid, padding_mode="zeros", align_corners=False)
-    each = weight.permute(0, 3, 1, 2, 4).reshape(n * groups, 1, height * width, TAPS)
+    each = weight.permute(0, 3, 1, 2, 4).reshape(n * groups, 1, height * width, taps)
     return (sampled * each).sum(-1).view(n, channels, height, width).permute(0, 2, 3, 1).contiguous()
 
 
@@ -145,6 +152,10 @@ def make(shape: Shape, setting: Setting, name: str, layout: str) -> dict[str, Ca
     if name == PACKED:
         packed = torch.cat([t["offset"].flatten(4), t["weight"]], -1).detach().requires_grad_()
         return differentiated(lambda: deform_aggregate2d(value, packed), [value, packed], t["grad"])
+    if name == SOFTMAX:
+        logits = t["weight"].detach().log().requires_grad_()
+        arguments = [value, offset, logits]
+        return differentiated(lambda: deform_aggregate2d(*arguments, softmax=True), arguments, t["grad"])
     operator = {THROUGH: through_convolution, FALLBACK: fallback}.get(name, deform_aggregate2d)
     return differentiated(lambda: operator(value, offset, weight), [value, offset, weight], t["grad"])
 
@@ -154,7 +165,7 @@ def verify(shape: Shape, setting: Setting, made: dict[Contestant, dict[str, Call
     require_agreement(shape, made, (THROUGH, FALLBACK), ours, limit)
     require_agreement(shape, made, (HALF,), ours, 3e-2)
     alone = {key: {"forward": calls["forward"]} for key, calls in made.items()}
-    require_agreement(shape, alone, (PACKED,), ours, limit)
+    require_agreement(shape, alone, (PACKED, SOFTMAX), ours, limit)
 
 
 def extras(shape: Shape, setting: Setting, call: Call, layout: str, task: str) -> dict:
@@ -173,6 +184,7 @@ def figures(row: dict) -> dict[str, str]:
         f"{THROUGH} /": times_ours(row, THROUGH),
         f"{FALLBACK} /": times_ours(row, FALLBACK),
         f"{PACKED} /": f"{1 / best(row, PACKED)['ratio']:.2f}",
+        f"{SOFTMAX} /": f"{1 / best(row, SOFTMAX)['ratio']:.2f}",
         **half,
         "spread": f"{ours['spread']:.0%}",
         "MiB": mib(row, OURS),

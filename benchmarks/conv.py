@@ -24,6 +24,7 @@ from harness import (
 )
 from torch import Tensor
 
+from dcn_plugin import DeformConv2d, prepare_for_inference
 from dcn_plugin.ops import deform_conv2d
 
 NAME = "deform_conv2d"
@@ -33,12 +34,14 @@ with the same weights in"""
 _MEMORY = "`MiB` is the peak memory of a call above its arguments and"
 COLUMNS = {
     "cpu": f"""{_CONV2D} the faster of the two layouts, `/ same layout` over that in our layout; `torchvision /` and
-`onnxruntime /` are their times (float32, NCHW) over ours. {_MEMORY}
+`onnxruntime /` are their times (float32, NCHW) over ours. `/ prepared` is our time over our own after
+`prepare_for_inference`, `onnxruntime / prepared` onnxruntime's over that. {_MEMORY}
 results.""",
     "cuda": f"""{_CONV2D} channels_last (cuDNN's choice of several algorithms); `torchvision /`
 and `torchvision float16 /` are its times (NCHW; float32, and float16 whose positions are rounded to half) over ours,
 `portable /` that of our portable kernels. {_MEMORY} results.""",
 }
+PREPARED = "prepared"
 TORCHVISION: Contestant = ("torchvision", "NCHW")
 # What does not follow the type of the run: onnxruntime and torchvision have no bfloat16.
 TYPES = {"torchvision": torch.float32, "onnxruntime": torch.float32, "torchvision float16": torch.float16}
@@ -46,7 +49,7 @@ KERNELS = {OURS: FUSED, "portable": PORTABLE}
 COPIES = 4
 CONTESTANTS: dict[str, list[Contestant]] = {
     "cpu": [
-        *((name, layout) for name in (OURS, "conv2d") for layout in LAYOUTS),
+        *((name, layout) for name in (OURS, PREPARED, "conv2d") for layout in LAYOUTS),
         TORCHVISION,
         ("onnxruntime", "NCHW"),
     ],
@@ -90,6 +93,8 @@ SHAPES = {
         Shape(1, 256, 100, 152),
         *(Shape(2, c, s, s, offset_groups=4) for c, s in _STAGES[:3]),
         *(Shape(2, c, s, s, groups=c // 16, offset_groups=c // 16) for c, s in _STAGES[:2]),
+        # As in ResNeXt.
+        *(Shape(2, 2 * c, s, s, groups=32) for c, s in _STAGES[:3]),
         # As in DCNv3: a weight for each channel, offsets for each 16 of them.
         *(Shape(2, c, s, s, groups=c, offset_groups=c // 16) for c, s in _STAGES[:3]),
         Shape(2, 128, 28, 28, groups=128),
@@ -168,6 +173,13 @@ def make(shape: Shape, setting: Setting, name: str, layout: str, through: torch.
     if name == "onnxruntime":
         call = onnx_peer.deform_conv(t, **how) if setting.device == "cpu" else None
         return {"forward": lambda: [call()]} if call else {}
+    if name == PREPARED:
+        layer = DeformConv2d(t["input"].shape[1], len(t["weight"]), shape.kernel, groups=shape.groups)
+        layer.weight = torch.nn.Parameter(t["weight"])
+        # Depthwise weights have nothing to prepare.
+        weight = prepare_for_inference(layer).weight if layer.weight.shape[1] > 1 else layer.weight
+        call = torch.no_grad()(lambda: [deform_conv2d(t["input"], t["offset"], weight, mask=t["mask"], **how)])
+        return {"forward": call}
     operator = torchvision.ops.deform_conv2d if name.startswith("torchvision") else deform_conv2d
     arguments = [t[of].requires_grad_() for of in ("input", "weight", "offset", "mask")]
     input, weight, offset, mask = arguments
@@ -178,11 +190,24 @@ def make(shape: Shape, setting: Setting, name: str, layout: str, through: torch.
 
 def verify(shape: Shape, setting: Setting, made: dict[Contestant, dict[str, Call]]) -> None:
     # Not torchvision's float16: it rounds the positions themselves to half, and so takes other pixels.
-    require_agreement(shape, made, (OURS, "portable", "onnxruntime"), TORCHVISION, 1e-5 if exact(setting) else 3e-2)
+    require_agreement(
+        shape, made, (OURS, PREPARED, "portable", "onnxruntime"), TORCHVISION, 1e-5 if exact(setting) else 3e-2
+    )
 
 
 def extras(shape: Shape, setting: Setting, call: Call, layout: str, task: str) -> dict:
     return {"memory": peaks(__name__, Shape(1, 32, 16, 16), shape, setting, ((OURS, layout), TORCHVISION), task)}
+
+
+def prepared(row: dict) -> dict[str, str]:
+    """What a row shows of prepared weights; its times are of the same layout."""
+    found = dict.fromkeys(("/ prepared", "onnxruntime / prepared"), "-")
+    if PREPARED in row:
+        its = row[PREPARED][row["layout"]]
+        found["/ prepared"] = f"{its['ratio']:.2f}"
+        if "onnxruntime" in row:
+            found["onnxruntime / prepared"] = f"{best(row, 'onnxruntime')['ms'] / its['ms']:.2f}"
+    return found
 
 
 def figures(row: dict) -> dict[str, str]:
@@ -195,6 +220,7 @@ def figures(row: dict) -> dict[str, str]:
         "/ conv2d": f"{best(row, 'conv2d')['ratio']:.2f}",
         **same,
         **{f"{name} /": times_ours(row, name) for name in peers},
+        **({} if "gpu" in row else prepared(row)),
         "spread": f"{here['spread']:.0%}",
         "MiB": mib(row, OURS),
         "torchvision MiB": mib(row, "torchvision"),

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import collect_env
 
 from dcn_plugin import ops
 
@@ -135,10 +136,10 @@ def facts(work: Work, ms: float, tops: dict[str, float], host_ms: float) -> dict
 
 
 def kernels_of(call: Rotating, operator: str, task: str) -> dict[str, str]:
-    """Which kernels a call has run: name of the operator -> the kernel."""
+    """Which kernels a call has run, and why no faster ones: name of the operator -> the kernel."""
     call()
     names = (operator,) if task in ("forward", "inference") else (operator, f"{operator}_backward")
-    return {name: kernel for name, kernel in ops.kernels_used("cuda").items() if name in names}
+    return {name: kernel for name, kernel in ops.kernels_used("cuda", reasons=True).items() if name in names}
 
 
 def figures(row: dict, ms: float) -> dict[str, str]:
@@ -163,6 +164,7 @@ def describe() -> dict[str, str]:
         "multiprocessors": str(device.multi_processor_count),
         "memory": f"{device.total_memory / 2**30:.0f} GiB",
         "capability": f"{device.major}.{device.minor}",
+        "driver": str(collect_env.get_nvidia_driver_version(collect_env.run)),
         "CUDA": str(torch.version.cuda),
         "cuDNN": str(torch.backends.cudnn.version()),
     }

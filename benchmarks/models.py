@@ -1,6 +1,8 @@
 """Whole models: timm's resnet50, resnet50_dcn, and resnet50_dcn on torchvision's operator."""
 
 import os
+from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -84,19 +86,17 @@ def theirs(input, offset, weight, bias, stride, padding, dilation, mask):
     return torchvision.ops.deform_conv2d(*tensors, stride, padding[:2], dilation, mask.float()).to(input.dtype)
 
 
-def make(shape: Shape, setting: Setting, name: str, layout: str) -> dict[str, Call]:
-    torch.manual_seed(0)
-    images = torch.randn(shape.batch, 3, shape.size, shape.size)
-    target = torch.randint(1000, (shape.batch,)).to(setting.device)
-    model = build(name).to(setting.device, memory_format=LAYOUTS[layout])
-    images = images.to(setting.device, memory_format=LAYOUTS[layout])
+def tasks(
+    model: nn.Module, images: Tensor, setting: Setting, operator: tuple[ModuleType, str, Callable]
+) -> dict[str, Call]:
+    """A model's inference and its training step, with an operator under this name in this module."""
+    target = torch.randint(1000, (len(images),)).to(setting.device)
     # So small that the model stays what it is: every round, and inference, has the same offsets.
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
 
     def forward() -> Tensor:
-        operator = theirs if name == "torchvision" else dcn_plugin.ops.deform_conv2d
         half = torch.autocast(setting.device, setting.dtype, enabled=setting.dtype != torch.float32)
-        with half, patch.object(dcn_plugin.layers.conv, "deform_conv2d", operator):
+        with half, patch.object(*operator):
             return model(images)
 
     @torch.no_grad()
@@ -112,8 +112,17 @@ def make(shape: Shape, setting: Setting, name: str, layout: str) -> dict[str, Ca
         optimizer.step()
         return [out]
 
-    settle(model, images)
     return {"inference": infer, "training step": train}
+
+
+def make(shape: Shape, setting: Setting, name: str, layout: str) -> dict[str, Call]:
+    torch.manual_seed(0)
+    images = torch.randn(shape.batch, 3, shape.size, shape.size)
+    model = build(name).to(setting.device, memory_format=LAYOUTS[layout])
+    images = images.to(setting.device, memory_format=LAYOUTS[layout])
+    settle(model, images)
+    operator = theirs if name == "torchvision" else dcn_plugin.ops.deform_conv2d
+    return tasks(model, images, setting, (dcn_plugin.layers.conv, "deform_conv2d", operator))
 
 
 def work(shape: Shape, task: str, itemsize: int) -> Work:

@@ -63,6 +63,7 @@ SHAPES = {
         Shape(2, 256, 50, 68, 512, samples=0),
         Shape(8, 64, 32, 32, 512),
         Shape(1, 21, 38, 50, 300, samples=4, position_sensitive=True),
+        Shape(1, 8, 38, 50, 100, samples=4, position_sensitive=True),
     ],
     "cuda": [
         Shape(16, 256, 50, 68, 8192),

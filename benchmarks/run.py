@@ -8,12 +8,15 @@
     python benchmarks/run.py --device cuda
 
 Families: deform_conv2d (against conv2d, torchvision and, where it is installed, onnxruntime), half_types (bfloat16 and
-float16 against float32, on the CPU), roi_pool (against torchvision), ms_deform_attn (against what transformers falls
-back to, torch-ms-deform-attn and deformops, where they are installed), deform_aggregate2d (against a depthwise
-convolution, deform_conv2d and a plain fallback), programs (blocks that call torchvision's
+float16 against float32, on the CPU), far_offsets (deform_conv2d against itself with near ones, on the CPU), roi_pool
+(against torchvision), ms_deform_attn (against what transformers falls back to, torch-ms-deform-attn and deformops,
+where they are installed), deform_aggregate2d (against a depthwise convolution, deform_conv2d and a plain fallback),
+spatial_transformer (against torch's affine_grid and grid_sample, on the CPU), programs (blocks that call torchvision's
 operator, before and after `accelerate()`, on the CPU), models (resnet50_dcn against resnet50, and against itself on
-torchvision's operator; needs timm) and detectors (transformers' models, before and after `accelerate(model)`, on the
-CPU; needs transformers). `pip install '.[benchmark]'` brings the peers, but for the two that docs/performance.md tells.
+torchvision's operator; needs timm), backbones (InternImage, FlashInternImage and DAT, the tiny ones against a plain
+fallback, convnext_tiny and resnet50_dcn, on the CPU; needs timm) and detectors (transformers' models, before and after
+`accelerate(model)`, on the CPU; needs transformers). `pip install '.[benchmark]'` brings the peers, but for the two
+that docs/performance.md tells.
 
 Results are compared before anything is timed. Rounds alternate between the contestants, so that a noisy machine
 disturbs them alike; slow ones have fewer rounds, at least three. A time is the median over rounds, a ratio the median
@@ -38,16 +41,18 @@ from types import ModuleType
 import aggregation
 import attention
 import conv
+import far
 import gpu
 import half
 import programs
 import roi
+import spatial
 import torch
 from harness import OURS, Setting, describe, rows_for
 
-FAMILIES = {module.NAME: module for module in (conv, half, roi, attention, aggregation, programs)}
+FAMILIES = {module.NAME: module for module in (conv, half, far, roi, attention, aggregation, spatial, programs)}
 # Families of whole models -> the package they come from.
-NEEDS = {"models": "timm", "detectors": "transformers"}
+NEEDS = {"models": "timm", "backbones": "timm", "detectors": "transformers"}
 FAMILIES |= {name: importlib.import_module(name) for name, package in NEEDS.items() if find_spec(package)}
 # Those that are in types of their own, or in float32 whatever the types of the others.
 OWN_TYPES = ("half_types", "programs", "detectors")
