@@ -2,11 +2,13 @@
 
 import contextlib
 import logging
+import random
 import re
 import runpy
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -46,6 +48,14 @@ def pytest_collection_modifyitems(config, items):
         raise pytest.UsageError(f"test names: expected the same in every process, got {named_by_address[0]}")
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Each test draws the same numbers after whatever has run; before its fixtures, which draw as well."""
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(params=DEVICES)

@@ -13,6 +13,7 @@ from .conv1d import DeformConv1d
 from .dat import DAttention
 from .dcnv3 import DCNv3, DCNv4
 from .dilated import Dilated
+from .max_pool import DeformMaxPool2d, DeformMaxPool2dPack
 from .ps_roi import DeformPSRoIPool, DeformPSRoIPoolPack, PSRoIPool
 from .roi import DeformRoIPool, DeformRoIPoolPack, ModulatedDeformRoIPoolPack
 from .samples import OffsetRate, Regions, Samples, SamplingHandle, Window
@@ -49,6 +50,8 @@ LAYERS: dict[str, type] = {
         ActiveConv2d,
         Dilated,
         DeformConv1d,
+        DeformMaxPool2d,
+        DeformMaxPool2dPack,
     )
 }
 """The one list of layers, by name: converter, registries and documents walk it."""
@@ -65,6 +68,8 @@ __all__ = [
     "DAttention",
     "DeformConv1d",
     "DeformConv2d",
+    "DeformMaxPool2d",
+    "DeformMaxPool2dPack",
     "DeformPSRoIPool",
     "DeformPSRoIPoolPack",
     "DeformRoIPool",

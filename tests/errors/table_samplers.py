@@ -5,7 +5,14 @@ from functools import partial
 import torch
 from torch import nn
 
-from dcn_plugin.layers import ActiveConv2d, DeformConv1d, Dilated, SpatialTransformer
+from dcn_plugin.layers import (
+    ActiveConv2d,
+    DeformConv1d,
+    DeformMaxPool2d,
+    DeformMaxPool2dPack,
+    Dilated,
+    SpatialTransformer,
+)
 from errors.case import Case
 from errors.table_layers import CONV, IMAGE, choices, of
 from errors.table_ops import integer, integers, spoilt
@@ -124,4 +131,33 @@ def sequences():
         yield Case(short, ValueError, "input:", "a sequence that the kernel fits on", f"got length {length}")
 
 
-CASES = [*transformers(), *active(), *dilated(), *sequences()]
+def pools():
+    """Deformable max pooling."""
+    for cls in (DeformMaxPool2d, DeformMaxPool2dPack):
+        call = of(cls, dict(channels=4, kernel_size=3))
+        for name in ("channels", "offset_groups"):
+            yield from integer(call, name)
+        for name in ("kernel_size", "stride", "dilation"):
+            yield from integers(call, name)
+        yield from integers(call, "padding", 0)
+        yield Case(call(offset_groups=3), ValueError, "channels:", "a multiple of offset_groups", "got 4 and 3")
+        wide = "expected at most half of the kernel's span (3, 3)"
+        yield Case(call(padding=(1, 2)), ValueError, "padding:", wide, "got (1, 2)")
+    yield from choices(call, ("dtype",))
+
+    def run(**given):
+        return partial(
+            DeformMaxPool2d(4, 3), **dict(input=torch.zeros(2, 4, 8, 7), offset=torch.zeros(2, 18, 2, 2)) | given
+        )
+
+    yield from spoilt(run, "offset", torch.zeros(2, 18, 2, 2), (2, 18, 2, 2), "[N, 2 * G * K, H', W']")
+    pack = DeformMaxPool2dPack(4, 3)
+    for call in (lambda x: run(input=x), lambda x: partial(pack, x), lambda x: partial(pack.offsets, x)):
+        yield Case(call(1), TypeError, "input:", "expected a tensor [N, 4, H, W]", "got int")
+        yield Case(call(torch.zeros(2, 3, 8, 7)), ValueError, "input:", "[N, 4, H, W]", "got [2, 3, 8, 7]")
+        small = call(torch.zeros(2, 4, 2, 7))
+        yield Case(small, ValueError, "input:", "a map that the kernel fits on", "got 2 x 7 pixels")
+    yield Case(partial(pack, IMAGE.to("meta")), ValueError, "input:", "like the layer's parameters", "got meta")
+
+
+CASES = [*transformers(), *active(), *dilated(), *sequences(), *pools()]

@@ -282,6 +282,31 @@ def arguments_of_sequence(draw, cls, generator):
     return arguments, inputs, (n, outputs, results)
 
 
+def arguments_of_max_pool(draw, cls, generator):
+    groups, n = draw(sizes), draw(st.integers(0, 2))
+    kernel, dilation, stride = ([draw(sizes), draw(sizes)] for _ in range(3))
+    spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    padding = [draw(st.integers(0, span // 2)) for span in spans]
+    size = [draw(st.integers(span, span + 5)) for span in spans]
+    shape = [
+        (side + 2 * pad - span) // step + 1 for side, pad, span, step in zip(size, padding, spans, stride, strict=True)
+    ]
+    channels = groups * draw(sizes)
+    arguments = dict(
+        channels=channels, kernel_size=kernel, stride=stride, padding=padding, dilation=dilation, offset_groups=groups
+    )
+    inputs = {"input": normal(generator, (n, channels, *size))}
+    if cls is layers.DeformMaxPool2d:
+        inputs["offset"] = normal(generator, (n, 2 * groups * math.prod(kernel), *shape))
+    return arguments, inputs, (n, channels, *shape)
+
+
+def of_max_pool(package, layer, inputs):
+    """The sampler is that of attention; what is made of samples, test_max_pool.py writes again."""
+    with mock.patch("dcn_plugin.layers.max_pool.ms_deform_attn", package.ms_deform_attn):
+        return layer(**inputs)
+
+
 def of_sequence(package, layer, inputs):
     """The operator on a map of one row; that this is a convolution of sequences, test_conv1d.py says."""
     with mock.patch("dcn_plugin.layers.conv1d.deform_conv2d", package.deform_conv2d):
@@ -306,6 +331,8 @@ def of_operator(package, layer, inputs):
         return of_sequence(package, layer, inputs)
     if isinstance(layer, layers.SpatialTransformer):
         return of_transformer(package, layer, inputs)
+    if isinstance(layer, layers.DeformMaxPool2d):
+        return of_max_pool(package, layer, inputs)
     input, *places = (inputs[k] for k in ("input", "rois") if k in inputs)
     offset, mask = inputs.get("offset"), inputs.get("mask")
     if getattr(layer, "offset_branches", {}):
@@ -347,6 +374,7 @@ def test_a_layer_is_the_operator_with_its_own_offsets(name):
     describe = arguments_of_aggregation if issubclass(cls, AGGREGATION) else describe
     describe = arguments_of_grid if issubclass(cls, layers.DAttention) else describe
     describe = arguments_of_sequence if issubclass(cls, layers.DeformConv1d) else describe
+    describe = arguments_of_max_pool if issubclass(cls, layers.DeformMaxPool2d) else describe
     describe = arguments_of_transformer if issubclass(cls, layers.SpatialTransformer) else describe
 
     @fuzz

@@ -88,6 +88,8 @@ LAYERS = {
         input=IMAGE, offset=OFFSET, mask=MASK)),
     "DeformConv1d": (lambda: layers.DeformConv1d(4, 6, 3), dict(
         input=torch.rand(2, 4, 8), offset=torch.zeros(2, 3, 6), mask=torch.zeros(2, 3, 6))),
+    "DeformMaxPool2d": (lambda: layers.DeformMaxPool2d(4, 3, 1, 1), dict(input=IMAGE, offset=OFFSET)),
+    "DeformMaxPool2dPack": (lambda: layers.DeformMaxPool2dPack(4, 2), dict(input=IMAGE)),
     "DCNv1": (lambda: layers.DCNv1(4, 6, 3), dict(input=IMAGE)),
     "DCNv2": (lambda: layers.DCNv2(4, 6, 3, padding=(0, 0, 1, 1)), dict(input=IMAGE)),
     "DeformRoIPool": (lambda: layers.DeformRoIPool(2), dict(input=IMAGE, rois=ROIS, offset=SHIFT)),

@@ -14,6 +14,7 @@ from dcn_plugin.layers import (
     DCNv2,
     DCNv3,
     DCNv4,
+    DeformMaxPool2dPack,
     DeformPSRoIPoolPack,
     DeformRoIPoolPack,
     MMCVMultiScaleDeformableAttention,
@@ -102,6 +103,7 @@ LAYERS = {
     "DAttention": lambda: (DAttention(8, 4, 2, (8, 9), stride=2, offset_range_factor=0.5), (_image(8),)),
     # Divided by their lengths, the gradients of its moves would be no slopes.
     "ActiveConv2d": lambda: (ActiveConv2d(4, 6, 3, padding=1, offset_groups=2, normalise=False), (_image(4),)),
+    "DeformMaxPool2dPack": lambda: (DeformMaxPool2dPack(4, 2, offset_groups=2), (_image(4),)),
     "SpatialTransformer": lambda: (SpatialTransformer(4, _localiser(), (5, 10), padding_mode="border"), (_image(4),)),
 }  # fmt: skip
 PREDICTING = {name for name, cls in layers.LAYERS.items() if getattr(cls, "offset_branches", {})}
