@@ -6,6 +6,7 @@ Symbols: N batch, C channels, K = kh*kw taps, G offset groups, H' W' output size
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 from typing import Any, ClassVar
 
 import torch
@@ -23,8 +24,8 @@ from .sampling import SamplingModule
 
 
 @unrecorded
-def _checked(input: Any, channels: int, window: Window) -> Tensor:
-    x = check_input(input, channels)
+def _checked(input: Any, channels: int, window: Window, parameter: Tensor | None = None) -> Tensor:
+    x = check_input(input, channels, parameter)
     height, width = window.output_size(x.shape[2], x.shape[3])
     if 0 in x.shape[2:] or height < 1 or width < 1:
         raise ValueError(f"input: expected a map that the kernel fits on, got {x.shape[2]} x {x.shape[3]} pixels")
@@ -42,7 +43,11 @@ def _check_offset(offset: Any, x: Tensor, outputs: int, window: Window) -> None:
 def _largest(x: Tensor, offset: Tensor, window: Window, groups: int) -> Tensor:
     """Return the largest sample of each window, `[N, C, H', W']`; 0 where all lie off the map."""
     n, channels, *size = x.shape
-    outputs, taps = offset.shape[2:], window.taps().tolist()
+    outputs = offset.shape[2:]
+    taps = [
+        (y * window.dilation[0] - window.padding[0], x_ * window.dilation[1] - window.padding[1])
+        for y, x_ in product(*map(range, window.kernel_size))
+    ]
     rows, columns = (
         step * torch.arange(count, device=x.device) for step, count in zip(window.stride, outputs, strict=True)
     )
@@ -50,14 +55,14 @@ def _largest(x: Tensor, offset: Tensor, window: Window, groups: int) -> Tensor:
     moves = offset.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (groups, len(taps), 2))
     value = x.flatten(2).transpose(1, 2).unflatten(2, (groups, channels // groups))
     from_corner = moves.new_zeros(n, outputs[0] * outputs[1], 1, 2)
-    limits = moves.new_tensor(size)[:, None, None]
     largest, nowhere = None, None
     # A tap at a time: memory for one of them, and a gradient that goes to the largest alone.
     for tap, (y, x_) in enumerate(taps):
         start = torch.stack(torch.meshgrid(rows + y, columns + x_, indexing="ij"))
         at = moves[:, :, tap] + start
         # NaN is neither off the map nor on it, and its sample is NaN.
-        off = ((at <= -1) | (at >= limits)).any(2).flatten(2).transpose(1, 2)[..., None]
+        off = (at <= -1).any(2) | (at[:, :, 0] >= size[0]) | (at[:, :, 1] >= size[1])
+        off = off.flatten(2).transpose(1, 2)[..., None]
         # Attention's positions are (x, y), from the outer edge of the first pixel.
         way = (at.flip(2) + 0.5).flatten(3).permute(0, 3, 1, 2)[:, :, :, None]
         sample = ms_deform_attn(value, [(size[0], size[1])], way[:, :, :, None], reference_points=from_corner)
@@ -162,8 +167,7 @@ class DeformMaxPool2d(SamplingModule):
         return self._samples(output)
 
     def _samples(self, output: Tensor) -> int:
-        # As of attention: each sample's weight is one more.
-        return 5 * self.kernel_size[0] * self.kernel_size[1] * output.numel()
+        return 4 * self.kernel_size[0] * self.kernel_size[1] * output.numel()
 
     def extra_repr(self) -> str:
         return describe(self, ("channels", "kernel_size", "stride", "padding", "dilation", "offset_groups"))
@@ -224,8 +228,7 @@ class DeformMaxPool2dPack(DeformMaxPool2d):
         Returns:
             Offset `[N, 2*G*K, H', W']` in pixels, (y, x) per tap; and None.
         """
-        x = _checked(x, self.channels, self.window)
-        check_input(x, self.channels, next(iter(self.conv_offset.parameters()), None))
+        x = _checked(x, self.channels, self.window, next(self.conv_offset.parameters(), None))
         warn_if_redrawn(self)
         return check_predicted(self.conv_offset(x), self._outputs, x, self.window, None), None
 
