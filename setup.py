@@ -5,6 +5,7 @@ How they are compiled, and the environment variables that steer it, stand in scr
 
 from __future__ import annotations
 
+import platform
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "scripts"))  # pip does not have this folder on its path
 
-from toolchain import FILES, ROOT, Compiler, Torch, build_package, fail  # noqa: E402
+from toolchain import FILES, ROOT, Compiler, Torch, build_package, fail, wheel_platform  # noqa: E402
 
 if int(setuptools.__version__.split(".")[0]) < 77:
     fail(
@@ -47,7 +48,7 @@ class Wheel(bdist_wheel):
     """One wheel per platform, for every Python 3: the libraries are no Python modules."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        return ("py3", "none", super().get_tag()[2])
+        return ("py3", "none", wheel_platform(platform.machine()) or super().get_tag()[2])
 
 
 if __name__ == "__main__":

@@ -60,8 +60,8 @@ def _explain(library: Path, error: Exception) -> str:
 def info() -> dict[str, Any]:
     """Return what the libraries were built with (empty when that is not known).
 
-    Keys: `version` of the package, `torch`, `torch_floor`, `compiler`, `platform`, `cuda` (None, or a
-    dictionary of `version` and `architectures`), `without_cuda_because` (None, or the reason).
+    Keys: `version` of the package, `torch`, `torch_floor`, `compiler`, `platform`, `sources` (of `csrc/`),
+    `cuda` (None, or a dictionary of `version` and `architectures`), `without_cuda_because` (None, or the reason).
     """
     try:
         return dict(json.loads(BUILD_INFO.read_text()))

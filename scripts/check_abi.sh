@@ -4,6 +4,7 @@
 # nothing else. Then it is installed beside each given pair of Python and torch, where the tests of the operators run
 # against it. Default: the floor on the oldest Python, and the tested torch on a newer one:
 #     bash scripts/check_abi.sh 3.10:2.11.0 3.13:2.15.0
+# WHEEL names one that is there already, as from scripts/wheel.sh; then nothing is built.
 # Every environment is a download of torch, and is deleted afterwards. The interpreters (python3.10, ...) come from PATH;
 # PYTHONS names folders to look in before, separated by colons. Everything made lies below build/.
 set -euo pipefail
@@ -30,8 +31,13 @@ command -v readelf >/dev/null || fail "there is no readelf on PATH." "install bi
 work=$(mkdir -p build && mktemp -d "$root/build/abi.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 
-echo "== building the wheel ($("$builder" -c 'import platform, torch; print("Python", platform.python_version() + ", torch", torch.__version__)'))"
-"$builder" -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir "$work" .
+if [ -n "${WHEEL:-}" ]; then
+    [ -f "$WHEEL" ] || fail "WHEEL is '$WHEEL', which is no file." "name one, or unset it to build."
+    cp "$WHEEL" "$work/"
+else
+    echo "== building the wheel ($("$builder" -c 'import platform, torch; print("Python", platform.python_version() + ", torch", torch.__version__)'))"
+    "$builder" -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir "$work" .
+fi
 wheel=$(echo "$work"/*.whl)
 "$builder" -m zipfile -e "$wheel" "$work/content"
 
@@ -40,7 +46,7 @@ foreign_symbols() {
     readelf --dyn-syms -W "$1" |
         awk '$7 == "UND" && $5 != "WEAK" && $8 != "" && $8 !~ /@(GLIBC|GLIBCXX|CXXABI|GCC)_[0-9.]+$/ { print $8 }' | sort -u
 }
-newest() { readelf --dyn-syms -W "$1" | grep -oE "@$2_[0-9.]+" | cut -d_ -f2 | sort -uV | tail -1; }
+newest() { readelf --dyn-syms -W "$1" | grep -oE "@$2_[0-9.]+" | cut -d_ -f2 | sort -uV | tail -1 | grep . || echo inside; }
 for library in "$work"/content/dcn_plugin/_C*.so; do
     foreign_symbols "$library" >"$work/symbols"
     [ -s "$work/symbols" ] || fail "${library##*/} asks nothing of torch, which cannot be." "see whether readelf can read it."
@@ -48,7 +54,7 @@ for library in "$work"/content/dcn_plugin/_C*.so; do
         fail "${library##*/} asks for symbols outside torch's stable C interface:"$'\n'"$unstable" "see rule 4 of CONTRIBUTING.md."
     fi
     echo "   ${library##*/}: $(wc -l <"$work/symbols") symbols of torch's C interface;" \
-        "glibc $(newest "$library" GLIBC), libstdc++ $(newest "$library" GLIBCXX) or newer"
+        "glibc $(newest "$library" GLIBC) or newer, libstdc++ $(newest "$library" GLIBCXX)"
 done
 
 # The tests lie apart from the sources, so that the installed package is what they import. Left out: what reads the

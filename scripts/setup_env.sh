@@ -2,7 +2,8 @@
 # pyproject.toml) and the compiled operators. What is up to date already is left alone. Afterwards the working
 # directory is the repository's root and `python` is the environment's.
 #
-# PYTHON chooses the interpreter; DCN_PLUGIN_VENV the folder; what scripts/toolchain reads (DCN_PLUGIN_CUDA, CXX, ...) holds too.
+# PYTHON chooses the interpreter; DCN_PLUGIN_VENV the folder; WHEEL a wheel whose libraries are taken, so that nothing is compiled;
+# what scripts/toolchain reads (DCN_PLUGIN_CUDA, CXX, ...) holds too.
 # shellcheck shell=bash
 
 fail() {
@@ -35,6 +36,7 @@ find_python() {
 
 find_compiler() {
     local candidate
+    [ -z "${WHEEL:-}" ] || return 0 # which holds what would be compiled
     for candidate in ${CXX:-c++ g++ clang++}; do
         if command -v "$candidate" >/dev/null 2>&1; then return; fi
     done

@@ -13,7 +13,7 @@ import zipfile
 import pytest
 import torch
 from packaging.requirements import Requirement
-from toolchain import ROOT, TORCH_FLOOR, gencode
+from toolchain import ROOT, TORCH_FLOOR, gencode, wheel_platform
 
 from dcn_plugin import _extension
 
@@ -231,6 +231,58 @@ def test_without_ninja(checkout):
     compiler = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++") or shutil.which("clang++")
     message = failing_build(checkout, BUILD, without=("ninja",), PATH="", CXX=compiler, DCN_PLUGIN_CUDA="0")
     assert "ninja is not installed" in message and "pip install ninja" in message
+
+
+def put_into_wheel(path, **changes):
+    """A wheel with the libraries of this checkout, and what they say of themselves."""
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.write(_extension.CPU_LIBRARY, "dcn_plugin/_C.so")
+        wheel.writestr("dcn_plugin/_build_info.json", json.dumps(_extension.info() | changes))
+    return str(path)
+
+
+INPLACE = ["setup.py", "-q", "build_ext", "--inplace"]
+
+
+def test_libraries_of_a_wheel_are_taken_without_a_compiler(checkout, tmp_path):
+    wheel = put_into_wheel(tmp_path / "some.whl")
+    done = run([sys.executable, *INPLACE], checkout, WHEEL=wheel, CXX="/nowhere/c++", PATH="")
+    assert done.returncode == 0, done.stderr
+    assert (checkout / "dcn_plugin/_C.so").read_bytes() == _extension.CPU_LIBRARY.read_bytes()
+    assert not (checkout / "dcn_plugin/_C_cuda.so").exists()
+    (checkout / "csrc/core/sampling.h").write_text("// another\n")
+    done = run([sys.executable, *INPLACE], checkout, WHEEL=wheel)
+    assert done.returncode == 1 and "WHEEL: the sources of " in done.stderr and "unset WHEEL to compile" in done.stderr
+
+
+@pytest.mark.parametrize(("name", "value"), [("version", "0.0.1"), ("platform", "linux riscv64"), ("sources", None)])
+def test_a_wheel_that_does_not_fit_is_refused(checkout, tmp_path, name, value):
+    wheel = put_into_wheel(tmp_path / "some.whl", **{name: value})
+    done = run([sys.executable, *INPLACE], checkout, WHEEL=wheel)
+    assert done.returncode == 1 and f"WHEEL: the {name} of {wheel} is {value}, and here " in done.stderr
+    assert not (checkout / "dcn_plugin/_C.so").exists()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"text", "empty"])
+def test_what_is_no_wheel_is_refused(checkout, tmp_path, content):
+    path = tmp_path / "some.whl"
+    if content == "empty":
+        zipfile.ZipFile(path, "w").close()
+    elif content is not None:
+        path.write_bytes(content)
+    done = run([sys.executable, *INPLACE], checkout, WHEEL=str(path))
+    assert done.returncode == 1 and f"WHEEL: {path} is no wheel of dcn_plugin (" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_wheels_for_an_older_glibc_are_named_so(checkout, monkeypatch):
+    assert wheel_platform("x86_64") is None
+    monkeypatch.setenv("DCN_PLUGIN_GLIBC", "2.28")
+    assert wheel_platform("x86_64") == "manylinux_2_28_x86_64"
+    assert wheel_platform("aarch64") == "manylinux_2_28_aarch64"
+    monkeypatch.setenv("DCN_PLUGIN_GLIBC", "2.28; rm")
+    message = failing_build(checkout, BUILD, DCN_PLUGIN_CUDA="0")
+    assert "DCN_PLUGIN_GLIBC is '2.28; rm', which is no version of glibc" in message
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda path: path.name)

@@ -7,6 +7,7 @@ the floor up.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -16,6 +17,7 @@ import sys
 from pathlib import Path
 
 from .find import ROOT, TORCH_FLOOR, Compiler, Nvcc, Torch, fail
+from .glibc import link_flags
 from .ninja_file import NinjaFile, compile_jobs
 
 VISIBILITY = ["-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
@@ -78,7 +80,8 @@ def add_libraries(
     ninja.compiling("cxx", compiler.command, [*flags, *SIMD, *VISIBILITY, *WARNINGS, *cxxflags])
     # A symbol that nothing defines is an error here, not later on the user's machine.
     shared = ["-dynamiclib"] if sys.platform == "darwin" else ["-shared", "-Wl,-z,defs"]
-    ninja.linking("link", [*compiler.command, *shared], [*link_torch(torch), *ldflags])
+    older = link_flags(ninja.folder, compiler)
+    ninja.linking("link", [*compiler.command, *shared], [*older, *link_torch(torch), *ldflags])
     objects = [ninja.build(f"{source}.o", "cxx", [source]) for source in cpp]
     libraries = [ninja.build("_C.so", "link", objects)]
     if isinstance(nvcc, Nvcc) and sources(".cu"):
@@ -94,9 +97,17 @@ def add_cuda(ninja: NinjaFile, torch: Torch, compiler: Compiler, nvcc: Nvcc) -> 
     ninja.compiling("nvcc", [nvcc.path, *host], [*cuda_flags(torch), *nvcc.flags, *passed_on, *own])
     # cudart is linked statically, so that the file asks nothing of the machine but torch and a driver.
     link = [nvcc.path, *host, "-shared", "-cudart", "static", "-Xlinker=--exclude-libs,ALL"]
-    ninja.linking("nvlink", link, cuda_libraries(ninja.folder, torch, compiler))
+    older = [_through_nvcc(flag) for flag in link_flags(ninja.folder, compiler)]
+    ninja.linking("nvlink", link, [*older, *cuda_libraries(ninja.folder, torch, compiler)])
     objects = [ninja.build(f"{source}.o", "nvcc", [source]) for source in cu]
     return ninja.build("_C_cuda.so", "nvlink", objects)
+
+
+def _through_nvcc(flag: str) -> str:
+    """Hand a flag on to the linker or to its driver; folders and objects are nvcc's own business."""
+    if flag.startswith("-Wl,"):
+        return f"-Xlinker={flag.removeprefix('-Wl,').replace(',', '=')}"
+    return flag if flag.startswith("-L") or not flag.startswith("-") else f"-Xcompiler={flag}"
 
 
 def cuda_libraries(folder: Path, torch: Torch, compiler: Compiler) -> list[str]:
@@ -110,6 +121,19 @@ def cuda_libraries(folder: Path, torch: Torch, compiler: Compiler) -> list[str]:
     return [f"-L{torch.root / 'lib'}", f"-L{place}", "-Xlinker=--no-as-needed", "-ltorch_cpu", "-ltorch_cuda"]
 
 
+def this_platform() -> str:
+    return f"{sys.platform} {platform.machine()}"
+
+
+def digest_of_sources() -> str:
+    """Return what tells one state of `csrc/` from another."""
+    digest = hashlib.sha256()
+    for path in sorted(ROOT.glob("csrc/**/*")):
+        if path.suffix in (".h", ".cpp", ".cu"):
+            digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
 def build_info(version: str, torch: Torch, compiler: Compiler, nvcc: Nvcc | str, with_cuda: bool) -> str:
     """Return what `dcn_plugin._extension.info()` will tell about the libraries, as JSON."""
     cuda = {"version": nvcc.version, "architectures": nvcc.architectures} if isinstance(nvcc, Nvcc) else None
@@ -118,7 +142,8 @@ def build_info(version: str, torch: Torch, compiler: Compiler, nvcc: Nvcc | str,
         "torch": torch.version,
         "torch_floor": ".".join(map(str, TORCH_FLOOR)),
         "compiler": compiler.version,
-        "platform": f"{sys.platform} {platform.machine()}",
+        "platform": this_platform(),
+        "sources": digest_of_sources(),
         "cuda": cuda if with_cuda else None,
         "without_cuda_because": nvcc if isinstance(nvcc, str) else None,
     }

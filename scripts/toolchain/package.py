@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import tempfile
+import zipfile
 from pathlib import Path
 
 from .find import ROOT, Compiler, Torch, fail, find_cuda
-from .libraries import add_libraries, build_info, build_name
+from .libraries import add_libraries, build_info, build_name, digest_of_sources, this_platform
 from .ninja_file import NinjaFile
 
 FILES = ("_C.so", "_C_cuda.so", "_build_info.json")
 
 
 def build_package(package: Path, version: str) -> None:
-    """Compile what has changed, and put it into the folder `package`."""
+    """Compile what has changed, or take it from a wheel, and put it into the folder `package`."""
+    if wheel := os.environ.get("WHEEL"):
+        return take_from(Path(wheel), package, version)
     torch, compiler = Torch.find(), Compiler.find()
     nvcc = find_cuda(torch, compiler)
     ninja = NinjaFile(build_name(torch))
@@ -33,6 +38,23 @@ def build_package(package: Path, version: str) -> None:
         fail("the compiler reported errors (above).", f"report the first of them, with its command{without}.")
     info_file.write_text(info)
     put_into(package, {path.name: path for path in [info_file, *(ROOT / library for library in libraries)]})
+
+
+def take_from(wheel: Path, package: Path, version: str) -> None:
+    """Put a wheel's libraries into `package`, if they are of these sources and for this kind of machine."""
+    mend = "make one with scripts/wheel.sh, or unset WHEEL to compile."
+    try:
+        with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
+            names = [name for name in FILES if f"dcn_plugin/{name}" in archive.namelist()]
+            found = {name: Path(archive.extract(f"dcn_plugin/{name}", folder)) for name in names}
+            info = json.loads(found["_build_info.json"].read_text())
+            wanted = dict(version=version, platform=this_platform(), sources=digest_of_sources())
+            for name, value in wanted.items():
+                if info.get(name) != value:
+                    fail(f"WHEEL: the {name} of {wheel} is {info.get(name)}, and here {value} is needed.", mend)
+            put_into(package, found)
+    except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
+        fail(f"WHEEL: {wheel} is no wheel of dcn_plugin ({type(error).__name__}: {error}).", mend)
 
 
 def put_into(package: Path, built: dict[str, Path]) -> None:
