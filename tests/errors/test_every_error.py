@@ -23,6 +23,7 @@ PARTS = {
     "layers": ("layers/", "detection/roi_pool.py"),
     "aggregation": ("layers/_aggregation.py", "layers/channels.py", "layers/dcnv3.py"),
     "samplers": tuple(f"layers/{name}.py" for name in ("active_conv", "conv1d", "dilated", "spatial_transformer")),
+    "alignment": ("layers/alignment.py",),
     "models": ("models/", "mm/", "detection/"),
     "visualize": ("visualize/",),
     "finetune": ("finetune/", "_config.py", "export/folder.py", "export/forms.py", "models/build.py"),
