@@ -1,4 +1,4 @@
-"""What alignment buys a recurrent network for video, on moving digits: `python scripts/video_study.py [--seeds 0 1 2]`."""
+"""What alignment buys a recurrent network on moving digits: `python scripts/video_study.py [--seeds 0 1 2]`."""
 
 from __future__ import annotations
 

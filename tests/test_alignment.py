@@ -67,7 +67,9 @@ def test_state_dicts_are_those_of_basicsr():
         wanted |= conv_keys(f"offset_conv3.{level}", 64, 64) | conv_keys(f"feat_conv.{level}", 64, 128)
     assert shapes(PCDAlignment()) == shapes(PCDAlignment(64, 8)) == wanted
     # torch loads by name, but optimizers by order: BasicSR's goes from the smallest map up.
-    assert list(PCDAlignment().state_dict())[::2][:3] == [f"offset_conv1.{level}.weight" for level in ("l3", "l2", "l1")]
+    assert list(PCDAlignment().state_dict())[::2][:3] == [
+        f"offset_conv1.{level}.weight" for level in ("l3", "l2", "l1")
+    ]
 
     second = SecondOrderDeformableAlignment(128, 64, 3, padding=1, deformable_groups=16, max_residue_magnitude=10)
     wanted = {"weight": [64, 128, 3, 3], "bias": [64]}
@@ -218,7 +220,9 @@ def test_a_pyramid_is_edvrs():
     before = copy.deepcopy(PYRAMIDS)
     found, expected = layer(*PYRAMIDS), pyramid_by_hand(layer.state_dict(), *PYRAMIDS)
     assert_close(found.detach(), expected, 1e-5)
-    assert all(torch.equal(a, b) for maps, were in zip(PYRAMIDS, before, strict=True) for a, b in zip(maps, were))
+    assert all(
+        torch.equal(a, b) for maps, were in zip(PYRAMIDS, before, strict=True) for a, b in zip(maps, were, strict=True)
+    )
     assert not torch.allclose(layer(*PYRAMIDS[::-1]), expected, atol=0.1 * float(expected.abs().max()))
 
 
@@ -226,7 +230,9 @@ def test_a_pyramid_is_edvrs():
 
 
 def test_gradients_reach_frames_maps_and_flows():
-    layer = filled(SecondOrderDeformableAlignment(2, 1, 3, padding=1, offset_groups=2, max_residue_magnitude=1)).double()
+    layer = filled(
+        SecondOrderDeformableAlignment(2, 1, 3, padding=1, offset_groups=2, max_residue_magnitude=1)
+    ).double()
     given = [rand(1, c, 3, 3, seed=c).double().requires_grad_() for c in (2, 3)]
     given += [rand(1, 2, 3, 3, seed=seed).double().requires_grad_() for seed in (7, 8)]
     assert torch.autograd.gradcheck(layer, given, atol=1e-4)
@@ -364,7 +370,7 @@ def test_graphs():
 
 
 def exported(name, tmp_path, small):
-    """A file, what it is called with and what it has to give; onnx's own interpreter takes a second for a few pixels."""
+    """A file, what it is called with, what it has to give; onnx's own interpreter takes a second for a few pixels."""
     pytest.importorskip("onnxscript")
     from dcn_plugin.export.onnx import export_onnx
 
@@ -414,7 +420,10 @@ def test_from_conv_keeps_the_weight():
     conv = nn.Conv2d(8, 4, 3, padding=1)
     for layer, given in (
         (DCNv2Pack.from_conv(conv, offset_groups=2), MAPS[:1] * 2),
-        (SecondOrderDeformableAlignment.from_conv(conv, deform_groups=2), (*MAPS[:2], *(0 * flow for flow in MAPS[2:]))),
+        (
+            SecondOrderDeformableAlignment.from_conv(conv, deform_groups=2),
+            (*MAPS[:2], *(0 * flow for flow in MAPS[2:])),
+        ),
     ):
         assert layer.weight is conv.weight and layer.offset_groups == 2
         half = F.conv2d(MAPS[0], conv.weight, padding=1) / 2 + conv.bias[:, None, None]

@@ -148,7 +148,7 @@ class SecondOrderDeformableAlignment(DCNv2):
         torch.Size([1, 8, 6, 6])
 
     Source: Chan et al., BasicVSR++: Improving Video Super-Resolution with Enhanced Propagation and Alignment (2022),
-    eq. 4 to 7.
+    section 3.2.
     """
 
     feature_name = "extra_feat"
@@ -251,7 +251,7 @@ class PCDAlignment(nn.Module):
     """Alignment of a frame to another one, level by level of a pyramid, and once more at the end (EDVR's PCD).
 
     At each level, from the smallest map on, `conv(cat(neighbour, reference))` and the offsets' features of the level
-    below, twice as large and doubled, tell a `DCNv2Pack` where to sample the neighbour; a cascaded one aligns the result.
+    below, twice as large and doubled, tell a `DCNv2Pack` where to sample the neighbour; a fourth aligns the result.
     Names and state dict are those of BasicSR's module: `offset_conv1.l1`, `dcn_pack.l1`, `feat_conv.l1`, `cas_dcnpack`.
     Its four `DCNv2Pack`s are what hooks, pictures and learning rates see.
 

@@ -112,9 +112,7 @@ def check_sides(x: Tensor, axis: int, least: int, name: str = "input") -> Tensor
 
 
 @unrecorded
-def check_feature(
-    feature: Any, channels: int, parameter: Tensor | None, x: Tensor, name: str = "feature"
-) -> Tensor:
+def check_feature(feature: Any, channels: int, parameter: Tensor | None, x: Tensor, name: str = "feature") -> Tensor:
     """Return `feature` if it is a map of so many channels, of the input's type, that offsets can be predicted from."""
     if feature is None:
         raise ValueError(f"{name}: expected a map [N, {channels}, H, W] that offsets are predicted from, got None")

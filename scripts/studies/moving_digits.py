@@ -1,4 +1,4 @@
-"""Video that draws itself: handwritten digits that move over a moving texture, with noise, and the flow between frames."""
+"""Video that draws itself: digits that move over a moving texture, with noise, and the flow between its frames."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class Aligned(nn.Module):
 
 
 class Restorer(nn.Module):
-    """A recurrent network: features of each frame, the aligned state, what both say, and the frame without its noise."""
+    """A recurrent network: features of each frame, the aligned state, what both say, and the frame without noise."""
 
     def __init__(self, arm: str, channels: int = 16, offset_groups: int = 4, reach: float = 5.0) -> None:
         super().__init__()
@@ -231,14 +231,12 @@ def _table(rows: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) -> str:
     for row in rows:
         psnr = row["psnr"]
         spread = "" if psnr["spread"] is None else f" ± {psnr['spread']:.2f}"
-        lines.append(
-            [row["states"], f"{psnr['mean']:.2f}{spread}", f"{row['parameters'] / 1e3:.1f} k", seconds(row)]
-        )
+        lines.append([row["states"], f"{psnr['mean']:.2f}{spread}", f"{row['parameters'] / 1e3:.1f} k", seconds(row)])
     return write_table(["states of the frames before", "test PSNR dB", "parameters", "training s (CPU s)"], lines)
 
 
 def _picture(networks: Mapping[str, Restorer], clips: MovingDigits, count: int = 3) -> Any:
-    """Draw the last frame of a few clips: as seen, restored by each arm, and as it was; and where taps lie, one before."""
+    """Draw the last frames of clips: as seen, restored by each arm, as they were; and where taps lie, one before."""
     from matplotlib.figure import Figure
 
     chosen = [clips[index] for index in range(min(count, len(clips)))]
@@ -262,13 +260,14 @@ def _picture(networks: Mapping[str, Restorer], clips: MovingDigits, count: int =
     size = batch.clean.shape[-1]
     for row, places in enumerate(grid):
         for axes, (name, images) in zip(places, columns.items(), strict=True):
-            axes.imshow(images[row], cmap="gray", vmin=0, vmax=1)
+            axes.imshow(images[row].numpy(), cmap="gray", vmin=0, vmax=1)
             axes.set_title(name if row == 0 else "", fontsize=8)
             axes.set_axis_off()
         if seen:
             for y in range(size // 8, size, size // 4):
                 for x in range(size // 8, size, size // 4):
-                    points = torch.tensor([y, x]) + taps + seen[-1][row, :18, y, x].reshape(9, 2)  # of the first group
+                    # Of the first group of channels, which reads the nearer frame.
+                    points = (torch.tensor([y, x]) + taps + seen[-1][row, :18, y, x].reshape(9, 2)).cpu().numpy()
                     places[-1].scatter(points[:, 1], points[:, 0], s=1.5, c="#ff2d2d", linewidths=0)
                     places[-1].plot(x, y, marker="+", color="#19ff4b", markersize=4)
     return figure

@@ -70,7 +70,11 @@ def arguments_of_flows(draw, cls, generator):
     for name in ("in_channels", "offset_groups"):
         arguments[name] *= 2
     arguments |= dict(stride=1, padding="same", max_residue_magnitude=draw(st.sampled_from([0.5, 10])))
-    n, size, outputs = draw(st.integers(0, 2)), [draw(st.integers(1, 9)), draw(st.integers(1, 9))], arguments["out_channels"]
+    n, size, outputs = (
+        draw(st.integers(0, 2)),
+        [draw(st.integers(1, 9)), draw(st.integers(1, 9))],
+        arguments["out_channels"],
+    )
     channels = dict(input=arguments["in_channels"], extra_feat=3 * outputs, flow_1=2, flow_2=2)
     inputs = {name: normal(generator, (n, count, *size)) for name, count in channels.items()}
     return arguments, inputs, (n, outputs, *size)
