@@ -35,6 +35,7 @@ if not _BARE:
         DAttention,
         DCNv1,
         DCNv2,
+        DCNv2Pack,
         DCNv3,
         DCNv4,
         DeformConv1d,
@@ -43,6 +44,8 @@ if not _BARE:
         DeformMaxPool2dPack,
         Dilated,
         MSDeformAttn,
+        PCDAlignment,
+        SecondOrderDeformableAlignment,
         SpatialTransformer,
     )
     from .ops._exporters import register_format as _register_format
@@ -53,6 +56,7 @@ __all__ = [
     "DAttention",
     "DCNv1",
     "DCNv2",
+    "DCNv2Pack",
     "DCNv3",
     "DCNv4",
     "DeformConv1d",
@@ -61,6 +65,8 @@ __all__ = [
     "DeformMaxPool2dPack",
     "Dilated",
     "MSDeformAttn",
+    "PCDAlignment",
+    "SecondOrderDeformableAlignment",
     "SpatialTransformer",
     "__version__",
     "convert",

@@ -27,6 +27,7 @@ EXECUTED = {
     "docs/operators.md": ("timm", "matplotlib"),
     "docs/examples.md": FRAMEWORKS,
     "docs/timm.md": ("timm", "safetensors"),
+    "docs/video.md": (),
     "docs/detr.md": ("timm", "transformers"),
     "docs/mmengine.md": ("timm", "mmengine", "mmcv"),
     "docs/finetune.md": FRAMEWORKS,

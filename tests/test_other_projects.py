@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dcn_plugin
-from dcn_plugin import DCNv1, DCNv2, DeformConv2d, load_checkpoint
+from dcn_plugin import DCNv1, DCNv2, DeformConv2d, SecondOrderDeformableAlignment, load_checkpoint
 from dcn_plugin.layers import OffsetPredictor, PrefixPredictor
 
 deform_conv2d = pytest.importorskip("torchvision.ops").deform_conv2d
@@ -257,25 +257,8 @@ class FlowAlignment(Plain):
         return self.sample(x, torch.cat(moves, 1), mask.sigmoid())
 
 
-class OurFlowAlignment(DCNv2):
-    """The same on our layer: a branch of its own, and offsets out of more than one map."""
-
-    def __init__(self, ins, outs, groups, residue=10):
-        reads = 3 * outs + 4
-        super().__init__(
-            ins, outs, 3, padding=1, offset_groups=groups, mask_activation="sigmoid", offset_channels=reads
-        )
-        self.conv_offset = predictor(reads, outs, 27 * groups, last=OffsetPredictor)
-        self.residue = residue
-
-    def offsets(self, x, feature, flow_1, flow_2):
-        raw, mask = super().offsets(x, torch.cat([feature, flow_1, flow_2], 1))
-        flows = [flow.flip(1).repeat(1, raw.shape[1] // 4, 1, 1) for flow in (flow_1, flow_2)]
-        return self.residue * torch.tanh(raw) + torch.cat(flows, 1), mask
-
-
 class ResidualOfFlow(nn.Sequential):
-    """The same again as a branch alone: the flows are the last channels that it reads."""
+    """The same as a branch alone: the flows are the last channels that it reads."""
 
     def forward(self, feature):
         raw = super().forward(feature)
@@ -294,7 +277,13 @@ def test_basicvsrpp_moves_along_the_flow(tmp_path):
     maps = [drawn(2, channels, 9, 10, seed=seed) for seed, channels in enumerate(shapes.values())]
     expected = original["deform_align"]["backward_1"](*maps)
 
-    ours = nn.ModuleDict(dict(deform_align=nn.ModuleDict(dict(backward_1=OurFlowAlignment(8, 4, groups=2)))))
+    ours = nn.ModuleDict(
+        dict(
+            deform_align=nn.ModuleDict(
+                dict(backward_1=SecondOrderDeformableAlignment(8, 4, 3, padding=1, deform_groups=2))
+            )
+        )
+    )
     report = load_checkpoint(ours, file)
     assert "deform_align.backward_1.conv_offset.6.weight" in report.loaded and not report.renamed
     layer = ours["deform_align"]["backward_1"]

@@ -6,6 +6,7 @@ A layer of a new kind, here or in code of your own, keeps the contract of `sampl
 from ._prefix import PrefixPredictor, prefix_note
 from ._start import OffsetPredictor, ZeroLinear, warn_if_redrawn
 from .active_conv import ActiveConv2d
+from .alignment import DCNv2Pack, PCDAlignment, SecondOrderDeformableAlignment
 from .attention import MMCVMultiScaleDeformableAttention, MSDeformAttn
 from .branch import regions_of
 from .conv import DCNv1, DCNv2, DeformConv2d, OffsetConv, accept_sibling_offset_keys
@@ -52,6 +53,8 @@ LAYERS: dict[str, type] = {
         DeformConv1d,
         DeformMaxPool2d,
         DeformMaxPool2dPack,
+        DCNv2Pack,
+        SecondOrderDeformableAlignment,
     )
 }
 """The one list of layers, by name: converter, registries and documents walk it."""
@@ -63,6 +66,7 @@ __all__ = [
     "AffineLinear",
     "DCNv1",
     "DCNv2",
+    "DCNv2Pack",
     "DCNv3",
     "DCNv4",
     "DAttention",
@@ -81,6 +85,7 @@ __all__ = [
     "OffsetConv",
     "OffsetPredictor",
     "OffsetRate",
+    "PCDAlignment",
     "PSRoIPool",
     "PrefixPredictor",
     "Regions",
@@ -88,6 +93,7 @@ __all__ = [
     "SamplingConv",
     "SamplingHandle",
     "SamplingModule",
+    "SecondOrderDeformableAlignment",
     "SpatialTransformer",
     "Window",
     "ZeroLinear",

@@ -43,6 +43,17 @@ def pair(name: str, value: Any, least: int) -> tuple[int, int]:
     return first, second
 
 
+def one_name(name: str, value: int, default: int, **others: int | None) -> int:
+    """Return the argument `name`, or what was given for it under one of the `others` that implementations call it."""
+    given = {other: number for other, number in others.items() if number is not None}
+    if not given:
+        return value
+    if len(given) > 1 or value != default:
+        got = ", ".join(f"{key}={number}" for key, number in {name: value, **given}.items())
+        raise TypeError(f"{name}: expected it under one of its names, got {got}")
+    return next(iter(given.values()))
+
+
 def divisible(name: str, value: int, divisor_name: str, divisor: int) -> None:
     if value % divisor:
         raise ValueError(f"{name}: expected a multiple of {divisor_name}, got {value} and {divisor}")
@@ -101,17 +112,19 @@ def check_sides(x: Tensor, axis: int, least: int, name: str = "input") -> Tensor
 
 
 @unrecorded
-def check_feature(feature: Any, channels: int, parameter: Tensor | None, x: Tensor) -> Tensor:
+def check_feature(feature: Any, channels: int, parameter: Tensor | None, x: Tensor, name: str = "feature") -> Tensor:
     """Return `feature` if it is a map of so many channels, of the input's type, that offsets can be predicted from."""
     if feature is None:
-        raise ValueError(f"feature: expected a map [N, {channels}, H, W] that offsets are predicted from, got None")
-    check_input(feature, channels, parameter, "feature")
-    same_dtype(feature, "feature", x)
+        raise ValueError(f"{name}: expected a map [N, {channels}, H, W] that offsets are predicted from, got None")
+    check_input(feature, channels, parameter, name)
+    same_dtype(feature, name, x)
     return feature
 
 
 @unrecorded
-def check_predicted(raw: Any, channels: int, x: Tensor, window: Window, feature: Tensor | None) -> Tensor:
+def check_predicted(
+    raw: Any, channels: int, x: Tensor, window: Window, feature: Tensor | None, name: str = "feature"
+) -> Tensor:
     """Return what `conv_offset` predicted, if it has so many channels, for each position of the layer's output."""
     if not isinstance(raw, Tensor):
         raise TypeError(f"conv_offset: expected a module that returns a tensor, got {type(raw).__name__} from it")
@@ -126,7 +139,7 @@ def check_predicted(raw: Any, channels: int, x: Tensor, window: Window, feature:
     if feature is None:
         raise ValueError(f"conv_offset: expected a module that returns {wanted} for this input, got {given} from it")
     raise ValueError(
-        f"feature: expected a map that offsets {wanted} follow from, as the input is {list(x.shape)}, got "
+        f"{name}: expected a map that offsets {wanted} follow from, as the input is {list(x.shape)}, got "
         f"{list(feature.shape)}, which {given} follow from"
     )
 

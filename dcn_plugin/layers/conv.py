@@ -113,6 +113,7 @@ class OffsetConv(DeformConv2d):
     drop_in = True
     offset_branches: ClassVar[Mapping[str, float]] = {"conv_offset": 1.0}
     outputs_per_tap: ClassVar[int]
+    feature_name: ClassVar[str] = "feature"  # of the other map, in errors
     conv_offset: Any
     offset_form: str | None = None  # of layers that were pickled before there was one
 
@@ -182,11 +183,12 @@ class OffsetConv(DeformConv2d):
         x = check_input(x, self.in_channels, weight)
         source = x
         if feature is not None or self.offset_channels is not None:
-            source = check_feature(feature, self.offset_channels or self.in_channels, weight, x)
+            channels = self.offset_channels or self.in_channels
+            source = check_feature(feature, channels, weight, x, self.feature_name)
         warn_if_redrawn(self)
         padding = self._uneven_padding
         raw = self.conv_offset(F.pad(source, padding) if padding else source)
-        return check_predicted(raw, self._outputs, x, self.window, feature)
+        return check_predicted(raw, self._outputs, x, self.window, feature, self.feature_name)
 
     @property
     def _uneven_padding(self) -> tuple[int, ...]:

@@ -59,30 +59,53 @@ def run_stage(
     key = hashlib.sha256(json.dumps(values, sort_keys=True).encode() + weights).hexdigest()
     if start is not None:
         values["checkpoint"] = dict(start)
+
+    def train(resume: Path | None) -> dict[str, Any]:
+        return run(values, folder, "fit", resume)
+
+    def describe(fitted: Mapping[str, Any]) -> dict[str, Any]:
+        model = load_exported(fitted["export"])
+        return dict(
+            **measure(model, values, fitted),
+            parameters=sum(p.numel() for p in model.parameters()),
+            export=fitted["export"],
+            checkpoint=fitted.get("checkpoint"),
+            config=values,
+        )
+
+    return run_once(folder, key, path.name, train, describe)
+
+
+def run_once(
+    folder: Path,
+    key: str,
+    what: str,
+    train: Callable[[Path | None], Mapping[str, Any]],
+    describe: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+) -> dict[str, Any]:
+    """Train in `folder` and return the numbers; what was finished before under the same key is reused, or else resumed.
+
+    Args:
+        folder: where checkpoints (`last*.ckpt`) and `result.json` go.
+        key: of everything that the numbers depend on.
+        what: is trained, in words.
+        train: called with a checkpoint to go on from, or None; its time is taken.
+        describe: makes of what `train` returned the numbers, which JSON can hold, and `export`, a path.
+    """
     state = folder / RESULT
     saved = json.loads(state.read_text()) if state.is_file() else {}
-    if saved.get("key") == key and saved.get("finished") and Path(saved["export"]).is_dir():
+    if saved.get("key") == key and saved.get("finished") and Path(saved["export"]).exists():
         print(f"{folder}: finished before, reused")
         return saved
     resume = find_checkpoint(folder) if saved.get("key") == key else None
     spent = {clock: saved.get(clock, 0.0) if resume else 0.0 for clock in CLOCKS}
     folder.mkdir(parents=True, exist_ok=True)
     state.write_text(json.dumps(dict(key=key, finished=False, **spent)))
-    print(f"{folder}: {'resumed' if resume else 'started'} ({path.name})")
+    print(f"{folder}: {'resumed' if resume else 'started'} ({what})")
     began = {clock: read() for clock, read in CLOCKS.items()}
-    fitted = run(values, folder, "fit", resume)
+    found = train(resume)
     spent = {clock: spent[clock] + read() - began[clock] for clock, read in CLOCKS.items()}
-    model = load_exported(fitted["export"])
-    saved = dict(
-        key=key,
-        finished=True,
-        **spent,
-        **measure(model, values, fitted),
-        parameters=sum(p.numel() for p in model.parameters()),
-        export=fitted["export"],
-        checkpoint=fitted.get("checkpoint"),
-        config=values,
-    )
+    saved = dict(key=key, finished=True, **spent, **describe(found))
     state.write_text(json.dumps(saved, indent=2))
     return saved
 

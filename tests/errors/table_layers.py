@@ -305,6 +305,10 @@ def branched(branch):
 
 CALLS = [
     Case(
+        lambda: layers.DCNv2Pack(4, 6, 3, offset_groups=2, deform_groups=2),
+        TypeError, "offset_groups:", "expected it under one of its names", "got offset_groups=2, deform_groups=2",
+    ),
+    Case(
         lambda: layers.DeformConv2d(4, 6, 3).offsets(IMAGE),
         NotImplementedError, "offsets:", "expected a layer that predicts them", "got DeformConv2d",
     ),

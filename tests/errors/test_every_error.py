@@ -25,6 +25,7 @@ PARTS = {
     "samplers": tuple(
         f"layers/{name}.py" for name in ("active_conv", "conv1d", "dilated", "max_pool", "spatial_transformer")
     ),
+    "alignment": ("layers/alignment.py",),
     "models": ("models/", "mm/", "detection/"),
     "visualize": ("visualize/",),
     "finetune": ("finetune/", "_config.py", "export/folder.py", "export/forms.py", "models/build.py"),

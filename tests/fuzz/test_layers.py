@@ -41,7 +41,9 @@ def arguments_of_conv(draw, cls, generator):
         "in_channels": channels, "out_channels": outputs, "kernel_size": kernel, "stride": stride, "padding": padding,
         "dilation": dilation, "groups": groups, "bias": draw(st.booleans()), "offset_groups": offset_groups,
     }  # fmt: skip
-    if cls is layers.Dilated:
+    if cls is layers.DCNv2Pack:
+        pass  # whose masks are given
+    elif cls is layers.Dilated:
         arguments["factor"] = [draw(sizes), draw(sizes)]
     elif cls is layers.ActiveConv2d:
         arguments["normalise"] = False  # whose gradients are those of the operator
@@ -52,12 +54,30 @@ def arguments_of_conv(draw, cls, generator):
         arguments["mask_activation"] = draw(st.sampled_from(["2*sigmoid", "sigmoid"]))
     n = draw(st.integers(0, 2))
     inputs = {"input": normal(generator, (n, channels, *size))}
+    if cls is layers.DCNv2Pack:
+        inputs["feat"] = normal(generator, (n, channels, *size))
     if cls is layers.DeformConv2d:
         taps = offset_groups * kernel[0] * kernel[1]
         inputs["offset"] = normal(generator, (n, 2 * taps, *shape))
         if draw(st.booleans()):
             inputs["mask"] = normal(generator, (n, taps, *shape))
     return arguments, inputs, (n, outputs, *shape)
+
+
+def arguments_of_flows(draw, cls, generator):
+    """Convolutions along two flows keep the size of the map."""
+    arguments, _, _ = arguments_of_conv(draw, layers.DCNv2Pack, generator)
+    for name in ("in_channels", "offset_groups"):
+        arguments[name] *= 2
+    arguments |= dict(stride=1, padding="same", max_residue_magnitude=draw(st.sampled_from([0.5, 10])))
+    n, size, outputs = (
+        draw(st.integers(0, 2)),
+        [draw(st.integers(1, 9)), draw(st.integers(1, 9))],
+        arguments["out_channels"],
+    )
+    channels = dict(input=arguments["in_channels"], extra_feat=3 * outputs, flow_1=2, flow_2=2)
+    inputs = {name: normal(generator, (n, count, *size)) for name, count in channels.items()}
+    return arguments, inputs, (n, outputs, *size)
 
 
 def arguments_of_pool(draw, cls, generator):
@@ -333,7 +353,7 @@ def of_operator(package, layer, inputs):
         return of_transformer(package, layer, inputs)
     if isinstance(layer, layers.DeformMaxPool2d):
         return of_max_pool(package, layer, inputs)
-    input, *places = (inputs[k] for k in ("input", "rois") if k in inputs)
+    input, *places = (inputs[k] for k in ("input", "rois", "feat", "extra_feat", "flow_1", "flow_2") if k in inputs)
     offset, mask = inputs.get("offset"), inputs.get("mask")
     if getattr(layer, "offset_branches", {}):
         offset, mask = layer.offsets(input, *places)
@@ -376,6 +396,7 @@ def test_a_layer_is_the_operator_with_its_own_offsets(name):
     describe = arguments_of_sequence if issubclass(cls, layers.DeformConv1d) else describe
     describe = arguments_of_max_pool if issubclass(cls, layers.DeformMaxPool2d) else describe
     describe = arguments_of_transformer if issubclass(cls, layers.SpatialTransformer) else describe
+    describe = arguments_of_flows if issubclass(cls, layers.SecondOrderDeformableAlignment) else describe
 
     @fuzz
     @given(st.data())

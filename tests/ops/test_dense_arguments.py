@@ -82,6 +82,7 @@ def test_the_sampler(function, kind):
 
 
 BOXES = [ROIS[:, 1:]] * 2
+SHIFTED = torch.zeros(2, 2, 6, 6)
 QUERY, POINTS, PIXELS = torch.zeros(2, 5, 8), torch.zeros(2, 5, 2, 2), torch.zeros(2, 30, 8)
 LAYERS = {
     "DeformConv2d": (lambda: layers.DeformConv2d(4, 6, 3, padding=1), dict(
@@ -109,6 +110,9 @@ LAYERS = {
     "DAttention": (lambda: layers.DAttention(4, 2, 1, 6), dict(input=IMAGE)),
     "ActiveConv2d": (lambda: layers.ActiveConv2d(4, 6, 3), dict(input=IMAGE)),
     "Dilated": (lambda: layers.Dilated(4, 6, 3), dict(input=IMAGE)),
+    "DCNv2Pack": (lambda: layers.DCNv2Pack(4, 6, 3), dict(input=IMAGE, feat=torch.rand(2, 4, 6, 6))),
+    "SecondOrderDeformableAlignment": (lambda: layers.SecondOrderDeformableAlignment(4, 2, 3, offset_groups=2), dict(
+        input=IMAGE, extra_feat=torch.rand(2, 6, 6, 6), flow_1=SHIFTED, flow_2=SHIFTED)),
     "SpatialTransformer": (lambda: layers.SpatialTransformer(4), dict(input=IMAGE)),
 }  # fmt: skip
 MISSING = layers.LAYERS.keys() - LAYERS.keys()

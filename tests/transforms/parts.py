@@ -12,6 +12,7 @@ from dcn_plugin.layers import (
     DAttention,
     DCNv1,
     DCNv2,
+    DCNv2Pack,
     DCNv3,
     DCNv4,
     DeformMaxPool2dPack,
@@ -20,6 +21,7 @@ from dcn_plugin.layers import (
     MMCVMultiScaleDeformableAttention,
     ModulatedDeformRoIPoolPack,
     MSDeformAttn,
+    SecondOrderDeformableAlignment,
     SpatialTransformer,
 )
 
@@ -104,6 +106,10 @@ LAYERS = {
     # Divided by their lengths, the gradients of its moves would be no slopes.
     "ActiveConv2d": lambda: (ActiveConv2d(4, 6, 3, padding=1, offset_groups=2, normalise=False), (_image(4),)),
     "DeformMaxPool2dPack": lambda: (DeformMaxPool2dPack(4, 2, offset_groups=2), (_image(4),)),
+    "DCNv2Pack": lambda: (DCNv2Pack(4, 6, 3, padding=1, offset_groups=2), (_image(4), _image(4))),
+    "SecondOrderDeformableAlignment": lambda: (
+        SecondOrderDeformableAlignment(4, 2, 3, offset_groups=2), (_image(4), _image(6), _image(2), _image(2))
+    ),
     "SpatialTransformer": lambda: (SpatialTransformer(4, _localiser(), (5, 10), padding_mode="border"), (_image(4),)),
 }  # fmt: skip
 PREDICTING = {name for name, cls in layers.LAYERS.items() if getattr(cls, "offset_branches", {})}
