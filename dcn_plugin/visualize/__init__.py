@@ -1,6 +1,6 @@
-"""Look inside deformable layers: where convolutions (`convolutions`) and regions (`regions`) sample.
+"""Look inside deformable layers: where convolutions (`convolutions`) and regions (`regions`) sample, and a page (`pages`).
 
-What returns tensors needs torch alone; what returns a figure needs matplotlib.
+What returns tensors needs torch alone; what returns a figure or writes a page needs matplotlib.
 """
 
 from .convolutions import (
@@ -13,6 +13,7 @@ from .convolutions import (
     sampling_points,
     trace,
 )
+from .pages import explore
 from .regions import BinRecord, bin_shifts, draw_detections, record_bins
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "dilation_plot",
     "draw_detections",
     "effective_dilation",
+    "explore",
     "offset_field",
     "record",
     "record_bins",
