@@ -94,16 +94,18 @@ def explore(
     records = record(model, image, None if isinstance(layers, int) else layers, call)
     if isinstance(layers, int):
         records = records[-layers:]
-    names = labels(records)
-    _check_size(records, limit_mb)
+    names = [name or type(item.layer).__name__ for name, item in zip(labels(records), records, strict=True)]
     data = {
         "size": list(image.shape[-2:]),
         "picture": f"data:image/png;base64,{_text_of(_as_png(image, picture))}",
         "layers": [_described(name, item) for name, item in zip(names, records, strict=True)],
     }
-    text = _page(title or f"Where {type(model).__name__} samples", data)
-    if (size := len(text.encode())) > limit_mb * 1e6:  # the picture's part is known only now
-        raise ValueError(_too_large(size, limit_mb, records))
+    text = _page(f"Where {type(model).__name__} samples" if title is None else title, data)
+    if (size := len(text.encode())) > limit_mb * 1e6:
+        raise ValueError(
+            f"limit_mb: expected at least {math.ceil(size / 1e5) / 10} for this image and {', '.join(names)}, got "
+            f"{limit_mb:g}; fewer `layers` or a smaller image need less"
+        )
     return _write(Path(path), text)
 
 
@@ -120,7 +122,7 @@ def _described(name: str, item: LayerRecord) -> dict[str, Any]:
     else:
         first, stride, size = item.taps(), window.stride, (offset.shape[-2], offset.shape[-1])
     return {
-        "name": name or type(item.layer).__name__,
+        "name": name,
         "kind": type(item.layer).__name__,
         "map": list(size),
         "input": list(item.input_size),
@@ -156,21 +158,6 @@ def _as_png(image: Tensor, picture: Tensor | None) -> bytes:
 
 def _text_of(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
-
-
-def _check_size(records: Sequence[LayerRecord], limit_mb: float) -> None:
-    """Refuse before the first value is copied what the values alone make too large."""
-    numbers = sum(item.offset[0].numel() + (0 if item.mask is None else item.mask[0].numel()) for item in records)
-    if (size := numbers * 8 / 3) > limit_mb * 1e6:  # two bytes each, four letters for three bytes
-        raise ValueError(_too_large(size, limit_mb, records))
-
-
-def _too_large(size: float, limit_mb: float, records: Sequence[LayerRecord]) -> str:
-    largest = max(records, key=lambda item: item.offset[0].numel())
-    return (
-        f"limit_mb: expected at least {math.ceil(size / 1e5) / 10} for {len(records)} layers, of which {largest.name} "
-        f"has the most offsets, got {limit_mb:g}; fewer `layers` or a smaller image need less"
-    )
 
 
 # -- the file ---------------------------------------------------------------------------------------------------------

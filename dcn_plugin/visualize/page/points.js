@@ -122,7 +122,7 @@ const points = (() => {
 
   // How strong a point is drawn: as a part of the strongest, and still to be seen where it is weak; 0 is not read.
   function opacity(weight, strongest) {
-    return weight === 0 ? 0 : Math.max(0.1, Math.abs(weight) / strongest);
+    return weight === 0 ? 0 : Math.max(0.2, Math.abs(weight) / strongest);
   }
 
   return {
