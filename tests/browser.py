@@ -112,7 +112,9 @@ class Browser:
 
     # -- what a reader does --------------------------------------------------------------------------------------------
 
-    def open(self, page: Path, width: int = 1200, height: int = 800, scheme: str = "light", touch: bool = False) -> None:
+    def open(
+        self, page: Path, width: int = 1200, height: int = 800, scheme: str = "light", touch: bool = False
+    ) -> None:
         self.errors.clear()
         self.requests.clear()
         self.send(
@@ -123,6 +125,10 @@ class Browser:
         self.send("Emulation.setEmulatedMedia", features=[dict(name="prefers-color-scheme", value=scheme)])
         self.send("Page.navigate", url=page.as_uri())
         self.wait_for("Page.loadEventFired")
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until what has been asked for is drawn."""
         self.ask("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")
 
     def ask(self, code: str) -> Any:

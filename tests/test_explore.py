@@ -164,7 +164,9 @@ def test_layers_and_calls_are_chosen(three, tmp_path):
     def names(**given):
         return [
             layer["name"]
-            for layer in told(visualize.explore(three, torch.rand(1, 1, 16, 16), tmp_path / "p.html", **given))["layers"]
+            for layer in told(visualize.explore(three, torch.rand(1, 1, 16, 16), tmp_path / "p.html", **given))[
+                "layers"
+            ]
         ]
 
     assert names() == ["0", "2", "3"] and names(layers=2) == ["2", "3"] and names(layers=["0", "3"]) == ["0", "3"]
@@ -204,7 +206,9 @@ class Rows(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layer = drawn(DCNv4(16, group=2, kernel_size=3, offset_scale=1.5, remove_center=True, without_pointwise=True))
+        self.layer = drawn(
+            DCNv4(16, group=2, kernel_size=3, offset_scale=1.5, remove_center=True, without_pointwise=True)
+        )
 
     def forward(self, x):
         return self.layer(x.flatten(2).transpose(1, 2), shape=x.shape[-2:])
@@ -301,9 +305,7 @@ def test_without_offsets_the_grid_is_plain(engine, tmp_path):
 
 
 def test_a_layer_that_all_read_alike_has_its_samples_once(engine, tmp_path):
-    model = nn.Sequential(
-        drawn(DAttention(16, 4, 2, 8)), drawn(DCNv1(16, 4, 3, padding=1), scale=0.01)
-    )
+    model = nn.Sequential(drawn(DAttention(16, 4, 2, 8)), drawn(DCNv1(16, 4, 3, padding=1), scale=0.01))
     image = torch.randn(16, 8, 8)
     records = visualize.record(model, image)
     ask = engine(visualize.explore(model, image, tmp_path / "page.html"))

@@ -50,8 +50,8 @@ def explore(
 
     The file needs nothing else and asks no network: it opens from the disk. Offsets and masks are stored as 16-bit
     integers in steps of the smallest power of two that reaches the layer's largest value; half a step, which the page
-    names, is the largest error: 1/8192 of a pixel where offsets stay below eight. It takes about 8/3 * G*K*H'*W' * 2
-    bytes for the offsets of a layer, and half of that for a mask.
+    names, is the largest error: 1/8192 of a pixel where offsets stay below eight. It takes about
+    16/3 * G*K*H'*W' bytes for the offsets of a layer, and half of that for a mask.
 
     Args:
         model: any module with layers that `record` knows: convolutions and aggregations with a window, attention to a
@@ -72,6 +72,7 @@ def explore(
     Raises:
         ValueError: several images, no such layers (see `record`), offsets or masks that are not finite, a page larger
             than `limit_mb`.
+        FileNotFoundError: no folder to write to.
 
     Example:
         >>> import tempfile
@@ -90,6 +91,9 @@ def explore(
         raise ValueError(f"layers: expected at least 1 layer, got {layers}")
     if not limit_mb > 0:
         raise ValueError(f"limit_mb: expected a positive number, got {limit_mb}")
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path: expected a file in a folder that exists, got {path}")
     image = image.reshape(image.shape[-3:])
     records = record(model, image, None if isinstance(layers, int) else layers, call)
     if isinstance(layers, int):
@@ -106,7 +110,7 @@ def explore(
             f"limit_mb: expected at least {math.ceil(size / 1e5) / 10} for this image and {', '.join(names)}, got "
             f"{limit_mb:g}; fewer `layers` or a smaller image need less"
         )
-    return _write(Path(path), text)
+    return _write(path, text)
 
 
 # -- what the page is told --------------------------------------------------------------------------------------------
