@@ -1,7 +1,7 @@
 """Write the page of the digits: `python docs/make_page.py page.html`.
 
-A small network of three deformable layers learns the warped digits, in seconds and from a seed, and the page shows where
-it samples one of them.
+A small network of three deformable layers learns the warped digits, in seconds and from a seed, and the page shows
+where it samples one of them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def images_of(split: str) -> tuple[Tensor, Tensor]:
 def train() -> nn.Sequential:
     """Return the network, trained; the same on every machine up to rounding."""
     torch.manual_seed(0)
-    model, (images, labels) = network(), images_of("train", copies=1)
+    model, (images, labels) = network(), images_of("train")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, STEPS)
     for _ in range(STEPS):

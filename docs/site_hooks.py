@@ -41,13 +41,12 @@ logger = logging.getLogger("mkdocs.hooks")
 
 @cache  # `mkdocs serve` builds again and again
 def made_page(program: str) -> str | None:
-    """Return what a program writes, or None where a package is missing that it needs; any other error ends the build."""
+    """Return what a program writes, or None where a package is missing that it needs; any other error is one here."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "page.html")
         command = [sys.executable, "-W", "ignore", str(ROOT / program), str(path)]
-        done = subprocess.run(
-            command, env=os.environ | dict(PYTHONPATH=str(ROOT)), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-        )  # fmt: skip
+        environment = os.environ | dict(PYTHONPATH=str(ROOT))
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         last = (done.stderr.splitlines() or [""])[-1]
         if done.returncode and re.match(r"(ModuleNotFound|Import)Error: ", last):
             logger.info(f"{MADE[program]} is left out: {last}")

@@ -1,4 +1,4 @@
-"""A headless browser of the Chromium family, over the DevTools protocol on two pipes: no driver, no port, no package."""
+"""A headless browser of the Chromium family, over the DevTools protocol on two pipes: no driver, port or package."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chrome-headless-shell")
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
 )  # fmt: skip
 # The browser reads commands from its third file and writes answers to its fourth, whatever is open here.
 START = """

@@ -122,7 +122,10 @@ def test_numbers_are_where_the_operator_samples(tmp_path):
             for tap in range(6):
                 move = offset[0, y, x, tap]
                 assert move.tolist() == bias[2 * tap : 2 * tap + 2]
-                at = [cell * stride + first for cell, stride, first in zip((y, x), (2, 1), found["first"][tap])]
+                at = [
+                    cell * stride + first
+                    for cell, stride, first in zip((y, x), (2, 1), found["first"][tap], strict=True)
+                ]
                 assert at == [2 * y - 1 + tap // 2 * 2, x + tap % 2 * 3]
 
 

@@ -130,7 +130,8 @@ def test_the_keyboard_does_all(explored):
         if order[-1] == "figure":
             for key, shift, cell in (
                 ("ArrowDown", False, (9, 12)), ("ArrowLeft", False, (9, 11)), ("ArrowUp", True, (4, 11)),
-                ("ArrowRight", True, (4, 16)), ("Home", False, (4, 0)), ("ArrowLeft", False, (4, 0)), ("End", False, (4, 23)),
+                ("ArrowRight", True, (4, 16)), ("Home", False, (4, 0)), ("ArrowLeft", False, (4, 0)),
+                ("End", False, (4, 23)),
             ):  # fmt: skip
                 explored.window.press(key, shift)
                 explored.shows(cell)
@@ -169,7 +170,8 @@ def test_what_is_said_is_what_the_library_says(explored):
     item = explored.records[-1]
     here = visualize.effective_dilation(item.offset.flatten(1, 3), (3, 3))[0, 0]
     said = explored.window.ask(
-        "Object.fromEntries([...document.querySelectorAll('#layers dl div')].map((row) => [...row.children].map((c) => c.textContent)))"
+        "Object.fromEntries([...document.querySelectorAll('#layers dl div')].map((row) => "
+        "[...row.children].map((c) => c.textContent)))"
     )
     assert float(said["Effective dilation here"]) == pytest.approx(here[8, 12].item(), abs=0.006)
     assert float(said["of the whole map"]) == pytest.approx(here.mean().item(), abs=0.006)
@@ -216,7 +218,8 @@ CONTRASTS = """(() => {
     const own = getComputedStyle(element).backgroundColor;
     return own === "rgba(0, 0, 0, 0)" ? ground(element.parentElement) : own;
   };
-  return [...document.querySelectorAll("h1, button, select, #reading, #help, dt, dd, .axis, summary, label")].map((element) => {
+  const words = "h1, button, select, #reading, #help, dt, dd, .axis, summary, label";
+  return [...document.querySelectorAll(words)].map((element) => {
     const pair = [light(getComputedStyle(element).color), light(ground(element))].sort((a, b) => b - a);
     return (pair[0] + 0.05) / (pair[1] + 0.05);
   });

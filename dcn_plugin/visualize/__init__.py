@@ -1,6 +1,7 @@
-"""Look inside deformable layers: where convolutions (`convolutions`) and regions (`regions`) sample, and a page (`pages`).
+"""Look inside deformable layers: where convolutions (`convolutions`) and regions (`regions`) sample.
 
-What returns tensors needs torch alone; what returns a figure or writes a page needs matplotlib.
+`pages` has the pictures of convolutions as a page to point at. What returns tensors needs torch alone; what returns a
+figure or writes a page needs matplotlib.
 """
 
 from .convolutions import (

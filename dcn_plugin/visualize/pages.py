@@ -19,7 +19,6 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ._figure import as_colours, asking_for_matplotlib
@@ -45,8 +44,8 @@ def explore(
 
     Pointing at the image, tapping it or the arrow keys choose a pixel of a layer's output. The page shows its taps, or
     those through up to three layers, carried to the image as `trace` does: K^L points for L layers, the product of
-    their modulations as opacity. Beside them stand the effective dilation (see `effective_dilation`) of the pixel and of
-    the whole map, a histogram of the lengths of all offsets, the numbers of each tap, and on request the plain grid.
+    their modulations as opacity. Beside them stand the effective dilation (see `effective_dilation`) of the pixel and
+    of the whole map, a histogram of the lengths of all offsets, the numbers of each tap, and on request the plain grid.
 
     The file needs nothing else and asks no network: it opens from the disk. Offsets and masks are stored as 16-bit
     integers in steps of the smallest power of two that reaches the layer's largest value; half a step, which the page
@@ -75,7 +74,7 @@ def explore(
         FileNotFoundError: no folder to write to.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> from dcn_plugin.layers import DCNv2
         >>> model = torch.nn.Sequential(DCNv2(3, 8, 3, padding=1), DCNv2(8, 8, 3, padding=1))
         >>> with tempfile.TemporaryDirectory() as folder:
