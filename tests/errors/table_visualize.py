@@ -66,9 +66,9 @@ def explored(image=IMAGE, of=None, **given):
     return lambda tmp_path: visualize.explore(of or model(), image, tmp_path / "page.html", **given)
 
 
-def endless():
+def endless(numbers=slice(None), value=float("inf")):
     made = model()
-    nn.init.constant_(made[0].conv_offset.bias, float("inf"))
+    nn.init.constant_(made[0].conv_offset.bias[numbers], value)
     return made
 
 
@@ -138,6 +138,10 @@ PAGES = [
     Case(explored(limit_mb=0), ValueError, "limit_mb:", "expected a positive number", "got 0"),
     Case(explored(limit_mb=0.01), ValueError, "limit_mb:", "expected at least 0.1 for this image and 0", "got 0.01"),
     Case(explored(of=endless()), ValueError, "model:", "expected finite offsets", "got inf in 0"),
+    Case(
+        explored(of=endless(slice(18, None), float("nan"))),
+        ValueError, "model:", "expected finite masks", "got nan in 0",
+    ),
     Case(
         lambda tmp_path: visualize.explore(model(), IMAGE, tmp_path / "no" / "page.html"),
         FileNotFoundError, "path:", "expected a file in a folder that exists", "page.html",
