@@ -1,4 +1,5 @@
-"""What the site needs beside the documents: the API's pages, files from elsewhere in the repository, formulas.
+"""What the site needs beside the documents: the API's pages, files from elsewhere in the repository, formulas, and a
+page that a program makes.
 
 MkDocs calls the functions (`hooks` in mkdocs.yml); griffe, which reads the docstrings, calls the class.
 """
@@ -7,8 +8,13 @@ from __future__ import annotations
 
 import ast
 import html
+import logging
 import os
 import re
+import subprocess
+import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +34,26 @@ ELSEWHERE = {
     "csrc/README.md": "csrc.md",
     **{f"benchmarks/results/{path.name}": f"results/{path.name}" for path in ROOT.glob("benchmarks/results/*.md")},
 }
+# A program of docs/ -> the page that it writes, which a link to the program leads to.
+MADE = {"docs/make_page.py": "digits_explored.html"}
+logger = logging.getLogger("mkdocs.hooks")
+
+
+@cache  # `mkdocs serve` builds again and again
+def made_page(program: str) -> str | None:
+    """Return what a program writes, or None where a package is missing that it needs; any other error is one here."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "page.html")
+        command = [sys.executable, "-W", "ignore", str(ROOT / program), str(path)]
+        environment = os.environ | dict(PYTHONPATH=str(ROOT))
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        last = (done.stderr.splitlines() or [""])[-1]
+        if done.returncode and re.match(r"(ModuleNotFound|Import)Error: ", last):
+            logger.info(f"{MADE[program]} is left out: {last}")
+            return None
+        if done.returncode:
+            raise RuntimeError(f"{program}: {done.stderr}")
+        return path.read_text()
 
 
 def public_modules() -> dict[str, ast.Module]:
@@ -70,6 +96,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             files.append(File.generated(config, target, content=(ROOT / source).read_text()))
     for name, tree in public_modules().items():
         files.append(File.generated(config, f"api/{name}.md", content=api_page(name, tree)))
+    for program, target in MADE.items():
+        if (content := made_page(program)) is not None:
+            files.append(File.generated(config, target, content=content))
     files.append(File.generated(config, "site.css", content=HtmlFormatter().get_style_defs(".highlight")))
     return files
 
@@ -83,7 +112,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if re.match(r"\w+:", target):
             return match[0]
         named = os.path.normpath(os.path.join(os.path.dirname(here), target))
-        place = ELSEWHERE.get(named, named.removeprefix("docs/") if named.startswith("docs/") else "")
+        place = (ELSEWHERE | MADE).get(named, named.removeprefix("docs/") if named.startswith("docs/") else "")
         if files.get_file_from_path(place) is None:
             return words
         return f"[{words}]({os.path.relpath(place, os.path.dirname(page.file.src_uri) or '.')}{anchor or ''})"

@@ -1,9 +1,13 @@
 """The scripts' options, and their errors: one line where the user can mend it, a traceback where we have to."""
 
+import base64
 import csv
 import importlib
+import io
 import json
+import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,8 +18,9 @@ from mmengine.config import DictAction  # noqa: E402
 from PIL import Image  # noqa: E402
 from tiny import TRAINER  # noqa: E402
 
-from dcn_plugin.finetune import load_config, run  # noqa: E402
+from dcn_plugin.finetune import export_model, load_config, run  # noqa: E402
 from dcn_plugin.finetune.command_line import errors_in_one_line, parse_options  # noqa: E402
+from dcn_plugin.models.build import build_model  # noqa: E402
 
 
 def value(text):
@@ -271,6 +276,52 @@ def test_the_exporter_too(script, tmp_path):
         said, _ = script("export.py", *arguments, "--out", tmp_path / "x" / "model.onnx")
         assert isinstance(said, str) and "\n" not in said, said
         assert said.startswith("nothing written: ") and wanted in said, said
+
+
+def test_the_explorer_too(script, tmp_path):
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (40, 30), (10, 200, 30)).save(photo)
+    small = ("--image-size", "32")
+    for arguments, wanted in {
+        ("resnet18_dcm", photo): "expected a timm model, got 'resnet18_dcm'",
+        ("resnet18_dcn", tmp_path / "none.png"): "unreadable image",
+        ("resnet18_dcn", photo, "--image-size", "0"): "--image-size: expected one or two positive numbers, got [0]",
+        ("resnet18_dcn", photo, *small, "--layers", "0"): "layers: expected at least 1 layer, got 0",
+        ("resnet18_dcn", photo, *small, "--layers", "x"): "layers: expected deformable layers out of layer2.0.conv2",
+        ("resnet18_dcn", photo, *small, "--checkpoint", tmp_path / "none.pth"): "expected a checkpoint file",
+        ("resnet18_dcn", photo, *small, "--limit-mb", "0.01"): "limit_mb: expected at least",
+        (tmp_path, photo, "--pretrained"): "--pretrained: expected a timm name, got a folder",
+        ("resnet18", photo, *small): "expected deformable convolutions inside",
+    }.items():
+        said, _ = script("explore.py", *arguments, "--out", tmp_path / "page.html")
+        assert isinstance(said, str) and "\n" not in said and wanted in said, said
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_the_explorer_shows_what_a_folder_holds(script, tmp_path):
+    """Prepared as the model was trained, grey here, and drawn as it was before; weights of a file take their place."""
+    model = build_model(MODEL, num_classes=2)
+    config = dict(input_size=(1, 32, 32), mean=(0.5,), std=(0.5,), crop_pct=1.0, interpolation="bilinear")
+    export_model(model, tmp_path / "folder", data_config=config)
+    torch.nn.init.constant_(model.layer3[0].conv2.conv_offset.bias, 0.75)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    photo, page = tmp_path / "<b>.png", tmp_path / "page.html"
+    Image.linear_gradient("L").resize((32, 32)).save(photo)
+    arguments = ("--out", page, "--layers", "layer3.0.conv2", "--checkpoint", tmp_path / "weights.pth")
+    status, out = script("explore.py", tmp_path / "folder", photo, *arguments)
+    assert status == 0 and f"{page}: 0.0 MB" in out
+    text = page.read_text()
+    assert "<title>folder on &lt;b&gt;.png</title>" in text
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
+    (layer,) = data["layers"]
+    values = np.frombuffer(base64.b64decode(layer["offset"]["data"]), "<i2") * layer["offset"]["step"]
+    assert layer["name"] == "layer3.0.conv2" and (values == 0.75).all()
+    drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(data["picture"].partition(",")[2]))).convert("L"), int)
+    wanted = np.asarray(Image.open(photo), float)
+    wanted = (
+        (wanted - wanted.min()) / np.ptp(wanted) * 255
+    )  # a picture is drawn from its darkest to its brightest value
+    assert drawn.shape == (32, 32) and np.abs(drawn - wanted).max() <= 1
 
 
 @pytest.mark.parametrize("error", [IndexError, KeyError, AttributeError, AssertionError, ValueError, TypeError])

@@ -31,6 +31,7 @@ EXECUTED = {
     "docs/detr.md": ("timm", "transformers"),
     "docs/mmengine.md": ("timm", "mmengine", "mmcv"),
     "docs/finetune.md": FRAMEWORKS,
+    "docs/explore.md": ("timm", "matplotlib"),
     "docs/detection.md": (*FRAMEWORKS, "pycocotools"),
     "docs/export.md": ("timm", "onnxscript", "onnxruntime", "torchvision"),
     "docs/migrating.md": ("timm", "mmengine", "torchvision"),

@@ -25,6 +25,7 @@ else:
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 COPIED = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "csrc", "dcn_plugin", "scripts")
 PYTHON = ("dcn_plugin", "scripts/toolchain")
+PAGE = ("explore.css", "explore.html", "explore.js", "points.js")
 
 
 @pytest.fixture
@@ -116,7 +117,8 @@ def test_sdist_holds_the_sources(checkout, tmp_path):
         names = {name.partition("/")[2] for name in archive.getnames()}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
     python = {str(path.relative_to(ROOT)) for part in PYTHON for path in (ROOT / part).rglob("*.py")}
-    assert sources | python | {"setup.py", "pyproject.toml", "LICENSE", "dcn_plugin/py.typed"} <= names
+    page = {f"dcn_plugin/visualize/page/{name}" for name in PAGE}
+    assert sources | python | page | {"setup.py", "pyproject.toml", "LICENSE", "dcn_plugin/py.typed"} <= names
     assert not [name for name in names if name.endswith((".so", "_build_info.json"))]
 
 
@@ -133,6 +135,7 @@ def test_wheel_from_the_sdist_works(checkout, tmp_path):
         archive.extractall(site)
     held = {str(path.relative_to(site)) for path in site.rglob("*") if path.is_file()}
     assert {"dcn_plugin/_C.so", "dcn_plugin/_build_info.json", "dcn_plugin/py.typed"} <= held
+    assert {f"dcn_plugin/visualize/page/{name}" for name in PAGE} <= held
     assert "dcn_plugin/_C_cuda.so" not in held and {name.split("/")[0].split("-")[0] for name in held} == {"dcn_plugin"}
     info = json.loads((site / "dcn_plugin/_build_info.json").read_text())
     assert info["torch"] == torch.__version__ and info["cuda"] is None

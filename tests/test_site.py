@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import json
 import pkgutil
 import re
 import subprocess
@@ -87,6 +88,16 @@ def test_every_document_is_on_it(site):
     for document in (ROOT / "docs").glob("*.md"):
         assert (site / f"{document.stem}.html").is_file(), document.name
     assert "What is in the box" in (site / "index.html").read_text()
+
+
+def test_the_page_of_the_digits_is_on_it(site):
+    """Made by a network that is trained while the site is built; the link to the program leads to it."""
+    assert 'href="digits_explored.html"' in (site / "explore.html").read_text()
+    page = (site / "digits_explored.html").read_text()
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+    assert [len(layer["first"]) for layer in data["layers"]] == [9, 9, 9]
+    # It has learnt: a fresh layer's offsets are all 0.
+    assert all(re.search(r"[B-Za-z]", layer["offset"]["data"]) for layer in data["layers"])
 
 
 def test_it_works_without_a_network(site):

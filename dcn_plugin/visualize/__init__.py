@@ -1,6 +1,7 @@
 """Look inside deformable layers: where convolutions (`convolutions`) and regions (`regions`) sample.
 
-What returns tensors needs torch alone; what returns a figure needs matplotlib.
+`pages` has the pictures of convolutions as a page to point at. What returns tensors needs torch alone; what returns a
+figure or writes a page needs matplotlib.
 """
 
 from .convolutions import (
@@ -13,6 +14,7 @@ from .convolutions import (
     sampling_points,
     trace,
 )
+from .pages import explore
 from .regions import BinRecord, bin_shifts, draw_detections, record_bins
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "dilation_plot",
     "draw_detections",
     "effective_dilation",
+    "explore",
     "offset_field",
     "record",
     "record_bins",

@@ -25,21 +25,28 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def new_figure(columns: int, rows: int = 1, width: float = 3.2, height: float = 3.2) -> tuple[Figure, Any]:
-    # A Figure of its own instead of pyplot's: no global state, no display, nothing to close.
+@contextmanager
+def asking_for_matplotlib() -> Iterator[None]:
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        yield
     except ModuleNotFoundError as error:
         message = "figures need matplotlib, which is not installed: pip install '.[visualize]' in a clone"
         raise ModuleNotFoundError(message, name=error.name) from error
+
+
+def new_figure(columns: int, rows: int = 1, width: float = 3.2, height: float = 3.2) -> tuple[Figure, Any]:
+    # A Figure of its own instead of pyplot's: no global state, no display, nothing to close.
+    with asking_for_matplotlib():
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def show_image(axes: Any, image: Tensor, picture: Tensor | None) -> None:
+def as_colours(image: Tensor, picture: Tensor | None) -> Any:
+    """Return what is drawn under an image's points as an array [H, W, 3] from 0 to 1."""
     shown = (image if picture is None else picture).detach().float().cpu()
     if shown.dim() != 3 or shown.shape[-2:] != image.shape[-2:]:
         raise ValueError(f"picture: expected [C, {image.shape[-2]}, {image.shape[-1]}], got {list(shown.shape)}")
@@ -47,5 +54,9 @@ def show_image(axes: Any, image: Tensor, picture: Tensor | None) -> None:
     shown = ((shown - low) / (high - low).clamp(min=1e-8)).permute(1, 2, 0)
     if shown.shape[2] != 3:
         shown = shown.mean(dim=2, keepdim=True).expand(-1, -1, 3)
-    axes.imshow(shown.numpy(), interpolation="nearest")
+    return shown.numpy()
+
+
+def show_image(axes: Any, image: Tensor, picture: Tensor | None) -> None:
+    axes.imshow(as_colours(image, picture), interpolation="nearest")
     axes.set_axis_off()

@@ -321,15 +321,17 @@ def _dilations(model: nn.Module, images: Tensor) -> list[tuple[str, Window, Tens
     records = [(item, item.window) for item in record(model, images) if item.window is not None]
     if not records:
         raise ValueError(f"model: expected deformable convolutions inside, got {type(model).__name__} without any")
-    several = {item.name for item, _ in records if item.call}
+    names = labels([item for item, _ in records])
     return [
-        (
-            f"{item.name}[{item.call}]" if item.name in several else item.name,
-            window,
-            effective_dilation(item.offset.flatten(1, 3), window.kernel_size, window.dilation),
-        )
-        for item, window in records
+        (name, window, effective_dilation(item.offset.flatten(1, 3), window.kernel_size, window.dilation))
+        for name, (item, window) in zip(names, records, strict=True)
     ]
+
+
+def labels(records: Sequence[LayerRecord]) -> list[str]:
+    """Name records so that no two are alike: of a layer that ran several times `<name>[0]`, `<name>[1]`, ..."""
+    several = {item.name for item in records if item.call}
+    return [f"{item.name}[{item.call}]" if item.name in several else item.name for item in records]
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------

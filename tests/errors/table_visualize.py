@@ -61,6 +61,17 @@ def without_matplotlib(monkeypatch):
     visualize.dilation_plot(model(), BATCH)
 
 
+def explored(image=IMAGE, of=None, **given):
+    """A call that writes a page, and must not."""
+    return lambda tmp_path: visualize.explore(of or model(), image, tmp_path / "page.html", **given)
+
+
+def endless(numbers=slice(None), value=float("inf")):
+    made = model()
+    nn.init.constant_(made[0].conv_offset.bias[numbers], value)
+    return made
+
+
 LAYERS = [
     Case(
         lambda: visualize.effective_dilation(torch.zeros(1, 16, 2, 2), (3, 3)),
@@ -121,6 +132,21 @@ LAYERS = [
         ValueError, "picture:", "expected [C, 24, 24]", "got [3, 20, 20]",
     ),
 ]  # fmt: skip
+PAGES = [
+    Case(explored(torch.cat([BATCH, BATCH])), ValueError, "image:", "expected one, [C, H, W]", "got [2, 1, 24, 24]"),
+    Case(explored(layers=0), ValueError, "layers:", "expected at least 1 layer", "got 0"),
+    Case(explored(limit_mb=0), ValueError, "limit_mb:", "expected a positive number", "got 0"),
+    Case(explored(limit_mb=0.01), ValueError, "limit_mb:", "expected at least 0.1 for this image and 0", "got 0.01"),
+    Case(explored(of=endless()), ValueError, "model:", "expected finite offsets", "got inf in 0"),
+    Case(
+        explored(of=endless(slice(18, None), float("nan"))),
+        ValueError, "model:", "expected finite masks", "got nan in 0",
+    ),
+    Case(
+        lambda tmp_path: visualize.explore(model(), IMAGE, tmp_path / "no" / "page.html"),
+        FileNotFoundError, "path:", "expected a file in a folder that exists", "page.html",
+    ),
+]  # fmt: skip
 FOUND = dict(boxes=torch.tensor([[2.0, 3.0, 10.0, 8.0]]), labels=torch.tensor([1]), scores=torch.tensor([0.9]))
 DETECTION = [
     Case(
@@ -163,4 +189,4 @@ DETECTION = [
         ValueError, "labels:", "expected those of 2 boxes", "got 1",
     ),
 ]  # fmt: skip
-CASES = LAYERS + DETECTION
+CASES = LAYERS + PAGES + DETECTION
