@@ -248,7 +248,7 @@ def test_bad_data_is_one_line_from_a_worker_too(path, script, tmp_path, workers)
 
 
 def test_the_studies_too(script, tmp_path):
-    for name in ("digits_study.py", "detection_study.py"):
+    for name in ("digits_study.py", "detection_study.py", "warps_study.py", "dilation_study.py"):
         for arguments, wanted in {
             ("--cfg-options", "x"): "expected KEY=VALUE, got 'x'",
             ("--cfg-options", "modell=1"): "unknown key 'modell'",
