@@ -253,14 +253,14 @@ def test_bad_data_is_one_line_from_a_worker_too(path, script, tmp_path, workers)
 
 
 def test_the_studies_too(script, tmp_path):
-    for name in ("digits_study.py", "detection_study.py", "video_study.py"):
+    for name in ("digits", "detection", "video", "warps", "dilation"):
         for arguments, wanted in {
             ("--cfg-options", "x"): "expected KEY=VALUE, got 'x'",
             ("--cfg-options", "modell=1"): "unknown key 'modell'",
             ("--cfg-options", "a=[1"): "expected a value that parses",
             ("--seeds", "1", "1"): "seeds: expected each once",
         }.items():
-            said, _ = script(name, "--work-dir", tmp_path, *arguments)
+            said, _ = script(f"{name}_study.py", "--work-dir", tmp_path, *arguments)
             assert isinstance(said, str) and "\n" not in said and wanted in said, said
 
 

@@ -19,7 +19,17 @@ from dcn_plugin.export import load_exported
 from dcn_plugin.finetune.detection.data import CocoDataModule
 from dcn_plugin.finetune.run import quiet
 
-from .stages import check_seeds, over_seeds, percent, run_stage, save_figures, seconds, write_results, write_table
+from .stages import (
+    check_arms,
+    check_seeds,
+    over_seeds,
+    percent,
+    run_stage,
+    save_figures,
+    seconds,
+    write_results,
+    write_table,
+)
 
 # Arm -> (detector, RoI pooling, config).
 ARMS = {
@@ -62,9 +72,7 @@ def run_study(
         ValueError: no seeds or no arms, one of them twice, or an unknown arm.
     """
     seeds = check_seeds(seeds)
-    arms = list(arms)
-    if not arms or not set(arms) <= set(ARMS) or len(set(arms)) < len(arms):
-        raise ValueError(f"arms: expected some of {', '.join(ARMS)}, each once, got {arms}")
+    arms = check_arms(arms, ARMS)
     configs, work_dir = Path(configs), Path(work_dir)
     outcomes: dict[str, list[dict]] = {arm: [] for arm in arms}
     with quiet():

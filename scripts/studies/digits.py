@@ -22,7 +22,17 @@ from dcn_plugin.finetune.classification.data import ImageDataModule
 from dcn_plugin.finetune.digits import Digits
 from dcn_plugin.finetune.run import quiet
 
-from .stages import check_seeds, over_seeds, percent, run_stage, save_figures, seconds, write_results, write_table
+from .stages import (
+    check_seeds,
+    over_seeds,
+    percent,
+    run_stage,
+    save_figures,
+    seconds,
+    sizes,
+    write_results,
+    write_table,
+)
 
 # Arm -> (what it is, config). The base comes first; the others start from its weights.
 BASE = "resnet10_digits-upright.py"
@@ -104,13 +114,14 @@ def _measure(model: nn.Module, values: Mapping[str, Any], fitted: Mapping[str, A
     )
 
 
-def _data(values: Mapping[str, Any], warp: bool) -> ImageDataModule:
+def digits_data(values: Mapping[str, Any], warp: bool) -> ImageDataModule:
+    """Return the data of a config, all splits upright or all warped, with four warps of each image."""
     dataset = dict(values["data"].get("dataset", {}), warp=warp, copies=4 if warp else 1)
     return ImageDataModule(**dict(values["data"], dataset=dataset, train_dataset=None))
 
 
 def _accuracy(model: nn.Module, values: Mapping[str, Any], warp: bool) -> float:
-    data = _data(values, warp)
+    data = digits_data(values, warp)
     data.setup("test")
     right, total = 0, 0
     with torch.no_grad():
@@ -145,8 +156,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
             row["trained_on"],
             percent(row["upright"]),
             percent(row["warped"]),
-            f"{row['parameters'] / 1e3:.0f} k",
-            f"{row['multiply_adds'] / 1e6:.2f} M",
+            *sizes(row),
             seconds(row),
             f"{row['milliseconds_per_image']['mean']:.3f}",
         ]
@@ -157,7 +167,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _pictures(outcome: Mapping[str, Any], folder: Path) -> dict[str, str]:
     model = load_exported(outcome["export"])
-    data = _data(outcome["config"], warp=True)
+    data = digits_data(outcome["config"], warp=True)
     data.setup("test")
     data.test_dataloader()
     digits: Digits = data._dataset("test")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,14 @@ def check_seeds(seeds: Sequence[int]) -> list[int]:
             raise ValueError(f"seeds: expected integers from 0 to 2**32 - 1, got {seed!r}")
     if len(set(found)) < len(found):
         raise ValueError(f"seeds: expected each once, got {found}")
+    return found
+
+
+def check_arms(arms: Sequence[str], known: Iterable[str]) -> list[str]:
+    """Return the arms as a list; raise ValueError if there are none, or one twice, or one that is not known."""
+    found = list(arms)
+    if not found or not set(found) <= set(known) or len(set(found)) < len(found):
+        raise ValueError(f"arms: expected some of {', '.join(known)}, each once, got {found}")
     return found
 
 
@@ -127,6 +135,11 @@ def percent(value: Mapping[str, Any]) -> str:
 
 def seconds(row: Mapping[str, Any]) -> str:
     return f"{row['train_seconds']['mean']:.0f} ({row['cpu_seconds']['mean']:.0f})"
+
+
+def sizes(row: Mapping[str, Any]) -> list[str]:
+    """Return the cells of a network's parameters and multiply-adds."""
+    return [f"{row['parameters'] / 1e3:.0f} k", f"{row['multiply_adds'] / 1e6:.2f} M"]
 
 
 def write_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
