@@ -82,7 +82,7 @@ class DetectionModule(TunedModule):
         self.model = build_detector(self.spec)
         if self.layer_decay is not None:
             # timm asks the model for its layers; torchvision's detectors know of none.
-            cast(Any, self.model).group_matcher = layer_order(self.model)
+            cast(Any, self.model).group_matcher = layer_order(cast(Any, self.model).backbone.body)
         self._adapt(rules, checkpoint)
         self.category_ids: list[Id] | None = None
         self._seen: list[tuple[Target, Target]] = []
