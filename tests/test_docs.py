@@ -31,6 +31,7 @@ EXECUTED = {
     "docs/mmengine.md": ("timm", "mmengine", "mmcv"),
     "docs/finetune.md": FRAMEWORKS,
     "docs/detection.md": (*FRAMEWORKS, "pycocotools"),
+    "docs/segmentation.md": FRAMEWORKS,
     "docs/export.md": ("timm", "onnxscript", "onnxruntime", "torchvision"),
     "docs/migrating.md": ("timm", "mmengine", "torchvision"),
 }

@@ -1,5 +1,7 @@
 """Segmentation: segmenters, masks, folders of images and masks, module, pictures."""
 
+import importlib
+import sys
 import warnings
 from functools import partial
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ from tiny import trainer
 from dcn_plugin.export import export_model
 from dcn_plugin.finetune import SegmentationDataModule, SegmentationModule
 from dcn_plugin.finetune.images import UnreadableImage
+from dcn_plugin.finetune.masks import read_mask
 from dcn_plugin.segmentation import build_segmenter, deeplab, deeplabv3, fcn
 from dcn_plugin.visualize import class_colours, draw_masks, paint_mask
 from errors.case import Case
@@ -96,6 +99,13 @@ def listed(text):
     return lambda path: (path / "lists/train.txt").write_text(text)
 
 
+def without_torchvision(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("dcn_plugin.segmentation")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torchvision.models.segmentation.fcn", None)
+    importlib.import_module("dcn_plugin.segmentation")
+
+
 def no_images(path):
     for file in (path / "images").iterdir():
         file.unlink()
@@ -107,6 +117,14 @@ def everything(**changes):
 
 
 DATA = [
+    Case(
+        lambda tmp_path: read_mask(tmp_path / "none.png", 3, 255),
+        UnreadableImage, "none.png", "unreadable image", "No such file",
+    ),
+    Case(
+        folders(augment=[dict(type="RandomApply", transforms=[dict(type="RandomFlip")])]),
+        ValueError, "augment[0].transforms[0]:", "known: ", "unknown type 'RandomFlip'",
+    ),
     Case(folders(train=dict(images="none", masks="masks")), FileNotFoundError, "train.images:", "a folder", "none'"),
     Case(folders(train=dict(images="images", masks="none")), FileNotFoundError, "train.masks:", "a folder", "none'"),
     Case(folders(**everything(list="none.txt")), FileNotFoundError, "train.list:", "expected a file", "none.txt'"),
@@ -192,7 +210,32 @@ def of_two_sizes():
     module(3).training_step((images, masks), 0)
 
 
+def from_weights_with_other_names():
+    made = module(2)
+    made.started_from, made.load_report = (["cat", "dog"], "start.safetensors"), SimpleNamespace(allowed=())
+    made.trainer = SimpleNamespace(datamodule=SimpleNamespace(class_names=["dog", "cat"]))
+    made.setup("test")
+
+
+def from_a_checkpoint_of_other_classes():
+    made = module(2)
+    made.class_names = ["dog", "cat"]
+    made.on_load_checkpoint(dict(dcn_plugin=dict(class_names=["cat", "dog"])))
+
+
 MODULE = [
+    Case(
+        without_torchvision,
+        ModuleNotFoundError, "dcn_plugin.segmentation", "pip install torchvision", "which is not installed",
+    ),
+    Case(
+        from_weights_with_other_names,
+        ValueError, "class_names:", "class 0 is 'cat' in start.safetensors", "'dog' in the data",
+    ),
+    Case(
+        from_a_checkpoint_of_other_classes,
+        ValueError, "class_names:", "class 0 is 'cat' in the checkpoint", "'dog' in the data",
+    ),
     Case(lambda: SegmentationModule("fcn", 3), ValueError, "model:", "dict(name='deeplab', 'deep", "got 'fcn'"),
     Case(
         lambda: SegmentationModule(SEGMENTER | dict(num_classes=4), 3),
