@@ -81,6 +81,23 @@ def test_no_digit_is_in_two_splits(monkeypatch):
         assert len(seen[split]) > 50 and min(seen[split]) >= first and max(seen[split]) < last
 
 
+@pytest.mark.parametrize("index", range(4))
+def test_masks_are_the_ink_within_the_boxes(index):
+    image, ((x1, y1, x2, y2),), (label,), mask = draw_scene(
+        "train", index, digits=(1, 1), strokes=0, fragments=0, noise=0.0
+    )
+    rows, columns = np.nonzero(mask == label + 1)
+    assert [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1] == [x1, y1, x2, y2]
+    assert set(np.unique(mask)) == {0, label + 1, scenes.IGNORED}
+    inside = np.zeros_like(mask, bool)
+    inside[y1:y2, x1:x2] = True
+    assert not mask[~inside].any()
+    # Ink is drawn with at least 0.65 of its brightness; what is neither ink nor edge is darker than the edge, but for
+    # the background, which is below 70.
+    assert (image[mask == label + 1] >= int(0.65 * scenes.INK)).all()
+    assert (image[inside & (mask == 0)] < max(scenes.EDGE, 75)).all()
+
+
 def test_a_written_set_is_cocos_format_and_says_what_was_drawn(tmp_path):
     root = write_scenes(tmp_path / "scenes", **SMALL, size=96, digit_size=(20, 30))
     for split, count in SMALL.items():

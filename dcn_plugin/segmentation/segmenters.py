@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -183,12 +183,11 @@ def deeplab(
     _check_counts(num_classes=num_classes, head_channels=head_channels)
     backbone = dict(name="resnet101_dcnv1", dcn_stages=(5,)) if backbone is None else backbone
     maps = _maps_of(backbone, output_stride, aux_loss, trainable_backbone_layers, norm_eval)
-    head = nn.Sequential(
-        nn.Conv2d(maps.channels[-1], head_channels, 1), nn.ReLU(), nn.Conv2d(head_channels, num_classes, 1)
-    )
-    for layer in (head[0], head[2]):
+    convolutions = [nn.Conv2d(maps.channels[-1], head_channels, 1), nn.Conv2d(head_channels, num_classes, 1)]
+    for layer in convolutions:
         nn.init.normal_(layer.weight, std=0.01)
-        nn.init.zeros_(layer.bias)
+        nn.init.zeros_(cast(Tensor, layer.bias))
+    head = nn.Sequential(convolutions[0], nn.ReLU(), convolutions[1])
     return Segmenter(maps, head, _auxiliary(maps, num_classes, aux_loss), num_classes, image_mean, image_std)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ def _names_in(listed: Path, name: str) -> list[str]:
     names = [line for line in lines if line]
     if not names:
         raise ValueError(f"{name}.list: expected names of images, one in a line, got none in {str(listed)!r}")
-    for one in set(names):
-        if names.count(one) > 1:
-            raise ValueError(f"{name}.list: expected each image once, got {one!r} {names.count(one)} times in {listed}")
+    one, times = Counter(names).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"{name}.list: expected each image once, got {one!r} {times} times in {listed}")
     return names

@@ -89,13 +89,12 @@ class SegmentationModule(TunedModule):
         if not aux_weight >= 0:
             raise ValueError(f"aux_weight: expected 0 or more, got {aux_weight}")
         self.aux_weight, self.ignore_index = aux_weight, 255 if ignore_index is None else ignore_index
-        if class_weights is not None:
-            if len(class_weights) != self.num_classes or not min(class_weights) >= 0 or not max(class_weights) > 0:
-                raise ValueError(
-                    f"class_weights: expected {self.num_classes} numbers from 0 on, not all 0, got {class_weights}"
-                )
-            class_weights = torch.tensor(class_weights, dtype=torch.float32)
-        self.register_buffer("class_weights", class_weights, persistent=False)
+        weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        if weights is not None and (len(weights) != self.num_classes or not (weights >= 0).all() or not weights.any()):
+            raise ValueError(
+                f"class_weights: expected {self.num_classes} numbers from 0 on, not all 0, got {class_weights}"
+            )
+        self.register_buffer("class_weights", weights, persistent=False)
         self._make_metrics()
         self._labelled: dict[str, Tensor] = {}  # pixels of the epoch
 
@@ -188,10 +187,8 @@ class SegmentationModule(TunedModule):
                 f"{stage}: expected labelled pixels, got none: no mask could be read, or all are {self.ignore_index}"
             )
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = batch
-        if not images:  # none of them could be read, and the data says 'skip'
-            return None
         sizes = {tuple(image.shape[-2:]) for image in images} | {tuple(target["mask"].shape) for target in targets}
         if len(sizes) > 1:
             raise ValueError(
