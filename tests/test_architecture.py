@@ -33,8 +33,9 @@ MAY_IMPORT = {
     "visualize": ("visualize layers", "numpy matplotlib"),
     "models": ("models convert checkpoint layers ops _config registry", "timm mmengine"),
     "mm": ("mm checkpoint layers _config", "timm mmengine numpy"),
-    # Detectors are torchvision's; they alone import it.
+    # Detectors and segmenters are torchvision's; they alone import it.
     "detection": ("detection mm layers ops reference _config", "timm torchvision"),
+    "segmentation": ("segmentation detection _config", "torchvision"),
     # MMEngine asks for detection's layer by name; it is imported then.
     "registry": ("mm detection layers flops", "mmengine mmcv"),
     # What stands in for other packages calls them, too.
@@ -44,11 +45,11 @@ MAY_IMPORT = {
         "torchvision transformers mmcv mmengine numpy",
     ),
     "export": (
-        "export models detection convert checkpoint layers ops reference _config",
+        "export models detection segmentation convert checkpoint layers ops reference _config",
         "timm torchvision safetensors onnxruntime openvino ncnn pnnx executorch",
     ),
     "finetune": (
-        "finetune export detection models convert checkpoint visualize layers _config",
+        "finetune export detection segmentation models convert checkpoint visualize layers _config",
         "timm mmengine pytorch_lightning torchmetrics torchvision sklearn numpy PIL rich",
     ),
     # The plug is imported in the program's process, by what Python imports there first; these two know no torch.
@@ -123,10 +124,10 @@ def test_imports_within_the_package_are_relative():
 
 
 # Who may know whom inside dcn_plugin.finetune: each what stands before it, and no task another one.
-TASKS = ("classification", "detection")
+TASKS = ("classification", "detection", "segmentation")
 FINETUNE = (
-    "command_line", "images", "streams", "folders", "digits", "classes", "freezing", "data", "writer", "guard",
-    "callbacks", "module", "task", *TASKS, "run", "__init__",
+    "command_line", "images", "masks", "streams", "folders", "digits", "scenes", "classes", "photos", "transforms",
+    "freezing", "data", "seeded", "writer", "guard", "callbacks", "module", "task", *TASKS, "run", "__init__",
 )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Every config of the tree builds, trains for a step, and is short."""
 
+import json
 import runpy
 from pathlib import Path
 
@@ -11,6 +12,7 @@ for _name in ("pytorch_lightning", "timm", "mmengine", "torchmetrics", "sklearn"
     pytest.importorskip(_name)
 from detector_runs import write_coco  # noqa: E402
 from mmengine.config import Config  # noqa: E402
+from segmenter_runs import write_folders  # noqa: E402
 from test_data import write_shards  # noqa: E402
 
 from dcn_plugin._config import arguments, build_object  # noqa: E402
@@ -21,7 +23,8 @@ from dcn_plugin.layers import sampling_layers  # noqa: E402
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 LEAVES = sorted(path for path in CONFIGS.rglob("*.py") if "_base_" not in path.parts)
 DETECTORS = [path for path in LEAVES if path.parent.name == "detection"]
-CLASSIFIERS = [path for path in LEAVES if path not in DETECTORS]
+SEGMENTERS = [path for path in LEAVES if path.parent.name == "segmentation"]
+CLASSIFIERS = [path for path in LEAVES if path not in DETECTORS + SEGMENTERS]
 BASES = sorted(path for path in CONFIGS.rglob("*.py") if "_base_" in path.parts)
 
 
@@ -109,6 +112,29 @@ def test_detection_config_builds_and_trains_a_step(path, tmp_path):
     assert bool(pools) == ("deform" in path.stem)
     moved = train_a_step(path, trainer, module, data)
     assert any("rpn.head" in name for name in moved) and any("roi_heads" in name for name in moved)
+
+
+@pytest.mark.parametrize("path", SEGMENTERS, ids=names(SEGMENTERS))
+def test_segmentation_config_builds_and_trains_a_step(path, tmp_path):
+    options = {**OPTIONS, "data.batch_size": 2}
+    plain = load_config(path)
+    if plain["data"]["name"] == "folders":
+        assert plain["model"]["backbone"]["pretrained"] and "." in plain["model"]["backbone"]["name"]
+        options |= {"model.backbone.pretrained": False, "data.root": str(tmp_path)}
+        smaller = json.loads(json.dumps(plain["data"]["augment"]).replace("480", "96"))
+        options |= {"model.backbone.layers": (1, 1, 1, 1), "data.augment": smaller}
+        for split in ("train", "val"):
+            write_folders(tmp_path, name=split, suffix="jpg")
+            given = plain["data"][split]
+            (tmp_path / given["list"]).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / f"lists/{split}.txt").rename(tmp_path / given["list"])
+        for ours, theirs in (("images", given["images"]), ("masks", given["masks"])):
+            (tmp_path / ours).rename(tmp_path / theirs)
+    else:
+        options |= {"data.root": str(tmp_path / "scenes"), "data.scenes": dict(train=4, val=2, test=2)}
+    trainer, module, data = build(load_config(path, options), tmp_path / "work")
+    moved = train_a_step(path, trainer, module, data)
+    assert any("classifier" in name for name in moved)
 
 
 def test_the_embedded_detectors_are_trained_alike():

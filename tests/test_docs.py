@@ -33,6 +33,7 @@ EXECUTED = {
     "docs/finetune.md": FRAMEWORKS,
     "docs/explore.md": ("timm", "matplotlib"),
     "docs/detection.md": (*FRAMEWORKS, "pycocotools"),
+    "docs/segmentation.md": FRAMEWORKS,
     "docs/export.md": ("timm", "onnxscript", "onnxruntime", "torchvision"),
     "docs/migrating.md": ("timm", "mmengine", "torchvision"),
 }

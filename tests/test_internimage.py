@@ -383,7 +383,7 @@ def test_torchvisions_detectors_take_it():
     sum(losses.values()).backward()
     offsets = [n for n in offset_parameters(body) if ".levels.3." in n]
     assert offsets and all(body.get_parameter(n).grad is not None for n in offsets)
-    place = layer_order(detector)(coarse=False)
+    place = layer_order(body)(coarse=False)
     names = [n for n, _ in detector.named_parameters()]
     order = [place(next(n for n in names if f"levels.{i}.blocks.0.norm1" in n)) for i in range(4)]
     assert order == [1, 2, 3, 4] and place("roi_heads.box_predictor.cls_score.weight") == 5

@@ -9,18 +9,20 @@ from PIL import Image
 
 for _name in ("pytorch_lightning", "timm", "mmengine", "torchmetrics", "sklearn", "pycocotools"):
     pytest.importorskip(_name)
-from dcn_plugin.finetune.detection import draw_scene, scenes, write_scenes  # noqa: E402
+from dcn_plugin.finetune import scenes  # noqa: E402
 from dcn_plugin.finetune.digits import SPLITS, _source  # noqa: E402
+from dcn_plugin.finetune.scenes import draw_scene, write_scenes  # noqa: E402
 
 SMALL = dict(train=3, val=2, test=2)
 
 
 def test_scenes_follow_from_seed_split_and_index_alone():
-    image, boxes, labels = draw_scene("val", 3)
+    image, boxes, labels, mask = draw_scene("val", 3)
     draw_scene("val", 4)
     np.random.seed(5)
     again = draw_scene("val", 3)
-    assert np.array_equal(image, again[0]) and (boxes, labels) == again[1:]
+    assert np.array_equal(image, again[0]) and (boxes, labels) == again[1:3]
+    assert np.array_equal(mask, again.mask)
     for other in (draw_scene("val", 4), draw_scene("test", 3), draw_scene("val", 3, seed=1)):
         assert not np.array_equal(image, other[0])
     # And so on every machine: the boxes and labels of one scene, as they were when the set was made.
@@ -30,7 +32,7 @@ def test_scenes_follow_from_seed_split_and_index_alone():
 @pytest.mark.parametrize("index", range(12))
 def test_boxes_are_tight_around_ink_and_hardly_overlap(index):
     clean = dict(strokes=0, fragments=0, noise=0.0)
-    image, boxes, labels = draw_scene("train", index, **clean)
+    image, boxes, labels, _ = draw_scene("train", index, **clean)
     assert image.shape == (128, 128) and image.dtype == np.uint8
     assert 1 <= len(boxes) == len(labels) <= 6 and set(labels) <= set(range(10))
     for number, (x1, y1, x2, y2) in enumerate(boxes):
@@ -52,7 +54,7 @@ def test_boxes_are_tight_around_ink_and_hardly_overlap(index):
 
 def test_clutter_has_no_boxes_and_is_there():
     def ink(**changes):
-        image, boxes, _ = draw_scene("train", 0, noise=0.0, **changes)
+        image, boxes, _, _ = draw_scene("train", 0, noise=0.0, **changes)
         inside = np.zeros((128, 128), bool)
         for x1, y1, x2, y2 in boxes:
             inside[y1:y2, x1:x2] = True
@@ -79,6 +81,23 @@ def test_no_digit_is_in_two_splits(monkeypatch):
         assert len(seen[split]) > 50 and min(seen[split]) >= first and max(seen[split]) < last
 
 
+@pytest.mark.parametrize("index", range(4))
+def test_masks_are_the_ink_within_the_boxes(index):
+    image, ((x1, y1, x2, y2),), (label,), mask = draw_scene(
+        "train", index, digits=(1, 1), strokes=0, fragments=0, noise=0.0
+    )
+    rows, columns = np.nonzero(mask == label + 1)
+    assert [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1] == [x1, y1, x2, y2]
+    assert set(np.unique(mask)) == {0, label + 1, scenes.IGNORED}
+    inside = np.zeros_like(mask, bool)
+    inside[y1:y2, x1:x2] = True
+    assert not mask[~inside].any()
+    # Ink is drawn with at least 0.65 of its brightness; what is neither ink nor edge is darker than the edge, but for
+    # the background, which is below 70.
+    assert (image[mask == label + 1] >= int(0.65 * scenes.INK)).all()
+    assert (image[inside & (mask == 0)] < max(scenes.EDGE, 75)).all()
+
+
 def test_a_written_set_is_cocos_format_and_says_what_was_drawn(tmp_path):
     root = write_scenes(tmp_path / "scenes", **SMALL, size=96, digit_size=(20, 30))
     for split, count in SMALL.items():
@@ -86,8 +105,10 @@ def test_a_written_set_is_cocos_format_and_says_what_was_drawn(tmp_path):
         assert [category["name"] for category in whole["categories"]] == [str(digit) for digit in range(10)]
         assert len(whole["images"]) == count == len(list((root / "images" / split).iterdir()))
         for index, entry in enumerate(whole["images"]):
-            image, boxes, labels = draw_scene(split, index, size=96, digit_size=(20, 30))
+            image, boxes, labels, mask = draw_scene(split, index, size=96, digit_size=(20, 30))
             assert np.array_equal(np.asarray(Image.open(root / "images" / split / entry["file_name"])), image)
+            read = Image.open(root / "masks" / split / entry["file_name"])
+            assert read.mode == "P" and np.array_equal(np.asarray(read), mask)
             own = [item for item in whole["annotations"] if item["image_id"] == entry["id"]]
             assert [item["category_id"] - 1 for item in own] == labels
             for item, (x1, y1, x2, y2) in zip(own, boxes, strict=True):

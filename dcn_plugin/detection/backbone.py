@@ -1,8 +1,8 @@
-"""timm models as the backbones of torchvision's detectors, with or without a feature pyramid."""
+"""timm models for their feature maps, and as the backbones of torchvision's detectors."""
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from timm.models import group_parameters
 from torch import Tensor, nn
@@ -11,6 +11,87 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 
 from .._config import require_timm_model
 from ..mm.timm_backbone import TimmBackbone
+
+
+class TimmMaps(NamedTuple):
+    """A timm model that gives feature maps, and what whoever stands on it has to know.
+
+    Fields:
+        body: the model.
+        channels, strides: of the maps, fine to coarse.
+        channels_last: whether the maps are [N, H, W, C].
+        in_chans, mean, std: what the images are and how timm's preprocessing normalises them.
+        frozen: names of the modules that do not train; their parameters say so already.
+        norm_eval: whether batch norms keep their stored statistics while training.
+    """
+
+    body: nn.Module
+    channels: list[int]
+    strides: list[int]
+    channels_last: bool
+    in_chans: int
+    mean: list[float]
+    std: list[float]
+    frozen: list[str]
+    norm_eval: bool
+
+
+def timm_maps(
+    model: str | Mapping[str, Any], trainable_layers: int | None = None, norm_eval: bool | None = None
+) -> TimmMaps:
+    """Build a timm model for its feature maps and freeze its first stages; arguments as in `DetectionBackbone`."""
+    arguments = dict(model) if isinstance(model, Mapping) else {"name": model}
+    name = arguments.pop("name", None)
+    if not isinstance(name, str):
+        raise TypeError(f"backbone: expected a timm model's name or dict(name=..., ...), got {model!r}")
+    require_timm_model("backbone", name)
+    if "features_only" in arguments:
+        got = arguments["features_only"]
+        raise ValueError(f"backbone: expected no features_only, which is always set, got {got!r}")
+    pretrained = bool(arguments.get("pretrained") or arguments.get("checkpoint_path"))
+    in_chans = int(arguments.get("in_chans", 3))
+    body = TimmBackbone(name, **arguments).model
+    info: Any = body.feature_info
+    cfg: Any = getattr(body, "pretrained_cfg", None) or {}
+    last = max(index % len(info.info) for index in info.out_indices)
+    stages = [stage["module"] for stage in info.info[: last + 1]]
+    if trainable_layers is None:
+        trainable_layers = min(3, len(stages)) if pretrained else len(stages)
+    if not 0 <= trainable_layers <= len(stages):
+        raise ValueError(
+            f"trainable_backbone_layers: expected 0 to {len(stages)} ({', '.join(stages)} of {name}), "
+            f"got {trainable_layers}"
+        )
+    held = len(stages) - trainable_layers
+    frozen = _modules_up_to(body, stages[held - 1]) if held else []
+    for module in map(body.get_submodule, frozen):
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(False)
+    return TimmMaps(
+        body,
+        info.channels(),
+        info.reduction(),
+        str(getattr(body, "output_fmt", "NCHW")).endswith("NHWC"),
+        in_chans,
+        _per_channel(cfg.get("mean", (0.485, 0.456, 0.406)), in_chans),
+        _per_channel(cfg.get("std", (0.229, 0.224, 0.225)), in_chans),
+        frozen,
+        pretrained if norm_eval is None else norm_eval,
+    )
+
+
+def to_nchw(maps: Sequence[Tensor], channels_last: bool) -> list[Tensor]:
+    """Return the maps of a timm model as [N, C, H, W], which some models give as [N, H, W, C]."""
+    return [m.permute(0, 3, 1, 2) for m in maps] if channels_last else list(maps)
+
+
+def hold_still(body: nn.Module, frozen: Sequence[str], norm_eval: bool) -> None:
+    """Take out of training mode what does not train: frozen modules and, with `norm_eval`, batch norms."""
+    for module in map(body.get_submodule, frozen):
+        module.training = False
+    for module in body.modules() if norm_eval else ():
+        if isinstance(module, _BatchNorm):
+            module.training = False
 
 
 class DetectionBackbone(nn.Module):
@@ -45,44 +126,13 @@ class DetectionBackbone(nn.Module):
         norm_eval: bool | None = None,
     ) -> None:
         super().__init__()
-        arguments = dict(model) if isinstance(model, Mapping) else {"name": model}
-        name = arguments.pop("name", None)
-        if not isinstance(name, str):
-            raise TypeError(f"backbone: expected a timm model's name or dict(name=..., ...), got {model!r}")
-        require_timm_model("backbone", name)
-        if "features_only" in arguments:
-            got = arguments["features_only"]
-            raise ValueError(f"backbone: expected no features_only, which is always set, got {got!r}")
-        pretrained = bool(arguments.get("pretrained") or arguments.get("checkpoint_path"))
-        self.in_chans = int(arguments.get("in_chans", 3))
-        self.body = TimmBackbone(name, **arguments).model
-        info: Any = self.body.feature_info
-        self.channels: list[int] = info.channels()
-        self.strides: list[int] = info.reduction()
-        self.channels_last = str(getattr(self.body, "output_fmt", "NCHW")).endswith("NHWC")
-        cfg: Any = getattr(self.body, "pretrained_cfg", None) or {}
-        self.mean = _per_channel(cfg.get("mean", (0.485, 0.456, 0.406)), self.in_chans)
-        self.std = _per_channel(cfg.get("std", (0.229, 0.224, 0.225)), self.in_chans)
-
-        self.norm_eval = pretrained if norm_eval is None else norm_eval
-        last = max(index % len(info.info) for index in info.out_indices)
-        stages = [stage["module"] for stage in info.info[: last + 1]]
-        if trainable_layers is None:
-            trainable_layers = min(3, len(stages)) if pretrained else len(stages)
-        if not 0 <= trainable_layers <= len(stages):
-            raise ValueError(
-                f"trainable_backbone_layers: expected 0 to {len(stages)} ({', '.join(stages)} of {name}), "
-                f"got {trainable_layers}"
-            )
-        frozen = len(stages) - trainable_layers
-        self.frozen = _modules_up_to(self.body, stages[frozen - 1]) if frozen else []
-        for module in map(self.body.get_submodule, self.frozen):
-            for parameter in module.parameters(recurse=False):
-                parameter.requires_grad_(False)
-
+        made = timm_maps(model, trainable_layers, norm_eval)
+        self.body, self.channels, self.strides, self.channels_last = made[:4]
+        self.in_chans, self.mean, self.std, self.frozen, self.norm_eval = made[4:]
         self.fpn = None
         self.out_channels = self.channels[-1]
         if fpn_channels is not None:
+            name = model["name"] if isinstance(model, Mapping) else model
             if any(fine * 2 != coarse for fine, coarse in zip(self.strides, self.strides[1:], strict=False)):
                 raise ValueError(
                     f"backbone: expected maps whose strides double, for a pyramid, got {self.strides} of {name}"
@@ -94,18 +144,12 @@ class DetectionBackbone(nn.Module):
         """Switch to training, but for frozen stages and, with `norm_eval`, batch norms."""
         super().train(mode)
         if mode:
-            for module in map(self.body.get_submodule, self.frozen):
-                module.training = False
-            for module in self.body.modules() if self.norm_eval else ():
-                if isinstance(module, _BatchNorm):
-                    module.training = False
+            hold_still(self.body, self.frozen, self.norm_eval)
         return self
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Return the maps of [N, C, H, W] images, fine to coarse."""
-        maps = self.body(images)
-        if self.channels_last:
-            maps = [m.permute(0, 3, 1, 2) for m in maps]
+        maps = to_nchw(self.body(images), self.channels_last)
         named: dict[str, Tensor] = OrderedDict((str(i), m) for i, m in enumerate(maps))
         return named if self.fpn is None else self.fpn(named)
 

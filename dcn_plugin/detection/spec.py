@@ -26,10 +26,14 @@ def detector_spec(model: Mapping[str, Any], num_classes: int | None) -> dict[str
     return spec
 
 
-def layer_order(model: nn.Module) -> Callable[..., Callable[[str], int]]:
-    """Return what timm calls `group_matcher`: from a parameter's name to its place, by stages of the backbone."""
-    body = cast(Any, model).backbone.body
-    stages = [stage["module"] for stage in body.feature_info.info]
+def layer_order(body: nn.Module, prefix: str = "backbone.body.") -> Callable[..., Callable[[str], int]]:
+    """Return what timm calls `group_matcher`: from a parameter's name to its place, by stages of the backbone.
+
+    Args:
+        body: the timm model that gives the maps.
+        prefix: what its parameters' names begin with in the whole model.
+    """
+    stages = [stage["module"] for stage in cast(Any, body).feature_info.info]
     parameters = [name for name, _ in body.named_parameters()]
     places: dict[str, int] = {}
     for i, stage in enumerate(stages, 1):
@@ -45,18 +49,18 @@ def layer_order(model: nn.Module) -> Callable[..., Callable[[str], int]]:
         ]
         found = next((name for name in names if any(parameter.startswith(name) for parameter in parameters)), None)
         if found is not None:
-            places[f"backbone.body.{found}"] = i
+            places[prefix + found] = i
 
     def place(name: str) -> int:
-        if not name.startswith("backbone.body."):
+        if not name.startswith(prefix):
             return len(stages) + 1
-        return next((i for prefix, i in places.items() if name.startswith(prefix)), 0)
+        return next((i for start, i in places.items() if name.startswith(start)), 0)
 
     return lambda coarse=False: place
 
 
 def without_pretrained_backbone(model: Any) -> Any:
-    """Return a detector's specification without the weights of its backbone."""
+    """Return the specification of a model on a backbone (a detector, a segmenter) without the backbone's weights."""
     spec = plain(model)
     backbone = spec.get("backbone") if isinstance(spec, dict) else None
     if isinstance(backbone, dict) and (backbone.get("pretrained") or backbone.get("checkpoint_path")):

@@ -36,8 +36,9 @@ def export_model(
     A model that a timm name describes (`resnet50_dcn`, ...) becomes a timm `local-dir:` folder: after
     `import dcn_plugin`, `timm.create_model('local-dir:<directory>', pretrained=True)` gives the same outputs, and so
     does `transformers.AutoModelForImageClassification.from_pretrained(directory)`. A model changed by replacement
-    rules, built by MMEngine, or a detector has no timm name: its folder also holds the rules and the MMEngine config or
-    the detector's specification (see `Form`), and `load_exported(directory)`, which reads all kinds, builds it again.
+    rules, built by MMEngine, a detector or a segmenter has no timm name: its folder also holds the rules and the
+    MMEngine config or the specification (see `Form`), and `load_exported(directory)`, which reads all kinds, builds it
+    again.
     (transformers refuses such a folder: model type `dcn_plugin`, which it does not know.)
 
     The files are written beside what is there and moved once they are whole: after an error the folder is as it was.
@@ -45,8 +46,8 @@ def export_model(
     Args:
         model: the trained model (the classifier or detector itself, not the Lightning module).
         directory: folder to write to; made if missing.
-        spec: what `FinetuneModule(model=...)` was built from, or `DetectionModule(...).spec`; needed for an MMEngine
-            model and a detector.
+        spec: what `FinetuneModule(model=...)` was built from, or `spec` of `DetectionModule` or `SegmentationModule`;
+            needed for an MMEngine model, a detector and a segmenter.
         rules: the replacement rules it was converted with.
         data_config: preprocessing (`input_size`, `mean`, `std`, `interpolation`, `crop_pct`) stored beside the weights.
         class_names: names of the classes in label order (a detector's labels count from 1).

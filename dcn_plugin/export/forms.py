@@ -76,5 +76,18 @@ def _by_detector(spec: Mapping[str, Any]) -> nn.Module:
     return build_detector(spec)
 
 
+def _of_segmenter(model: nn.Module, spec: Any) -> Mapping[str, Any] | None:
+    from ..segmentation.spec import saved_spec
+
+    return saved_spec(model, spec)
+
+
+def _by_segmenter(spec: Mapping[str, Any]) -> nn.Module:
+    from ..segmentation import build_segmenter
+
+    return build_segmenter(spec)
+
+
 MMENGINE = register_form("model", _of_mmengine, _by_mmengine)
 DETECTOR = register_form("detector", _of_detector, _by_detector)
+SEGMENTER = register_form("segmenter", _of_segmenter, _by_segmenter)

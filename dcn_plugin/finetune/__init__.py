@@ -10,6 +10,7 @@ try:
     from .digits import Digits
     from .freezing import BackboneFinetuning
     from .run import build, load_config, run
+    from .segmentation import SegmentationDataModule, SegmentationModule
 except ModuleNotFoundError as error:
     if error.name is None or error.name.startswith("dcn_plugin"):
         raise
@@ -26,6 +27,8 @@ __all__ = [
     "FinetuneModule",
     "ImageDataModule",
     "OffsetMonitor",
+    "SegmentationDataModule",
+    "SegmentationModule",
     "build",
     "export_model",
     "load_config",

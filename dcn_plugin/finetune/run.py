@@ -19,7 +19,7 @@ from mmengine.config import Config
 
 from .._config import arguments, build_object, check_keys, check_kinds, plain, unknown
 from ..checkpoint import match_wrappers, read_file
-from . import classification, detection
+from . import classification, detection, segmentation
 from .callbacks import OffsetMonitor
 from .command_line import at
 from .data import TunedData
@@ -33,6 +33,7 @@ from .writer import EpochWriter
 TASKS: dict[str, Task] = {
     "FinetuneModule": classification.TASK,
     "DetectionModule": detection.TASK,
+    "SegmentationModule": segmentation.TASK,
 }
 # What `run` may be asked to do.
 ACTIONS = ("fit", "validate", "test", "predict")
@@ -116,10 +117,11 @@ def writing_to(work_dir: Path) -> Iterator[None]:
 def load_config(path: str | Path, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Read an MMEngine config file (text style, with `_base_`), apply `options` and check its keys.
 
-    Top-level keys are `module` (a name in `TASKS`: 'FinetuneModule', the default, or 'DetectionModule'), the arguments
-    of that module, `data` (arguments of the task's data module), `trainer` (arguments of Lightning's `Trainer`;
-    `strategy` may be `dict(type=...)`), `callbacks` (name -> `dict(type=...)` of Lightning's or this package's
-    callbacks, or None to drop one of a base config), `logger` (`dict(type=...)`, or False) and `seed`.
+    Top-level keys are `module` (a name in `TASKS`: 'FinetuneModule', the default, 'DetectionModule' or
+    'SegmentationModule'), the arguments of that module, `data` (arguments of the task's data module), `trainer`
+    (arguments of Lightning's `Trainer`; `strategy` may be `dict(type=...)`), `callbacks` (name -> `dict(type=...)` of
+    Lightning's or this package's callbacks, or None to drop one of a base config), `logger` (`dict(type=...)`, or
+    False) and `seed`.
 
     Args:
         path: the config file.

@@ -1,4 +1,4 @@
-"""Look inside deformable layers: where convolutions (`convolutions`) and regions (`regions`) sample.
+"""Look inside deformable layers: where convolutions (`convolutions`) and regions (`regions`) sample; and `masks`.
 
 `pages` has the pictures of convolutions as a page to point at. What returns tensors needs torch alone; what returns a
 figure or writes a page needs matplotlib.
@@ -15,18 +15,22 @@ from .convolutions import (
     trace,
 )
 from .pages import explore
+from .masks import class_colours, draw_masks, paint_mask
 from .regions import BinRecord, bin_shifts, draw_detections, record_bins
 
 __all__ = [
     "BinRecord",
     "LayerRecord",
     "bin_shifts",
+    "class_colours",
     "dilation_by_layer",
     "dilation_plot",
     "draw_detections",
+    "draw_masks",
     "effective_dilation",
     "explore",
     "offset_field",
+    "paint_mask",
     "record",
     "record_bins",
     "sampling_points",

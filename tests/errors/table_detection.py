@@ -14,8 +14,8 @@ from torchmetrics.detection import mean_ap
 from dcn_plugin.export import export_model
 from dcn_plugin.finetune import CocoDataModule, DetectionModule
 from dcn_plugin.finetune.detection.datasets import CocoImages
-from dcn_plugin.finetune.detection.scenes import draw_scene, write_scenes
 from dcn_plugin.finetune.images import UnreadableImage
+from dcn_plugin.finetune.scenes import draw_scene, write_scenes
 from errors.case import Case
 
 BOX = dict(id=1, image_id=100, category_id=3, bbox=[1, 1, 5, 5])

@@ -29,7 +29,15 @@ PARTS = {
     "models": ("models/", "mm/", "detection/"),
     "visualize": ("visualize/",),
     "finetune": ("finetune/", "_config.py", "export/folder.py", "export/forms.py", "models/build.py"),
-    "detection": ("finetune/detection/", "detection/spec.py"),
+    "detection": (
+        "finetune/detection/",
+        "finetune/photos.py",
+        "finetune/scenes.py",
+        "finetune/seeded.py",
+        "finetune/transforms.py",
+        "detection/spec.py",
+    ),
+    "segmentation": ("segmentation/", "finetune/segmentation/", "finetune/masks.py", "visualize/masks.py"),
     "export": tuple(
         f"export/{name}.py" for name in ("agreement", "ncnn", "executorch", "grid_sample", "tensorrt", "torchvision")
     ),

@@ -1,10 +1,10 @@
 """Fine-tuning of detectors with Lightning: data in COCO's format, module, and the embedded scenes."""
 
 from ...export.forms import DETECTOR
+from ..scenes import draw_scene, write_scenes
 from ..task import Task
 from .data import CocoDataModule
 from .module import DetectionModule
-from .scenes import draw_scene, write_scenes
 from .writer import DetectionWriter
 
 TASK = Task(DetectionModule, CocoDataModule, DetectionWriter, DETECTOR)

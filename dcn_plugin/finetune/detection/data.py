@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
-import torch
-from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
-from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.transforms import v2
 
-from ..._config import build_object, check_keys, plain, unknown
+from ..._config import unknown
 from ..classes import Id, first_difference
-from ..data import TunedData, check_choices, check_counts
+from ..data import check_choices, check_counts
 from ..images import BAD_IMAGES
-from .datasets import CocoImages, FolderImages, Seeded, SeededSampler, collate
-from .scenes import scene_stamp, write_scenes
+from ..seeded import SPLITS, SeededData, check_channels
+from ..transforms import LAST, build_transforms
+from .datasets import CocoImages
 
-SPLITS = ("train", "val", "test")
-TRANSFORMS = {
-    name: value for name, value in vars(v2).items() if isinstance(value, type) and issubclass(value, v2.Transform)
-}
+# What a split has, and where it is in the embedded set.
+_PARTS = dict(images="images/{}", annotations="annotations/instances_{}.json")
 
 
-class CocoDataModule(TunedData):
+class CocoDataModule(SeededData):
     """Serve detection data in COCO's format: images as a list of tensors, targets as a list of dicts (`CocoImages`).
 
     Args:
@@ -96,39 +87,13 @@ class CocoDataModule(TunedData):
         if name not in ("coco", "digit_scenes"):
             raise ValueError(unknown("data set name", name, ("coco", "digit_scenes"), "name"))
         check_counts(limit=limit)
-        if in_chans not in (1, 3):
-            raise ValueError(f"in_chans: expected 1 or 3, got {in_chans}")
         check_choices(
             empty_images=(empty_images, ("keep", "drop")),
             bad_boxes=(bad_boxes, ("skip", "raise")),
             bad_images=(bad_images, BAD_IMAGES),
         )
-        given = dict(train=train, val=val, test=test)
-        self._scenes: dict[str, Any] = plain(scenes or {})
-        if name == "digit_scenes":
-            for key, split in given.items():
-                if split is not None:
-                    raise ValueError(f"{key}: expected None, as 'digit_scenes' has splits of its own, got {split!r}")
-            stamp = scene_stamp(**{key: value for key, value in self._scenes.items() if key != "limit"})
-            self.root = Path(root) if root is not None else _cache(stamp | dict(limit=self._scenes.get("limit")))
-            given = {
-                split: dict(images=f"images/{split}", annotations=f"annotations/instances_{split}.json")
-                for split in SPLITS
-            }
-        else:
-            if scenes is not None:
-                raise ValueError(f"scenes: expected None for {name!r} (only 'digit_scenes' takes them), got {scenes!r}")
-            self.root = Path(root or "")
-            for key, split in given.items():
-                if split is not None:
-                    check_keys(key, split, ("images", "annotations"))
-                    for part in ("images", "annotations"):
-                        if part not in split:
-                            raise ValueError(f"{key}.{part}: expected a path, got none")
-        self.name, self.in_chans, self.predict_folder = name, in_chans, predict
-        self.splits: dict[str, Any] = dict(given)
-        self.splits["test"] = self.splits["test"] or self.splits["val"]
-        self.splits["predict"] = self.splits["test"] if predict is None else predict
+        self._find_splits(name, root, dict(train=train, val=val, test=test), predict, scenes, _PARTS)
+        self.in_chans = check_channels(in_chans)
         self.empty_images, self.bad_boxes, self.bad_images, self.limit = empty_images, bad_boxes, bad_images, limit
         self.augment = build_transforms("augment", augment)
         self._num_classes = num_classes
@@ -165,22 +130,7 @@ class CocoDataModule(TunedData):
 
     # -- data sets ----------------------------------------------------------------------------------------------------
 
-    def prepare_data(self) -> None:
-        if self.name == "digit_scenes":
-            write_scenes(self.root, **self._scenes)
-
-    def _create(self, stage: str) -> Any:
-        if stage == "predict":
-            if self.predict_folder is None:
-                return self._dataset("test")
-            folder = self.root / self.predict_folder
-            return FolderImages(folder, self.in_chans, v2.Compose(_LAST), self.limit, self.bad_images)
-        split = self.splits[stage]
-        if stage == "test" and split is not None and split == self.splits["val"]:
-            return self._dataset("val")
-        if split is None:
-            raise ValueError(f"{stage}: expected dict(images=..., annotations=...), got None")
-        self.prepare_data()
+    def _read(self, stage: str, split: Mapping[str, str]) -> CocoImages:
         training = stage == "train"
         dataset = CocoImages(
             self.root / split["images"],
@@ -188,7 +138,7 @@ class CocoDataModule(TunedData):
             name=stage,
             training=training,
             in_chans=self.in_chans,
-            transforms=v2.Compose([*self.augment, *_CLEAN, *_LAST] if training else _LAST),
+            transforms=v2.Compose([*self.augment, *_CLEAN, *LAST] if training else LAST),
             empty_images=self.empty_images,
             bad_boxes=self.bad_boxes,
             bad_images=self.bad_images,
@@ -208,82 +158,6 @@ class CocoDataModule(TunedData):
                     raise ValueError(f"{stage}.annotations: {self.root / split['annotations']}: {said}")
         return dataset
 
-    # -- Lightning's hooks --------------------------------------------------------------------------------------------
-
-    def setup(self, stage: str) -> None:
-        # What comes after training is checked before it, not hours later.
-        stages = dict(fit=("train", "val", "test"), validate=("val",), test=("test",), predict=("predict",))[stage]
-        for name in stages:
-            if stage == "fit" and name != "train" and self.splits[name] is None:
-                continue
-            self._check_share(name, len(self._dataset(name)))
-
-    def _place(self) -> dict[str, int]:
-        trainer = self.trainer
-        return dict(num_replicas=1, rank=0) if trainer is None else _place_of(trainer)
-
-    def _check_share(self, stage: str, images: int) -> None:
-        """Raise where there is not enough for every process."""
-        processes = self._place()["num_replicas"]
-        if stage == "train" and images // processes < self.batch_size:
-            share = images // processes
-            raise ValueError(f"batch_size: expected at most the {share} images to train on, got {self.batch_size}")
-        if images < processes:
-            raise ValueError(f"{stage}: expected an image for each of {processes} processes, got {images}")
-
-    def _loader(self, stage: str) -> DataLoader:
-        dataset, training = self._dataset(stage), stage == "train"
-        place = self._place()
-        if training:
-            self.limit_batch_size(len(dataset) // place["num_replicas"])
-        self._check_share(stage, len(dataset))
-        sampler: DistributedSampler
-        if training:
-            seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-            dataset = Seeded(dataset)
-            sampler = SeededSampler(dataset, **place, shuffle=True, seed=seed, drop_last=True)
-        else:
-            # An image that is seen twice, as a DistributedSampler pads, would change the metric.
-            sampler = UnrepeatedDistributedSampler(dataset, **place, shuffle=False)
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size if training else self.eval_batch_size,
-            sampler=sampler,
-            drop_last=training,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=collate,
-        )
-
-    def filenames(self, stage: str = "predict") -> dict[Id, str]:
-        """Return the file name of every image of a split, by image id."""
-        dataset = self._dataset(stage)
-        return {key: dataset.filename(index) for index, key in enumerate(dataset.ids)}
-
-
-def build_transforms(where: str, specs: Sequence[Mapping[str, Any]]) -> list[v2.Transform]:
-    """Build transforms of `torchvision.transforms.v2` from `dict(type=..., ...)`, also those in `transforms=[...]`."""
-    if isinstance(specs, (str, Mapping)) or not isinstance(specs, Sequence):
-        raise TypeError(f"{where}: expected a list of dict(type=..., ...), got {specs!r}")
-    built = []
-    for i, spec in enumerate(specs):
-        if isinstance(spec, Mapping) and isinstance(spec.get("transforms"), (list, tuple)):
-            inner = build_transforms(f"{where}[{i}].transforms", spec["transforms"])
-            spec = {**spec, "transforms": inner}
-        built.append(build_object(f"{where}[{i}]", spec, TRANSFORMS))
-    return built
-
 
 # torchvision's detectors refuse a box without area; what Sanitize takes away is less than a pixel wide or high.
 _CLEAN = [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()]
-_LAST = [v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()]
-
-
-def _cache(stamp: Mapping[str, Any]) -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    digest = hashlib.sha256(json.dumps(stamp, sort_keys=True).encode()).hexdigest()[:12]
-    return Path(base, "dcn_plugin", f"digit_scenes-{digest}")
-
-
-def _place_of(trainer: pl.Trainer) -> dict[str, int]:
-    return dict(num_replicas=trainer.world_size, rank=trainer.global_rank)

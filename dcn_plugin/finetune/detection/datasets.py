@@ -1,32 +1,22 @@
-"""Data sets of images with boxes, of images alone, and the order that training takes them in."""
+"""Data sets of images with boxes."""
 
 from __future__ import annotations
 
 import math
-import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from ..classes import Id
-from ..folders import is_hidden, looks_like_an_image
-from ..images import UnreadableImage, pass_over, read_image
+from ..photos import LOOKED_AT, Sample, Target, read, require
 from .annotations import AnnotatedImage, AnnotationFile
-
-Target = dict[str, Any]
-Sample = tuple[Tensor, Target]
-# How many images of a set are looked at before a run, evenly over the set.
-LOOKED_AT = 8
 
 
 def _unchanged(image: Any, target: Target) -> Sample:
@@ -160,65 +150,6 @@ class CocoImages(Dataset):
         return self.images[index].file_name
 
 
-class FolderImages(Dataset):
-    """The images of a folder by name, for prediction; `image_id` counts them from 1.
-
-    Every image is turned as its EXIF orientation says, as viewers show it, and predictions are in pixels of that.
-    Hidden files are left alone; other images that are not read are counted in a warning. `bad_images` is as in
-    `CocoImages`.
-    """
-
-    def __init__(
-        self, folder: Path, in_chans: int, transforms: Callable, limit: int | None = None, bad_images: str = "raise"
-    ) -> None:
-        require("predict", folder, "folder", Path.is_dir)
-        images = looks_like_an_image()
-        found = [path for path in _below(folder) if path.suffix.lower() in images]
-        known = Image.registered_extensions()
-        self.paths = sorted(path for path in found if path.parent == folder and path.suffix.lower() in known)[:limit]
-        deeper = sum(path.parent != folder for path in found)
-        others = Counter(path.suffix for path in found if path.parent == folder and path.suffix.lower() not in known)
-        left = [f"{count} {ending}" for ending, count in sorted(others.items())]
-        left += [f"{deeper} in folders below"] if deeper else []
-        if not self.paths:
-            but = f", but {', '.join(left)}" if left else ""
-            raise FileNotFoundError(f"predict: expected images in {str(folder)!r}, found none that Pillow reads{but}")
-        if left:
-            rank_zero_warn(f"predict: {folder} holds images that are not read: {', '.join(left)}")
-        self.in_chans, self.transforms, self.bad_images = in_chans, transforms, bad_images
-
-    @property
-    def ids(self) -> list[Id]:
-        """Numbers of the images, from 1."""
-        return list(range(1, len(self) + 1))
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Sample | None:
-        pixels = read(self.paths[index], self.in_chans, self.bad_images)
-        return None if pixels is None else self.transforms(v2.functional.to_image(pixels), dict(image_id=index + 1))
-
-    def filename(self, index: int) -> str:
-        """Return the name of an image's file."""
-        return self.paths[index].name
-
-
-def _below(folder: Path) -> Iterator[Path]:
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not is_hidden(name)]
-        yield from (Path(place, name) for name in files if not is_hidden(name))
-
-
-def read(path: Path, in_chans: int, bad_images: str, size: tuple[int, int] | None = None) -> Image.Image | None:
-    """Read an image in gray or RGB; warn and return None where it cannot be read and `bad_images` is 'skip'."""
-    try:
-        return read_image(path, "L" if in_chans == 1 else "RGB", size=size)
-    except UnreadableImage as error:
-        pass_over(error, bad_images, "it is left out")
-        return None
-
-
 def _trainable(file: AnnotationFile, bad_boxes: str) -> set[Id]:
     """Return the ids of the images with a box to train on, and complain of boxes that are none."""
     bad, trainable, total = [], set(), 0
@@ -242,57 +173,3 @@ def _trainable(file: AnnotationFile, bad_boxes: str) -> set[Id]:
             raise ValueError(f"{said} (data.bad_boxes='skip' trains without them)")
         rank_zero_warn(f"{said}; training goes without them")
     return trainable
-
-
-def mixed_seed(*numbers: int) -> int:
-    """Return one seed that depends on all of the numbers and their order."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-class SeededSampler(DistributedSampler):
-    """Yield index and seed of each training image; both depend on the sampler's seed and the epoch alone.
-
-    Lightning tells the epoch to a `DistributedSampler` of one process too. So neither order nor augmentation hangs on
-    what random numbers were drawn for before, in which process, and how far ahead batches were fetched.
-    """
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
-        for index in super().__iter__():
-            yield index, mixed_seed(self.seed, self.epoch, index)
-
-
-class Seeded(Dataset):
-    """A data set whose random transforms draw from the seed that a `SeededSampler` gives.
-
-    Lightning puts a plain sampler in its place for `overfit_batches`; then they draw from the process's own generator.
-    """
-
-    def __init__(self, dataset: CocoImages) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, key: int | tuple[int, int]) -> Sample | None:
-        if not isinstance(key, tuple):
-            return self.dataset[key]
-        index, seed = key
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return self.dataset[index]
-
-
-def collate(samples: Sequence[Sample | None]) -> tuple[list[Tensor], list[Target]]:
-    """Return images and targets of a batch as two lists, as torchvision's detectors take them.
-
-    What could not be read (None) is left out; of nothing, both lists are empty.
-    """
-    read = [sample for sample in samples if sample is not None]
-    return [image for image, _ in read], [target for _, target in read]
-
-
-def require(name: str, path: Path, what: str, holds: Callable[[Path], bool]) -> None:
-    """Raise FileNotFoundError unless `path` is what the argument `name` expects."""
-    if not holds(path):
-        state = f"which is no {what}" if path.exists() else "which does not exist"
-        raise FileNotFoundError(f"{name}: expected a {what}, got {str(path)!r}, {state}")

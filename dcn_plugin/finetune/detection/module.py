@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
@@ -17,7 +16,7 @@ from ...detection import build_detector
 from ...detection.spec import detector_spec, layer_order, without_pretrained_backbone
 from ..classes import Id, first_difference
 from ..module import TunedModule
-from .datasets import mixed_seed
+from ..seeded import seed_step
 
 Target = dict[str, Any]
 # What is logged of the metric: mean average precision over IoU 0.50:0.95, at 0.50, at 0.75, by size of the objects, and
@@ -82,7 +81,7 @@ class DetectionModule(TunedModule):
         self.model = build_detector(self.spec)
         if self.layer_decay is not None:
             # timm asks the model for its layers; torchvision's detectors know of none.
-            cast(Any, self.model).group_matcher = layer_order(self.model)
+            cast(Any, self.model).group_matcher = layer_order(cast(Any, self.model).backbone.body)
         self._adapt(rules, checkpoint)
         self.category_ids: list[Id] | None = None
         self._seen: list[tuple[Target, Target]] = []
@@ -162,9 +161,7 @@ class DetectionModule(TunedModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        seed = os.environ.get("PL_GLOBAL_SEED")
-        if seed is not None:
-            torch.manual_seed(mixed_seed(int(seed), self.current_epoch, batch_idx, self.global_rank))
+        seed_step(self, batch_idx)
 
     def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> Tensor:
         images, targets = batch

@@ -1,8 +1,9 @@
-"""The embedded detection data set: real handwritten digits in cluttered scenes, written as a COCO-format set."""
+"""The embedded scenes: real handwritten digits among clutter, written as a COCO-format set with masks beside."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import inspect
 import json
 import os
@@ -10,19 +11,23 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..digits import SPLITS, _source
+from .digits import SPLITS, _source
+from .masks import with_palette
 
 STAMP = "scenes.json"
 # Part of the stamp: another way of drawing needs another number, so that no old folder passes for a new one.
-VERSION = 1
+VERSION = 2
 CLASSES = [str(digit) for digit in range(10)]
-# From which brightness on a pixel counts as ink, out of 255; the boxes are those of the ink.
-INK = 48
+# From which brightness on a pixel counts as ink, out of 255; the boxes are those of the ink. From `EDGE` on it is part
+# of a digit's soft edge, which masks leave open.
+INK, EDGE = 48, 24
+# What masks have where no class is right.
+IGNORED = 255
 
 
 def _ink(pixels: np.ndarray, height: int, stretch: float, angle: float) -> np.ndarray:
@@ -68,6 +73,12 @@ def _place(
     return None
 
 
+def _mark(mask: np.ndarray, ink: np.ndarray, seen: np.ndarray, value: int) -> None:
+    """Enter a digit into a part of a mask, where no brighter one covers it; its soft edge stays open."""
+    mask[(ink >= INK) & seen] = value
+    mask[(ink >= EDGE) & (ink < INK) & (mask == 0)] = IGNORED
+
+
 def _strokes(rng: np.random.RandomState, size: int, count: int) -> np.ndarray:
     """Return `count` long bent lines as uint8 [size, size], soft like enlarged digits, but longer and thinner."""
     fine = Image.new("L", (2 * size, 2 * size))
@@ -78,6 +89,18 @@ def _strokes(rng: np.random.RandomState, size: int, count: int) -> np.ndarray:
         curve = (1 - t) ** 2 * ends[0] + 2 * t * (1 - t) * ends[1] + t**2 * ends[2]
         draw.line([tuple(point) for point in curve.tolist()], fill=int(rng.randint(110, 230)), width=rng.randint(3, 7))
     return np.asarray(fine.resize((size // 2, size // 2), Image.Resampling.BOX).resize((size, size)))
+
+
+class Scene(NamedTuple):
+    """A picture uint8 [size, size], boxes [x1, y1, x2, y2] and labels 0..9 of its digits, and its mask.
+
+    The mask is uint8 [size, size]: label + 1 on a digit's ink, 255 on its soft edge, 0 elsewhere.
+    """
+
+    image: np.ndarray
+    boxes: list[list[int]]
+    labels: list[int]
+    mask: np.ndarray
 
 
 def draw_scene(
@@ -94,7 +117,7 @@ def draw_scene(
     noise: float = 12.0,
     overlap: float = 0.1,
     seed: int = 0,
-) -> tuple[np.ndarray, list[list[int]], list[int]]:
+) -> Scene:
     """Draw scene `index` of a split: digits of that split's own source images, and clutter.
 
     Everything is drawn from `(seed, split, index)` alone. Clutter is long strokes, fragments (quarters of digits, drawn
@@ -115,15 +138,16 @@ def draw_scene(
         seed: seed of everything.
 
     Returns:
-        Image uint8 [size, size]; tight boxes of the drawn ink as [x1, y1, x2, y2] (x2 and y2 exclusive); labels 0..9.
+        Image uint8 [size, size]; tight boxes of the drawn ink as [x1, y1, x2, y2] (x2 and y2 exclusive); labels 0..9;
+        mask (see `Scene`).
 
     Raises:
         ValueError: unknown split, or a size, number or range that makes no sense.
 
     Example:
-        >>> image, boxes, labels = draw_scene('test', 0)
-        >>> image.shape, 3 <= len(boxes) == len(labels) <= 6
-        ((128, 128), True)
+        >>> image, boxes, labels, mask = draw_scene('test', 0)
+        >>> image.shape == mask.shape, 3 <= len(boxes) == len(labels) <= 6
+        (True, True)
     """
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
@@ -145,17 +169,20 @@ def draw_scene(
         chosen = rng.randint(first, last)
         return images[chosen, 0].numpy(), int(targets[chosen])
 
-    canvas = np.zeros((size, size), np.uint8)
+    canvas, mask = np.zeros((size, size), np.uint8), np.zeros((size, size), np.uint8)
     boxes: list[list[int]] = []
     labels: list[int] = []
     for _ in range(rng.randint(digits[0], digits[1] + 1)):
         pixels, label = source()
         height = int(rng.randint(digit_size[0], digit_size[1] + 1))
         ink = _ink(pixels, height, rng.uniform(stretch[0], stretch[1]), rng.uniform(-degrees, degrees))
-        box = _place(rng, canvas, (ink * rng.uniform(0.65, 1.0)).astype(np.uint8), boxes, overlap)
+        shown = (ink * rng.uniform(0.65, 1.0)).astype(np.uint8)
+        box = _place(rng, canvas, shown, boxes, overlap)
         if box is not None:
             boxes.append(box)
             labels.append(label)
+            here = slice(box[1], box[3]), slice(box[0], box[2])
+            _mark(mask[here], ink, shown == canvas[here], label + 1)
     taken = list(boxes)
     for _ in range(fragments):
         pixels, _ = source()
@@ -169,7 +196,7 @@ def draw_scene(
     drift = Image.fromarray(rng.randint(0, 70, size=(4, 4)).astype(np.uint8))
     background = np.asarray(drift.resize((size, size), Image.Resampling.BICUBIC))
     noisy = np.maximum(canvas, background) + noise * rng.standard_normal((size, size))
-    return noisy.round().clip(0, 255).astype(np.uint8), boxes, labels
+    return Scene(noisy.round().clip(0, 255).astype(np.uint8), boxes, labels, mask)
 
 
 def write_scenes(
@@ -177,9 +204,10 @@ def write_scenes(
 ) -> Path:
     """Write scenes as a COCO-format set below `root` and return it; a set with the same arguments there is left alone.
 
-    `root` gets `images/<split>/*.png` (gray), `annotations/instances_<split>.json` (category id = digit + 1) and a
-    stamp with the arguments. The set is written beside `root` and moved there when it is whole, so what has a stamp is
-    complete; a set with other arguments is replaced.
+    `root` gets `images/<split>/*.png` (gray), `annotations/instances_<split>.json` (category id = digit + 1),
+    `masks/<split>/*.png` (with a palette: digit + 1, 0 elsewhere, 255 on soft edges) and a stamp with the arguments.
+    The set is written beside `root` and moved there when it is whole, so what has a stamp is complete; a set with other
+    arguments is replaced.
 
     Args:
         root: folder of the set; made if missing.
@@ -195,7 +223,7 @@ def write_scenes(
         >>> import os, tempfile
         >>> root = write_scenes(os.path.join(tempfile.mkdtemp(), 'scenes'), train=2, val=1, test=1)
         >>> sorted(path.name for path in root.iterdir())
-        ['annotations', 'images', 'scenes.json']
+        ['annotations', 'images', 'masks', 'scenes.json']
     """
     root = Path(root)
     counts = dict(train=train, val=val, test=test)
@@ -234,6 +262,17 @@ def scene_stamp(train: int = 200, val: int = 50, test: int = 100, **options: Any
     return json.loads(json.dumps(stamp))
 
 
+def folder_of_scenes(root: str | Path | None, scenes: Mapping[str, Any]) -> Path:
+    """Return `root`, or the folder of the user's cache for scenes with these arguments of `write_scenes`."""
+    stamp = scene_stamp(**{key: value for key, value in scenes.items() if key != "limit"})
+    if root is not None:
+        return Path(root)
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    stamp |= dict(limit=scenes.get("limit"))
+    digest = hashlib.sha256(json.dumps(stamp, sort_keys=True).encode()).hexdigest()[:12]
+    return Path(base, "dcn_plugin", f"digit_scenes-{digest}")
+
+
 def _is_written(root: Path, stamp: Mapping[str, Any]) -> bool:
     try:
         return json.loads((root / STAMP).read_text()) == stamp
@@ -248,14 +287,16 @@ def _umask() -> int:
 
 
 def _write_split(root: Path, split: str, count: int, options: Mapping[str, Any]) -> None:
-    folder = root / "images" / split
-    folder.mkdir(parents=True)
+    folder, masks = (root / kind / split for kind in ("images", "masks"))
+    for made in (folder, masks):
+        made.mkdir(parents=True)
     images: list[dict] = []
     annotations: list[dict] = []
     for index in range(count):
-        pixels, boxes, labels = draw_scene(split, index, **options)
+        pixels, boxes, labels, mask = draw_scene(split, index, **options)
         name = f"{index:06d}.png"
         Image.fromarray(pixels).save(folder / name)
+        with_palette(mask).save(masks / name)
         height, width = pixels.shape
         images.append(dict(id=index + 1, file_name=name, height=height, width=width))
         for (x1, y1, x2, y2), label in zip(boxes, labels, strict=True):
