@@ -14,8 +14,8 @@ from .convolutions import (
     sampling_points,
     trace,
 )
-from .pages import explore
 from .masks import class_colours, draw_masks, paint_mask
+from .pages import explore
 from .regions import BinRecord, bin_shifts, draw_detections, record_bins
 
 __all__ = [
