@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from dcn_plugin.finetune.detection.datasets import mixed_seed
+from dcn_plugin.finetune.seeded import mixed_seed
 from dcn_plugin.finetune.digits import Digits
 
 DIGIT = 20  # pixels, height and width
