@@ -12,7 +12,7 @@
 # A stage takes at most GPU_CHECK_SECONDS (470), and may be run again. A second argument, or the only one if it is no stage,
 # is the folder of results (default: benchmarks/results): gpu-check.log, to which every call adds, the tables (JSON,
 # Markdown), and for each stage that tests failed-STAGE.txt, which has the name of each failed test as soon as it has
-# failed, and running-STAGE.txt, the test that an interrupted stage was in. The end tells what passed, failed or was left out.
+# failed, and running-STAGE.txt, the tests that an interrupted stage was in. The end tells what passed, failed or was left out.
 # Exit status: 0 if all passed, 1 if something failed, 3 if nothing failed and something was left out.
 #
 # Needs no network and no virtual environment, only nvcc and a Python with torch, torchvision, timm, ninja and pytest (with
@@ -45,7 +45,7 @@ note() { # NAME VERDICT REMARK
 
 # What a test that was stopped, or that ended its process, was.
 running() {
-    [ -n "${GPU_CHECK_RUNNING:-}" ] && [ -s "$GPU_CHECK_RUNNING" ] && echo "; in $(cat "$GPU_CHECK_RUNNING")"
+    [ -n "${GPU_CHECK_RUNNING:-}" ] && [ -s "$GPU_CHECK_RUNNING" ] && echo "; in $(paste -sd ' ' "$GPU_CHECK_RUNNING")"
 }
 
 # step NAME SECONDS COMMAND...: run it, for so long at most, and note how it ended. Where it fails with a message that

@@ -3,7 +3,7 @@
 The shell script gives it by `-p gpu_check_tests`, and says in the environment:
     GPU_CHECK_KERNELS   `portable`: all but what asks for the fused kernels; `fused`: what the choice changes
     GPU_CHECK_FAILED    file that gets the name of each failed test at once
-    GPU_CHECK_RUNNING   file that has the name of the test that runs, in the process that runs it
+    GPU_CHECK_RUNNING   file that has the names of the tests that run, one in a line
 """
 
 from __future__ import annotations
@@ -56,11 +56,25 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
             file.write(f"{report.nodeid}{f'  # {kernels} kernels' if kernels else ''}\n")
 
 
-def pytest_runtest_logstart(nodeid: str) -> None:
+_running: list[str] = []
+
+
+def write_running() -> None:
     if "PYTEST_XDIST_WORKER" not in os.environ and (path := os.environ.get("GPU_CHECK_RUNNING")):
-        Path(path).write_text(nodeid)
+        Path(path).write_text("\n".join(_running))
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    _running.append(nodeid)
+    write_running()
+
+
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    if nodeid in _running:
+        _running.remove(nodeid)
+    write_running()
 
 
 def pytest_sessionfinish() -> None:
-    if "PYTEST_XDIST_WORKER" not in os.environ and (path := os.environ.get("GPU_CHECK_RUNNING")):
-        Path(path).write_text("")
+    _running.clear()
+    write_running()
