@@ -90,8 +90,9 @@ class MaskedImages(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Sample | None:
+        first = range(len(self))[index]  # an IndexError beyond, so that a loop over the set ends
         for step in range(len(self) if self.training else 1):
-            here = (index + step) % len(self)
+            here = (first + step) % len(self)
             pair = self._read(here)
             if pair is not None:
                 pixels, values = pair
