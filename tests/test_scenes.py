@@ -10,8 +10,10 @@ from PIL import Image
 for _name in ("pytorch_lightning", "timm", "mmengine", "torchmetrics", "sklearn", "pycocotools"):
     pytest.importorskip(_name)
 from dcn_plugin.finetune import scenes  # noqa: E402
+from dcn_plugin.finetune.detection.data import CocoDataModule  # noqa: E402
 from dcn_plugin.finetune.digits import SPLITS, _source  # noqa: E402
 from dcn_plugin.finetune.scenes import draw_scene, write_scenes  # noqa: E402
+from dcn_plugin.finetune.segmentation import SegmentationDataModule  # noqa: E402
 
 SMALL = dict(train=3, val=2, test=2)
 
@@ -114,6 +116,15 @@ def test_a_written_set_is_cocos_format_and_says_what_was_drawn(tmp_path):
             for item, (x1, y1, x2, y2) in zip(own, boxes, strict=True):
                 assert item["bbox"] == [x1, y1, x2 - x1, y2 - y1] and item["area"] == (x2 - x1) * (y2 - y1)
     assert [path.name for path in tmp_path.iterdir()] == ["scenes"]
+
+
+@pytest.mark.parametrize("module", [CocoDataModule, SegmentationDataModule])
+def test_a_loop_over_a_split_ends(tmp_path, module):
+    data = module("digit_scenes", str(tmp_path), scenes=SMALL, in_chans=1, batch_size=1)
+    data.setup("fit")
+    for split, count in SMALL.items():
+        assert sum(1 for _ in data._dataset(split)) == count
+        assert data._dataset(split)[-1][1]["image_id"] == data._dataset(split)[count - 1][1]["image_id"]
 
 
 def test_an_equal_set_is_left_alone_and_another_replaces_it(tmp_path):

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from dcn_plugin.finetune.seeded import mixed_seed
 from dcn_plugin.finetune.digits import Digits
+from dcn_plugin.finetune.seeded import mixed_seed
 
 DIGIT = 20  # pixels, height and width
 SPLITS = ("train", "test")

@@ -108,8 +108,9 @@ class CocoImages(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> Sample | None:
+        first = range(len(self))[index]  # an IndexError beyond, so that a loop over the set ends
         for step in range(len(self) if self.training else 1):
-            sample = self._sample(self.images[(index + step) % len(self)])
+            sample = self._sample(self.images[(first + step) % len(self)])
             if sample is not None:
                 return sample
         if self.training:
