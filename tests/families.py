@@ -34,7 +34,7 @@ def short(name):
     if name in MODELS["dcn_dat"]:
         kinds = ("ND", "ND", "ND", "DD") if "plus" in name else ("LS", "LS", "LD", "LD")
         return dict(depths=(2, 2, 2, 2), spec=kinds)
-    return {}
+    return dict(depths=(2, 2, 6, 2))  # the sixth block of the third stage may have a norm of its own
 
 
 def without_weights(name):

@@ -117,7 +117,11 @@ def test_ahead_of_time_package_of_a_model(tmp_path):
             torch.testing.assert_close(package(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+# These differ from the tiny ones, which are tried, in numbers of blocks and channels alone.
+LARGER = ("_small", "_base", "_large", "_xlarge")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith(LARGER)])
 def test_model_is_one_graph(name):
     torch._dynamo.reset()
     torch.manual_seed(0)
