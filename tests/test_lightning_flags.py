@@ -183,6 +183,7 @@ ARGUMENTS = {
     "LambdaCallback": {},
     "LearningRateFinder": dict(num_training_steps=3, min_lr=1e-6, max_lr=1e-3),
     "LearningRateMonitor": dict(logging_interval="step"),
+    "MaskWriter": {},
     "ModelCheckpoint": dict(monitor="SCORE", mode="max"),
     "ModelPruning": dict(pruning_fn="l1_unstructured", amount=0.2),
     "ModelSummary": dict(max_depth=2),
