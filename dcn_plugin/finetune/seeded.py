@@ -213,6 +213,12 @@ class SeededData(TunedData):
             collate_fn=collate,
         )
 
+    def folders(self) -> dict[str, Path]:
+        """Return the places that the splits are read from, by the names of the arguments that say them."""
+        given = {f"{key}.{part}": self.splits[key][part] for key in SPLITS if self.splits[key] for part in self._parts}
+        given |= {} if self.predict_folder is None else {"predict": self.predict_folder}
+        return {name: self.root / place for name, place in given.items()}
+
     def filenames(self, stage: str = "predict") -> dict[Id, str]:
         """Return the file name of every image of a split, by image id."""
         dataset = self._dataset(stage)

@@ -16,6 +16,7 @@ from dcn_plugin.export import export_model
 from dcn_plugin.finetune import SegmentationDataModule, SegmentationModule
 from dcn_plugin.finetune.images import UnreadableImage
 from dcn_plugin.finetune.masks import read_mask
+from dcn_plugin.finetune.segmentation import MaskWriter
 from dcn_plugin.segmentation import build_segmenter, deeplab, deeplabv3, fcn
 from dcn_plugin.visualize import class_colours, draw_masks, paint_mask
 from errors.case import Case
@@ -168,6 +169,10 @@ DATA = [
             ValueError, "masks/train1.png", "class ids in one channel, or a palette", f"got {mode}",
         )
         for mode in ("RGB", "RGBA", "LA")
+    ),
+    Case(
+        folders(look=lambda data: MaskWriter(data.root).setup(SimpleNamespace(datamodule=data), None, "predict")),
+        ValueError, "directory:", "another folder for predicted masks than those of the data", "beside train.masks in",
     ),
     Case(folders(name="folder"), ValueError, "name:", "did you mean 'folders'?", "data set name 'folder'"),
     Case(folders(limit=0), ValueError, "limit:", "expected at least 1", "got 0"),
