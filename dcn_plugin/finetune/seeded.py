@@ -135,9 +135,10 @@ class SeededData(TunedData):
                 if split is None:
                     continue
                 check_keys(key, split, (*parts, *optional))
-                for part in parts:
-                    if part not in split:
-                        raise ValueError(f"{key}.{part}: expected a path, got none")
+                for part in (*parts, *(one for one in optional if split.get(one) is not None)):
+                    if not isinstance(split.get(part), (str, os.PathLike)):
+                        got = repr(split[part]) if part in split else "none"
+                        raise ValueError(f"{key}.{part}: expected a path, got {got}")
         self.splits = dict(given)
         self.splits["test"] = self.splits["test"] or self.splits["val"]
         self.splits["predict"] = self.splits["test"] if predict is None else predict
