@@ -27,10 +27,11 @@ def read_mask(path: Path, num_classes: int, ignore_index: int) -> np.ndarray:
             `ignore_index`. The message names the file.
     """
     try:
-        with Image.open(path) as file:
+        with path.open("rb") as stream, Image.open(stream) as file:
             file.load()
             mode, numbers = file.mode, np.asarray(file)
-            bits = path.read_bytes()[_PNG_DEPTH] if file.format == "PNG" else 8
+            stream.seek(_PNG_DEPTH)
+            bits = stream.read(1)[0] if file.format == "PNG" else 8
     except Exception as error:  # Pillow's plug-ins raise whatever their parsing runs into
         raise unreadable(str(path), error) from error
     if mode not in _MODES:
