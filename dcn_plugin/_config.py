@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -44,6 +45,13 @@ def storable(values: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in result.items():
         check(key, value)
     return result
+
+
+def are_numbers(values: Any) -> bool:
+    """Whether `values` is a sequence of finite numbers."""
+    return isinstance(values, Sequence) and all(
+        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) for value in values
+    )
 
 
 def unknown(what: str, name: Any, known: Iterable[str], where: str = "") -> str:

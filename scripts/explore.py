@@ -17,6 +17,7 @@ from dcn_plugin.finetune.classification.preprocessing import image_mode, resolve
 from dcn_plugin.finetune.command_line import errors_in_one_line
 from dcn_plugin.finetune.images import read_image
 from dcn_plugin.models.build import build_model
+from dcn_plugin.segmentation import Segmenter
 from dcn_plugin.visualize import explore
 
 
@@ -29,8 +30,20 @@ def load(args: argparse.Namespace) -> nn.Module:
     else:
         model = build_model(dict(name=args.model, pretrained=args.pretrained))
     if args.checkpoint is not None:
-        load_checkpoint(model, args.checkpoint)
+        heads = heads_of(model)
+        # What the classes are does not matter here, and every layer that is shown comes before.
+        load_checkpoint(model, args.checkpoint, allow_missing=heads, allow_unexpected=heads, allow_mismatched=heads)
     return model
+
+
+def heads_of(model: nn.Module) -> list[str]:
+    """Return globs of the weights that depend on the number of classes."""
+    if isinstance(model, Segmenter):
+        return ["classifier.*", "aux_classifier.*"]
+    if isinstance(model, GeneralizedRCNN):
+        return ["roi_heads.*"]
+    named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    return [f"{name}.*" for name in ([named] if isinstance(named, str) else named)]
 
 
 def prepare(model: nn.Module, path: Path, size: list[int] | None) -> tuple[nn.Module, Tensor, Tensor]:
@@ -40,12 +53,18 @@ def prepare(model: nn.Module, path: Path, size: list[int] | None) -> tuple[nn.Mo
     if isinstance(model, GeneralizedRCNN):  # its heads take what the backbone has made of the image
         if size is not None:
             raise ValueError("--image-size: expected none for a detector, which scales images itself, got one")
-        images, _ = model.transform([F.to_dtype(F.to_image(read_image(path)), torch.float32, scale=True)])
+        pixels = F.to_image(read_image(path, image_mode((len(model.transform.image_mean), 1, 1))))
+        images, _ = model.transform([F.to_dtype(pixels, torch.float32, scale=True)])
         mean, std = (torch.tensor(values) for values in (model.transform.image_mean, model.transform.image_std))
         return model.backbone, images.tensors[0], images.tensors[0] * std[:, None, None] + mean[:, None, None]
+    if isinstance(model, Segmenter):  # it normalises images itself, and takes them in any size
+        pixels = F.to_image(read_image(path, image_mode((model.in_chans, 1, 1))))
+        pixels = pixels if size is None else F.resize(pixels, [size[0], size[-1]], antialias=True)
+        image = F.to_dtype(pixels, torch.float32, scale=True)
+        return model, image, image
     channels = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
-    asked = {} if size is None else dict(input_size=(channels, size[0], size[-1]))
-    config = resolve(asked, model)
+    trained = size or (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))[1:]
+    config = resolve(dict(input_size=(channels, trained[0], trained[-1])), model)
     keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     image = create_transform(**{key: config[key] for key in keys})(read_image(path, image_mode(config["input_size"])))
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
@@ -55,12 +74,20 @@ def prepare(model: nn.Module, path: Path, size: list[int] | None) -> tuple[nn.Mo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="a timm name such as resnet50_dcn, or a folder that fine-tuning exported")
-    parser.add_argument("image", type=Path, help="an image file; it is scaled and cropped as the model was trained")
+    parser.add_argument(
+        "image",
+        type=Path,
+        help="an image file; it is scaled and cropped as for the model's evaluation (none of it for a segmenter)",
+    )
     parser.add_argument("--out", type=Path, default=Path("page.html"), help="file to write (default: page.html)")
     parser.add_argument(
         "--layers", nargs="+", help="names of layers, or one number: how many of the last (default: all)"
     )
-    parser.add_argument("--checkpoint", type=Path, help="weights to load into the model, in any layout that is known")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="weights to load into the model, in any layout that is known and for any number of classes",
+    )
     parser.add_argument("--pretrained", action="store_true", help="published weights for a timm name")
     parser.add_argument(
         "--image-size", nargs="+", type=int, help="height and width, or both in one (default: as trained)"

@@ -21,6 +21,7 @@ from tiny import TRAINER  # noqa: E402
 from dcn_plugin.finetune import export_model, load_config, run  # noqa: E402
 from dcn_plugin.finetune.command_line import errors_in_one_line, parse_options  # noqa: E402
 from dcn_plugin.models.build import build_model  # noqa: E402
+from dcn_plugin.segmentation import build_segmenter  # noqa: E402
 
 
 def value(text):
@@ -322,6 +323,44 @@ def test_the_explorer_shows_what_a_folder_holds(script, tmp_path):
         (wanted - wanted.min()) / np.ptp(wanted) * 255
     )  # a picture is drawn from its darkest to its brightest value
     assert drawn.shape == (32, 32) and np.abs(drawn - wanted).max() <= 1
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What the explorer hands on, in place of a page."""
+    found = {}
+
+    def keep(model, image, path, layers, picture, **options):
+        found.update(model=model, image=image, picture=picture)
+        path.touch()
+
+    monkeypatch.setattr("dcn_plugin.visualize.explore", keep)
+    return found
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_explorer_gives_a_segmenter_what_it_normalises_itself(script, seen, tmp_path, channels):
+    spec = dict(name="fcn", num_classes=2, backbone=dict(MODEL, in_chans=channels))
+    export_model(build_segmenter(spec), tmp_path / "folder", spec=spec)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 33, 3), np.uint8)[..., :channels]
+    Image.fromarray(pixels.squeeze()).save(tmp_path / "photo.png")
+    arguments = ("explore.py", tmp_path / "folder", tmp_path / "photo.png", "--out", tmp_path / "page.html")
+    assert script(*arguments)[0] == 0
+    torch.testing.assert_close(torch.Tensor(seen["image"]), torch.from_numpy(pixels).permute(2, 0, 1) / 255)
+    assert torch.equal(seen["picture"], seen["image"]) and seen["model"](seen["image"][None])["out"].shape[-1] == 33
+    assert script(*arguments, "--image-size", "32", "48")[0] == 0 and seen["image"].shape == (channels, 32, 48)
+
+
+def test_the_explorer_takes_weights_for_any_number_of_classes(script, seen, tmp_path):
+    """And a grey model that says nothing of its images."""
+    export_model(build_model(MODEL, num_classes=2), tmp_path / "folder")
+    model = build_model(MODEL, num_classes=5)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    Image.new("RGB", (40, 30), (10, 200, 30)).save(tmp_path / "photo.png")
+    arguments = (tmp_path / "folder", tmp_path / "photo.png", "--out", tmp_path / "page.html")
+    assert script("explore.py", *arguments, "--checkpoint", tmp_path / "weights.pth")[0] == 0
+    assert torch.equal(seen["model"].layer4[0].conv1.weight, model.layer4[0].conv1.weight)
+    assert seen["image"].shape == (1, 224, 224)
 
 
 @pytest.mark.parametrize("error", [IndexError, KeyError, AttributeError, AssertionError, ValueError, TypeError])

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import math
+import os
 import re
 from html.parser import HTMLParser
 
@@ -370,6 +371,21 @@ class Odd(nn.Module):
 
     def forward(self, x):
         return next(self.children())(x)
+
+
+def test_one_name_is_one_layer(tmp_path):
+    model = nn.Sequential()
+    for name in ("ab", "a", "b"):
+        model.add_module(name, DCNv1(1, 1, 3, padding=1))
+    found = told(visualize.explore(model, torch.rand(1, 6, 6), tmp_path / "page.html", "ab"))["layers"]
+    assert [layer["name"] for layer in found] == ["ab"]
+
+
+def test_a_title_may_have_what_is_no_text(tmp_path):
+    """As of a file whose name is not UTF-8."""
+    title = os.fsdecode(b"caf\xe9.jpg")
+    path = visualize.explore(DCNv1(1, 1, 3), torch.rand(1, 6, 6), tmp_path / "page.html", title=title)
+    assert "<title>caf?.jpg</title>" in path.read_text(encoding="utf-8")
 
 
 def test_strings_are_text(tmp_path):

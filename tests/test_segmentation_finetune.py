@@ -2,6 +2,8 @@
 
 import csv
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from dcn_plugin.finetune import (  # noqa: E402
 from dcn_plugin.finetune.masks import read_mask, with_palette  # noqa: E402
 from dcn_plugin.finetune.run import build, find_checkpoint  # noqa: E402
 from dcn_plugin.finetune.scenes import draw_scene  # noqa: E402
+from dcn_plugin.finetune.segmentation import MaskWriter  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("few_words", "one_thread")
 NAMES = ["ground", "box", "floor"]
@@ -93,6 +96,30 @@ def test_masks_are_numbers_or_indices_of_a_palette(tmp_path, mode):
     image.save(path)
     found = read_mask(path, 8, 255)
     assert found.dtype == np.uint8 and np.array_equal(found, truth)
+
+
+def png_of(rows, bits):
+    """A gray PNG file by its specification, with so many bits a pixel."""
+    filled = ["".join(f"{value:0{bits}b}" for value in row) for row in rows]
+    lines = [
+        b"\0" + int(row.ljust(-len(row) % 8 + len(row), "0"), 2).to_bytes(-(-len(row) // 8), "big") for row in filled
+    ]
+    parts = (
+        (b"IHDR", struct.pack(">IIBBBBB", len(rows[0]), len(rows), bits, 0, 0, 0, 0)),
+        (b"IDAT", zlib.compress(b"".join(lines))),
+        (b"IEND", b""),
+    )
+    framed = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_gray_values_of_a_mask_are_the_files_own(tmp_path, bits):
+    rows = [[value % 2**bits for value in row] for row in ([0, 1, 2, 3, 0], [1, 15, 7, 9, 4])]
+    (tmp_path / "mask.png").write_bytes(png_of(rows, bits))
+    assert read_mask(tmp_path / "mask.png", 16, 255).tolist() == rows
 
 
 def test_many_classes_need_more_than_a_byte(tmp_path):
@@ -357,13 +384,54 @@ def test_a_folder_of_photos_is_predicted_without_masks(tmp_path):
     for name, size in (("a.png", (40, 30)), ("a.jpg", (50, 35)), ("b.png", (64, 64))):
         (tmp_path / "photos").mkdir(exist_ok=True)
         Image.new("RGB", size, (200, 30, 90)).save(tmp_path / "photos" / name)
-    from dcn_plugin.finetune.segmentation import MaskWriter
-
     data = SegmentationDataModule(root=str(tmp_path), predict="photos", num_classes=3)
     tuner = trainer(tmp_path, callbacks=[MaskWriter(tmp_path / "out")])
     tuner.predict(module, data, return_predictions=False)
     sizes = {path.name: Image.open(path).size for path in (tmp_path / "out/masks").iterdir()}
     assert sizes == {"a.png.png": (40, 30), "a.jpg.png": (50, 35), "b.png": (64, 64)}
+
+
+def test_no_mask_replaces_another(tmp_path):
+    """`u.jpg` with its ending is `u.jpg.bmp` without one."""
+    torch.manual_seed(0)
+    (tmp_path / "photos").mkdir()
+    widths = {"u.jpg": 33, "u.png": 34, "u.jpg.bmp": 35, "v.jpg.bmp": 36}
+    for name, width in widths.items():
+        Image.new("L", (width, 32)).save(tmp_path / "photos" / name)
+    data = SegmentationDataModule(root=str(tmp_path), predict="photos", num_classes=3, in_chans=1)
+    tuner = trainer(tmp_path, callbacks=[MaskWriter(tmp_path / "out")])
+    tuner.predict(SegmentationModule(SEGMENTER, 3), data, return_predictions=False)
+    found = {path.name: Image.open(path).width for path in (tmp_path / "out/masks").iterdir()}
+    assert found == {"u.jpg.png": 33, "u.png.png": 34, "u.jpg.bmp.png": 35, "v.jpg.png": 36}
+
+
+@pytest.mark.parametrize("work, predict", [(".", None), ("masks", None), ("photos", "photos/masks")])
+def test_predictions_do_not_replace_the_data(tmp_path, work, predict):
+    split = write_folders(tmp_path)
+    moved = dict(split, masks="masks/masks/deeper")
+    (tmp_path / "masks").rename(tmp_path / "before")
+    (tmp_path / "masks/masks").mkdir(parents=True)
+    (tmp_path / "before").rename(tmp_path / moved["masks"])
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "images").rename(tmp_path / "photos/masks")
+    moved["images"] = "photos/masks"
+    data = SegmentationDataModule(root=str(tmp_path), test=None if predict else moved, predict=predict, num_classes=3)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
+    tuner = trainer(tmp_path, callbacks=[MaskWriter(tmp_path / work)])
+    model = dict(SEGMENTER, backbone=dict(SEGMENTER["backbone"], in_chans=3))
+    with pytest.raises(ValueError, match="directory: expected another folder for predicted masks"):
+        tuner.predict(SegmentationModule(model, 3), data, return_predictions=False)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.png")} == before
+
+
+def test_masks_in_a_folder_below_that_of_photos_are_none_of_them(tmp_path):
+    """A run in the folder itself, as where one predicts for all images here."""
+    Image.new("L", (32, 32)).save(tmp_path / "a.png")
+    for _ in range(2):
+        data = SegmentationDataModule(root=str(tmp_path), predict=".", num_classes=3, in_chans=1)
+        tuner = trainer(tmp_path, callbacks=[MaskWriter(tmp_path / "work")])
+        tuner.predict(SegmentationModule(SEGMENTER, 3), data, return_predictions=False)
+    assert [path.name for path in (tmp_path / "work/masks").iterdir()] == ["a.png"]
 
 
 def test_another_number_is_ignored_if_the_data_says_so(tmp_path):

@@ -8,6 +8,7 @@ not finite is the runtime's affair.
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ def export_onnx(
 
     Raises:
         ValueError: an opset that lacks one of these. torch's own errors for whatever does not export.
+
+    Outputs in a dict, as a segmenter's, have its keys as names.
 
     torch writes opset 18 and converts to older ones what it can, which attention is and RoI pooling is not; a file that
     has another opset than was asked for is warned of.
@@ -77,8 +80,20 @@ def export_onnx(
             RuntimeWarning,
             stacklevel=2,
         )
+    _name_outputs(exported)
     exported.save(path)
     return Path(path)
+
+
+def _name_outputs(exported: Any) -> None:
+    """Give the outputs of a model that returns a dict of tensors its keys as names, where no other value has one."""
+    spec, graph = exported.exported_program.call_spec.out_spec, exported.model.graph
+    if spec is None or spec.type not in (dict, OrderedDict) or spec.num_leaves != len(graph.outputs):
+        return
+    named = {value.name for node in graph for value in node.outputs} | {value.name for value in graph.inputs}
+    for key, value in zip(spec.context, graph.outputs, strict=True):
+        if str(key) not in named | set(graph.initializers):
+            value.name = str(key)
 
 
 def run_onnx(path: str | Path, args: tuple[Any, ...]) -> list[Tensor]:

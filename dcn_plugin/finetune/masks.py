@@ -12,6 +12,8 @@ from .images import unreadable
 
 # Pillow's modes with one number a pixel; of a palette that is the index, of two colours 0 and 1.
 _MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
+# Where the header of a PNG file has the bits of a sample.
+_PNG_DEPTH = 24
 
 
 def read_mask(path: Path, num_classes: int, ignore_index: int) -> np.ndarray:
@@ -25,9 +27,11 @@ def read_mask(path: Path, num_classes: int, ignore_index: int) -> np.ndarray:
             `ignore_index`. The message names the file.
     """
     try:
-        with Image.open(path) as file:
+        with path.open("rb") as stream, Image.open(stream) as file:
             file.load()
             mode, numbers = file.mode, np.asarray(file)
+            stream.seek(_PNG_DEPTH)
+            bits = stream.read(1)[0] if file.format == "PNG" else 8
     except Exception as error:  # Pillow's plug-ins raise whatever their parsing runs into
         raise unreadable(str(path), error) from error
     if mode not in _MODES:
@@ -35,6 +39,8 @@ def read_mask(path: Path, num_classes: int, ignore_index: int) -> np.ndarray:
             f"mask {path}: expected class ids in one channel, or a palette whose indices they are, got {mode}"
         )
     values = numbers.astype(np.int64)
+    if mode == "L" and bits in (2, 4):  # Pillow stretches these, and no others, to 0..255
+        values //= 255 // (2**bits - 1)
     wrong = ((values < 0) | (values >= num_classes)) & (values != ignore_index)
     if wrong.any():
         raise ValueError(

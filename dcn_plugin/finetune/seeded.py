@@ -135,9 +135,10 @@ class SeededData(TunedData):
                 if split is None:
                     continue
                 check_keys(key, split, (*parts, *optional))
-                for part in parts:
-                    if part not in split:
-                        raise ValueError(f"{key}.{part}: expected a path, got none")
+                for part in (*parts, *(one for one in optional if split.get(one) is not None)):
+                    if not isinstance(split.get(part), (str, os.PathLike)):
+                        got = repr(split[part]) if part in split else "none"
+                        raise ValueError(f"{key}.{part}: expected a path, got {got}")
         self.splits = dict(given)
         self.splits["test"] = self.splits["test"] or self.splits["val"]
         self.splits["predict"] = self.splits["test"] if predict is None else predict
@@ -212,6 +213,12 @@ class SeededData(TunedData):
             pin_memory=torch.cuda.is_available(),
             collate_fn=collate,
         )
+
+    def folders(self) -> dict[str, Path]:
+        """Return the places that the splits are read from, by the names of the arguments that say them."""
+        given = {f"{key}.{part}": self.splits[key][part] for key in SPLITS if self.splits[key] for part in self._parts}
+        given |= {} if self.predict_folder is None else {"predict": self.predict_folder}
+        return {name: self.root / place for name, place in given.items()}
 
     def filenames(self, stage: str = "predict") -> dict[Id, str]:
         """Return the file name of every image of a split, by image id."""

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from torchvision.models.segmentation.fcn import FCNHead
 
+from .._config import are_numbers, did_you_mean
 from .._config import arguments as arguments_of
-from .._config import did_you_mean
 from ..detection.backbone import TimmMaps, hold_still, timm_maps, to_nchw
 
 __all__ = ["SEGMENTERS", "Segmenter", "build_segmenter", "deeplab", "deeplabv3", "fcn"]
@@ -64,8 +64,10 @@ class Segmenter(nn.Module):
         self.channels_last, self.frozen, self.norm_eval = maps.channels_last, maps.frozen, maps.norm_eval
         for name, given, own in (("image_mean", image_mean, maps.mean), ("image_std", image_std, maps.std)):
             values = own if given is None else given
-            if not isinstance(values, Sequence) or len(values) != maps.in_chans:
+            if not are_numbers(values) or len(values) != maps.in_chans:
                 raise ValueError(f"{name}: expected one number for each of {maps.in_chans} channels, got {values!r}")
+            if name == "image_std" and min(values) <= 0:
+                raise ValueError(f"image_std: expected numbers above 0, got {values!r}")
             # Not among the weights, so that their names are torchvision's.
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1), persistent=False)
 
@@ -78,8 +80,9 @@ class Segmenter(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Return `out`, and `aux` with an auxiliary head, each [N, num_classes, H, W]."""
-        if images.dim() != 4 or images.shape[1] != self.in_chans:
-            raise ValueError(f"images: expected [N, {self.in_chans}, H, W], got {list(images.shape)}")
+        if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[1] != self.in_chans:
+            got = list(images.shape) if isinstance(images, Tensor) else f"a {type(images).__name__}"
+            raise ValueError(f"images: expected [N, {self.in_chans}, H, W], got {got}")
         maps = to_nchw(self.backbone((images - self.image_mean) / self.image_std), self.channels_last)
         size = images.shape[-2:]
         result: dict[str, Tensor] = OrderedDict()
@@ -108,9 +111,14 @@ def _maps_of(
     if output_stride is not None and output_stride not in STRIDES:
         raise ValueError(f"output_stride: expected 8, 16, 32 or None, got {output_stride!r}")
     given.setdefault("out_indices", (-2, -1) if aux_loss else (-1,))
+    indices = given["out_indices"]
+    if not isinstance(indices, Sequence) or not indices or not all(type(index) is int for index in indices):
+        raise ValueError(f"backbone: expected out_indices of maps, as (-2, -1), got {indices!r}")
     chosen = {} if output_stride is None else dict(output_stride=output_stride)
     try:
         maps = timm_maps({**given, **chosen}, trainable_layers, norm_eval)
+    except (AssertionError, IndexError) as error:  # timm's words for it, if they are about that
+        raise ValueError(f"backbone: expected out_indices among its maps, got {indices!r} ({error})") from error
     except TypeError as error:
         if "output_stride" not in str(error):
             raise
@@ -121,8 +129,7 @@ def _maps_of(
             f"(out_indices of the backbone chooses among its maps), got {output_stride}"
         )
     if aux_loss and len(maps.channels) < 2:
-        got = given["out_indices"]
-        raise ValueError(f"backbone: expected out_indices of two maps, as aux_loss needs both, got {got!r}")
+        raise ValueError(f"backbone: expected out_indices of two maps, as aux_loss needs both, got {indices!r}")
     return maps
 
 
@@ -281,7 +288,7 @@ def build_segmenter(spec: Mapping[str, Any]) -> Segmenter:
         raise TypeError(f"spec: expected dict(name=..., num_classes=..., ...), got {spec!r}")
     arguments = dict(spec)
     name = arguments.pop("name", None)
-    if name not in SEGMENTERS:
+    if not isinstance(name, str) or name not in SEGMENTERS:
         raise ValueError(f"name: expected a segmenter out of {', '.join(SEGMENTERS)}, got {name!r}")
     known = arguments_of(SEGMENTERS[name])
     for key in arguments:

@@ -149,7 +149,7 @@ def record(
         model: any module with deformable convolutions (layers that have a `window`) or attention to deformed grids
             (layers that have `places`) inside; its training mode is left as it was.
         images: [N, C, H, W] as the model takes them (or [C, H, W] for one).
-        layers: names of layers to keep, as in `model.named_modules()`; None keeps all.
+        layers: names of layers to keep, or one name, as in `model.named_modules()`; None keeps all.
         call: which call of each layer to keep, where one runs several times (shared over the levels of a pyramid): 0
             is the first, -1 the last; None keeps all.
 
@@ -165,6 +165,7 @@ def record(
         torch.Size([1, 1, 9, 2, 8, 8])
     """
     images = _batch(images)
+    layers = [layers] if isinstance(layers, str) else layers
     found = {
         name: layer
         for name, layer in sampling_layers(model).items()

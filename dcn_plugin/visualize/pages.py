@@ -34,7 +34,7 @@ def explore(
     model: nn.Module,
     image: Tensor,
     path: str | os.PathLike[str],
-    layers: int | Sequence[str] | None = None,
+    layers: int | str | Sequence[str] | None = None,
     picture: Tensor | None = None,
     call: int | None = None,
     title: str | None = None,
@@ -55,10 +55,10 @@ def explore(
     Args:
         model: any module with layers that `record` knows: convolutions and aggregations with a window, attention to a
             deformed grid, and layers of one's own that keep the contract. It runs once, in eval mode.
-        image: [C, H, W] (or [1, C, H, W]) as the model takes it.
+        image: [C, H, W] (or [1, C, H, W]) as the model takes it: floating-point numbers, normalised for most models.
         path: file to write; replaced only by a whole one.
-        layers: names of the layers to show, or how many of the last ones; None shows all. Consecutive ones are
-            followed through each other.
+        layers: names of the layers to show, one name, or how many of the last ones; None shows all. Consecutive ones
+            are followed through each other.
         picture: [C, H, W] to draw instead of `image`, for example before normalisation.
         call: which call of each layer to show, where one runs several times: 0 is the first, -1 the last; None shows
             all.
@@ -69,9 +69,9 @@ def explore(
         The path.
 
     Raises:
-        ValueError: several images, no such layers (see `record`), offsets or masks that are not finite, a page larger
-            than `limit_mb`.
-        FileNotFoundError: no folder to write to.
+        ValueError: several images, one of integers, no such layers (see `record`), offsets or masks that are not
+            finite, a page larger than `limit_mb`.
+        FileNotFoundError, IsADirectoryError: no folder to write to, a folder in place of a file.
 
     Example:
         >>> import tempfile, torch
@@ -86,6 +86,8 @@ def explore(
     """
     if image.dim() not in (3, 4) or image.dim() == 4 and len(image) != 1:
         raise ValueError(f"image: expected one, [C, H, W] or [1, C, H, W], got {list(image.shape)}")
+    if not image.is_floating_point():
+        raise ValueError(f"image: expected floating-point numbers, as the model takes them, got {image.dtype}")
     if isinstance(layers, int) and layers < 1:
         raise ValueError(f"layers: expected at least 1 layer, got {layers}")
     if not limit_mb > 0:
@@ -93,6 +95,8 @@ def explore(
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path: expected a file in a folder that exists, got {path}")
+    if path.is_dir():
+        raise IsADirectoryError(f"path: expected a file, got {path}, which is a folder")
     image = image.reshape(image.shape[-3:])
     records = record(model, image, None if isinstance(layers, int) else layers, call)
     if isinstance(layers, int):
@@ -103,7 +107,9 @@ def explore(
         "picture": f"data:image/png;base64,{_text_of(_as_png(image, picture))}",
         "layers": [_described(name, item) for name, item in zip(names, records, strict=True)],
     }
-    text = _page(f"Where {type(model).__name__} samples" if title is None else title, data)
+    heading = f"Where {type(model).__name__} samples" if title is None else title
+    # Names of files may have bytes that are no text, which Python keeps as halves of a character.
+    text = _page(heading.encode("utf-8", "replace").decode("utf-8"), data)
     if (size := len(text.encode())) > limit_mb * 1e6:
         raise ValueError(
             f"limit_mb: expected at least {math.ceil(size / 1e5) / 10} for this image and {', '.join(names)}, got "

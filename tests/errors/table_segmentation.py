@@ -16,6 +16,7 @@ from dcn_plugin.export import export_model
 from dcn_plugin.finetune import SegmentationDataModule, SegmentationModule
 from dcn_plugin.finetune.images import UnreadableImage
 from dcn_plugin.finetune.masks import read_mask
+from dcn_plugin.finetune.segmentation import MaskWriter
 from dcn_plugin.segmentation import build_segmenter, deeplab, deeplabv3, fcn
 from dcn_plugin.visualize import class_colours, draw_masks, paint_mask
 from errors.case import Case
@@ -44,6 +45,30 @@ MODELS = [
     Case(
         lambda: fcn(3, TINY)(torch.rand(3, 64, 64)), ValueError, "images:", "expected [N, 3, H, W]", "got [3, 64, 64]",
     ),
+    *(
+        Case(
+            lambda given=given: fcn(3, TINY, image_std=given),
+            ValueError, "image_std:", expected, f"got {given!r}",
+        )
+        for given, expected in (
+            ((1.0, 0.0, 1.0), "expected numbers above 0"),
+            ((1.0, float("inf"), 1.0), "expected one number for each of 3"),
+            ("abc", "expected one number for each of 3"),
+        )
+    ),
+    *(
+        Case(
+            lambda given=given: fcn(3, dict(TINY, out_indices=given)),
+            ValueError, "backbone:", "expected out_indices of maps, as (-2, -1)", f"got {given!r}",
+        )
+        for given in ((), 3, "ab", (0.5,))
+    ),
+    Case(
+        lambda: fcn(3, dict(TINY, out_indices=(9,))),
+        ValueError, "backbone:", "expected out_indices among its maps", "got (9,)",
+    ),
+    Case(lambda: fcn(3, TINY)([torch.rand(3, 64, 64)]), ValueError, "images:", "expected [N, 3, H, W]", "got a list"),
+    Case(lambda: build_segmenter(dict(name=["x"])), ValueError, "name:", "out of deeplab, deeplabv3, fcn", "['x']"),
     Case(lambda: build_segmenter("fcn"), TypeError, "spec:", "dict(name=..., num_classes=..., ...)", "got 'fcn'"),
     Case(lambda: build_segmenter(dict(name="unet")), ValueError, "name:", "out of deeplab, deeplabv3, fcn", "'unet'"),
     Case(
@@ -130,6 +155,16 @@ DATA = [
     Case(folders(**everything(list="none.txt")), FileNotFoundError, "train.list:", "expected a file", "none.txt'"),
     Case(folders(**everything(mask="a")), ValueError, "train:", "did you mean 'masks'?", "unknown key 'mask'"),
     Case(folders(train=dict(images="images")), ValueError, "train.masks:", "expected a path", "got none"),
+    Case(folders(**everything(images=5)), ValueError, "train.images:", "expected a path", "got 5"),
+    Case(folders(**everything(list=["a"])), ValueError, "train.list:", "expected a path", "got ['a']"),
+    Case(
+        folders(lambda path: (path / "lists/train.txt").write_bytes(b"caf\xe9\n")),
+        ValueError, "train.list:", "expected text in UTF-8", "train.txt'",
+    ),
+    Case(
+        folders(listed("train1.png\n")),
+        FileNotFoundError, "train.images:", "without ending it is 'train1'", "train1.png has no image",
+    ),
     Case(folders(listed("train9\n")), FileNotFoundError, "train9 has no image", "train.txt names", "train.images:"),
     Case(folders(listed("\n\n")), ValueError, "train.list:", "names of images, one in a line", "got none in"),
     Case(folders(listed("train1\ntrain1")), ValueError, "train.list:", "each image once", "got 'train1' 2 times"),
@@ -169,13 +204,22 @@ DATA = [
         )
         for mode in ("RGB", "RGBA", "LA")
     ),
+    Case(
+        folders(look=lambda data: MaskWriter(data.root).setup(SimpleNamespace(datamodule=data), module(3), "predict")),
+        ValueError, "directory:", "another folder for predicted masks than those of the data", "beside train.masks in",
+    ),
     Case(folders(name="folder"), ValueError, "name:", "did you mean 'folders'?", "data set name 'folder'"),
     Case(folders(limit=0), ValueError, "limit:", "expected at least 1", "got 0"),
     Case(folders(bad_images="x"), ValueError, "bad_images:", "expected 'raise' or 'skip'", "got 'x'"),
     Case(folders(in_chans=2), ValueError, "in_chans:", "expected 1 or 3", "got 2"),
     Case(folders(ignore_index=-100), ValueError, "ignore_index:", "an integer from 0 on", "got -100"),
     Case(folders(class_names="abc"), TypeError, "class_names:", "a list of names", "got 'abc'"),
-    Case(folders(num_classes=None), ValueError, "num_classes:", "at least 2, or class_names", "got None"),
+    *(
+        Case(folders(num_classes=n), ValueError, "num_classes:", "integer of at least 2, or class_names", f"got {n!r}")
+        for n in (None, 1, 2.5, "3")
+    ),
+    Case(folders(class_names=5), TypeError, "class_names:", "a list of names", "got 5"),
+    Case(folders(class_names=["a", "b", "a"]), ValueError, "class_names:", "each name once", "got 'a' 2 times"),
     Case(folders(class_names=["a", "b"]), ValueError, "class_names:", "expected 3 names", "got 2"),
     Case(folders(train=None), ValueError, "train:", "expected dict(images=..., masks=...)", "got None"),
     Case(folders(batch_size=5), ValueError, "batch_size:", "at most the 4 images", "got 5"),
@@ -241,8 +285,18 @@ MODULE = [
         lambda: SegmentationModule(SEGMENTER | dict(num_classes=4), 3),
         ValueError, "num_classes:", "expected one number of classes", "got 4 in model and 3",
     ),
-    Case(lambda: module(3, aux_weight=-1.0), ValueError, "aux_weight:", "expected 0 or more", "got -1.0"),
-    Case(lambda: module(3, class_weights=[1.0, 2.0]), ValueError, "class_weights:", "3 numbers", "got [1.0, 2.0]"),
+    *(
+        Case(lambda w=w: module(3, aux_weight=w), ValueError, "aux_weight:", "a number from 0 on", f"got {w!r}")
+        for w in (-1.0, float("inf"), "x")
+    ),
+    *(
+        Case(lambda w=w: module(3, class_weights=w), ValueError, "class_weights:", "3 numbers", f"got {w!r}")
+        for w in ([1.0, 2.0], [1.0, float("inf"), 1.0], [1.0, -1.0, 1.0], [0, 0, 0], 5, ["a", "b", "c"])
+    ),
+    *(
+        Case(lambda n=n: module(3, ignore_index=n), ValueError, "ignore_index:", "an integer or None", f"got {n!r}")
+        for n in (2.5, "255", True)
+    ),
     Case(beside(in_chans=3), ValueError, "in_chans:", "expected the model's 1 channels", "got 3 of the data"),
     Case(beside(num_classes=4), ValueError, "num_classes:", "expected the model's 3 classes", "got 4 of the data"),
     Case(

@@ -134,6 +134,15 @@ LAYERS = [
 ]  # fmt: skip
 PAGES = [
     Case(explored(torch.cat([BATCH, BATCH])), ValueError, "image:", "expected one, [C, H, W]", "got [2, 1, 24, 24]"),
+    Case(
+        explored((255 * IMAGE).byte()),
+        ValueError, "image:", "expected floating-point numbers, as the model takes them", "got torch.uint8",
+    ),
+    Case(
+        lambda tmp_path: visualize.explore(None, IMAGE, tmp_path),
+        IsADirectoryError, "path:", "expected a file", "which is a folder",
+    ),
+    Case(explored(layers="1"), ValueError, "layers:", "deformable layers out of 0", "got '1'"),
     Case(explored(layers=0), ValueError, "layers:", "expected at least 1 layer", "got 0"),
     Case(explored(limit_mb=0), ValueError, "limit_mb:", "expected a positive number", "got 0"),
     Case(explored(limit_mb=0.01), ValueError, "limit_mb:", "expected at least 0.1 for this image and 0", "got 0.01"),

@@ -96,16 +96,21 @@ class SegmentationDataModule(SeededData):
         if isinstance(ignore_index, bool) or not isinstance(ignore_index, int) or ignore_index < 0:
             raise ValueError(f"ignore_index: expected an integer from 0 on, got {ignore_index!r}")
         self.ignore_index = ignore_index
-        if isinstance(class_names, str):
+        if class_names is not None and (isinstance(class_names, str) or not isinstance(class_names, Sequence)):
             raise TypeError(f"class_names: expected a list of names, got {class_names!r}")
         own = ["background", *CLASSES] if name == "digit_scenes" else None
         self.class_names = own if class_names is None else [str(one) for one in class_names]
         if num_classes is None and self.class_names is not None:
             num_classes = len(self.class_names)
-        if num_classes is None or num_classes < 2:
-            raise ValueError(f"num_classes: expected at least 2, or class_names, got {num_classes}")
+        if type(num_classes) is not int or num_classes < 2:
+            raise ValueError(f"num_classes: expected an integer of at least 2, or class_names, got {num_classes!r}")
         if self.class_names is not None and len(self.class_names) != num_classes:
             raise ValueError(f"class_names: expected {num_classes} names, got {len(self.class_names)}")
+        if self.class_names is not None and len(set(self.class_names)) < num_classes:
+            twice = next(one for one in self.class_names if self.class_names.count(one) > 1)
+            raise ValueError(
+                f"class_names: expected each name once, got {twice!r} {self.class_names.count(twice)} times"
+            )
         self.num_classes = num_classes
         self.augment = build_transforms("augment", augment, ignore_index)
         self.data_config = dict(in_chans=in_chans)

@@ -69,7 +69,9 @@ class MaskedImages(Dataset):
         chosen = sorted(found) if listed is None else _names_in(listed, name)
         for key in chosen:
             if key not in found:
-                raise FileNotFoundError(f"{name}.images: {images / key} has no image, which {listed} names")
+                bare = key[: -len(Path(key).suffix)]
+                without = f" (without ending it is {bare!r}, as names are there)" if bare in found else ""
+                raise FileNotFoundError(f"{name}.images: {images / key} has no image, which {listed} names{without}")
         if not chosen:
             raise ValueError(f"{name}.images: expected images in {str(images)!r}, found none that Pillow reads")
         self.root, self.paths = images, [found[key] for key in chosen[:limit]]
@@ -149,7 +151,10 @@ def _images_by_name(folder: Path, name: str) -> dict[str, Path]:
 
 def _names_in(listed: Path, name: str) -> list[str]:
     require(f"{name}.list", listed, "file", Path.is_file)
-    lines = [line.strip() for line in listed.read_text(encoding="utf-8-sig").splitlines()]
+    try:
+        lines = [line.strip() for line in listed.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}.list: expected text in UTF-8, got {str(listed)!r}: {error}") from error
     names = [line for line in lines if line]
     if not names:
         raise ValueError(f"{name}.list: expected names of images, one in a line, got none in {str(listed)!r}")

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-from ..._config import arguments, plain, storable
+from ..._config import are_numbers, arguments, plain, storable
 from ...detection.spec import layer_order, without_pretrained_backbone
 from ...segmentation import build_segmenter
 from ...segmentation.spec import segmenter_spec
@@ -86,14 +86,22 @@ class SegmentationModule(TunedModule):
             # timm asks the model for its layers.
             cast(Any, self.model).group_matcher = layer_order(self.backbone, "backbone.")
         self._adapt(rules, checkpoint)
-        if not aux_weight >= 0:
-            raise ValueError(f"aux_weight: expected 0 or more, got {aux_weight}")
+        aux_weight, ignore_index, class_weights = map(plain, (aux_weight, ignore_index, class_weights))
+        if not are_numbers([aux_weight]) or aux_weight < 0:
+            raise ValueError(f"aux_weight: expected a number from 0 on, got {aux_weight!r}")
+        if ignore_index is not None and type(ignore_index) is not int:
+            raise ValueError(f"ignore_index: expected an integer or None, got {ignore_index!r}")
         self.aux_weight, self.ignore_index = aux_weight, 255 if ignore_index is None else ignore_index
-        weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
-        if weights is not None and (len(weights) != self.num_classes or not (weights >= 0).all() or not weights.any()):
+        if class_weights is not None and (
+            not are_numbers(class_weights)
+            or len(class_weights) != self.num_classes
+            or min(class_weights) < 0
+            or not any(class_weights)
+        ):
             raise ValueError(
-                f"class_weights: expected {self.num_classes} numbers from 0 on, not all 0, got {class_weights}"
+                f"class_weights: expected {self.num_classes} numbers from 0 on, not all 0, got {class_weights!r}"
             )
+        weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         self.register_buffer("class_weights", weights, persistent=False)
         self._make_metrics()
         self._labelled: dict[str, Tensor] = {}  # pixels of the epoch
