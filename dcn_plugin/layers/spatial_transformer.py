@@ -28,6 +28,7 @@ PADDING_MODES = ("zeros", "border", "reflection")
 _CELLS = 4
 
 
+@unrecorded
 def _identity() -> Tensor:
     return torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0], device="cpu")
 
