@@ -5,6 +5,7 @@ How they are compiled, and the environment variables that steer it, stand in scr
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from pathlib import Path
@@ -52,8 +53,9 @@ class Wheel(bdist_wheel):
 
 
 if __name__ == "__main__":
-    if "dist_info" in sys.argv:
+    if "dist_info" in sys.argv and not os.environ.get("WHEEL"):
         # pip asks for metadata before it downloads the dependencies and builds: say what is missing now, not then.
+        # Libraries out of a wheel need neither.
         Torch.find()
         Compiler.find()
     setup(

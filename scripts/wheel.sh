@@ -4,7 +4,7 @@
 # stand-ins for the older glibc come with ziglang; auditwheel says whether the wheel keeps what its name promises. Both are
 # downloaded to build/. DCN_PLUGIN_CUDA and TORCH_CUDA_ARCH_LIST hold as ever:
 #     bash scripts/wheel.sh
-#     WHEEL=dist/dcn_plugin-*.whl bash scripts/check_abi.sh    # the operators' tests on it, in fresh environments
+#     WHEEL=$(ls dist/dcn_plugin-*.whl) bash scripts/check_abi.sh    # the operators' tests on it, in fresh environments
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 unset PYTHONPATH PYTHONHOME

@@ -238,3 +238,11 @@ def test_memory_that_is_given_later_is_initialised():
     if not layer._is_hf_initialized:
         layer._is_hf_initialized = True
     assert not layer.moves.any() and layer.weight.isfinite().all() and layer.weight.any()
+
+
+def test_a_bias_that_does_not_fit_changes_nothing():
+    layer = ActiveConv2d(4, 6, 3)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(ValueError, match="bias: expected shape"):
+        layer.load_official(torch.ones(6, 4, 3, 3), torch.zeros(9), torch.zeros(9), torch.zeros(5))
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())

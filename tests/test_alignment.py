@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dcn_plugin import DCNv2, DCNv2Pack, PCDAlignment, SecondOrderDeformableAlignment, load_checkpoint, reference
+from dcn_plugin.convert import convert
 from dcn_plugin.flops import ptflops_hooks
 from dcn_plugin.layers import offset_parameters, reset_offsets, sampling_layers
 from dcn_plugin.visualize import record
@@ -415,6 +416,16 @@ def test_copies_and_files_hold_them(tmp_path):
         assert torch.equal(other(IMAGE), expected) and repr(other) == repr(model)
     assert "max_residue_magnitude=2" in repr(model) and "num_feat=8, deformable_groups=2" in repr(model)
     assert not DCNv2Pack(4, 4, 3).drop_in and isinstance(model.second, DCNv2)
+
+
+@pytest.mark.parametrize("kind", ["DCNv2Pack", "SecondOrderDeformableAlignment", DCNv2Pack])
+def test_no_convolution_is_replaced_by_what_needs_a_second_map(kind):
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1))
+    with pytest.raises(ValueError, match="expected a type out of .*which cannot stand in for a convolution") as caught:
+        convert(model, dict(match="*", layer=dict(type=kind)))
+    offered = str(caught.value).partition("out of ")[2].partition(", got")[0].split(", ")
+    assert "DCNv2" in offered and not {"DCNv2Pack", "SecondOrderDeformableAlignment"} & {*offered}
+    assert type(model[0]) is nn.Conv2d
 
 
 def test_from_conv_keeps_the_weight():

@@ -147,6 +147,15 @@ def test_exported_sizes_may_change():
     torch.testing.assert_close(program(other), pack(other))
 
 
+def test_samples_of_vmap():
+    torch.manual_seed(0)
+    layer, offset = DeformMaxPool2d(4, 3, 2, 1), torch.randn(3, 2, 18, 5, 6)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(6, 4, 9, 12).contiguous(memory_format=layout).unflatten(0, (3, 2))
+        alone = torch.stack([layer(*each) for each in zip(x, offset, strict=True)])
+        torch.testing.assert_close(torch.func.vmap(layer)(x, offset), alone)
+
+
 def test_contract():
     pack = DeformMaxPool2dPack(4, 3, 2, 1, offset_groups=2)
     x = torch.randn(1, 4, 9, 9)

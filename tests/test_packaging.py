@@ -13,7 +13,7 @@ import zipfile
 import pytest
 import torch
 from packaging.requirements import Requirement
-from toolchain import ROOT, TORCH_FLOOR, gencode, wheel_platform
+from toolchain import ROOT, TORCH_FLOOR, gencode, glibc, wheel_platform
 
 from dcn_plugin import _extension
 
@@ -278,11 +278,57 @@ def test_what_is_no_wheel_is_refused(checkout, tmp_path, content):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("lost", ["_C.so", "_build_info.json", "names", "bytes"])
+def test_a_wheel_with_a_part_missing_changes_nothing(checkout, tmp_path, lost):
+    path = tmp_path / "some.whl"
+    info = "[]" if lost == "names" else json.dumps(_extension.info())
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
+        for name, content in (("_C.so", b"library " * 99), ("_build_info.json", info)):
+            if name != lost:
+                wheel.writestr(f"dcn_plugin/{name}", content)
+    if lost == "bytes":
+        whole = bytearray(path.read_bytes())
+        start = 30 + len("dcn_plugin/_C.so")
+        whole[start : start + 8] = b"\xff" * 8
+        path.write_bytes(whole)
+    (checkout / "dcn_plugin/_C.so").write_bytes(b"before")
+    done = run([sys.executable, *INPLACE], checkout, WHEEL=str(path))
+    assert done.returncode == 1 and f"WHEEL: {path} is no wheel of dcn_plugin (" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    assert (checkout / "dcn_plugin/_C.so").read_bytes() == b"before"
+    assert not (checkout / "dcn_plugin/_build_info.json").exists()
+
+
+def test_libraries_for_another_glibc_get_no_name_that_promises_more(checkout, tmp_path):
+    wheel = put_into_wheel(tmp_path / "some.whl", glibc=None)
+    done = run([sys.executable, *INPLACE], checkout, WHEEL=wheel, DCN_PLUGIN_GLIBC="2.28")
+    assert done.returncode == 1 and f"WHEEL: the glibc of {wheel} is None, and here 2.28 is needed" in done.stderr
+    wheel = put_into_wheel(tmp_path / "some.whl", glibc="2.28")
+    done = run([sys.executable, *INPLACE], checkout, WHEEL=wheel, DCN_PLUGIN_GLIBC="2.28")
+    assert done.returncode == 0, done.stderr
+
+
+def test_metadata_needs_no_compiler_where_a_wheel_has_the_libraries(checkout, tmp_path):
+    place = tmp_path / "metadata"
+    place.mkdir()
+    where = dict(CXX="/nowhere/c++", PATH="")
+    backend("prepare_metadata_for_build_wheel", checkout, place, WHEEL=put_into_wheel(tmp_path / "some.whl"), **where)
+    assert list(place.glob("*.dist-info/METADATA"))
+
+
+def test_glibc_of_machines_without_a_known_loader():
+    with pytest.raises(SystemExit, match="x86_64 and aarch64, and this machine is riscv64"):
+        glibc._loader("riscv64")
+
+
 def test_wheels_for_an_older_glibc_are_named_so(checkout, monkeypatch):
     assert wheel_platform("x86_64") is None
     monkeypatch.setenv("DCN_PLUGIN_GLIBC", "2.28")
     assert wheel_platform("x86_64") == "manylinux_2_28_x86_64"
     assert wheel_platform("aarch64") == "manylinux_2_28_aarch64"
+    monkeypatch.setenv("DCN_PLUGIN_GLIBC", "2.\u0662\u0668")
+    with pytest.raises(SystemExit, match="no version of glibc"):
+        wheel_platform("x86_64")
     monkeypatch.setenv("DCN_PLUGIN_GLIBC", "2.28; rm")
     message = failing_build(checkout, BUILD, DCN_PLUGIN_CUDA="0")
     assert "DCN_PLUGIN_GLIBC is '2.28; rm', which is no version of glibc" in message

@@ -241,6 +241,25 @@ def test_sizes_may_be_dynamic(options):
 
 
 @each_options
+def test_samples_of_vmap(options):
+    layer, _ = moved(**options)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(6, 4, 9, 12).contiguous(memory_format=layout).unflatten(0, (3, 2))
+        close(torch.func.vmap(layer)(x), torch.stack([layer(each) for each in x]))
+
+
+def test_a_compiled_layer_is_compiled_once_more_for_all_batches():
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    layer, x = moved()
+    compiled = torch.compile(layer, backend=counter)
+    for images in (2, 3, 4, 5):
+        compiled(x[:1].expand(images, -1, -1, -1).contiguous())
+    assert counter.frame_count == 2
+
+
+@each_options
 def test_it_runs_where_this_package_is_not(options, tmp_path):
     pytest.importorskip("onnxscript")
     session = pytest.importorskip("onnxruntime").InferenceSession

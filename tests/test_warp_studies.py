@@ -12,7 +12,7 @@ for _name in (
     pytest.importorskip(_name)
 import timm  # noqa: E402
 from matplotlib.image import imread  # noqa: E402
-from studies import dilation, warps  # noqa: E402
+from studies import dilation, stages, warps  # noqa: E402
 from studies.digits import multiply_adds  # noqa: E402
 from tiny import ROOT  # noqa: E402
 
@@ -212,3 +212,26 @@ def test_bad_arms_are_named(study, arms, tmp_path):
     with pytest.raises(ValueError, match="arms: expected some of .*, got"):
         study.run_study(Path("."), tmp_path, [0], arms)
     assert not list(tmp_path.iterdir())
+
+
+def test_time_of_an_interrupted_session_counts_and_a_torn_result_is_none(tmp_path, monkeypatch):
+    ticks = iter(range(0, 1000, 10))
+    monkeypatch.setattr(stages, "CLOCKS", dict(train_seconds=lambda: next(ticks)))
+    result, exported = tmp_path / stages.RESULT, tmp_path / "model.pt2"
+
+    def interrupted(resume):
+        (tmp_path / "last.ckpt").touch()
+        raise KeyboardInterrupt
+
+    def whole(resume):
+        exported.touch()
+        return dict(export=str(exported), resumed=resume is not None)
+
+    with pytest.raises(KeyboardInterrupt):
+        stages.run_once(tmp_path, "key", "a network", interrupted)
+    assert json.loads(result.read_text())["train_seconds"] == 10
+    outcome = stages.run_once(tmp_path, "key", "a network", whole)
+    assert outcome["train_seconds"] == 20 and outcome["resumed"] and [*tmp_path.glob("*.new")] == []
+    assert stages.run_once(tmp_path, "key", "a network", interrupted) == outcome  # reused
+    result.write_text(result.read_text()[:-9])
+    assert stages.run_once(tmp_path, "key", "a network", whole)["train_seconds"] == 10

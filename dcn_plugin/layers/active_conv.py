@@ -13,8 +13,9 @@ import torch.fx
 from torch import Tensor, nn
 
 from ..ops._check import integer
+from ..ops._check import shape as check_shape
 from ..ops._check import tensor as check_tensor
-from ..ops._transforms import is_tracing, unrecorded
+from ..ops._transforms import is_tracing
 from ._symbolic import recorded_call
 from .arguments import check_input, flag
 from .conv import DeformConv2d
@@ -63,7 +64,6 @@ def _middle(kernel_size: tuple[int, int]) -> int | None:
     return kh * kw // 2 if kh % 2 and kw % 2 else None
 
 
-@unrecorded
 def _size(x: Tensor, window: Window) -> tuple[int, int]:
     return window.output_size(x.shape[2], x.shape[3])
 
@@ -210,6 +210,9 @@ class ActiveConv2d(DeformConv2d):
         places = torch.stack((y.flatten(), x.flatten()), -1)
         if places[0].any():
             raise ValueError(f"x, y: expected the first position in the middle, got {places[0].tolist()}")
+        if bias is not None:
+            check_tensor(bias, "bias", 1, "[O]")
+            check_shape(bias, "bias", (self.out_channels,))
         order = torch.tensor(_OFFICIAL).argsort()
         taps = torch.cartesian_prod(torch.arange(-1, 2), torch.arange(-1, 2))
         moves = places[order] - taps.to(places)

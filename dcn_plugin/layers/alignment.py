@@ -73,6 +73,7 @@ class DCNv2Pack(DCNv2):
     Source: Wang et al., EDVR: Video Restoration with Enhanced Deformable Convolutional Networks (2019), section 3.2.
     """
 
+    drop_in = False  # a model that calls a convolution has no second map for it
     feature_name = "feat"
 
     def __init__(
@@ -151,6 +152,7 @@ class SecondOrderDeformableAlignment(DCNv2):
     section 3.2.
     """
 
+    drop_in = False  # as there
     feature_name = "extra_feat"
 
     def __init__(

@@ -11,12 +11,14 @@ from typing import Any, ClassVar
 
 import torch
 import torch.fx
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import ms_deform_attn
 from ..ops._check import integer, same_device, same_dtype, shape
 from ..ops._check import tensor as check_tensor
-from ..ops._transforms import unrecorded
+from ..ops._layout import is_channels_last
+from ..ops._transforms import is_tracing, unrecorded
 from ._start import OffsetPredictor, warn_if_redrawn
 from .arguments import check_input, check_predicted, describe, divisible, factory_arguments, pair
 from .samples import Window
@@ -40,9 +42,33 @@ def _check_offset(offset: Any, x: Tensor, outputs: int, window: Window) -> None:
     same_device(offset, "offset", x)
 
 
+def _sampled(x: Tensor, at: Tensor) -> Tensor:
+    """Return `[N, H' * W', G, C / G]`, samples at the pixels `[N, G, 2, H', W']`, (y, x)."""
+    groups = at.shape[1]
+    # Attention's positions are (x, y), from the outer edge of the first pixel.
+    way = (at.flip(2) + 0.5).flatten(3).permute(0, 3, 1, 2)[:, :, :, None, None]
+    value = x.flatten(2).transpose(1, 2).unflatten(2, (groups, x.shape[1] // groups))
+    corner = at.new_zeros(1, 1, 1, 2).expand(x.shape[0], way.shape[1], 1, 2)
+    sample = ms_deform_attn(value, [(x.shape[2], x.shape[3])], way, reference_points=corner)
+    return sample.unflatten(2, (groups, x.shape[1] // groups))
+
+
+def _recorded(x: Tensor, at: Tensor) -> Tensor:
+    """Return the same for `torch.jit.trace`, which keeps sizes only as what torch's own operators are given.
+
+    Attention holds the size of its map as plain numbers, which would be those that the trace was made with.
+    """
+    groups = at.shape[1]
+    rows, columns = ((2 * at[:, :, axis] + 1) / x.shape[2 + axis] - 1 for axis in (0, 1))
+    grid = torch.stack((columns, rows), -1).flatten(0, 1)
+    value = x.unflatten(1, (groups, -1)).flatten(0, 1).to(grid.dtype)
+    sample = F.grid_sample(value, grid, align_corners=False).to(x.dtype)
+    return sample.unflatten(0, (-1, groups)).flatten(3).permute(0, 3, 1, 2)
+
+
 def _largest(x: Tensor, offset: Tensor, window: Window, groups: int) -> Tensor:
     """Return the largest sample of each window, `[N, C, H', W']`; 0 where all lie off the map."""
-    n, channels, *size = x.shape
+    size = x.shape[2:]
     outputs = offset.shape[2:]
     taps = [
         (y * window.dilation[0] - window.padding[0], x_ * window.dilation[1] - window.padding[1])
@@ -53,8 +79,6 @@ def _largest(x: Tensor, offset: Tensor, window: Window, groups: int) -> Tensor:
     )
     # Positions of a wide map are no half precision numbers.
     moves = offset.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (groups, len(taps), 2))
-    value = x.flatten(2).transpose(1, 2).unflatten(2, (groups, channels // groups))
-    from_corner = moves.new_zeros(n, outputs[0] * outputs[1], 1, 2)
     largest, nowhere = None, None
     # A tap at a time: memory for one of them, and a gradient that goes to the largest alone.
     for tap, (y, x_) in enumerate(taps):
@@ -63,10 +87,7 @@ def _largest(x: Tensor, offset: Tensor, window: Window, groups: int) -> Tensor:
         # NaN is neither off the map nor on it, and its sample is NaN.
         off = (at <= -1).any(2) | (at[:, :, 0] >= size[0]) | (at[:, :, 1] >= size[1])
         off = off.flatten(2).transpose(1, 2)[..., None]
-        # Attention's positions are (x, y), from the outer edge of the first pixel.
-        way = (at.flip(2) + 0.5).flatten(3).permute(0, 3, 1, 2)[:, :, :, None]
-        sample = ms_deform_attn(value, [(size[0], size[1])], way[:, :, :, None], reference_points=from_corner)
-        sample = sample.unflatten(2, (groups, channels // groups)).masked_fill(off, -torch.inf)
+        sample = (_recorded if is_tracing() else _sampled)(x, at).masked_fill(off, -torch.inf)
         if largest is None:
             largest, nowhere = sample, off
         else:
@@ -75,8 +96,9 @@ def _largest(x: Tensor, offset: Tensor, window: Window, groups: int) -> Tensor:
             largest, nowhere = torch.where(larger, sample, largest), nowhere & off
     assert largest is not None
     pooled = largest.masked_fill(nowhere, 0).flatten(2).transpose(1, 2).unflatten(2, tuple(outputs))
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return pooled.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    if is_channels_last(x):
+        return pooled.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    return pooled.contiguous()
 
 
 # Symbolic tracing records these as calls: they look at shapes.

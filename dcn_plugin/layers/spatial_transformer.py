@@ -11,11 +11,13 @@ from typing import Any, ClassVar
 
 import torch
 import torch.fx
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import deform_aggregate2d, deform_conv2d, ms_deform_attn
 from ..ops._check import integer
-from ..ops._transforms import unrecorded
+from ..ops._layout import is_channels_last
+from ..ops._transforms import is_tracing, unrecorded
 from ._start import OffsetPredictor, ZeroLinear, warn_if_redrawn
 from .arguments import check_input, check_sides, describe, factory_arguments, flag, pair
 from .samples import Samples, Window, recorded
@@ -26,6 +28,7 @@ PADDING_MODES = ("zeros", "border", "reflection")
 _CELLS = 4
 
 
+@unrecorded
 def _identity() -> Tensor:
     return torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0], device="cpu")
 
@@ -65,12 +68,13 @@ def _check_theta(theta: Any, x: Tensor, output_size: tuple[int, int] | None, per
     """Return what the localiser returned, if it has a transformation for each image, or each pixel of the result."""
     n, _, *size = x.shape
     shapes = [(n, 6, *(output_size or size))] if per_pixel else [(n, 6), (n, 2, 3)]
+    if isinstance(theta, Tensor) and tuple(theta.shape) in shapes:
+        return theta
+    # Not before: torch.compile takes a size that has become part of a text for a constant.
     wanted = f"localiser: expected a module that returns {' or '.join(str(list(shape)) for shape in shapes)}"
     if not isinstance(theta, Tensor):
         raise TypeError(f"{wanted} for this input, got {type(theta).__name__} from it")
-    if tuple(theta.shape) not in shapes:
-        raise ValueError(f"{wanted} for this input, got {list(theta.shape)} from it")
-    return theta
+    raise ValueError(f"{wanted} for this input, got {list(theta.shape)} from it")
 
 
 def _lattice(size: int, outputs: int, align_corners: bool) -> tuple[float, float]:
@@ -177,10 +181,30 @@ def _sample(x: Tensor, offset: Tensor, output_size: tuple[int, int] | None) -> T
     )
     padding = (0, 0, below, right)
     # Each in the layout that it reads as it is; the other would copy map and result.
-    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+    if is_channels_last(x):
         places = offset.permute(0, 2, 3, 1)[:, :, :, None, None]
         return deform_aggregate2d(x.permute(0, 2, 3, 1), places, None, 1, stride, padding).permute(0, 3, 1, 2)
     return deform_conv2d(x, offset, x.new_ones(x.shape[1], 1, 1, 1), None, stride, padding)
+
+
+def _recorded(
+    x: Tensor, theta: Tensor, output_size: tuple[int, int] | None, align_corners: bool, padding_mode: str
+) -> Tensor:
+    """Return the same for `torch.jit.trace`, which keeps sizes only as what torch's own operators are given.
+
+    Our operators hold theirs as plain numbers, which would be those of the map that the trace was made with.
+    """
+    accumulated = torch.promote_types(x.dtype, torch.float32)
+    theta = theta.to(accumulated)
+    whole = [x.shape[0], x.shape[1], *(output_size or x.shape[2:])]
+    if theta.dim() == 4:
+        identity = _identity().to(theta).view(1, 2, 3).expand(x.shape[0], 2, 3)
+        across, down = torch.affine_grid_generator(identity, whole, align_corners).unbind(3)
+        by_x, by_y = theta.unflatten(1, (2, 3)).unbind(1)
+        grid = torch.stack([by[:, 0] * across + by[:, 1] * down + by[:, 2] for by in (by_x, by_y)], 3)
+    else:
+        grid = torch.affine_grid_generator(theta.view(-1, 2, 3), whole, align_corners)
+    return F.grid_sample(x.to(accumulated), grid, "bilinear", padding_mode, align_corners).to(x.dtype)
 
 
 # Symbolic tracing records these as calls: they look at shapes.
@@ -297,7 +321,10 @@ class SpatialTransformer(SamplingModule):
     def forward(self, input: Tensor) -> Tensor:
         """Transform `input`, `[N, C, H, W]`; returns `[N, C, H', W']`."""
         x = self._checked(input)
-        offset, kernel = self._predict(x)
+        theta = self._theta(x)
+        if is_tracing():
+            return _recorded(x, theta, self.output_size, self.align_corners, self.padding_mode)
+        offset, kernel = self._places(theta, x)
         output = _sample(x, offset, self.output_size)
         if self._sampling_hooks is not None and not recorded(x):
             self.tell_hooks(x, offset + kernel)
@@ -307,10 +334,11 @@ class SpatialTransformer(SamplingModule):
         x = check_input(input, self.channels, next(self.localiser.parameters(), None))
         return check_sides(x, 2, self._least)
 
-    def _predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _theta(self, x: Tensor) -> Tensor:
         warn_if_redrawn(self)
-        theta = self.localiser(x)
-        theta = _check_theta(theta, x, self.output_size, self.per_pixel)
+        return _check_theta(self.localiser(x), x, self.output_size, self.per_pixel)
+
+    def _places(self, theta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         return _offset(theta, x, self.output_size, self.align_corners, self.padding_mode)
 
     def offsets(self, input: Tensor) -> tuple[Tensor, None]:
@@ -323,7 +351,8 @@ class SpatialTransformer(SamplingModule):
             Offset `[N, 2, H', W']` in pixels, (y, x), from where each pixel of the result lies untransformed, after
             clamping or reflecting; and None.
         """
-        offset, kernel = self._predict(self._checked(input))
+        x = self._checked(input)
+        offset, kernel = self._places(self._theta(x), x)
         return offset + kernel, None
 
     def extra_repr(self) -> str:

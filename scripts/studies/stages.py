@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -101,21 +102,41 @@ def run_once(
         describe: makes of what `train` returned the numbers, which JSON can hold, and `export`, a path.
     """
     state = folder / RESULT
-    saved = json.loads(state.read_text()) if state.is_file() else {}
+    saved = _read(state)
     if saved.get("key") == key and saved.get("finished") and Path(saved["export"]).exists():
         print(f"{folder}: finished before, reused")
         return saved
     resume = find_checkpoint(folder) if saved.get("key") == key else None
     spent = {clock: saved.get(clock, 0.0) if resume else 0.0 for clock in CLOCKS}
     folder.mkdir(parents=True, exist_ok=True)
-    state.write_text(json.dumps(dict(key=key, finished=False, **spent)))
+    _write(state, dict(key=key, finished=False, **spent))
     print(f"{folder}: {'resumed' if resume else 'started'} ({what})")
     began = {clock: read() for clock, read in CLOCKS.items()}
-    found = train(resume)
-    spent = {clock: spent[clock] + read() - began[clock] for clock, read in CLOCKS.items()}
+    try:
+        found = train(resume)
+    finally:
+        # Of an interrupted session too: the next one goes on from its checkpoint.
+        spent = {clock: spent[clock] + read() - began[clock] for clock, read in CLOCKS.items()}
+        _write(state, dict(key=key, finished=False, **spent))
     saved = dict(key=key, finished=True, **spent, **describe(found))
-    state.write_text(json.dumps(saved, indent=2))
+    _write(state, saved)
     return saved
+
+
+def _read(state: Path) -> dict[str, Any]:
+    """Return what the file holds; nothing where there is none, or one that was cut off."""
+    try:
+        saved = json.loads(state.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return saved if isinstance(saved, dict) else {}
+
+
+def _write(state: Path, saved: Mapping[str, Any]) -> None:
+    """Replace the file as a whole: whatever stops the program, it is the old one or the new one."""
+    new = state.with_name(state.name + ".new")
+    new.write_text(json.dumps(saved, indent=2))
+    os.replace(new, state)
 
 
 def over_seeds(outcomes: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[str, Any]:

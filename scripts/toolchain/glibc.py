@@ -26,7 +26,7 @@ _SINGLE_THREADED = 'char __libc_single_threaded __attribute__((visibility("hidde
 def oldest_glibc() -> str | None:
     """Return the version of glibc that a build is for: DCN_PLUGIN_GLIBC, such as 2.28; None: this machine's."""
     version = os.environ.get("DCN_PLUGIN_GLIBC") or None
-    if version is not None and not re.fullmatch(r"2\.\d+", version):
+    if version is not None and not re.fullmatch(r"2\.[0-9]+", version):
         fail(f"DCN_PLUGIN_GLIBC is '{version}', which is no version of glibc.", "write e.g. DCN_PLUGIN_GLIBC=2.28.")
     return version
 
@@ -50,6 +50,7 @@ def link_flags(folder: Path, compiler: Compiler) -> list[str]:
 
 def _stand_ins(place: Path, version: str, compiler: Compiler) -> None:
     machine, made = platform.machine(), place.with_name(f"{place.name}.new")
+    names = _loader(machine)
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir(parents=True)
     (made / "single.c").write_text(_SINGLE_THREADED)
@@ -67,7 +68,7 @@ def _stand_ins(place: Path, version: str, compiler: Compiler) -> None:
     for file in (made / "cache").glob("o/*/lib*.so.*"):
         shutil.copy2(file, made)
     shutil.rmtree(made / "cache")
-    loader, rest = (output_of([*compiler.command, f"-print-file-name={name}"]) for name in _loader(machine))
+    loader, rest = (output_of([*compiler.command, f"-print-file-name={name}"]) for name in names)
     (made / "libc.so").write_text(_LIBC.format(loader=(loader or "").strip(), rest=(rest or "").strip()))
     (made / "libm.so").write_text("GROUP ( libm.so.6 )\n")
     shutil.rmtree(place, ignore_errors=True)
@@ -76,4 +77,7 @@ def _stand_ins(place: Path, version: str, compiler: Compiler) -> None:
 
 def _loader(machine: str) -> tuple[str, str]:
     """Return the name of the dynamic loader, and of what every version of glibc puts into programs themselves."""
-    return {"x86_64": "ld-linux-x86-64.so.2", "aarch64": "ld-linux-aarch64.so.1"}[machine], "libc_nonshared.a"
+    loaders = {"x86_64": "ld-linux-x86-64.so.2", "aarch64": "ld-linux-aarch64.so.1"}
+    if machine not in loaders:
+        fail(f"DCN_PLUGIN_GLIBC is for {' and '.join(loaders)}, and this machine is {machine}.", "unset it.")
+    return loaders[machine], "libc_nonshared.a"

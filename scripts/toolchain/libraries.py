@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from .find import ROOT, TORCH_FLOOR, Compiler, Nvcc, Torch, fail
-from .glibc import link_flags
+from .glibc import link_flags, oldest_glibc
 from .ninja_file import NinjaFile, compile_jobs
 
 VISIBILITY = ["-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
@@ -143,6 +143,7 @@ def build_info(version: str, torch: Torch, compiler: Compiler, nvcc: Nvcc | str,
         "torch_floor": ".".join(map(str, TORCH_FLOOR)),
         "compiler": compiler.version,
         "platform": this_platform(),
+        "glibc": oldest_glibc(),
         "sources": digest_of_sources(),
         "cuda": cuda if with_cuda else None,
         "without_cuda_because": nvcc if isinstance(nvcc, str) else None,

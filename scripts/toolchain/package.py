@@ -7,9 +7,11 @@ import os
 import shutil
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 from .find import ROOT, Compiler, Torch, fail, find_cuda
+from .glibc import oldest_glibc
 from .libraries import add_libraries, build_info, build_name, digest_of_sources, this_platform
 from .ninja_file import NinjaFile
 
@@ -46,14 +48,20 @@ def take_from(wheel: Path, package: Path, version: str) -> None:
     try:
         with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
             names = [name for name in FILES if f"dcn_plugin/{name}" in archive.namelist()]
+            if missing := {"_C.so", "_build_info.json"}.difference(names):
+                raise ValueError(f"it has no dcn_plugin/{min(missing)}")
             found = {name: Path(archive.extract(f"dcn_plugin/{name}", folder)) for name in names}
             info = json.loads(found["_build_info.json"].read_text())
+            if not isinstance(info, dict):
+                raise ValueError("its _build_info.json holds no names")
             wanted = dict(version=version, platform=this_platform(), sources=digest_of_sources())
+            if glibc := oldest_glibc():
+                wanted["glibc"] = glibc  # which the name of the new wheel promises
             for name, value in wanted.items():
                 if info.get(name) != value:
                     fail(f"WHEEL: the {name} of {wheel} is {info.get(name)}, and here {value} is needed.", mend)
             put_into(package, found)
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
         fail(f"WHEEL: {wheel} is no wheel of dcn_plugin ({type(error).__name__}: {error}).", mend)
 
 

@@ -92,6 +92,8 @@ def active():
     yield Case(load(bias=None), ValueError, "bias:", "expected a tensor for this layer", "got None")
     without = ActiveConv2d(**CONV, bias=False)
     yield Case(load(without), ValueError, "bias:", "expected None for this layer", "got tensor([0.,")
+    yield Case(load(bias=[0]), TypeError, "bias:", "expected a tensor [O]", "got list")
+    yield Case(load(bias=torch.zeros(1)), ValueError, "bias:", "expected shape (6,)", "got (1,)")
     yield Case(load(weight=[0]), TypeError, "weight:", "expected a tensor [O, C, 3, 3]", "got list")
     yield Case(load(weight=torch.zeros(5, 4, 3, 3)), ValueError, "weight:", "expected [6, 4, 3, 3]", "got [5, 4, 3, 3]")
     yield Case(load(x=torch.zeros(8)), ValueError, "x, y:", "expected nine positions each", "got 8 and 9")
@@ -158,6 +160,16 @@ def pools():
         small = call(torch.zeros(2, 4, 2, 7))
         yield Case(small, ValueError, "input:", "a map that the kernel fits on", "got 2 x 7 pixels")
     yield Case(partial(pack, IMAGE.to("meta")), ValueError, "input:", "like the layer's parameters", "got meta")
+    for returned, error, got in (
+        ([0], TypeError, "got list from it"),
+        (torch.zeros(2, 9, 2, 2), ValueError, "got [2, 9, 2, 2] from it"),
+        (torch.zeros(2, 18, 2, 3), ValueError, "got [2, 18, 2, 3] from it"),
+    ):
+        other = DeformMaxPool2dPack(4, 3)
+        other.conv_offset = Returning(returned)
+        for call in (other, other.offsets):
+            wanted = "expected a module that returns"
+            yield Case(partial(call, torch.zeros(2, 4, 8, 7)), error, "conv_offset:", wanted, got)
 
 
 CASES = [*transformers(), *active(), *dilated(), *sequences(), *pools()]

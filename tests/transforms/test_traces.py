@@ -38,6 +38,30 @@ def test_layers_that_predict(name):
     torch.testing.assert_close(trace(layer, inputs)(*inputs), layer(*inputs))
 
 
+# Maps with as many pixels in rows of another length, too: nothing but the numbers would tell.
+SIZES = [(2, 4, 8, 12), (2, 4, 12, 8), (3, 4, 11, 7)]
+OF_ANY_SIZE = {
+    "ActiveConv2d": lambda: layers.ActiveConv2d(4, 6, 3, stride=2, padding=1),
+    "DeformMaxPool2d": lambda: layers.DeformMaxPool2dPack(4, 3, 2, 1, offset_groups=2),
+    "SpatialTransformer": lambda: layers.SpatialTransformer(4),
+    "SpatialTransformer-pixels": lambda: layers.SpatialTransformer(4, padding_mode="reflection", per_pixel=True),
+    "SpatialTransformer-size": lambda: layers.SpatialTransformer(4, output_size=(5, 1), align_corners=True),
+}
+
+
+@pytest.mark.parametrize("name", OF_ANY_SIZE)
+def test_sizes_of_samplers_are_not_those_of_the_trace(name):
+    torch.manual_seed(0)
+    layer = OF_ANY_SIZE[name]()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    traced = trace(layer, (torch.rand(SIZES[0]),))
+    for size in SIZES:
+        x = torch.rand(size)
+        torch.testing.assert_close(traced(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
 class Pyramid(nn.Module):
     def __init__(self, modulated):
         super().__init__()
