@@ -11,14 +11,13 @@ from typing import Any, ClassVar
 
 import torch
 import torch.fx
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import ms_deform_attn
 from ..ops._check import integer, same_device, same_dtype, shape
 from ..ops._check import tensor as check_tensor
 from ..ops._layout import is_channels_last
-from ..ops._transforms import is_tracing, unrecorded
+from ..ops._transforms import held, plain_size, unrecorded
 from ._start import OffsetPredictor, warn_if_redrawn
 from .arguments import check_input, check_predicted, describe, divisible, factory_arguments, pair
 from .samples import Window
@@ -53,22 +52,10 @@ def _sampled(x: Tensor, at: Tensor) -> Tensor:
     return sample.unflatten(2, (groups, x.shape[1] // groups))
 
 
-def _recorded(x: Tensor, at: Tensor) -> Tensor:
-    """Return the same for `torch.jit.trace`, which keeps sizes only as what torch's own operators are given.
-
-    Attention holds the size of its map as plain numbers, which would be those that the trace was made with.
-    """
-    groups = at.shape[1]
-    rows, columns = ((2 * at[:, :, axis] + 1) / x.shape[2 + axis] - 1 for axis in (0, 1))
-    grid = torch.stack((columns, rows), -1).flatten(0, 1)
-    value = x.unflatten(1, (groups, -1)).flatten(0, 1).to(grid.dtype)
-    sample = F.grid_sample(value, grid, align_corners=False).to(x.dtype)
-    return sample.unflatten(0, (-1, groups)).flatten(3).permute(0, 3, 1, 2)
-
-
 def _largest(x: Tensor, offset: Tensor, window: Window, groups: int) -> Tensor:
     """Return the largest sample of each window, `[N, C, H', W']`; 0 where all lie off the map."""
-    size = x.shape[2:]
+    x = held(x)
+    size = plain_size(x)
     outputs = offset.shape[2:]
     taps = [
         (y * window.dilation[0] - window.padding[0], x_ * window.dilation[1] - window.padding[1])
@@ -87,7 +74,7 @@ def _largest(x: Tensor, offset: Tensor, window: Window, groups: int) -> Tensor:
         # NaN is neither off the map nor on it, and its sample is NaN.
         off = (at <= -1).any(2) | (at[:, :, 0] >= size[0]) | (at[:, :, 1] >= size[1])
         off = off.flatten(2).transpose(1, 2)[..., None]
-        sample = (_recorded if is_tracing() else _sampled)(x, at).masked_fill(off, -torch.inf)
+        sample = _sampled(x, at).masked_fill(off, -torch.inf)
         if largest is None:
             largest, nowhere = sample, off
         else:

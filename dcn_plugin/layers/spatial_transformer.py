@@ -11,13 +11,12 @@ from typing import Any, ClassVar
 
 import torch
 import torch.fx
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import deform_aggregate2d, deform_conv2d, ms_deform_attn
 from ..ops._check import integer
 from ..ops._layout import is_channels_last
-from ..ops._transforms import is_tracing, unrecorded
+from ..ops._transforms import held, plain_size, unrecorded
 from ._start import OffsetPredictor, ZeroLinear, warn_if_redrawn
 from .arguments import check_input, check_sides, describe, factory_arguments, flag, pair
 from .samples import Samples, Window, recorded
@@ -55,12 +54,6 @@ class AffineConv2d(OffsetPredictor):
 
     def first_bias(self) -> Tensor:
         return _identity()
-
-
-@unrecorded
-def _size(x: Tensor) -> tuple[int, int]:
-    """Return height and width, as plain numbers also where `torch.jit.trace` records."""
-    return x.shape[2], x.shape[3]
 
 
 @unrecorded
@@ -137,7 +130,7 @@ def _offset(
     In pixels, (y, x): `[N, 2, H', W']`, and `[2, H', W']`, zeros where the size stays. In float32 at least: in half
     precision positions of a map 256 pixels wide lie on every other pixel.
     """
-    size = _size(x)
+    size = plain_size(x)
     outputs = output_size or size
     theta = theta.to(torch.promote_types(x.dtype, torch.float32))
     theta = theta if theta.dim() == 3 else theta.unflatten(1, (2, 3))
@@ -166,7 +159,7 @@ def _offset(
 
 def _sample(x: Tensor, offset: Tensor, output_size: tuple[int, int] | None) -> Tensor:
     """Return `[N, C, H', W']`, all channels at the same positions, in the layout of `x`."""
-    size, outputs = _size(x), _size(offset)
+    size, outputs = plain_size(x), plain_size(offset)
     stride = _steps(size, output_size)
     if stride == (0, 0):
         # From the upper left corner of the map, in its pixels: half of one before the centre of the first.
@@ -187,28 +180,8 @@ def _sample(x: Tensor, offset: Tensor, output_size: tuple[int, int] | None) -> T
     return deform_conv2d(x, offset, x.new_ones(x.shape[1], 1, 1, 1), None, stride, padding)
 
 
-def _recorded(
-    x: Tensor, theta: Tensor, output_size: tuple[int, int] | None, align_corners: bool, padding_mode: str
-) -> Tensor:
-    """Return the same for `torch.jit.trace`, which keeps sizes only as what torch's own operators are given.
-
-    Our operators hold theirs as plain numbers, which would be those of the map that the trace was made with.
-    """
-    accumulated = torch.promote_types(x.dtype, torch.float32)
-    theta = theta.to(accumulated)
-    whole = [x.shape[0], x.shape[1], *(output_size or x.shape[2:])]
-    if theta.dim() == 4:
-        identity = _identity().to(theta).view(1, 2, 3).expand(x.shape[0], 2, 3)
-        across, down = torch.affine_grid_generator(identity, whole, align_corners).unbind(3)
-        by_x, by_y = theta.unflatten(1, (2, 3)).unbind(1)
-        grid = torch.stack([by[:, 0] * across + by[:, 1] * down + by[:, 2] for by in (by_x, by_y)], 3)
-    else:
-        grid = torch.affine_grid_generator(theta.view(-1, 2, 3), whole, align_corners)
-    return F.grid_sample(x.to(accumulated), grid, "bilinear", padding_mode, align_corners).to(x.dtype)
-
-
 # Symbolic tracing records these as calls: they look at shapes.
-for _name in ("check_input", "check_sides", "_check_theta", "_offset", "_sample"):
+for _name in ("check_input", "check_sides", "held", "_check_theta", "_offset", "_sample"):
     torch.fx.wrap(_name)
 
 
@@ -311,7 +284,7 @@ class SpatialTransformer(SamplingModule):
     def window_in(self, samples: Samples) -> Window:
         """Return how the pixels of one call's result lie on its input untransformed, as a kernel of 1x1 would move."""
         assert isinstance(samples.input, Tensor)
-        size = _size(samples.input)
+        size = plain_size(samples.input)
         (step_y, y), (step_x, x) = (
             _lattice(side, outputs, self.align_corners)
             for side, outputs in zip(size, self.output_size or size, strict=True)
@@ -321,10 +294,7 @@ class SpatialTransformer(SamplingModule):
     def forward(self, input: Tensor) -> Tensor:
         """Transform `input`, `[N, C, H, W]`; returns `[N, C, H', W']`."""
         x = self._checked(input)
-        theta = self._theta(x)
-        if is_tracing():
-            return _recorded(x, theta, self.output_size, self.align_corners, self.padding_mode)
-        offset, kernel = self._places(theta, x)
+        offset, kernel = self._predict(x)
         output = _sample(x, offset, self.output_size)
         if self._sampling_hooks is not None and not recorded(x):
             self.tell_hooks(x, offset + kernel)
@@ -332,13 +302,11 @@ class SpatialTransformer(SamplingModule):
 
     def _checked(self, input: Tensor) -> Tensor:
         x = check_input(input, self.channels, next(self.localiser.parameters(), None))
-        return check_sides(x, 2, self._least)
+        return held(check_sides(x, 2, self._least))
 
-    def _theta(self, x: Tensor) -> Tensor:
+    def _predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
         warn_if_redrawn(self)
-        return _check_theta(self.localiser(x), x, self.output_size, self.per_pixel)
-
-    def _places(self, theta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        theta = _check_theta(self.localiser(x), x, self.output_size, self.per_pixel)
         return _offset(theta, x, self.output_size, self.align_corners, self.padding_mode)
 
     def offsets(self, input: Tensor) -> tuple[Tensor, None]:
@@ -351,8 +319,7 @@ class SpatialTransformer(SamplingModule):
             Offset `[N, 2, H', W']` in pixels, (y, x), from where each pixel of the result lies untransformed, after
             clamping or reflecting; and None.
         """
-        x = self._checked(input)
-        offset, kernel = self._places(self._theta(x), x)
+        offset, kernel = self._predict(self._checked(input))
         return offset + kernel, None
 
     def extra_repr(self) -> str:

@@ -43,6 +43,20 @@ def unrecorded(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+@unrecorded
+def plain_size(x: Tensor) -> tuple[int, int]:
+    """Return height and width, as plain numbers also where `torch.jit.trace` records."""
+    return x.shape[2], x.shape[3]
+
+
+def held(x: Tensor) -> Tensor:
+    """Return `x`; in a trace, no other height and width than these pass here, but those of a single pixel.
+
+    For what gives sizes to an operator as plain numbers: of another map, the trace would compute something else.
+    """
+    return x.expand(-1, -1, *plain_size(x)) if is_tracing() else x
+
+
 def need_plain_torch() -> bool:
     """Whether forward-mode differentiation or `torch.func.grad` and its kin are at work.
 

