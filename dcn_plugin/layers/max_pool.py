@@ -81,7 +81,7 @@ def _largest(x: Tensor, offset: Tensor, window: Window, groups: int) -> Tensor:
             # The first of equals stays, and so does the first NaN.
             larger = (sample > largest) | (sample.isnan() & ~largest.isnan())
             largest, nowhere = torch.where(larger, sample, largest), nowhere & off
-    assert largest is not None
+    assert largest is not None and nowhere is not None
     pooled = largest.masked_fill(nowhere, 0).flatten(2).transpose(1, 2).unflatten(2, tuple(outputs))
     if is_channels_last(x):
         return pooled.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
